@@ -1,0 +1,273 @@
+"""Measurement records: the JSON files under benchmarks/results/<machine>/ that every quoted number comes from.
+
+A record is written by the command that measured it and holds its latest complete run. Tables in README and docs are
+drawn from records (record_tables.py). SCHEMAS names the records that other tools read, and their row keys.
+"""
+
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+_ABSOLUTE = re.compile(r"(?<![\w.:/~-])/(?:[^/\s=,]+/)+")  # the folders of an absolute path, not of a URL
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+RESULTS = CHECKOUT / "benchmarks" / "results"
+
+KV_FORMATS = ("int4", "int8", "fp8", "bf16")
+PATHS = ("kernels", "reference")
+LADDER_STEPS = ("fp", "rtn", "outliers-bf16", "outliers-int8", "groups", "clip", "gptq", "kv4")
+# Row keys any record may carry: where a number came from, never what it is.
+COMMENT_KEYS = ("source", "seconds", "seed", "note")
+BITS = ("bits_weight", "bits_activation", "bits_kv")
+PERPLEXITY_EXTRAS = ("window", "tokens", "ppl_stderr", "kl", "calibration")
+
+
+@dataclass(frozen=True)
+class RecordSchema:
+    """What the rows of one record hold.
+
+    keys      present in every row; None stands for "not measured"; "a|b" asks for exactly one of a and b
+    optional  may be present; a name that ends in ":" is a prefix ("task:" allows task:piqa and task:piqa:stderr)
+    choices   key -> the values it may take; a choice that ends in ":" is a prefix
+    """
+
+    keys: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def check(self, row: Mapping[str, Any], where: str) -> None:
+        """Raise ValueError, opening with `where`, at the first thing in `row` that the schema does not allow."""
+        known: set[str] = set()
+        for key in self.keys:
+            names = key.split("|")
+            present = [name for name in names if name in row]
+            if len(present) != 1:
+                got = f"both {' and '.join(present)}" if present else f"only {', '.join(row) or 'nothing'}"
+                raise ValueError(f"{where}: needs {' or '.join(names)}, got {got}; write null where it was not measured")
+            known.update(names)
+        for key, value in row.items():
+            if key not in known and not _matches(key, (*self.optional, *COMMENT_KEYS)):
+                raise ValueError(
+                    f"{where}: unknown key {key!r}; the keys are {', '.join((*self.keys, *self.optional))}; "
+                    "add it to SCHEMAS in atom/records.py if it belongs there"
+                )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{where}: {key} is {value}, which JSON cannot hold; write null and a note")
+            if key in self.choices and value is not None and not _matches(str(value), self.choices[key]):
+                raise ValueError(f"{where}: {key} is {value!r}; it must be one of {', '.join(self.choices[key])}")
+        if "+" in str(row.get("scheme", "")):
+            raise ValueError(f"{where}: scheme is {row['scheme']!r}; write the preset's bare name and the cache under kv")
+
+
+def _matches(name: str, allowed: Iterable[str]) -> bool:
+    return any(name == a or (a.endswith(":") and name.startswith(a)) for a in allowed)
+
+
+_KV = {"kv": KV_FORMATS}
+_PRESETS = RecordSchema(
+    ("model", "text", "scheme|method", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
+    ("task:", *PERPLEXITY_EXTRAS),
+    {"path": PATHS, **_KV},
+)
+
+SCHEMAS: dict[str, RecordSchema] = {
+    "quality-ladder": RecordSchema(
+        ("model", "text", "step", "outliers", "ppl", "windows", "path"),
+        (*BITS, "task:", *PERPLEXITY_EXTRAS),
+        {"step": LADDER_STEPS, "path": PATHS},
+    ),
+    "quality-presets": _PRESETS,
+    "accuracy-frontier": _PRESETS,
+    "calibration-8b": RecordSchema(
+        ("scheme", "seconds", "peak_gpu_gb", "peak_host_gb"), ("windows", "window", "layers", "seconds:", "shape")
+    ),
+    "gemm": RecordSchema(
+        ("model", "scheme", "shape", "M", "N", "K", "us", "sol_us", "bf16_us", "fp8_us", "peer_us"),
+        ("peer",),
+        {"shape": ("qkv", "o", "gate_up", "down", "sum")},
+    ),
+    "producers": RecordSchema(("op", "scheme", "M", "hidden", "us", "gbps"), ("sol_us",)),
+    "attention": RecordSchema(
+        ("op", "kv", "batch", "context", "heads", "kv_heads", "head_dim", "window", "us", "sol_us", "bf16_sdpa_us"),
+        (),
+        {"op": ("decode", "prefill", "rope_append", "plan"), **_KV},
+    ),
+    "engine-latency": RecordSchema(
+        ("shape", "scheme", "kv", "batch", "context", "ms", "sol_ms", "host_ms", "idle"), (), _KV
+    ),
+    "throughput": RecordSchema(
+        (
+            *("experiment", "shape", "scheme", "kv", "memory_gb", "batch_mode", "batch", "input", "output"),
+            *("out_tok_s", "tpot_target_ms", "tpot_ms_p50", "tpot_ms_p99", "ttft_ms_p50"),
+        ),
+        (),
+        {"experiment": ("paper", "offline", "trace:"), "batch_mode": ("best", "equal"), **_KV},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement: what was run, when, on what, and its rows."""
+
+    name: str
+    date: str
+    commit: str
+    command: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    rows: list[Row]
+
+
+def get_schema(name: str) -> RecordSchema:
+    """The schema of record `name`; ValueError with the known names if there is none."""
+    if name not in SCHEMAS:
+        raise ValueError(f"unknown record {name!r}; the records are {', '.join(SCHEMAS)}; add a schema in atom/records.py")
+    return SCHEMAS[name]
+
+
+def check_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError if the rows are empty or do not follow the schema of record `name`."""
+    schema, count = get_schema(name), 0
+    for index, row in enumerate(rows):
+        schema.check(row, f"record {name}, row {index}")
+        count += 1
+    if not count:
+        raise ValueError(f"record {name} has no rows; a record holds a complete run")
+
+
+def write_record(
+    name: str,
+    rows: Iterable[Row],
+    machine: str = "cpu",
+    *,
+    command: str | None = None,
+    commit: str | None = None,
+    results: Path = RESULTS,
+) -> Path:
+    """Write rows as results/<machine>/<name>.json, in place of an earlier run; returns the path.
+
+    machine   "cpu" or the GPU's short name ("h200")
+    command   default: this process's command line
+    commit    default: the checkout's, with "-dirty" where tracked files were changed
+    """
+    rows = list(rows)
+    check_rows(name, rows)
+    record = Record(
+        name=name,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        commit=current_commit() if commit is None else commit,
+        command=command_line() if command is None else command,
+        machine={"name": machine, **machine_facts(gpu=machine != "cpu")},
+        versions=package_versions(),
+        rows=rows,
+    )
+    path = results / machine / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(_to_json(record), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def read_record(name: str, machine: str = "cpu", results: Path = RESULTS) -> Record:
+    """Read and validate results/<machine>/<name>.json.
+
+    Raises FileNotFoundError if it was never measured, ValueError if it does not follow its schema.
+    """
+    path = results / machine / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no record {path}; run the command that measures {name} on {machine} first")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    missing = {f for f in Record.__dataclass_fields__} ^ set(data)
+    if missing or data["name"] != name:
+        raise ValueError(f"{path}: expected the fields of record {name}, these differ: {', '.join(sorted(missing)) or 'name'}")
+    record = Record(**data)
+    check_rows(name, record.rows)
+    return record
+
+
+def _to_json(record: Record) -> str:
+    """JSON with one row a line, so that git shows which rows changed."""
+    head = asdict(record) | {"rows": []}
+    text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
+    rows = ",\n  ".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in record.rows)
+    return text.replace('"rows": []', f'"rows": [\n  {rows}\n ]') + "\n"
+
+
+def command_line() -> str:
+    """This process's command as a user would type it; of absolute paths only the last part, the rest is the machine's."""
+    program, *arguments = sys.argv
+    path = Path(program)
+    name = path.name
+    if path.suffix == ".py" and path.is_file():
+        inside = path.resolve().is_relative_to(CHECKOUT)
+        name = "python " + (str(path.resolve().relative_to(CHECKOUT)) if inside else path.name)
+    if path.name == "__main__.py":
+        name = f"python -m {path.resolve().parent.name}"
+    return " ".join([name, *(shlex.quote(_ABSOLUTE.sub("", a)) for a in arguments)])
+
+
+def current_commit() -> str:
+    """The checkout's commit, "-dirty" appended if tracked files differ from it, or "unknown" outside a checkout."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        dirty = _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("-dirty" if dirty else "")
+
+
+def _git(*arguments: str) -> str:
+    if not (CHECKOUT / ".git").exists():  # an installed package must not report some outer repository's commit
+        raise OSError("not a checkout")
+    done = subprocess.run(["git", "-C", str(CHECKOUT), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what decides a number: Python, torch and the packages around it that are installed."""
+    names = ("atom-serving", "torch", "transformers", "tokenizers", "lm_eval", "datasets", "nvidia-cutlass-dsl")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine_facts(gpu: bool = False) -> dict[str, Any]:
+    """Processor, cores and memory; with gpu=True (which starts CUDA) also the GPU's name, memory and CUDA version."""
+    facts: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.system()}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    if gpu:
+        import torch
+
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["gpu_memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

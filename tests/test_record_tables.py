@@ -1,0 +1,83 @@
+"""Tables drawn from records, and the guard over the committed ones."""
+
+from pathlib import Path
+
+import pytest
+
+from atom.record_tables import main, stale_files, update_text
+from atom.records import CHECKOUT, write_record
+
+ROWS = [
+    {"model": m, "text": t, "step": s, "outliers": 0, "ppl": p, "windows": 8, "path": "reference"}
+    for m, t, s, p in [
+        ("small", "wikitext2", "fp", 9.504),
+        ("small", "wikitext2", "rtn", 1234.5),
+        ("small", "c4", "fp", 11.0),
+        ("big", "wikitext2", "fp", 5.0),
+    ]
+]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    write_record("quality-ladder", ROWS, command="make ladder", commit="abc", results=tmp_path)
+    return tmp_path
+
+
+def draw(options: str, results: Path) -> list[str]:
+    text = f"before\n<!-- record:quality-ladder {options} -->\nold\n<!-- /record -->\nafter\n"
+    lines = update_text(text, results).splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    return lines[2:-2]
+
+
+def test_list(results: Path) -> None:
+    lines = draw('columns="model,ppl=perplexity" where=text=wikitext2,step=fp', results)
+    assert lines[:4] == ["| model | perplexity |", "| --- | --- |", "| small | 9.50 |", "| big | 5.00 |"]
+    assert "commit abc: `make ladder`" in lines[5]
+
+
+def test_cross(results: Path) -> None:
+    lines = draw("rows=model columns=step value=ppl digits=1 where=text=wikitext2", results)
+    expected = ["| model | fp | rtn |", "| --- | --- | --- |", "| small | 9.5 | 1234.5 |", "| big | 5.0 |  |"]
+    assert lines[:4] == expected
+
+
+def test_drawing_twice_changes_nothing(results: Path) -> None:
+    text = "<!-- record:quality-ladder columns=model,ppl -->\n<!-- /record -->\n"
+    once = update_text(text, results)
+    assert once != text and update_text(once, results) == once
+
+
+def test_stale_file_is_found_and_repaired(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = results / "page.md"
+    page.write_text("<!-- record:quality-ladder columns=model,ppl -->\n<!-- /record -->\n")
+    monkeypatch.setattr("atom.record_tables.stale_files.__defaults__", (results,))
+    monkeypatch.setattr("atom.record_tables.update_text.__defaults__", (results,))
+    assert main(["--check", str(page)]) == 1
+    assert "disagrees with its record" in capsys.readouterr().out
+    assert main([str(page)]) == 0 and main(["--check", str(page)]) == 0
+    page.write_text(page.read_text().replace("9.50", "9.05"))
+    assert main(["--check", str(page)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("colums=model", "cannot read 'colums=model'; the options are machine"),
+        ("rows=model columns=step", "give columns=a,b,c for a list"),
+        ("columns=model,kl", "no row has the key 'kl'"),
+        ("columns=model where=text=none", "no row of cpu matches"),
+        ("rows=model columns=step value=ppl", "two rows for model=small, step=fp; narrow where="),
+    ],
+)
+def test_refusals(options: str, message: str, results: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(options, results)
+
+
+def test_committed_tables_agree_with_the_records() -> None:
+    pages = [*CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").rglob("*.md"), *(CHECKOUT / "benchmarks").rglob("*.md")]
+    assert stale_files(pages) == []
