@@ -48,10 +48,14 @@ class TableSpec:
         for word in shlex.split(options):
             key, _, value = word.partition("=")
             if key not in OPTIONS or not value:
-                raise ValueError(f"record:{name}: cannot read {word!r}; the options are {', '.join(OPTIONS)}, as key=value")
+                raise ValueError(
+                    f"record:{name}: cannot read {word!r}; the options are {', '.join(OPTIONS)}, as key=value"
+                )
             given[key] = value
         if "columns" not in given or ("rows" in given) != ("value" in given):
-            raise ValueError(f"record:{name}: give columns=a,b,c for a list, or rows=, columns= and value= for a cross table")
+            raise ValueError(
+                f"record:{name}: give columns=a,b,c for a list, or rows=, columns= and value= for a cross table"
+            )
         return cls(
             name=name,
             columns=tuple(_split_pair(part) for part in given["columns"].split(",")),
@@ -72,7 +76,9 @@ def render(spec: TableSpec, record: Record) -> str:
     """The Markdown table of `spec`, with a line below it that names the record, its commit and its command."""
     rows = [row for row in record.rows if all(str(row.get(key)) == value for key, value in spec.where)]
     if not rows:
-        raise ValueError(f"record:{spec.name}: no row of {spec.machine} matches {dict(spec.where)}; change the marker's where=")
+        raise ValueError(
+            f"record:{spec.name}: no row of {spec.machine} matches {dict(spec.where)}; change the marker's where="
+        )
     lines = _cross(spec, rows) if spec.rows else _list(spec, rows)
     widths = [len(line) for line in lines]
     assert len(set(widths)) == 1, "a table's lines have equally many cells"
@@ -86,7 +92,9 @@ def _list(spec: TableSpec, rows: Sequence[Row]) -> list[list[str]]:
     for key, _ in spec.columns:
         if not any(key in row for row in rows):
             raise ValueError(f"record:{spec.name}: no row has the key {key!r}; the first has {', '.join(rows[0])}")
-    return [[title for _, title in spec.columns]] + [[_cell(row, key, spec.digits) for key, _ in spec.columns] for row in rows]
+    return [[title for _, title in spec.columns]] + [
+        [_cell(row, key, spec.digits) for key, _ in spec.columns] for row in rows
+    ]
 
 
 def _cross(spec: TableSpec, rows: Sequence[Row]) -> list[list[str]]:
@@ -99,7 +107,9 @@ def _cross(spec: TableSpec, rows: Sequence[Row]) -> list[list[str]]:
     for row in rows:
         place = str(row.get(spec.rows)), str(row.get(across))
         if place in cells:
-            raise ValueError(f"record:{spec.name}: two rows for {spec.rows}={place[0]}, {across}={place[1]}; narrow where=")
+            raise ValueError(
+                f"record:{spec.name}: two rows for {spec.rows}={place[0]}, {across}={place[1]}; narrow where="
+            )
         cells[place] = _cell(row, spec.value, spec.digits)
     return [[spec.rows, *tops]] + [[head, *(cells.get((head, top), "") for top in tops)] for head in heads]
 

@@ -56,7 +56,9 @@ class RecordSchema:
             present = [name for name in names if name in row]
             if len(present) != 1:
                 got = f"both {' and '.join(present)}" if present else f"only {', '.join(row) or 'nothing'}"
-                raise ValueError(f"{where}: needs {' or '.join(names)}, got {got}; write null where it was not measured")
+                raise ValueError(
+                    f"{where}: needs {' or '.join(names)}, got {got}; write null where it was not measured"
+                )
             known.update(names)
         for key, value in row.items():
             if key not in known and not _matches(key, (*self.optional, *COMMENT_KEYS)):
@@ -69,7 +71,9 @@ class RecordSchema:
             if key in self.choices and value is not None and not _matches(str(value), self.choices[key]):
                 raise ValueError(f"{where}: {key} is {value!r}; it must be one of {', '.join(self.choices[key])}")
         if "+" in str(row.get("scheme", "")):
-            raise ValueError(f"{where}: scheme is {row['scheme']!r}; write the preset's bare name and the cache under kv")
+            raise ValueError(
+                f"{where}: scheme is {row['scheme']!r}; write the preset's bare name and the cache under kv"
+            )
 
 
 def _matches(name: str, allowed: Iterable[str]) -> bool:
@@ -135,7 +139,9 @@ class Record:
 def get_schema(name: str) -> RecordSchema:
     """The schema of record `name`; ValueError with the known names if there is none."""
     if name not in SCHEMAS:
-        raise ValueError(f"unknown record {name!r}; the records are {', '.join(SCHEMAS)}; add a schema in atom/records.py")
+        raise ValueError(
+            f"unknown record {name!r}; the records are {', '.join(SCHEMAS)}; add a schema in atom/records.py"
+        )
     return SCHEMAS[name]
 
 
@@ -194,7 +200,9 @@ def read_record(name: str, machine: str = "cpu", results: Path = RESULTS) -> Rec
     data = json.loads(path.read_text(encoding="utf-8"))
     missing = {f for f in Record.__dataclass_fields__} ^ set(data)
     if missing or data["name"] != name:
-        raise ValueError(f"{path}: expected the fields of record {name}, these differ: {', '.join(sorted(missing)) or 'name'}")
+        raise ValueError(
+            f"{path}: expected the fields of record {name}, these differ: {', '.join(sorted(missing)) or 'name'}"
+        )
     record = Record(**data)
     check_rows(name, record.rows)
     return record

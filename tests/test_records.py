@@ -28,7 +28,15 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_command_line_hides_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["/opt/venv/bin/atom", "eval", "/data/models/small", "--ppl", "c4=/data/c4.txt", "org/model", "https://a/b/c"]
+    arguments = [
+        "/opt/venv/bin/atom",
+        "eval",
+        "/data/models/small",
+        "--ppl",
+        "c4=/data/c4.txt",
+        "org/model",
+        "https://a/b/c",
+    ]
     monkeypatch.setattr("sys.argv", arguments)
     assert command_line() == "atom eval small --ppl c4=c4.txt org/model https://a/b/c"
 
