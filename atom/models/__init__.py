@@ -1,0 +1,1 @@
+"""Models: configuration, layers, families, sources of weights, and loading. Plain torch, the cache an argument."""

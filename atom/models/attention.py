@@ -1,0 +1,42 @@
+"""Self-attention of one layer: projections, the optional norm of heads, and the call into the cache.
+
+The module knows neither batch nor past. It hands queries, keys and values, all before RoPE, to the cache it is
+given (atom/models/kv.py) and projects what comes back.
+"""
+
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .kv import KV, AttentionSpec
+from .norm import RMSNorm
+from .rope import Rotation
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of layer `index`."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        self.spec = AttentionSpec(config.attention_scale, config.windows[index], config.attention_soft_cap)
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_offset)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_offset)
+        self.o_input: nn.Module = nn.Identity()
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+
+    def forward(self, x: Tensor, rotation: Rotation, kv: KV) -> Tensor:
+        """x, what the norm before produces for T tokens -> [T, hidden_size]."""
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # [T, num_heads, head_dim]
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # [T, num_kv_heads, head_dim]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        out = kv.attend(self.index, q, k, v, rotation, self.spec)
+        y: Tensor = self.o_proj(self.o_input(out.flatten(1)))
+        return y

@@ -1,0 +1,169 @@
+"""The KV cache as models see it: a protocol of one method, and the dense cache of calibration and tests.
+
+A model hands over queries, keys and values *before* RoPE. The cache owns the rest: it rotates, rounds, stores, and
+attends over what it has stored, so that batch structure, storage format and the place of RoPE stay out of the model.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..quant.rounding import fake_quantize
+from ..quant.schemes import TensorSpec
+from .config import ModelConfig
+from .rope import Rotation
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The rules of one layer's attention.
+
+    softmax(soft_cap(q k^T * scale)) v over positions i - window + 1 ... i, where soft_cap(s) is cap * tanh(s / cap).
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+class KV(Protocol):
+    """What a model needs of a cache."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
+        """Store these tokens' keys and values, and attend causally over all tokens of each sequence.
+
+        q         [T, num_heads, head_dim]      before RoPE
+        k, v      [T, num_kv_heads, head_dim]   k before RoPE
+        rotation  of these T tokens
+        returns   [T, num_heads, head_dim]
+        """
+        ...
+
+
+class DenseKV:
+    """A cache for `batch` sequences of equal length, their tokens flattened row-major [batch * seq].
+
+    Prefill and decode alike append to it: each call of a model adds its tokens to the end of every sequence. With
+    `scheme_kv`, keys and values are rounded on the way in, one scale per token and head, and attention (of the same
+    call too) reads the rounded ones; `pre_rope` rounds keys before RoPE and turns them when they are read. Storage
+    grows as needed, or is allocated once with `max_len`. A layer that is never run takes no memory.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int = 1,
+        scheme_kv: TensorSpec | None = None,
+        pre_rope: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_len: int | None = None,
+    ) -> None:
+        self.config = config
+        self.batch = batch
+        self.scheme_kv = scheme_kv
+        self.pre_rope = pre_rope
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.max_len = max_len
+        self._keys: dict[int, Tensor] = {}  # layer -> [batch, num_kv_heads, capacity, head_dim]
+        self._values: dict[int, Tensor] = {}
+        self._lengths: dict[int, int] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens stored of each sequence."""
+        return max(self._lengths.values(), default=0)
+
+    def positions(self, seq: int) -> Tensor:
+        """Positions [batch * seq] (int64) of the next `seq` tokens of every sequence, as a model takes them."""
+        return torch.arange(self.length, self.length + seq, device=self.device).repeat(self.batch)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
+        """See KV.attend. Raises ValueError if the tokens do not split over the batch or exceed `max_len`."""
+        if q.shape[0] % self.batch:
+            raise ValueError(
+                f"{q.shape[0]} tokens came for a dense cache of {self.batch} sequences; it takes as many of each; "
+                f"pass a multiple of {self.batch} tokens, or make the cache with another batch."
+            )
+        q = rotation.apply(q)
+        k = self._round(k if self.pre_rope else rotation.apply(k))
+        keys, values = self._append(layer, self._by_sequence(k), self._by_sequence(self._round(v)))
+        if self.pre_rope:
+            keys = self._rotate_stored(keys, rotation)
+        out = attend_dense(self._by_sequence(q), keys.to(q.dtype), values.to(q.dtype), spec)
+        return out.transpose(1, 2).flatten(0, 1)  # [T, num_heads, head_dim]
+
+    def _by_sequence(self, x: Tensor) -> Tensor:
+        """[batch * seq, heads, head_dim] -> [batch, heads, seq, head_dim]."""
+        split: Tensor = x.unflatten(0, (self.batch, x.shape[0] // self.batch))
+        return split.transpose(1, 2)
+
+    def _round(self, x: Tensor) -> Tensor:
+        return x if self.scheme_kv is None else fake_quantize(x, self.scheme_kv).to(x.dtype)
+
+    def _rotate_stored(self, keys: Tensor, rotation: Rotation) -> Tensor:
+        positions = torch.arange(keys.shape[2], device=keys.device)
+        turned = rotation.rope(positions).apply(keys.transpose(1, 2))  # heads behind tokens, as apply takes them
+        return turned.transpose(1, 2)
+
+    def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [batch, num_kv_heads, seq, head_dim]; all keys and values of the layer so far."""
+        start = self._lengths.get(layer, 0)
+        end = start + k.shape[2]
+        self._lengths[layer] = end
+        if self.max_len is None:
+            if start:
+                k, v = torch.cat((self._keys[layer], k), 2), torch.cat((self._values[layer], v), 2)
+            self._keys[layer], self._values[layer] = k.to(self.dtype), v.to(self.dtype)
+            return self._keys[layer], self._values[layer]
+        if end > self.max_len:
+            raise ValueError(
+                f"the text reached {end} tokens, the cache holds max_len = {self.max_len}; "
+                "give the cache a larger max_len or the model a shorter text."
+            )
+        if layer not in self._keys:
+            shape = (self.batch, k.shape[1], self.max_len, k.shape[3])
+            self._keys[layer] = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self._values[layer] = torch.empty(shape, dtype=self.dtype, device=self.device)
+        keys, values = self._keys[layer], self._values[layer]
+        keys[:, :, start:end], values[:, :, start:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """Causal attention of the last `seq` of `length` tokens over all of them.
+
+    q [batch, num_heads, seq, head_dim]; k, v [batch, num_kv_heads, length, head_dim] -> like q.
+    """
+    seq, length = q.shape[2], k.shape[2]
+    if spec.window is not None:  # keys that no query sees any more
+        first = max(0, length - seq - spec.window + 1)
+        k, v, length = k[:, :, first:], v[:, :, first:], length - first
+    has_window = spec.window is not None and spec.window < length
+    is_causal = seq == length and seq > 1 and not has_window
+    mask = None if is_causal or seq == 1 else _visible(seq, length, spec.window, q.device)
+    if spec.soft_cap is not None:
+        return _attend_capped(q, k, v, spec.scale, spec.soft_cap, _visible(seq, length, spec.window, q.device))
+    return functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=spec.scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _visible(seq: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """[seq, length] bool: which keys each of the last `seq` tokens sees."""
+    distance = torch.arange(length - seq, length, device=device)[:, None] - torch.arange(length, device=device)
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def _attend_capped(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, visible: Tensor) -> Tensor:
+    """Attention with capped scores, which no fused torch function offers."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = (q @ k.mT).float() * scale
+    scores = cap * torch.tanh(scores / cap)
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(q.dtype) @ v

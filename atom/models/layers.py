@@ -1,0 +1,90 @@
+"""The parts of a decoder layer in full precision: norm, gated activation, MLP, and the layer itself.
+
+Tensors are packed: [T, channels], all tokens of all sequences one after another; who belongs to whom is the
+cache's business. Module names are those of Hugging Face checkpoints. Three modules produce what a linear takes
+(the two norms before attention and MLP, `self_attn.o_input`, `mlp.act`); in a quantized model these and the
+linears are replaced (atom/models/quantized.py) and every `forward` here stays as it is.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .attention import Attention
+from .config import ModelConfig
+from .kv import KV
+from .norm import RMSNorm
+from .rope import Rope, Rotation
+
+
+class GatedActivation(nn.Module):
+    """act(gate) * up: SwiGLU for "silu", GeGLU for "gelu_tanh" (arXiv:2002.05202)."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """gate, up [T, intermediate_size] -> the same."""
+        return activate(self.kind, gate) * up
+
+    def extra_repr(self) -> str:
+        return self.kind
+
+
+def activate(kind: str, gate: Tensor) -> Tensor:
+    """The gate's activation by its name in ModelConfig."""
+    if kind == "silu":
+        return functional.silu(gate)
+    assert kind == "gelu_tanh", kind
+    return functional.gelu(gate, approximate="tanh")
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.act = GatedActivation(config.activation)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, what the norm before produces for T tokens -> [T, hidden_size]."""
+        y: Tensor = self.down_proj(self.act(self.gate_proj(x), self.up_proj(x)))
+        return y
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each on the normalised residual stream and added back to it (Llama's order)."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.rope = Rope(config.ropes[index], config.head_dim)
+        self.input_layernorm = norm(config)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden: Tensor, rotation: Rotation, kv: KV) -> Tensor:
+        """hidden [T, hidden_size] -> the same; `rotation` is `self.rope(positions)`, shared by like layers."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, kv)
+        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden
+
+
+def norm(config: ModelConfig) -> RMSNorm:
+    """An RMSNorm over the hidden size."""
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
+
+
+@torch.no_grad()
+def initialise_(module: nn.Module, seed: int, std: float = 0.02) -> None:
+    """Fill a module's weights with seeded noise (norms near one); for tests and for models of a given shape."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * std
+        is_norm = "norm" in name.rsplit(".", 2)[-2] and parameter.dim() == 1
+        parameter.copy_(noise + 1 if is_norm else noise)

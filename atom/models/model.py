@@ -1,0 +1,107 @@
+"""A whole model: embedding, decoder layers, final norm and head, over packed tokens.
+
+`forward` returns hidden states and `logits` turns the ones that are wanted into scores, so that a prefill of
+thousands of tokens need not multiply all of them with the vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..quant.schemes import Scheme
+from .config import ModelConfig
+from .family import Family, family_of
+from .kv import KV
+from .layers import DecoderLayer, norm
+from .rope import RopeConfig, Rotation
+
+
+class Decoder(nn.Module):
+    """What Hugging Face checkpoints keep under `model.`."""
+
+    def __init__(self, config: ModelConfig, layers: Iterable[DecoderLayer]) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm(config)
+        self.embedding_scale = config.embedding_scale
+
+    def decoder_layers(self) -> Iterator[DecoderLayer]:
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids [T] -> [T, hidden_size], scaled where the family scales."""
+        hidden: Tensor = self.embed_tokens(token_ids)
+        if self.embedding_scale is None:
+            return hidden
+        return hidden * torch.tensor(self.embedding_scale, dtype=hidden.dtype, device=hidden.device)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, kv: KV) -> Tensor:
+        hidden = self.embed(token_ids)
+        rotations: dict[RopeConfig, Rotation] = {}
+        for layer in self.decoder_layers():
+            config = layer.rope.config
+            if config not in rotations:
+                rotations[config] = layer.rope(positions)
+            hidden = layer(hidden, rotations[config], kv)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+
+class Model(nn.Module):
+    """A causal language model. `scheme` is None in full precision."""
+
+    def __init__(
+        self, config: ModelConfig, family: Family, layers: Iterable[DecoderLayer], scheme: Scheme | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.family = family
+        self.scheme = scheme
+        self.model = Decoder(config, layers)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, kv: KV) -> Tensor:
+        """Hidden states after the final norm.
+
+        token_ids  [T] int64, the tokens of all sequences one after another
+        positions  [T] int64, of each token within its sequence
+        kv         holds each sequence's past; these tokens are appended to it
+        returns    [T, hidden_size]
+        """
+        hidden: Tensor = self.model(token_ids, positions, kv)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [T, hidden_size] from `forward` -> scores of the next token [T, vocab_size]."""
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        scores = functional.linear(hidden, head.weight)
+        cap = self.config.logit_soft_cap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding, the residual stream and the logits."""
+        return self.model.embed_tokens.weight.dtype
+
+
+def build_layer(config: ModelConfig, index: int) -> DecoderLayer:
+    """Decoder layer `index` in full precision, its weights not yet loaded.
+
+    Under `torch.device("meta")` or accelerate's `init_empty_weights` it takes no memory.
+    """
+    return family_of(config.raw).layer(config, index)
+
+
+def build_model(config: ModelConfig) -> Model:
+    """The whole model in full precision, its weights not yet loaded; see build_layer for the meta device."""
+    layers = [build_layer(config, index) for index in range(config.num_layers)]
+    return Model(config, family_of(config.raw), layers)

@@ -1,0 +1,33 @@
+"""Root-mean-square norm (arXiv:1910.07467), computed in float32 whatever the model's dtype."""
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * (weight + offset); offset 0 for most families, 1 for Gemma.
+
+    Rounding to a narrower dtype follows the families' own code: before the weight where offset is 0, after it
+    where it is 1.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
+        self.eps = eps
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> the same shape and dtype."""
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        if self.offset:
+            return (x32 * self.gain()).to(x.dtype)
+        return self.weight * x32.to(x.dtype)
+
+    def gain(self) -> Tensor:
+        """What the normalised input is multiplied by: [size], float32."""
+        return self.weight.float() + self.offset
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}, offset={self.offset}"
