@@ -1,0 +1,72 @@
+"""The named schemes, and the names that users type: `w4a4`, `w4a8+kv8`, `bf16+kv4`."""
+
+from dataclasses import replace
+
+from .granularity import Channel, Group, Head, Token
+from .schemes import OutlierSpec, Scheme, TensorSpec
+
+KV4 = TensorSpec("int4", Head(), symmetric=False, dynamic=True)
+KV8 = TensorSpec("int8", Head(), symmetric=False, dynamic=True)
+KVFP8 = TensorSpec("fp8_e4m3", Head(), dynamic=True)
+KV_SUFFIXES: dict[str, TensorSpec | None] = {"kv4": KV4, "kv8": KV8, "kvfp8": KVFP8, "kv16": None}
+
+
+def _group_int(bits: int, clip_weight: float, clip_activation: float) -> tuple[TensorSpec, TensorSpec]:
+    """Atom's weights (GPTQ's grid) and activations: groups of 128, bf16 scales."""
+    weight = TensorSpec(f"int{bits}", Group(128), clip=clip_weight, scale_rule="range")
+    return weight, TensorSpec(f"int{bits}", Group(128), dynamic=True, clip=clip_activation)
+
+
+def _small_groups(fmt: str, size: int, scale_format: str, outer: bool) -> tuple[TensorSpec, TensorSpec]:
+    """Groups of 16 or 32 with 8-bit scales, the same for weights and activations."""
+    weight = TensorSpec(fmt, Group(size), scale_format=scale_format, outer="tensor" if outer else None)
+    return weight, replace(weight, dynamic=True, outer="token" if outer else None)
+
+
+_W4, _A4 = _group_int(4, 0.85, 0.9)
+_W3, _A3 = _group_int(3, 0.85, 0.9)
+_A8 = TensorSpec("int8", Token(), dynamic=True, scale_format="fp32")
+_W8 = TensorSpec("int8", Channel(), scale_format="fp32")
+_FP8_W = TensorSpec("fp8_e4m3", Channel(), scale_format="fp32")
+_FP8_A = TensorSpec("fp8_e4m3", Token(), dynamic=True, scale_format="fp32")
+_NVFP4 = _small_groups("e2m1", 16, "e4m3", outer=True)
+_MXFP4 = _small_groups("e2m1", 32, "e8m0", outer=False)
+_NVINT4 = _small_groups("int4", 16, "e4m3", outer=True)
+
+PRESETS: dict[str, Scheme] = {
+    s.name: s
+    for s in (
+        Scheme("w4a4", _W4, _A4, KV4, OutlierSpec(128), reorder=True),
+        Scheme("w4a8", _W4, _A8, KV4),
+        Scheme("w4a16", _W4),
+        Scheme("w8a8", _W8, _A8, KV8),
+        Scheme("fp8", _FP8_W, _FP8_A, KVFP8),
+        Scheme("nvfp4", *_NVFP4, KVFP8),
+        Scheme("mxfp4", *_MXFP4, KVFP8),
+        Scheme("nvint4", *_NVINT4, KV4),
+        Scheme("w3a3", _W3, _A3, KV4, OutlierSpec(128), reorder=True),
+        Scheme("bf16"),
+    )
+}
+
+
+def get_scheme(text: str) -> Scheme:
+    """The scheme called `text`: a preset, optionally with a KV format, as in `w4a4+kv8`.
+
+    The scheme keeps the preset's bare name: the KV format stands in its `kv`.
+    """
+    name, *suffixes = text.split("+")
+    if name not in PRESETS:
+        raise ValueError(
+            f"unknown scheme {name!r}; use one of {', '.join(PRESETS)}, "
+            f"optionally followed by one of +{', +'.join(KV_SUFFIXES)}"
+        )
+    if len(suffixes) > 1 or (suffixes and suffixes[0] not in KV_SUFFIXES):
+        raise ValueError(f"unknown KV format in {text!r}; use one +suffix of {', '.join(KV_SUFFIXES)}")
+    scheme = PRESETS[name]
+    return scheme.with_kv(KV_SUFFIXES[suffixes[0]]) if suffixes else scheme
+
+
+def kv_name(scheme: Scheme) -> str:
+    """The cache format as records spell it: int4, int8, fp8 or bf16."""
+    return "bf16" if scheme.kv is None else scheme.kv.format.removesuffix("_e4m3")

@@ -1,0 +1,216 @@
+"""Rounding: from values to codes and scales, and back. Every quantized number in Atom comes from here.
+
+All functions work along the last axis, in float32, for any leading shape. Codes are chosen *after* the scale was
+rounded to its storage format, so what is dequantized is exactly what is stored. Ties round to even. Values are
+multiplied by the scale's float32 reciprocal, and maxima by a float32 constant, never divided: a kernel that does the
+same gets the same bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .formats import Format, get_format
+from .granularity import Group
+from .granularity import Tensor as PerTensor
+from .scales import LARGEST, floor_log2, round_scale
+from .schemes import TensorSpec
+
+MSE_RATIOS = tuple(1.0 - 0.025 * i for i in range(21))  # clips that clip="mse" tries: 1.0 down to 0.5
+_E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Scales of a tensor, all float32 and on the grid of their storage formats.
+
+    scale        granularity.scale_shape(x.shape), never zero
+    zero_point   same shape, whole numbers; None if symmetric
+    outer        [1, ..., 1] (tensor) or [..., 1] (channel, token); None if the spec has none
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+    outer: Tensor | None = None
+
+    @property
+    def effective(self) -> Tensor:
+        """What a code is multiplied with: scale times outer."""
+        return self.scale if self.outer is None else self.scale * self.outer
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes [..., K] in the format's dtype, and their scales."""
+
+    codes: Tensor
+    scale: Scale
+
+
+def quantize(x: Tensor, spec: TensorSpec, name: str = "tensor") -> Quantized:
+    """Codes and scales of x [..., K] in any float dtype. Raises ValueError naming the tensor on NaN or infinity."""
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name} holds NaN or infinity; quantization needs finite values. Check the source of {name}")
+    scale = choose_scale(x, spec)
+    return Quantized(encode(x, scale, spec), scale)
+
+
+def dequantize(q: Quantized, spec: TensorSpec) -> Tensor:
+    """The float32 values [..., K] that the codes stand for."""
+    return decode(q.codes, q.scale, spec)
+
+
+def fake_quantize(x: Tensor, spec: TensorSpec) -> Tensor:
+    """x rounded to what `spec` can hold, as float32 [..., K]. NaN and infinity are not looked for."""
+    blocks = _blocks(x.float(), spec)
+    return _round_blocks(blocks, choose_scale(x, spec), spec).flatten(-2)[..., : x.shape[-1]]
+
+
+def choose_scale(x: Tensor, spec: TensorSpec, outer: Tensor | None = None) -> Scale:
+    """The scales of x [..., K] by the spec's rule and clip, under `outer` [..., 1] if it was chosen before."""
+    blocks = _blocks(x.float(), spec)  # [..., groups, columns of a group]
+    if spec.clip != "mse":
+        return _choose(blocks, spec, float(spec.clip), outer)
+    best = _choose(blocks, spec, 1.0, outer)
+    best_error = _block_error(blocks, best, spec)
+    for ratio in MSE_RATIOS[1:]:
+        trial = _choose(blocks, spec, ratio, best.outer)
+        error = _block_error(blocks, trial, spec)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        zero = None
+        if best.zero_point is not None and trial.zero_point is not None:
+            zero = torch.where(better, trial.zero_point, best.zero_point)
+        best = Scale(torch.where(better, trial.scale, best.scale), zero, best.outer)
+    return best
+
+
+def encode(x: Tensor, scale: Scale, spec: TensorSpec) -> Tensor:
+    """Codes [..., K] of x [..., K] under given scales: int8, uint8 for E2M1, or an 8-bit float dtype."""
+    fmt = get_format(spec.format)
+    columns = x.shape[-1]
+    scaled = x.float() * expand_scale(scale.effective, columns, spec).reciprocal()
+    if not fmt.is_integer:
+        return encode_float(scaled, fmt)
+    qmin, qmax = fmt.code_range(spec.symmetric)
+    codes = scaled.round()
+    if scale.zero_point is not None:
+        codes = codes + expand_scale(scale.zero_point, columns, spec)
+    return codes.clamp(qmin, qmax).to(fmt.dtype if spec.symmetric else torch.uint8)
+
+
+def decode(codes: Tensor, scale: Scale, spec: TensorSpec) -> Tensor:
+    """float32 values [..., K] of codes [..., K]."""
+    columns = codes.shape[-1]
+    values = code_values(codes, get_format(spec.format))
+    if scale.zero_point is not None:
+        values = values - expand_scale(scale.zero_point, columns, spec)
+    return values * expand_scale(scale.effective, columns, spec)
+
+
+def expand_scale(scale: Tensor, columns: int, spec: TensorSpec) -> Tensor:
+    """A scale of the spec's granularity repeated, where it is per group, to one per column; broadcastable to x."""
+    if isinstance(spec.granularity, Group) and scale.shape[-1] > 1:
+        return scale.repeat_interleave(spec.granularity.size, -1)[..., :columns]
+    return scale
+
+
+def code_values(codes: Tensor, fmt: Format) -> Tensor:
+    """The float32 numbers that codes stand for before any scale."""
+    if fmt.name == "e2m1":
+        magnitude = torch.tensor(_E2M1_VALUES, device=codes.device)
+        return torch.cat((magnitude, -magnitude))[codes.long()]
+    return codes.float()
+
+
+def encode_float(x: Tensor, fmt: Format) -> Tensor:
+    """Codes of already scaled values in a float format: saturating, ties to even."""
+    if fmt.name != "e2m1":
+        return x.clamp(-fmt.max, fmt.max).to(fmt.dtype)
+    magnitude = _round_float(x, fmt).abs()
+    code = torch.where(magnitude < 2, magnitude * 2, torch.where(magnitude < 4, magnitude + 2, magnitude / 2 + 4))
+    return code.to(torch.uint8) | (torch.signbit(x).to(torch.uint8) << 3)
+
+
+def _round_float(x: Tensor, fmt: Format) -> Tensor:
+    """The nearest values of a float format, as float32: saturating, ties to even."""
+    x = x.clamp(-fmt.max, fmt.max)
+    if fmt.name != "e2m1":
+        return x.to(fmt.dtype).float()
+    magnitude = x.abs()
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return (x / step).round() * step
+
+
+def _choose(blocks: Tensor, spec: TensorSpec, clip: float, outer: Tensor | None = None) -> Scale:
+    """Scales of blocks [..., groups, columns] at a given clip; `outer` is kept if given."""
+    fmt = get_format(spec.format)
+    if not spec.symmetric:
+        return _choose_asymmetric(blocks, spec, fmt, clip)
+    largest = _reduce(blocks.abs(), spec)
+    if spec.scale_format == "e8m0":  # OCP MX: the exponent of the maximum less that of the format's largest value
+        log2 = floor_log2(largest * clip) - floor_log2(torch.tensor(fmt.max, device=blocks.device))
+        return Scale(torch.where(largest > 0, torch.exp2(log2.clamp(-127, 127)), 1.0))
+    levels = (2**fmt.bits - 1) / 2 if spec.scale_rule == "range" else fmt.max
+    raw = largest * (clip / levels)
+    if spec.outer is None:
+        return Scale(round_scale(torch.where(raw > 0, raw, 1.0), spec.scale_format))
+    if outer is None:
+        over = raw.amax(-1, keepdim=True) if spec.outer != "tensor" else raw.amax().reshape((1,) * raw.ndim)
+        over = over * (1.0 / LARGEST[spec.scale_format]) if spec.scale_format in LARGEST else torch.ones_like(over)
+        outer = torch.where(over > 0, over.clamp_min(2.0**-126), 1.0)
+    return Scale(round_scale(raw * outer.reciprocal(), spec.scale_format), None, outer)
+
+
+def _choose_asymmetric(blocks: Tensor, spec: TensorSpec, fmt: Format, clip: float) -> Scale:
+    """Unsigned codes over a range that always holds zero, so that zero itself is exact."""
+    _, qmax = fmt.code_range(symmetric=False)
+    low = _reduce(blocks, spec, lowest=True).clamp_max(0.0)
+    high = _reduce(blocks, spec).clamp_min(0.0)
+    raw = (high - low) * (clip / qmax)
+    scale = round_scale(torch.where(raw > 0, raw, 1.0), spec.scale_format)
+    zero = (low * (-clip) * scale.reciprocal()).round().clamp(0, qmax)
+    return Scale(scale, zero)
+
+
+def _reduce(blocks: Tensor, spec: TensorSpec, lowest: bool = False) -> Tensor:
+    """Maximum (or minimum) per scale: [..., groups], or [1, ..., 1] per tensor."""
+    if isinstance(spec.granularity, PerTensor):
+        return (blocks.amin() if lowest else blocks.amax()).reshape((1,) * (blocks.ndim - 1))
+    return blocks.amin(-1) if lowest else blocks.amax(-1)
+
+
+def _blocks(x: Tensor, spec: TensorSpec) -> Tensor:
+    """View x [..., K] as [..., groups, columns]; a short last group is filled with zeros, which no rule notices."""
+    size = spec.group_size
+    if size is None:
+        return x.unsqueeze(-2)
+    short = -x.shape[-1] % size
+    if short:
+        x = torch.nn.functional.pad(x, (0, short))
+    blocks: Tensor = x.unflatten(-1, (-1, size))
+    return blocks
+
+
+def _round_blocks(blocks: Tensor, scale: Scale, spec: TensorSpec) -> Tensor:
+    """Blocks [..., groups, columns] rounded under scales [..., groups]."""
+    fmt = get_format(spec.format)
+    effective = scale.effective.unsqueeze(-1)
+    scaled = blocks * effective.reciprocal()
+    if not fmt.is_integer:
+        return _round_float(scaled, fmt).mul_(effective)
+    qmin, qmax = fmt.code_range(spec.symmetric)
+    codes = scaled.round_()
+    if scale.zero_point is None:
+        return codes.clamp_(qmin, qmax).mul_(effective)
+    zero = scale.zero_point.unsqueeze(-1)
+    return codes.add_(zero).clamp_(qmin, qmax).sub_(zero).mul_(effective)
+
+
+def _block_error(blocks: Tensor, scale: Scale, spec: TensorSpec) -> Tensor:
+    """Squared rounding error per scale, shaped like the scale."""
+    error = (_round_blocks(blocks, scale, spec) - blocks).square()
+    if isinstance(spec.granularity, PerTensor):
+        return error.sum().reshape((1,) * (blocks.ndim - 1))
+    return error.sum(-1)

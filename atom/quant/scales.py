@@ -1,0 +1,55 @@
+"""Scale formats: what a scale may be once it is stored, and how it lies in a checkpoint.
+
+A scale is handled as float32 everywhere; `round_scale` moves it onto the grid of its storage format, so that the
+codes chosen with it are those that the stored scale reads back.
+"""
+
+import torch
+from torch import Tensor
+
+STORAGE_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "e4m3": torch.float8_e4m3fn,
+    "e8m0": torch.uint8,  # biased exponent: 2^(byte - 127)
+    "uint4": torch.uint8,
+}
+LARGEST = {"e4m3": 448.0, "uint4": 15.0}  # what an outer scale maps the largest inner scale to
+_SMALLEST = {"fp32": 2.0**-126, "bf16": 2.0**-126, "fp16": 2.0**-24, "e4m3": 2.0**-9, "uint4": 1.0}
+
+
+def round_scale(scale: Tensor, scale_format: str) -> Tensor:
+    """The nearest positive scale of `scale_format`, as float32; never zero, ties to even.
+
+    E8M0 rounds down to a power of two.
+    """
+    if scale_format == "e8m0":
+        return torch.exp2(floor_log2(scale).clamp(-127, 127))
+    scale = scale.clamp_min(_SMALLEST[scale_format])
+    if scale_format == "fp32":
+        return scale
+    if scale_format == "uint4":
+        return scale.round().clamp_max(15.0)
+    dtype = STORAGE_DTYPES[scale_format]
+    return scale.clamp_max(torch.finfo(dtype).max).to(dtype).float()
+
+
+def floor_log2(x: Tensor) -> Tensor:
+    """Exact floor(log2(x)) for positive x, as float32; zero gives the smallest exponent, -127."""
+    _, exponent = torch.frexp(x)  # x = mantissa * 2^exponent with mantissa in [0.5, 1)
+    return torch.where(x > 0, exponent.float() - 1, -127.0)
+
+
+def store_scale(scale: Tensor, scale_format: str) -> Tensor:
+    """The stored form of a scale that `round_scale` made, in the dtype of `STORAGE_DTYPES`."""
+    if scale_format == "e8m0":
+        return (floor_log2(scale) + 127).to(torch.uint8)
+    return scale.to(STORAGE_DTYPES[scale_format])
+
+
+def load_scale(stored: Tensor, scale_format: str) -> Tensor:
+    """The float32 scale that `store_scale` stored."""
+    if scale_format == "e8m0":
+        return torch.exp2(stored.float() - 127)
+    return stored.float()
