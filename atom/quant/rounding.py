@@ -7,6 +7,8 @@ same gets the same bits.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from math import frexp
 
 import torch
 from torch import Tensor
@@ -119,9 +121,15 @@ def expand_scale(scale: Tensor, columns: int, spec: TensorSpec) -> Tensor:
 def code_values(codes: Tensor, fmt: Format) -> Tensor:
     """The float32 numbers that codes stand for before any scale."""
     if fmt.name == "e2m1":
-        magnitude = torch.tensor(_E2M1_VALUES, device=codes.device)
-        return torch.cat((magnitude, -magnitude))[codes.long()]
+        return _e2m1_values(codes.device)[codes.long()]
     return codes.float()
+
+
+@lru_cache
+def _e2m1_values(device: torch.device) -> Tensor:
+    """Values by code; kept on the device, since a CUDA graph cannot copy them there while it is recorded."""
+    magnitude = torch.tensor(_E2M1_VALUES, device=device)
+    return torch.cat((magnitude, -magnitude))
 
 
 def encode_float(x: Tensor, fmt: Format) -> Tensor:
@@ -150,7 +158,7 @@ def _choose(blocks: Tensor, spec: TensorSpec, clip: float, outer: Tensor | None 
         return _choose_asymmetric(blocks, spec, fmt, clip)
     largest = _reduce(blocks.abs(), spec)
     if spec.scale_format == "e8m0":  # OCP MX: the exponent of the maximum less that of the format's largest value
-        log2 = floor_log2(largest * clip) - floor_log2(torch.tensor(fmt.max, device=blocks.device))
+        log2 = floor_log2(largest * clip) - (frexp(fmt.max)[1] - 1)
         return Scale(torch.where(largest > 0, torch.exp2(log2.clamp(-127, 127)), 1.0))
     levels = (2**fmt.bits - 1) / 2 if spec.scale_rule == "range" else fmt.max
     raw = largest * (clip / levels)

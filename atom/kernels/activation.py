@@ -1,0 +1,54 @@
+"""Activations on their way into a quantized linear.
+
+A producer (norm, gated activation, permutation) hands on one of two things that a quantized linear takes: on the
+reference path a plain float32 tensor [T, K], already permuted and rounded; on the kernel path a QuantizedActivation
+with the codes and scales themselves.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..quant.mixed import fake_quantize_activation
+from ..quant.schemes import LinearScheme
+from .registry import Op
+
+
+@dataclass(frozen=True)
+class QuantizedActivation:
+    """Codes and scales of T tokens, in the order a low-bit GEMM reads them.
+
+    packed          normal columns [T, ...], packed as the implementation wants them
+    scale           their scales [T, groups] or [T, 1]
+    outlier         outlier columns [T, outliers], or None
+    outlier_scale   their scales [T, 1], or None
+    """
+
+    packed: Tensor
+    scale: Tensor
+    outlier: Tensor | None = None
+    outlier_scale: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.packed.shape[0]
+
+
+Activation = Tensor | QuantizedActivation
+
+
+def permute_quantize_reference(linear: LinearScheme, perm: Tensor | None) -> Callable[[Tensor], Activation]:
+    """x [T, K] -> round(x[:, perm]), as float32."""
+
+    def run(x: Tensor) -> Activation:
+        return fake_quantize_activation(x if perm is None else x[..., perm], linear)
+
+    return run
+
+
+PERMUTE_QUANTIZE = Op(
+    name="permute_quantize",
+    formula="quantize(x[:, perm])",
+    reference=permute_quantize_reference,
+)

@@ -1,0 +1,34 @@
+"""The low-bit GEMM: y[M, N] = x[M, K] @ w[N, K].T over mixed columns.
+
+Reference: the weight is dequantized once, the activation arrives rounded; one float32 product does the rest. What it
+computes is what a kernel must: exact products of codes, scaled per group, summed.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from ..quant.mixed import MixedWeight, dequantize_weight
+from ..quant.schemes import LinearScheme
+from .activation import Activation
+from .registry import Op
+
+
+def linear_reference(linear: LinearScheme, weight: MixedWeight, bias: Tensor | None) -> Callable[[Activation], Tensor]:
+    """Builder of x [M, K] float32, permuted and rounded -> y [M, N] float32."""
+    dense = dequantize_weight(weight, linear)
+    offset = None if bias is None else bias.float()
+
+    def run(x: Activation) -> Tensor:
+        assert isinstance(x, Tensor), "the reference linear takes what reference producers hand on"
+        return dense_linear(x, dense, offset)
+
+    return run
+
+
+LINEAR = Op(
+    name="linear",
+    formula="x @ w.T + bias, normal columns in the scheme's formats, outlier columns in theirs",
+    reference=linear_reference,
+)

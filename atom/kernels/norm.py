@@ -1,0 +1,36 @@
+"""RMSNorm, permutation and quantization in one op: the producer of every attention and MLP input."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..quant.mixed import fake_quantize_activation
+from ..quant.schemes import LinearScheme
+from .activation import Activation
+from .registry import Op
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32; the caller adds 1 to Gemma's weights."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def rms_norm_quantize_reference(
+    linear: LinearScheme, perm: Tensor | None, weight: Tensor, eps: float
+) -> Callable[[Tensor], Activation]:
+    """x [T, K] -> round(rms_norm(x)[:, perm]), as float32."""
+
+    def run(x: Tensor) -> Activation:
+        normed = rms_norm(x, weight, eps)
+        return fake_quantize_activation(normed if perm is None else normed[..., perm], linear)
+
+    return run
+
+
+RMS_NORM_QUANTIZE = Op(
+    name="rms_norm_quantize",
+    formula="quantize(rms_norm(x, weight)[:, perm])",
+    reference=rms_norm_quantize_reference,
+)

@@ -1,0 +1,109 @@
+"""The op registry: which implementation runs a problem, decided once, visibly, without silent fallbacks.
+
+An op is its mathematics, a torch reference, and a tuple of implementations. Each implementation says in words why it
+refuses a problem. On a CPU the reference *is* the implementation; on a GPU the reference runs only when asked for.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
+
+from ..errors import UnsupportedError
+from ..quant.schemes import LinearScheme, TensorSpec
+
+Kernels = Literal["auto", "reference"]
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an implementation is asked to run.
+
+    arch     "cpu", or "sm_90" for compute capability 9.0
+    linear   the scheme of the linears fed or run, for GEMMs and producers
+    N, K     out and in features (0 where they do not matter)
+    kv       the cache format and head_dim, for attention
+    """
+
+    arch: str
+    linear: LinearScheme = field(default_factory=LinearScheme)
+    N: int = 0
+    K: int = 0
+    kv: TensorSpec | None = None
+    head_dim: int = 0
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op.
+
+    name      what `atom check` prints, gemm_sm90 say
+    target    "module:function" of its builder, imported on first use
+    refuses   the reason why it cannot run a problem, or None if it can
+    """
+
+    name: str
+    target: str
+    refuses: Callable[[Problem], str | None]
+
+    def load(self) -> Callable[..., Any]:
+        module, _, function = self.target.partition(":")
+        builder: Callable[..., Any] = getattr(import_module(module), function)
+        return builder
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome for one problem: the implementation's name and builder, and why the others refused."""
+
+    op: str
+    name: str
+    build: Callable[..., Any]
+    refusals: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Op:
+    """One fused computation.
+
+    formula      its mathematics, for people
+    reference    builder of the torch reference; implementations share its signature
+    """
+
+    name: str
+    formula: str
+    reference: Callable[..., Any]
+    implementations: tuple[Implementation, ...] = ()
+
+    def choose(self, problem: Problem, kernels: Kernels = "auto") -> Choice:
+        """The implementation that runs `problem`; UnsupportedError says who refused and why."""
+        if problem.arch == "cpu" or kernels == REFERENCE:
+            return Choice(self.name, REFERENCE, self.reference)
+        refusals: list[tuple[str, str]] = []
+        for implementation in self.implementations:
+            reason = implementation.refuses(problem)
+            if reason is None:
+                return Choice(self.name, implementation.name, implementation.load(), tuple(refusals))
+            refusals.append((implementation.name, reason))
+        why = "; ".join(f"{name}: {reason}" for name, reason in refusals) or "no kernel is registered for it"
+        raise UnsupportedError(
+            f"op {self.name} has no implementation for this problem on {problem.arch} ({why}). "
+            "Pass --kernels reference to run its torch reference, or choose another scheme"
+        )
+
+
+def device_arch(device: Any) -> str:
+    """ "cpu", or the compute capability of a CUDA device as "sm_90"."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        raise UnsupportedError(f"device {device} is neither cpu nor cuda; use one of these")
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+GPU_ARCHS = {"h200": "sm_90", "h100": "sm_90", "b200": "sm_100", "rtx5090": "sm_120", "a100": "sm_80", "cpu": "cpu"}
