@@ -76,8 +76,9 @@ class CheckpointWriter:
     first run left, and refuses to mix two runs.
     """
 
-    def __init__(self, out: Path, run: Mapping[str, Any], resume: bool = False) -> None:
+    def __init__(self, out: Path, run: Mapping[str, Any], num_shards: int, resume: bool = False) -> None:
         self.out = out
+        self.num_shards = num_shards
         self.partial = out.with_name(out.name + ".partial")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise CheckpointError(f"{out} exists and is not empty; choose another --output or remove it")
@@ -93,18 +94,18 @@ class CheckpointWriter:
                 self.partial.mkdir(parents=True)
                 self._write_text(RUN_FILE, json.dumps(run, indent=1))
 
-    def has_shard(self, name: str) -> bool:
-        """Whether the shard called `name` was written whole."""
-        return self.shard_path(name).exists()
+    def has_shard(self, number: int) -> bool:
+        """Whether shard `number` (from 1) was written whole."""
+        return self.shard_path(number).exists()
 
-    def shard_path(self, name: str) -> Path:
-        return self.partial / f"{name}.safetensors"
+    def shard_path(self, number: int) -> Path:
+        return self.partial / f"model-{number:05d}-of-{self.num_shards:05d}.safetensors"
 
-    def write_shard(self, name: str, tensors: Mapping[str, Tensor]) -> int:
-        """Write one shard atomically; returns its bytes. Tensors are moved to the CPU."""
+    def write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> int:
+        """Write shard `number` atomically; returns its bytes. Tensors are moved to the CPU."""
         from safetensors.torch import save_file
 
-        path = self.shard_path(name)
+        path = self.shard_path(number)
         temporary = path.with_suffix(".tmp")
         with disk_errors(temporary):
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, {"format": "pt"})
@@ -123,35 +124,31 @@ class CheckpointWriter:
         path = self.partial / f"{name}.json"
         return read_json(path) if path.exists() else None
 
-    def finish(
-        self, shards: list[str], config: Mapping[str, Any], report: Mapping[str, Any], extra_files: list[Path]
-    ) -> Path:
-        """Number the shards, write index, config and report, copy `extra_files`, and rename into place."""
+    def finish(self, config: Mapping[str, Any], report: Mapping[str, Any], extra_files: list[Path]) -> Path:
+        """Write index, config and report, copy `extra_files`, and rename the whole into place."""
         from safetensors import safe_open
 
         weight_map: dict[str, str] = {}
         total = 0
+        shards = [self.shard_path(number) for number in range(1, self.num_shards + 1)]
         with disk_errors(self.partial):
-            for number, shard in enumerate(shards, 1):
-                final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                with safe_open(self.shard_path(shard), "pt") as file:
-                    weight_map.update(dict.fromkeys(file.keys(), final))
-                total += self.shard_path(shard).stat().st_size
+            for shard in shards:
+                with safe_open(shard, "pt") as file:
+                    weight_map.update(dict.fromkeys(file.keys(), shard.name))
+                total += shard.stat().st_size
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             self._write_text(INDEX_FILE, json.dumps(index, indent=1))
             self._write_text("config.json", json.dumps(config, indent=2))
             self._write_text(REPORT_FILE, json.dumps(report, indent=1))
-            for file in extra_files:
-                shutil.copyfile(file, self.partial / file.name)
-            for number, shard in enumerate(shards, 1):
-                self.shard_path(shard).rename(self.partial / f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-            kept = {"config.json", REPORT_FILE, INDEX_FILE, *(f.name for f in extra_files)}
-            for path in self.partial.iterdir():
-                if path.name not in kept and not path.name.startswith("model-"):
-                    path.unlink()
+            for source in extra_files:
+                shutil.copyfile(source, self.partial / source.name)
             if self.out.exists():
                 self.out.rmdir()  # empty: checked at the start
             self.partial.rename(self.out)
+            kept = {"config.json", REPORT_FILE, INDEX_FILE, *(f.name for f in extra_files), *(s.name for s in shards)}
+            for path in self.out.iterdir():
+                if path.name not in kept:
+                    path.unlink()
         return self.out
 
     def _write_text(self, name: str, text: str) -> None:
