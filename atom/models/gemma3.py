@@ -30,8 +30,8 @@ class Gemma3DecoderLayer(DecoderLayer):
         """See DecoderLayer.forward."""
         attended = self.self_attn(self.input_layernorm(hidden), rotation, kv)
         hidden = hidden + self.post_attention_layernorm(attended)
-        hidden = hidden + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
-        return hidden
+        updated: Tensor = hidden + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
+        return updated
 
 
 def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:

@@ -71,8 +71,8 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Tensor, rotation: Rotation, kv: KV) -> Tensor:
         """hidden [T, hidden_size] -> the same; `rotation` is `self.rope(positions)`, shared by like layers."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, kv)
-        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return hidden
+        updated: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return updated
 
 
 def norm(config: ModelConfig) -> RMSNorm:
