@@ -198,7 +198,7 @@ def read_record(name: str, machine: str = "cpu", results: Path = RESULTS) -> Rec
     if not path.is_file():
         raise FileNotFoundError(f"no record {path}; run the command that measures {name} on {machine} first")
     data = json.loads(path.read_text(encoding="utf-8"))
-    missing = {f for f in Record.__dataclass_fields__} ^ set(data)
+    missing = set(Record.__dataclass_fields__) ^ set(data)
     if missing or data["name"] != name:
         raise ValueError(
             f"{path}: expected the fields of record {name}, these differ: {', '.join(sorted(missing)) or 'name'}"
@@ -217,7 +217,7 @@ def _to_json(record: Record) -> str:
 
 
 def command_line() -> str:
-    """This process's command as a user would type it; of absolute paths only the last part, the rest is the machine's."""
+    """This process's command as a user would type it; of absolute paths only the last part stays."""
     program, *arguments = sys.argv
     path = Path(program)
     name = path.name

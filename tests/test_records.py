@@ -9,8 +9,11 @@ from atom.records import CHECKOUT, RESULTS, SCHEMAS, check_rows, command_line, c
 
 LADDER = {"model": "m", "text": "t", "step": "fp", "outliers": 0, "ppl": 9.5, "windows": 8, "path": "reference"}
 PRESET = {
-    **{"model": "m", "text": "t", "scheme": "w4a4", "kv": "int4", "ppl": 9.5, "ppl_fp": 9.0, "windows": 8},
-    **{"path": "reference", "bits_weight": 4.25, "bits_activation": 4.25, "bits_kv": 4.5},
+    **{key: value for key, value in LADDER.items() if key not in ("step", "outliers")},
+    **dict.fromkeys(("bits_weight", "bits_activation", "bits_kv"), 4.25),
+    "scheme": "w4a4",
+    "kv": "int4",
+    "ppl_fp": 9.0,
 }
 
 

@@ -1,0 +1,135 @@
+"""Two evaluations side by side: `atom report eval A.json B.json`, A the baseline (full precision), B what it became.
+
+Recovery is 100 % where B is as good as A: B/A for a score, A/B for a perplexity. Where both ran the same documents or
+windows the interval is that of the paired difference, which is far narrower than what the two standard errors suggest.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .perplexity import Perplexity
+from .results import EvalResult, Metric, TaskResult
+from .table import format_table
+
+Z95 = 1.959964  # normal quantile of a two-sided 95 % interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measure. `low` and `high` bound the recovery (95 %), None where the spread is unknown."""
+
+    measure: str
+    a: float
+    b: float
+    recovery: float
+    low: float | None
+    high: float | None
+    is_paired: bool
+
+
+def compare(a: EvalResult, b: EvalResult) -> list[Comparison]:
+    """Every text and every task's primary metric that both evaluations hold, texts first.
+
+    Raises ValueError if nothing is common, or if a common text or task was measured in different ways.
+    """
+    rows = [_compare_text(p, q) for p in a.perplexity for q in b.perplexity if p.text == q.text]
+    rows += [_compare_task(t, u) for t in a.tasks for u in b.tasks if t.task == u.task]
+    if not rows:
+        raise ValueError(
+            f"the evaluations of {a.model} and {b.model} have no text or task in common; "
+            "run both with the same --ppl and --tasks"
+        )
+    return rows
+
+
+def mean_recovery(rows: Sequence[Comparison]) -> float | None:
+    """The mean over tasks (perplexities do not enter), or None without tasks."""
+    scores = [row.recovery for row in rows if not row.measure.startswith("ppl ")]
+    return statistics.fmean(scores) if scores else None
+
+
+def _refuse_unlike(what: str, a: Any, b: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(a, name) != getattr(b, name):
+            raise ValueError(
+                f"{what}: {name} is {getattr(a, name)!r} in the first evaluation, {getattr(b, name)!r} in the second; "
+                "numbers compare only under one protocol: run both with the same options"
+            )
+
+
+def _compare_text(p: Perplexity, q: Perplexity) -> Comparison:
+    _refuse_unlike(f"text {p.text}", p, q, ("sha256", "tokenizer", "window", "bos", "windows"))
+    differences = [y - x for x, y in zip(p.window_nll, q.window_nll, strict=True)]
+    mean = statistics.fmean(differences)  # log of the ratio of perplexities
+    if len(differences) < 2:
+        low = high = None
+    else:
+        half = Z95 * statistics.stdev(differences) / math.sqrt(len(differences))
+        low, high = 100 * math.exp(-mean - half), 100 * math.exp(-mean + half)
+    return Comparison(f"ppl {p.text}", p.perplexity, q.perplexity, 100 * math.exp(-mean), low, high, True)
+
+
+def _compare_task(t: TaskResult, u: TaskResult) -> Comparison:
+    _refuse_unlike(f"task {t.task}", t, u, ("version", "num_fewshot", "samples"))
+    name, a = t.primary
+    b = u.metrics[name]
+    is_paired = (
+        t.fingerprint is not None and t.fingerprint == u.fingerprint and None not in (a.per_sample, b.per_sample)
+    )
+    if not a.higher_is_better:
+        a, b = b, a
+    recovery = math.nan if a.value == 0 else 100 * b.value / a.value
+    half = None if a.value == 0 else (_paired(a, b) if is_paired else _unpaired(a, b))
+    low, high = (None, None) if half is None else (recovery - half, recovery + half)
+    values = (a.value, b.value) if t.metrics[name].higher_is_better else (b.value, a.value)
+    return Comparison(f"{t.task} {name}", *values, recovery, low, high, is_paired)
+
+
+def _paired(a: Metric, b: Metric) -> float | None:
+    """Half the interval of 100 mean(b)/mean(a), by the delta method for a ratio of means over the same documents."""
+    assert a.per_sample is not None and b.per_sample is not None
+    if len(a.per_sample) < 2 or len(a.per_sample) != len(b.per_sample):
+        return None
+    ratio = b.value / a.value
+    residuals = [(y - ratio * x) / a.value for x, y in zip(a.per_sample, b.per_sample, strict=True)]
+    return 100 * Z95 * statistics.stdev(residuals) / math.sqrt(len(residuals))
+
+
+def _unpaired(a: Metric, b: Metric) -> float | None:
+    if a.stderr is None or b.stderr is None or b.value == 0:
+        return None
+    relative = math.hypot(a.stderr / a.value, b.stderr / b.value)
+    return 100 * Z95 * (b.value / a.value) * relative
+
+
+def to_dict(a: EvalResult, b: EvalResult, rows: Sequence[Comparison]) -> dict[str, Any]:
+    """The comparison for programs; a recovery that is undefined (a baseline of 0) is null."""
+    return {
+        "a": {"model": a.model, "scheme": a.scheme_name},
+        "b": {"model": b.model, "scheme": b.scheme_name},
+        "rows": [{**vars(row), "recovery": None if math.isnan(row.recovery) else row.recovery} for row in rows],
+        "mean_recovery": mean_recovery([row for row in rows if not math.isnan(row.recovery)]),
+    }
+
+
+def table(a: EvalResult, b: EvalResult, rows: Sequence[Comparison]) -> str:
+    """The comparison for people."""
+    lines = [[row.measure, f"{row.a:.4f}", f"{row.b:.4f}", _percent(row.recovery), _interval(row)] for row in rows]
+    mean = mean_recovery([row for row in rows if not math.isnan(row.recovery)])
+    if mean is not None:
+        lines.append(["mean over tasks", "", "", _percent(mean), ""])
+    heading = f"A: {a.model} ({a.scheme_name}, {a.path})\nB: {b.model} ({b.scheme_name}, {b.path})"
+    return heading + "\n\n" + format_table(["measure", "A", "B", "recovery", "95 % interval"], lines)
+
+
+def _percent(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.2f} %"
+
+
+def _interval(row: Comparison) -> str:
+    if row.low is None or row.high is None:
+        return ""
+    return f"{row.low:.2f} to {row.high:.2f}" + ("" if row.is_paired else " (unpaired)")
