@@ -1,0 +1,120 @@
+"""Compiled kernels on disk: compile once, load in a millisecond ever after.
+
+A kernel is exported as an object file, linked into a shared library and loaded through TVM-FFI: a warm start neither
+compiles nor imports cutlass. The key is a hash of the sources, the DSL's and TVM-FFI's versions, the architecture and
+the kernel's config. (Not of the driver: what is stored is machine code for one architecture, which every driver from
+the DSL's minimum on runs.) Concurrent processes are safe: one compiles under a file lock, the others wait for it, and
+a library appears under its name only when it is complete.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from atom.env import cache_dir
+from atom.errors import UnsupportedError
+
+SYMBOL = "atom_kernel"
+PACKAGES = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
+_loaded: dict[str, Any] = {}
+_lock = threading.Lock()
+_runtime: list[ctypes.CDLL] = []
+
+
+def load_kernel(name: str, config: object, sources: Iterable[Path], compile: Callable[[], Any], arch: str) -> Any:
+    """The compiled kernel `name` in `config`, from memory, from disk, or compiled now.
+
+    config   a value whose repr tells everything that `compile` depends on besides `sources`
+    sources  the files whose text decides the machine code
+    compile  returns a TVM-FFI compiled function with `export_to_c`
+    returns  a TVM-FFI function
+    Raises UnsupportedError where the compiler's packages are missing.
+    """
+    key = kernel_key(name, config, sources, arch)
+    with _lock:
+        if key not in _loaded:
+            _loaded[key] = _open(_library(name, key, compile))
+        return _loaded[key]
+
+
+def kernel_key(name: str, config: object, sources: Iterable[Path], arch: str) -> str:
+    """Hash of all that a kernel's machine code depends on."""
+    digest = hashlib.sha256()
+    for part in (name, repr(config), arch, *(f"{p} {_version(p)}" for p in PACKAGES)):
+        digest.update(part.encode() + b"\0")
+    for source in sorted(sources):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest.hexdigest()[:24]
+
+
+def kernel_path(name: str, key: str) -> Path:
+    return cache_dir() / "kernels" / f"{name}-{key}.so"
+
+
+def _library(name: str, key: str, compile: Callable[[], Any]) -> Path:
+    path = kernel_path(name, key)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():  # another process may have compiled it while this one waited
+            compiled = compile()
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                built = _link(compiled, Path(scratch))
+                os.replace(built, path)
+    return path
+
+
+def _link(compiled: Any, scratch: Path) -> Path:
+    linker = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or shutil.which("ld")
+    if linker is None:
+        raise UnsupportedError(
+            "no linker found to store a compiled kernel; cc, gcc, clang or ld is needed; install one (apt install gcc)"
+        )
+    compiled.export_to_c(str(scratch / "kernel.o"), SYMBOL)
+    built = scratch / "kernel.so"
+    subprocess.run([linker, "-shared", "-o", str(built), str(scratch / "kernel.o")], check=True, capture_output=True)
+    return built
+
+
+def _open(path: Path) -> Any:
+    import tvm_ffi
+
+    if not _runtime:
+        _runtime.append(ctypes.CDLL(str(runtime_library()), mode=ctypes.RTLD_GLOBAL))
+    return tvm_ffi.load_module(str(path))[SYMBOL]
+
+
+def runtime_library() -> Path:
+    """The DSL's runtime, found without importing the DSL."""
+    try:
+        files = importlib.metadata.files("nvidia-cutlass-dsl-libs-cu13") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == "libcute_dsl_runtime.so" and "stubs" not in file.parts:
+            return Path(str(file.locate()))
+    raise UnsupportedError(
+        "the GPU kernels need nvidia-cutlass-dsl-libs-cu13 and apache-tvm-ffi, which are not installed; "
+        'pip install "atom-serving[kernels]", or ask for --kernels reference'
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise UnsupportedError(
+            f"the GPU kernels need {package}, which is not installed; "
+            'pip install "atom-serving[kernels]", or ask for --kernels reference'
+        ) from None

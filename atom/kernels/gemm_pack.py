@@ -1,0 +1,136 @@
+"""How weights are packed for the GEMM kernels: units in the order in which wgmma's registers want them.
+
+A unit covers 64 rows (output features) and one step of K: 128 columns of INT4 or 64 columns of INT8, 4096 bytes
+either way, followed by one scale for each of its rows. Word `j` of thread `t` (of a warpgroup's 128) holds, with
+`g = t % 32 // 4`, `q = t % 4` and `row = 16 * (t // 32) + g`:
+
+  INT4   byte b: low nibble row, high nibble row + 8; column 32 (j // 2) + 16 (j % 2) + 4 q + b
+  INT8   byte b: row + 8 (j % 2); column 32 (j // 4) + 16 (j // 2 % 2) + 4 q + b
+
+which is the A fragment of `wgmma.m64nNk32` after a mask (INT4) or as it stands (INT8). Rows and columns that do not
+fill a unit are zero codes with zero scales. Source of the fragment: PTX ISA, wgmma.mma_async, s8 matrix A.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+UNIT_ROWS = 64
+INT4_COLUMNS = 128
+INT8_COLUMNS = 64
+CODE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in units, and what the epilogue needs.
+
+    units          uint8 [ceil(N / 64), units along K, unit bytes]
+    int4_units     how many of the units along K are INT4; the rest are INT8
+    channel_scale  float32 [N] where the units hold integer factors, else empty
+    features       N
+    """
+
+    units: Tensor
+    int4_units: int
+    channel_scale: Tensor
+    features: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of the activation codes: every group padded to 128, outliers to 64."""
+        return INT4_COLUMNS * self.int4_units + INT8_COLUMNS * (self.units.shape[1] - self.int4_units)
+
+
+def fragment_index(columns: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every byte of a unit: int64 [128 threads, 8 words, 4 bytes] each.
+
+    For INT4 (columns 128) the row is that of the low nibble; the high nibble's is 8 further.
+    """
+    thread = torch.arange(128).view(128, 1, 1)
+    word = torch.arange(8).view(1, 8, 1)
+    byte = torch.arange(4).view(1, 1, 4)
+    row = 16 * (thread // 32) + thread % 32 // 4
+    column = 4 * (thread % 4) + byte
+    if columns == INT4_COLUMNS:
+        row, column = row, column + 32 * (word // 2) + 16 * (word % 2)
+    elif columns == INT8_COLUMNS:
+        row, column = row + 8 * (word % 2), column + 32 * (word // 4) + 16 * (word // 2 % 2)
+    else:
+        raise ValueError(f"a unit has 128 INT4 or 64 INT8 columns, got {columns}; pad the codes")
+    return row.expand(128, 8, 4), column.expand(128, 8, 4)
+
+
+def pack_int4_codes(codes: Tensor, offset: int = 0) -> Tensor:
+    """INT4 codes int8 [N, K] (-8 .. 7) as bytes uint8 [ceil(N / 64), ceil(K / 128), 4096]; nibble = code + offset."""
+    tiles = _tiles(codes, INT4_COLUMNS)
+    row, column = (index.to(codes.device) for index in fragment_index(INT4_COLUMNS))
+    low = tiles[:, :, row, column] + offset
+    high = tiles[:, :, row + 8, column] + offset
+    return _thread_order((low & 15) | (high & 15) << 4)
+
+
+def pack_int8_codes(codes: Tensor) -> Tensor:
+    """INT8 codes int8 [N, K] as bytes uint8 [ceil(N / 64), ceil(K / 64), 4096]."""
+    row, column = (index.to(codes.device) for index in fragment_index(INT8_COLUMNS))
+    return _thread_order(_tiles(codes, INT8_COLUMNS)[:, :, row, column])
+
+
+def pack_group_scaled(codes: Tensor, scale: Tensor, outliers: Tensor | None, outlier_scale: Tensor | None) -> PackedWeight:
+    """Units with a bfloat16 scale per row: INT4 groups of 128, then INT8 outlier columns.
+
+    codes          int8 [N, Kn]                  within [-8, 7]; the last group may be short
+    scale          [N, ceil(Kn / 128)]           bfloat16 values
+    outliers       int8 [N, outliers] or None
+    outlier_scale  [N, 1] or None
+    """
+    # the kernel leaves an INT4 code in the high half of its byte (16 x code): the power of two moves into the scale
+    parts = [_with_scales(pack_int4_codes(codes), scale.float().div(16).to(torch.bfloat16))]
+    if outliers is not None and outliers.shape[1]:
+        assert outlier_scale is not None
+        packed = pack_int8_codes(outliers)
+        wide = outlier_scale.to(torch.bfloat16).expand(-1, packed.shape[1])
+        parts.append(_with_scales(packed, wide))
+    units = torch.cat(parts, dim=1).contiguous()
+    return PackedWeight(units, parts[0].shape[1], torch.empty(0, device=codes.device), codes.shape[0])
+
+
+def pack_channel_scaled(codes: Tensor, factors: Tensor, channel_scale: Tensor) -> PackedWeight:
+    """Units with an unsigned integer factor per row and group under one float32 scale per row.
+
+    codes          int8 [N, K]             within [-8, 7]
+    factors        uint8 [N, ceil(K/128)]  within [0, 15]; code x factor stays within INT8
+    channel_scale  float32 [N, 1]
+    """
+    if int(factors.max()) > 15:
+        raise ValueError(f"a group factor is at most 15, got {int(factors.max())}; use scale_format='uint4'")
+    units = _with_scales(pack_int4_codes(codes, offset=8), factors.to(torch.uint8))
+    return PackedWeight(units, units.shape[1], channel_scale.reshape(-1).float(), codes.shape[0])
+
+
+def activation_columns(normal: int, outliers: int) -> tuple[int, int]:
+    """Padded (normal, outlier) columns of the activation codes that meet units of these sizes."""
+    return -(-normal // INT4_COLUMNS) * INT4_COLUMNS, -(-outliers // INT8_COLUMNS) * INT8_COLUMNS
+
+
+def _tiles(codes: Tensor, columns: int) -> Tensor:
+    """Zero-padded codes as int16 [row tiles, units, 64, columns]."""
+    rows, K = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -K % columns, 0, -rows % UNIT_ROWS)).to(torch.int16)
+    return padded.view(padded.shape[0] // UNIT_ROWS, UNIT_ROWS, -1, columns).transpose(1, 2)
+
+
+def _thread_order(words: Tensor) -> Tensor:
+    """[tiles, units, 128 threads, 8 words, 4 bytes] to bytes: words 0-3 of every thread, then words 4-7."""
+    tiles, units = words.shape[:2]
+    halves = words.view(tiles, units, 128, 2, 16).transpose(2, 3)
+    return (halves & 255).to(torch.uint8).reshape(tiles, units, CODE_BYTES)
+
+
+def _with_scales(packed: Tensor, scales: Tensor) -> Tensor:
+    """Append each unit's 64 row scales ([N, units], any dtype) as bytes."""
+    tiles, units = packed.shape[:2]
+    padded = torch.nn.functional.pad(scales, (0, 0, 0, tiles * UNIT_ROWS - scales.shape[0]))
+    by_unit = padded.view(tiles, UNIT_ROWS, units).transpose(1, 2).contiguous().view(torch.uint8)
+    return torch.cat([packed, by_unit], dim=2)

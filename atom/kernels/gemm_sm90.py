@@ -1,0 +1,441 @@
+"""Low-bit GEMM on Hopper (sm_90a), written in CuTe DSL: y[M, N] = x[M, K] @ w[N, K].T.
+
+One kernel for every packed weight format. The operands are swapped: weights stand on the 64-row side of wgmma and
+come from registers, tokens are wgmma's N. A producer warp streams *units* of packed weights (64 rows x 128 columns
+of INT4, or x 64 columns of INT8: the same number of bytes, `gemm_pack.py`) and tiles of activation codes through
+shared memory; each consumer warpgroup decodes the units of its own 64 rows.
+
+What a reader must know: `scales="group"` promotes the integer sum of every unit to float32 (weight scale x token
+scale); `scales="channel"` multiplies the INT4 code by an integer group scale while decoding, so that the whole sum
+over K stays one INT32 and there is nothing to promote. A cluster of `split` CTAs shares one output tile along K and
+adds its partial sums in rank order through distributed shared memory: the same bits on every run.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.utils as utils
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import BFloat16, Float32, Int8, Int32, Int64, Uint8, Uint32, cute
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync
+from cutlass.cute.nvgpu import warpgroup as wg
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
+
+from .dsl.memory import bulk_load, load_f32x4, load_f32x4_cluster, load_u32x4
+from .gemm_config import GemmConfig
+from .gemm_pack import CODE_BYTES
+
+
+class PackedWeightGemm:
+    """The compile-time choices of one kernel; see GemmConfig for their meaning."""
+
+    def __init__(self, config: GemmConfig) -> None:
+        self.config = config
+        self.integer = config.scales == "channel"  # one INT32 sum over all of K
+        self.tile_m = config.tile_m
+        self.rows = 64 * config.warpgroups
+        self.consumers = 128 * config.warpgroups
+        self.threads = self.consumers + (128 if config.registers else 32)  # one warp produces, alone or in a warpgroup
+        self.unit_words = config.unit_bytes // 4
+        self.cluster = config.split * config.multicast
+        self.x_bytes = self.tile_m * 128
+        self.w_bytes = config.unit_bytes * config.warpgroups
+        self.pitch = self.rows + 4  # float32 words of a token in the epilogue's staging: conflict-free both ways
+
+    def tiled_mma(self) -> cute.TiledMma:
+        """INT8 wgmma, 64 x tile_m, A from registers. Built where it is used: its accumulate flag is traced state."""
+        major = OperandMajorMode.K
+        shape = (64, self.tile_m)
+        return sm90.make_trivial_tiled_mma(Int8, Int8, major, major, Int32, (1, 1, 1), shape, wg.OperandSource.RMEM)
+
+    @cute.jit
+    def __call__(
+        self,
+        mW: cute.Tensor,  # [row tiles, units, unit bytes / 4] uint32
+        mX: cute.Tensor,  # [M, padded K] int8
+        mS: cute.Tensor,  # float32: [units, padded M] (token scales by group) or [1, M]
+        mC: cute.Tensor,  # [N] float32 channel scales (scales="channel")
+        mB: cute.Tensor,  # [N] bfloat16 bias
+        mY: cute.Tensor,  # [M, N] bfloat16
+        int4_units: Int32,
+        stream: cuda.CUstream,
+    ):
+        atom = wg.make_smem_layout_atom(wg.SmemLayoutAtomKind.K_SW128, Int8)
+        x_layout = cute.tile_to_shape(atom, (self.tile_m, 128, self.config.stages), order=(0, 1, 2))
+        if cutlass.const_expr(self.config.multicast > 1):
+            op = cpasync.CopyBulkTensorTileG2SMulticastOp()
+        else:
+            op = cpasync.CopyBulkTensorTileG2SOp()
+        x_atom, x_tensor = cpasync.make_tiled_tma_atom(
+            op,
+            mX,
+            cute.slice_(x_layout, (None, None, 0)),
+            (self.tile_m, 128),
+            num_multicast=self.config.multicast,
+        )
+        row_tiles = cute.ceil_div(mY.shape[1], self.rows)
+        row_tiles = cute.round_up(row_tiles, self.config.multicast)
+        token_tiles = cute.ceil_div(mY.shape[0], self.tile_m)
+        self.kernel(x_atom, x_tensor, x_layout, mW, mS, mC, mB, mY, int4_units).launch(
+            grid=(row_tiles * self.config.split, token_tiles, 1),
+            block=(self.threads, 1, 1),
+            cluster=(self.cluster, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=self.config.pdl,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        x_atom: cute.CopyAtom,
+        mX: cute.Tensor,
+        x_layout: cute.ComposedLayout,
+        mW: cute.Tensor,
+        mS: cute.Tensor,
+        mC: cute.Tensor,
+        mB: cute.Tensor,
+        mY: cute.Tensor,
+        int4_units: Int32,
+    ):
+        config = self.config
+        tid, _, _ = cute.arch.thread_idx()
+        bx, by, _ = cute.arch.block_idx()
+        warp = cute.arch.make_warp_uniform(tid // 32)
+        rank = bx % self.cluster
+        split_rank = rank if cutlass.const_expr(config.split > 1) else Int32(0)
+        row_tile = bx // config.split
+        units = mW.shape[1]
+        begin = units * split_rank // config.split
+        end = units * (split_rank + 1) // config.split
+        token0 = by * self.tile_m
+
+        smem = utils.SmemAllocator()
+        full = smem.allocate_array(Int64, config.stages)
+        empty = smem.allocate_array(Int64, config.stages)
+        pool = smem.allocate(config.pool_bytes, 1024)
+        sX = cute.make_tensor(cute.recast_ptr(pool, x_layout.inner, Int8), x_layout.outer)
+        w_words = cute.recast_ptr(pool + self.x_bytes * config.stages, dtype=Uint32)
+        sW = cute.make_tensor(w_words, cute.make_layout((self.unit_words, config.warpgroups, config.stages)))
+        s_words = cute.recast_ptr(pool + (self.x_bytes + self.w_bytes) * config.stages, dtype=Float32)
+        sS = cute.make_tensor(s_words, cute.make_layout((self.tile_m, config.stages)))
+        sE = cute.make_tensor(cute.recast_ptr(pool, dtype=Float32), cute.make_layout((self.pitch, self.tile_m)))
+
+        if warp == 0:
+            with cute.arch.elect_one():
+                for s in cutlass.range_constexpr(config.stages):
+                    cute.arch.mbarrier_init(full + s, 1)
+                    cute.arch.mbarrier_init(empty + s, 4 * config.warpgroups * config.multicast)
+            cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(self.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+        if cutlass.const_expr(config.pdl):
+            cute.arch.griddepcontrol_launch_dependents()
+
+        if warp >= 4 * config.warpgroups:
+            if cutlass.const_expr(config.registers):
+                cute.arch.setmaxregister_decrease(24)
+            if warp == 4 * config.warpgroups:
+                self.produce(
+                    x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units
+                )
+            self.cluster_sync(config.split)
+            self.cluster_sync(self.cluster)
+        else:
+            if cutlass.const_expr(config.registers):
+                cute.arch.setmaxregister_increase(config.registers)
+            tiled_mma = self.tiled_mma()
+            thread = tid % 128
+            group = cute.arch.make_warp_uniform(tid // 128)
+            acc_shape = tiled_mma.partition_shape_C((64, self.tile_m))
+            acc = cute.make_rmem_tensor(acc_shape, Int32)
+            out = cute.make_rmem_tensor(acc_shape, Float32)
+            acc.fill(0)
+            out.fill(0.0)
+            self.consume(tiled_mma, sX, sW, sS, acc, out, full, empty, thread, group, begin, end, int4_units)
+            # every warpgroup has read its last stage before any of them reuses the memory for staging
+            cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+            coords = tiled_mma.get_slice(thread).partition_C(cute.make_identity_tensor((64, self.tile_m)))
+            if cutlass.const_expr(self.integer):
+                sEi = cute.make_tensor(cute.recast_ptr(sE.iterator, dtype=Int32), sE.layout)
+                for i in cutlass.range_constexpr(cute.size(acc)):
+                    sEi[group * 64 + coords[i][0], coords[i][1]] = acc[i]
+            else:
+                for i in cutlass.range_constexpr(cute.size(out)):
+                    sE[group * 64 + coords[i][0], coords[i][1]] = out[i]
+            if cutlass.const_expr(config.split > 1):
+                self.cluster_sync(config.split)
+            else:
+                cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+            if cutlass.const_expr(config.pdl):
+                cute.arch.griddepcontrol_wait()
+            self.write(sE, mS, mC, mB, mY, tid, split_rank, row_tile, token0)
+            self.cluster_sync(self.cluster)  # peers may still read or signal this CTA's shared memory
+
+    @cute.jit
+    def cluster_sync(self, ctas: cutlass.Constexpr):
+        if cutlass.const_expr(ctas > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+
+    @cute.jit
+    def produce(self, x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units):
+        """One warp: weights, activation codes and token scales of units begin .. end into the ring of stages."""
+        config = self.config
+        last_tile = mW.shape[0] - 1
+        scale_bytes = Int32(0)
+        if cutlass.const_expr(config.token_scales == "group"):
+            scale_bytes = cutlass.min(Int32(self.tile_m), mS.shape[1] - token0) * 4
+        # 64-column steps: an INT8 unit starts on any of them, an INT4 unit on every second
+        box = cute.domain_offset((token0, 0), mX)
+        gX = cute.local_tile(box, (self.tile_m, 128), (0, None))
+        half = cute.local_tile(cute.domain_offset((0, 64), box), (self.tile_m, 128), (0, None))
+        x_cta = rank % config.multicast
+        x_ctas = cute.make_layout(config.multicast)
+        s_group = cute.group_modes(sX, 0, 2)
+        tXsX, tXgX = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(gX, 0, 2))
+        _, tXgH = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(half, 0, 2))
+        mask = cutlass.Int16((1 << config.multicast) - 1)
+
+        count = end - begin
+        early = cutlass.min(count, Int32(config.stages))
+        # weights never depend on the kernel before this one: fetch them before waiting for it (PDL)
+        for i in cutlass.range(early, unroll=1):
+            self.load_weights(mW, sW, full, row_tile, last_tile, begin + i, i, scale_bytes)
+        if cutlass.const_expr(config.pdl):
+            cute.arch.griddepcontrol_wait()
+        stage = Int32(0)
+        phase = Int32(1)
+        for i in cutlass.range(count, unroll=1):
+            unit = begin + i
+            if i >= config.stages:
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                self.load_weights(mW, sW, full, row_tile, last_tile, unit, stage, scale_bytes)
+            step = 2 * unit if unit < int4_units else int4_units + unit
+            if step % 2 == 0:
+                self.load_tokens(x_atom, tXgX[None, step // 2], tXsX[None, stage], full + stage, mask)
+            else:
+                self.load_tokens(x_atom, tXgH[None, step // 2], tXsX[None, stage], full + stage, mask)
+            if cutlass.const_expr(config.token_scales == "group"):
+                with cute.arch.elect_one():
+                    source = mS.iterator + (Int64(unit) * mS.shape[1] + token0)
+                    bulk_load(sS.iterator + stage * self.tile_m, source, scale_bytes, full + stage)
+            stage += 1
+            if stage == config.stages:
+                stage = Int32(0)
+                phase ^= 1
+
+    @cute.jit
+    def load_weights(self, mW, sW, full, row_tile, last_tile, unit, stage, scale_bytes):
+        config = self.config
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.w_bytes + self.x_bytes + scale_bytes)
+            for g in cutlass.range_constexpr(config.warpgroups):
+                tile = cutlass.min(row_tile * config.warpgroups + g, last_tile)  # rows past N: loaded, never stored
+                source = mW.iterator + (Int64(tile) * mW.shape[1] + unit) * self.unit_words
+                target = sW.iterator + (stage * config.warpgroups + g) * self.unit_words
+                bulk_load(target, source, Int32(config.unit_bytes), full + stage)
+
+    @cute.jit
+    def load_tokens(self, x_atom, source, target, barrier, mask):
+        if cutlass.const_expr(self.config.multicast > 1):
+            cute.copy(x_atom, source, target, tma_bar_ptr=barrier, mcast_mask=mask)
+        else:
+            cute.copy(x_atom, source, target, tma_bar_ptr=barrier)
+
+    @cute.jit
+    def consume(self, tiled_mma, sX, sW, sS, acc, out, full, empty, thread, group, begin, end, int4_units):
+        """One warpgroup: decode the units of its 64 rows and multiply them with the tokens."""
+        config = self.config
+        thr_mma = tiled_mma.get_slice(thread)
+        tCrB = tiled_mma.make_fragment_B(thr_mma.partition_B(sX))
+        rA = tiled_mma.make_fragment_A(tiled_mma.partition_shape_A((64, 128)))
+        rA32 = cute.recast_tensor(rA, Uint32)
+        raw = cute.make_rmem_tensor((8,), Uint32)
+        scale = cute.make_rmem_tensor((2,), Float32)
+        stage = Int32(0)
+        phase = Int32(0)
+        middle = cutlass.min(cutlass.max(int4_units, begin), end)
+        for _ in cutlass.range(begin, middle, unroll=1):
+            self.load_unit(sW, raw, scale, full, thread, group, stage, phase)
+            self.decode_int4(raw, scale, rA32)
+            self.multiply(rA, tCrB, acc, stage, 4)
+            self.promote(acc, out, sS, scale, thread, stage)
+            self.release(empty, stage)
+            stage += 1
+            if stage == config.stages:
+                stage = Int32(0)
+                phase ^= 1
+        if cutlass.const_expr(config.int8_units):
+            for _ in cutlass.range(middle, end, unroll=1):
+                self.load_unit(sW, raw, scale, full, thread, group, stage, phase)
+                for j in cutlass.range_constexpr(8):
+                    rA32[j] = raw[j]
+                self.multiply(rA, tCrB, acc, stage, 2)
+                self.promote(acc, out, sS, scale, thread, stage)
+                self.release(empty, stage)
+                stage += 1
+                if stage == config.stages:
+                    stage = Int32(0)
+                    phase ^= 1
+
+    @cute.jit
+    def load_unit(self, sW, raw, scale, full, thread, group, stage, phase):
+        """This thread's 32 bytes of codes and the scales of its two rows, once the stage has arrived."""
+        cute.arch.mbarrier_wait(full + stage, phase)
+        base = sW.iterator + (stage * self.config.warpgroups + group) * self.unit_words
+        for h in cutlass.range_constexpr(2):
+            words = load_u32x4(base + (h * 512 + thread * 4))
+            for j in cutlass.range_constexpr(4):
+                raw[4 * h + j] = words[j]
+        row = (thread // 32) * 16 + (thread % 32) // 4
+        for r in cutlass.range_constexpr(2):
+            if cutlass.const_expr(self.integer):
+                factors = cute.make_tensor(cute.recast_ptr(base + CODE_BYTES // 4, dtype=Uint8), cute.make_layout(64))
+                scale[r] = cute.arch.inline_ptx(
+                    "mov.b32 {$w0}, {$r0};",
+                    write_only_types=[Float32],
+                    read_only_args=[Uint32(factors[row + 8 * r])],
+                )
+            else:
+                scales = cute.make_tensor(
+                    cute.recast_ptr(base + CODE_BYTES // 4, dtype=BFloat16), cute.make_layout(64)
+                )
+                scale[r] = Float32(scales[row + 8 * r])
+
+    @cute.jit
+    def decode_int4(self, raw, scale, rA32):
+        """8 packed words to the 16 register words of wgmma's A: low nibbles are row r, high nibbles row r + 8."""
+        if cutlass.const_expr(self.integer):
+            # code + 8 times an unsigned factor fits a byte; 128 - 8 * factor re-centres it: two instructions for
+            # four weights (the trick of LiquidGEMM, arXiv:2509.01229)
+            factor = cute.recast_tensor(scale, Uint32)
+            centre0 = Uint32(0x80808080) - factor[0] * Uint32(0x08080808)
+            centre1 = Uint32(0x80808080) - factor[1] * Uint32(0x08080808)
+            for j in cutlass.range_constexpr(8):
+                low = raw[j] & Uint32(0x0F0F0F0F)
+                high = (raw[j] >> 4) & Uint32(0x0F0F0F0F)
+                rA32[2 * j] = (low * factor[0] + centre0) ^ Uint32(0x80808080)
+                rA32[2 * j + 1] = (high * factor[1] + centre1) ^ Uint32(0x80808080)
+        else:  # the code stays in the byte's high half: 16 * code, the packed scale holds the 1/16
+            for j in cutlass.range_constexpr(8):
+                rA32[2 * j] = (raw[j] << 4) & Uint32(0xF0F0F0F0)
+                rA32[2 * j + 1] = raw[j] & Uint32(0xF0F0F0F0)
+
+    @cute.jit
+    def multiply(self, rA, tCrB, acc, stage, steps: cutlass.Constexpr):
+        tiled_mma = self.tiled_mma()
+        wg.fence()
+        for k in cutlass.range_constexpr(steps):
+            tiled_mma.set(wg.Field.ACCUMULATE, self.integer or k != 0)
+            cute.gemm(tiled_mma, acc, rA[None, None, k], tCrB[None, None, k, stage], acc)
+        wg.commit_group()
+        wg.wait_group(0)
+
+    @cute.jit
+    def promote(self, acc, out, sS, scale, thread, stage):
+        """out += sum of the unit x weight scale (of the row) x token scale (of the column)."""
+        if cutlass.const_expr(not self.integer):
+            column = 2 * (thread % 4)
+            for j in cutlass.range_constexpr(self.tile_m // 8):
+                for c in cutlass.range_constexpr(2):
+                    if cutlass.const_expr(self.config.token_scales == "group"):
+                        token = sS[8 * j + column + c, stage]
+                        for r in cutlass.range_constexpr(2):
+                            i = 4 * j + 2 * r + c
+                            out[i] = out[i] + Float32(acc[i]) * (scale[r] * token)
+                    else:
+                        for r in cutlass.range_constexpr(2):
+                            i = 4 * j + 2 * r + c
+                            out[i] = out[i] + Float32(acc[i]) * scale[r]
+
+    @cute.jit
+    def release(self, empty, stage):
+        """This warp has read the stage: tell the producer (of every CTA that shares it)."""
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            if cutlass.const_expr(self.config.multicast > 1):
+                for peer in cutlass.range_constexpr(self.config.multicast):
+                    cute.arch.mbarrier_arrive(empty + stage, peer)
+            else:
+                cute.arch.mbarrier_arrive(empty + stage)
+
+    @cute.jit
+    def write(self, sE, mS, mC, mB, mY, tid, split_rank, row_tile, token0):
+        """Add the cluster's partial sums in rank order, scale, add the bias, store 8 features a thread."""
+        config = self.config
+        tokens = cutlass.min(Int32(self.tile_m), mY.shape[0] - token0)
+        chunks = self.rows // 8
+        features = mY.shape[1]
+        rY = cute.make_rmem_tensor((8,), BFloat16)
+        total = cute.make_rmem_tensor((8,), Float32)
+        total_int = cute.recast_tensor(total, Int32)
+        for i in cutlass.range(split_rank * self.consumers + tid, tokens * chunks, config.split * self.consumers, unroll=1):
+            token = i // chunks
+            chunk = i % chunks
+            feature = row_tile * self.rows + chunk * 8
+            for p in cutlass.range_constexpr(config.split):
+                for h in cutlass.range_constexpr(2):
+                    source = sE.iterator + (token * self.pitch + chunk * 8 + 4 * h)
+                    if cutlass.const_expr(config.split > 1):
+                        part = load_f32x4_cluster(source, p)
+                    else:
+                        part = load_f32x4(source)
+                    part_f = cute.make_rmem_tensor((4,), Float32)
+                    for e in cutlass.range_constexpr(4):
+                        part_f[e] = part[e]
+                    part_i = cute.recast_tensor(part_f, Int32)
+                    for e in cutlass.range_constexpr(4):
+                        if cutlass.const_expr(p == 0):
+                            total[4 * h + e] = part_f[e]
+                        elif cutlass.const_expr(self.integer):
+                            total_int[4 * h + e] = total_int[4 * h + e] + part_i[e]
+                        else:
+                            total[4 * h + e] = total[4 * h + e] + part_f[e]
+            token_scale = Float32(1.0)
+            if cutlass.const_expr(config.token_scales == "token"):
+                token_scale = mS[0, token0 + token]
+            for e in cutlass.range_constexpr(8):
+                value = Float32(total_int[e]) if cutlass.const_expr(self.integer) else total[e]
+                if cutlass.const_expr(config.token_scales == "token"):
+                    value = value * token_scale
+                if feature + e < features:
+                    if cutlass.const_expr(self.integer):
+                        value = value * mC[feature + e]
+                    if cutlass.const_expr(config.bias):
+                        value = value + Float32(mB[feature + e])
+                    if cutlass.const_expr(not config.aligned):
+                        mY[token0 + token, feature + e] = BFloat16(value)
+                rY[e] = BFloat16(value)
+            if cutlass.const_expr(config.aligned):
+                if feature < features:
+                    target = mY.iterator + (Int64(token0 + token) * features + feature)
+                    gY = cute.make_tensor(target.align(16), cute.make_layout(8))
+                    cute.autovec_copy(rY, gY)
+
+
+def compile_gemm(config: GemmConfig, options: str = "") -> object:
+    """Compile one kernel for sm_90a; needs no GPU.
+
+    Returns the TVM-FFI function (weights, x, token scales, channel scales, bias, y, int4 units), launching on the
+    caller's current stream.
+    """
+    kernel = PackedWeightGemm(config)
+    m, n, k, tiles, units, padded, channels, biases = (cute.sym_int() for _ in range(8))
+    fakes = (
+        make_fake_compact_tensor(Uint32, (tiles, units, kernel.unit_words), stride_order=(2, 1, 0), assumed_align=16),
+        make_fake_compact_tensor(Int8, (m, cute.sym_int(divisibility=64)), stride_order=(1, 0), assumed_align=16),
+        make_fake_compact_tensor(Float32, (cute.sym_int(), padded), stride_order=(1, 0), assumed_align=16),
+        make_fake_compact_tensor(Float32, (channels,), stride_order=(0,), assumed_align=4),
+        make_fake_compact_tensor(BFloat16, (biases,), stride_order=(0,), assumed_align=2),
+        make_fake_compact_tensor(BFloat16, (m, n), stride_order=(1, 0), assumed_align=2),
+    )
+    return cute.compile(
+        kernel,
+        *fakes,
+        Int32(1),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+        options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",
+    )
