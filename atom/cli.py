@@ -1,0 +1,90 @@
+"""The command `atom`: finds the sub-command, parses its options, prints for people, ends with JSON for programs.
+
+Every sub-command is a module of atom.commands with a dataclass `Options`, whose fields and their docstrings are the
+options and their help, and a function `run(options) -> dict` that prints what a person wants to read and returns what
+a program does. Exit code 0 is success, 1 a failure, 2 wrong usage.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from .errors import AtomError
+
+COMMANDS = {
+    "quantize": "make a low-bit checkpoint from a model",
+    "check": "what would run, how large, how long; before a weight is read",
+    "eval": "perplexity and lm-eval tasks of a checkpoint or a model",
+    "chat": "talk to a model in the terminal, or answer one --prompt",
+    "report": "draw a quantization report, or compare evaluation results",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `atom ARGV...` and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from . import __version__
+
+        print(f"atom {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"atom: unknown command {name!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    as_json = "--json" in rest
+    rest = [a for a in rest if a != "--json"]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    return _run(name, rest, as_json)
+
+
+def _run(name: str, arguments: list[str], as_json: bool) -> int:
+    import tyro
+
+    command: Any = import_module(f"{__package__}.commands.{name}")
+    try:
+        options = tyro.cli(
+            command.Options,
+            prog=f"atom {name}",
+            description=(command.__doc__ or "") + "\n\n--json ends the output with one line of JSON.",
+            args=arguments,
+        )
+    except ValueError as error:  # an option's value was refused by its dataclass
+        print(f"atom {name}: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        result = command.run(options)
+    except (AtomError, ValueError, OSError) as error:
+        print(f"atom {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"atom {name}: interrupted", file=sys.stderr)
+        return 1
+    if as_json:
+        print(json.dumps(result, default=str), flush=True)
+    return 0
+
+
+def _overview() -> str:
+    lines = [f"  atom {name:<10}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: atom COMMAND ...        atom COMMAND --help has options and a working example",
+            "",
+            *lines,
+            "",
+            "example: atom quantize smollm2 --scheme w4a4 --calib text.txt --output smollm2-w4a4",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

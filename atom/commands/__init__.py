@@ -1,0 +1,1 @@
+"""The sub-commands of `atom`: one module each, imported when it is called."""
