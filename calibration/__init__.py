@@ -1,0 +1,1 @@
+"""Offline quantization: calibration data, statistics, GPTQ, and the walk through a model layer by layer."""

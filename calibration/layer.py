@@ -1,0 +1,236 @@
+"""Quantize one decoder layer: look at its inputs, permute, look again, round, and run what was written.
+
+The third pass runs the quantized twin, built from exactly the tensors that go to disk, so that the next layer is
+calibrated on what this one will really give it: errors of earlier layers are carried along.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_max_pool1d
+
+from atom.errors import CheckpointError
+from atom.kernels.registry import Kernels
+from atom.models.layers import DecoderLayer
+from atom.models.layout import layer_prefix
+from atom.models.loader import load_layer_
+from atom.models.model import Model, build_layer
+from atom.models.quantized import quantize_layer_
+from atom.models.source import Source
+from atom.quant.mixed import MixedWeight, dequantize_weight, quantize_weight
+from atom.quant.permutation import energy_order
+from atom.quant.rotation import rotate
+from atom.quant.schemes import LinearScheme, Scheme
+from atom.quant.stored import store_weight
+
+from .clock import Clock, peak_gpu_bytes, peak_host_bytes
+from .columns import ColumnRounder
+from .config import CalibrationConfig
+from .gptq import gptq
+from .hidden import HiddenStates, LayerRunner
+from .observe import Sample, observe_energies, observe_hessians, sample_outputs
+from .plan import InputPlan, plan_layer
+from .stats import HessianAccumulator
+
+REFERENCE: Kernels = "reference"  # rounding that is the same on every device
+ENERGY_BINS = 64  # channel energies in the report: the largest in each of so many runs of adjacent channels
+
+
+@dataclass
+class LayerQuantizer:
+    """Quantizes decoder layers one after another; holds what they share."""
+
+    source: Source
+    model: Model  # on the meta device, in full precision: its shapes and its family
+    scheme: Scheme
+    config: CalibrationConfig
+    device: torch.device
+    clock: Clock
+    runner: LayerRunner = field(init=False)
+    rounder: ColumnRounder = field(default_factory=ColumnRounder)
+
+    def __post_init__(self) -> None:
+        self.runner = LayerRunner(self.model.config, self.device)
+
+    def quantize(self, index: int, hidden: HiddenStates) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Quantize layer `index` and move `hidden` behind it.
+
+        Returns the layer's tensors as the checkpoint holds them, and its entry in the report.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with self.clock.phase("io"):
+            layer = self.load(index)
+        plans = plan_layer(self.model.family, self.scheme, index)
+        with self.clock.phase("stats"):
+            energies, before = observe_energies(layer, index, plans, hidden, self.runner)
+            for plan in plans:
+                if plan.needs_order:
+                    plan.perm = energy_order(energies[plan.group.name])
+        hessians: dict[str, HessianAccumulator] = {}
+        with self.clock.phase("hessian"):
+            permute_layer_(layer, plans)
+            if self.config.gptq:
+                hessians = observe_hessians(layer, index, plans, hidden, self.runner, self.scheme)
+        with self.clock.phase("gptq"):
+            tensors, weight_errors = self._round(layer, index, plans, hessians)
+        with self.clock.phase("propagate"):
+            self._swap(layer, tensors, index)
+            after = self.propagate(layer, plans, hidden)
+        record = {
+            "layer": index,
+            "output_error": relative_error(after.output, before.output),
+            "linears": _linear_errors(plans, before, after, weight_errors),
+            "inputs": {plan.group.name: _input_record(plan, energies[plan.group.name]) for plan in plans},
+            "peak_gpu_bytes": peak_gpu_bytes(self.device),
+            "peak_host_bytes": peak_host_bytes(),
+        }
+        return tensors, record
+
+    def load(self, index: int) -> DecoderLayer:
+        """The full-precision layer in float32 on the device. Raises CheckpointError naming a tensor that is NaN."""
+        layer = self._empty(index)
+        load_layer_(layer, self.model, self.source, index, self.device, torch.float32)
+        for name, parameter in layer.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise CheckpointError(
+                    f"{layer_prefix(index)}.{name} holds NaN or infinity; quantization needs finite weights: "
+                    "download the model again, or start from another checkpoint"
+                )
+        return layer.requires_grad_(False)
+
+    def rerun(self, index: int, written: Source, hidden: HiddenStates) -> None:
+        """Move `hidden` behind a layer that an earlier run has quantized and written."""
+        layer = self._empty(index)
+        self.model.scheme = self.scheme
+        load_layer_(layer, self.model, written, index, self.device, torch.float32, REFERENCE)
+        self.model.scheme = None
+        self.propagate(layer.requires_grad_(False), plan_layer(self.model.family, self.scheme, index), hidden)
+
+    def _empty(self, index: int) -> DecoderLayer:
+        with torch.device("meta"):
+            return build_layer(self.model.config, index)
+
+    def propagate(self, layer: DecoderLayer, plans: list[InputPlan], hidden: HiddenStates) -> Sample:
+        """Run the quantized layer over all batches, replacing `hidden`; a sample of its outputs."""
+        sample = sample_outputs(layer, plans, hidden, self.runner, self.scheme)
+        hidden.put(0, sample.output)
+        for number in range(1, len(hidden)):
+            hidden.put(number, self.runner.run(layer, hidden, number, self.scheme))
+        return sample
+
+    def _swap(self, layer: DecoderLayer, tensors: dict[str, Tensor], index: int) -> None:
+        quantize_layer_(layer, self.model.family, self.scheme, tensors, layer_prefix(index), REFERENCE)
+
+    def _round(
+        self, layer: DecoderLayer, index: int, plans: list[InputPlan], hessians: dict[str, HessianAccumulator]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """All tensors of the layer as the checkpoint holds them, and the relative error of each quantized weight."""
+        prefix = f"{layer_prefix(index)}."
+        tensors: dict[str, Tensor] = {}
+        errors: dict[str, float] = {}
+        for plan in plans:
+            if not plan.is_quantized:
+                continue
+            accumulator = hessians.pop(plan.group.name, None)
+            H = None if accumulator is None else accumulator.finish()
+            for linear, names in _by_scheme(plan).items():
+                weights = [_linear(layer, name).weight for name in names]
+                own = H.clone() if H is not None and len(set(plan.schemes.values())) > 1 else H
+                rounded = self._round_weights(weights, own, linear, [prefix + name for name in names])
+                for name, weight, found in zip(names, weights, rounded, strict=True):
+                    errors[name] = _weight_error(weight, found, linear)
+                    for part, tensor in store_weight(found, linear).items():
+                        tensors[f"{prefix}{name}.{part}"] = tensor
+                    if plan.perm is not None and plan.group.is_gathered:
+                        tensors[f"{prefix}{name}.input_perm"] = plan.perm.to(torch.int32)
+        quantized = {f"{name}.weight" for name in errors}
+        for name, parameter in layer.named_parameters():
+            if name not in quantized:
+                tensors[prefix + name] = parameter.detach().to(self.source.dtype(prefix + name))
+        return tensors, errors
+
+    def _round_weights(
+        self, weights: list[Tensor], H: Tensor | None, linear: LinearScheme, names: list[str]
+    ) -> list[MixedWeight]:
+        if H is None:
+            return [quantize_weight(w, linear, name) for w, name in zip(weights, names, strict=True)]
+        return gptq(weights, H, linear, self.config.damping, ", ".join(names), self.rounder)
+
+
+def permute_layer_(layer: DecoderLayer, plans: list[InputPlan]) -> None:
+    """Sort the columns of every linear as its input is sorted, and the rows of those that carry another's order."""
+    for plan in plans:
+        if plan.perm is None:
+            continue
+        for name in plan.group.linears:
+            linear = _linear(layer, name)
+            linear.weight = nn.Parameter(linear.weight[:, plan.perm], requires_grad=False)
+        for name in plan.group.fold_into_rows:
+            linear = _linear(layer, name)
+            linear.weight = nn.Parameter(linear.weight[plan.perm], requires_grad=False)
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(linear.bias[plan.perm], requires_grad=False)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||; 0 for two zeros."""
+    size = float(torch.linalg.vector_norm(expected.float()))
+    return float(torch.linalg.vector_norm(found.float() - expected.float())) / size if size else 0.0
+
+
+def _weight_error(weight: Tensor, found: MixedWeight, linear: LinearScheme) -> float:
+    if linear.rotation is not None:
+        normal, _ = linear.split(weight.shape[1])
+        weight = torch.cat((rotate(weight[:, :normal], linear.rotation), weight[:, normal:]), 1)
+    return relative_error(dequantize_weight(found, linear), weight)
+
+
+def _linear_errors(
+    plans: list[InputPlan], before: Sample, after: Sample, weights: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    rows = {name: plan.perm for plan in plans if plan.perm is not None for name in plan.group.fold_into_rows}
+    records = {}
+    for name, expected in before.linears.items():
+        if name in rows:
+            expected = expected[:, rows[name]]
+        records[name] = {
+            "weight_error": weights.get(name, 0.0),
+            "output_error": relative_error(after.linears[name], expected),
+        }
+    return records
+
+
+def _input_record(plan: InputPlan, energy: Tensor) -> dict[str, Any]:
+    """What the report says of an input: its outlier channels' share of the energy, and the energies themselves."""
+    ordered = energy if plan.perm is None else energy[plan.perm]
+    _, outliers = plan.linear.split(energy.numel()) if plan.is_quantized else (0, 0)
+    total = float(energy.sum())
+    return {
+        "channels": energy.numel(),
+        "outliers": outliers,
+        "outlier_share": float(ordered[energy.numel() - outliers :].sum()) / total if total else 0.0,
+        "max_over_median": float(energy.max() / energy.median().clamp_min(1e-30)),
+        "energy": _bins(energy),
+        "energy_ordered": _bins(ordered),
+    }
+
+
+def _bins(energy: Tensor) -> list[float]:
+    pooled = adaptive_max_pool1d(energy[None, None], min(ENERGY_BINS, energy.numel()))
+    return [float(f"{value:.4g}") for value in pooled.flatten().tolist()]
+
+
+def _by_scheme(plan: InputPlan) -> dict[LinearScheme, list[str]]:
+    found: dict[LinearScheme, list[str]] = {}
+    for name, linear in plan.schemes.items():
+        found.setdefault(linear, []).append(name)
+    return found
+
+
+def _linear(layer: DecoderLayer, name: str) -> nn.Linear:
+    module = layer.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module

@@ -1,0 +1,127 @@
+"""The two looks at a layer's inputs: their energies in full precision, their Hessians once they are rounded.
+
+Both hang forward hooks on the producers that the family names. For the report the first look also keeps what the
+layer and its linears give for a few tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atom.models.layers import DecoderLayer
+from atom.models.layout import layer_prefix
+from atom.quant.mixed import fake_quantize_activation
+from atom.quant.schemes import Scheme
+
+from .hidden import HiddenStates, LayerRunner
+from .plan import InputPlan, unrotate_input
+from .stats import EnergyAccumulator, HessianAccumulator
+
+SAMPLE_TOKENS = 1024  # of the first batch, over which the report compares outputs
+
+Hook = Callable[[nn.Module, Any, Tensor], Tensor | None]
+
+
+@dataclass
+class Sample:
+    """Outputs for the first tokens: of the layer [T, hidden_size], and of its linears [T, N] by name."""
+
+    output: Tensor = field(default_factory=lambda: torch.empty(0))
+    linears: dict[str, Tensor] = field(default_factory=dict)
+
+
+def observe_energies(
+    layer: DecoderLayer, index: int, plans: list[InputPlan], hidden: HiddenStates, runner: LayerRunner
+) -> tuple[dict[str, Tensor], Sample]:
+    """Run the full-precision layer: channel energies [K] of every input group, and a sample of its outputs.
+
+    All batches run if an input is to be reordered, else only the first, which the report wants.
+    """
+    energies: dict[str, EnergyAccumulator] = {}
+
+    def watch(plan: InputPlan) -> Hook:
+        name = plan.group.name
+
+        def hook(module: nn.Module, args: Any, x: Tensor) -> None:
+            if name not in energies:
+                where = input_name(plan, index)
+                energies[name] = EnergyAccumulator(x.shape[-1], x.device, where)
+            energies[name].add(x)
+
+        return hook
+
+    with hooked({plan.group.producer: watch(plan) for plan in plans}, layer):
+        sample = sample_outputs(layer, plans, hidden, runner, None)
+        if any(plan.needs_order for plan in plans):
+            for number in range(1, len(hidden)):
+                runner.run(layer, hidden, number, None)
+    return {name: energy.mean() for name, energy in energies.items()}, sample
+
+
+def observe_hessians(
+    layer: DecoderLayer,
+    index: int,
+    plans: list[InputPlan],
+    hidden: HiddenStates,
+    runner: LayerRunner,
+    scheme: Scheme,
+) -> dict[str, HessianAccumulator]:
+    """Run the permuted layer on rounded inputs: the Hessian accumulator of every quantized input group."""
+    hessians: dict[str, HessianAccumulator] = {}
+
+    def watch(plan: InputPlan) -> Hook:
+        name = plan.group.name
+
+        def hook(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+            if plan.perm is not None and plan.group.is_gathered:
+                x = x[..., plan.perm]
+            rounded = fake_quantize_activation(x, plan.linear)
+            if name not in hessians:
+                where = input_name(plan, index)
+                hessians[name] = HessianAccumulator(x.shape[-1], x.device, where)
+            hessians[name].add(rounded)
+            return unrotate_input(rounded, plan.linear)
+
+        return hook
+
+    with hooked({plan.group.producer: watch(plan) for plan in plans if plan.is_quantized}, layer):
+        for number in range(len(hidden)):
+            runner.run(layer, hidden, number, scheme)
+    return hessians
+
+
+def sample_outputs(
+    layer: DecoderLayer, plans: list[InputPlan], hidden: HiddenStates, runner: LayerRunner, scheme: Scheme | None
+) -> Sample:
+    """Run the first batch and keep what the layer and its linears give for its first tokens."""
+    sample = Sample()
+
+    def keep(name: str) -> Hook:
+        def hook(module: nn.Module, args: Any, y: Tensor) -> None:
+            sample.linears[name] = y[:SAMPLE_TOKENS].clone()
+
+        return hook
+
+    with hooked({name: keep(name) for plan in plans for name in plan.group.linears}, layer):
+        sample.output = runner.run(layer, hidden, 0, scheme)
+    return sample
+
+
+def input_name(plan: InputPlan, index: int) -> str:
+    """How messages call an input: by its producer, and the linears that take it."""
+    return f"{layer_prefix(index)}.{plan.group.producer} (input of {', '.join(plan.group.linears)})"
+
+
+@contextmanager
+def hooked(hooks: dict[str, Hook], layer: nn.Module) -> Iterator[None]:
+    """Forward hooks on modules of the layer by name, taken off at the end."""
+    handles = [layer.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,277 @@
+"""The whole-model driver: layer after layer from the source to the checkpoint.
+
+In memory at a time: one decoder layer, its activations in batches, and the hidden states of the calibration windows
+between two layers. Weights are read on demand and written when they are done, one shard a layer, so a killed run
+loses at most the layer it was in. A resumed run keeps no activations: it runs the quantized layers again.
+"""
+
+import logging
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import atom
+from atom.checkpoint import CheckpointWriter, quantization_config, read_scheme
+from atom.errors import CheckpointError, UnsupportedError
+from atom.models.config import ModelConfig
+from atom.models.layout import check_source, is_ignored, layer_prefix, model_tensors
+from atom.models.loader import meta_model
+from atom.models.model import Model
+from atom.models.shards import Shards
+from atom.models.source import Source, load_tokenizer, open_source
+from atom.quant.schemes import Scheme
+
+from .clock import Clock
+from .config import CalibrationConfig
+from .data import SELF, Windows, load_windows
+from .hidden import HiddenStates
+from .layer import LayerQuantizer
+from .plan import check_sizes, plan_layer
+from .progress import Progress, Silent
+from .report import Report, total
+from .sample import sample_windows
+
+log = logging.getLogger(__name__)
+
+GENERATION_FILE = "generation_config.json"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def quantize_model(
+    source: str | Path,
+    scheme: Scheme,
+    out: Path,
+    config: CalibrationConfig,
+    resume: bool = False,
+    progress: Progress | None = None,
+    revision: str | None = None,
+) -> Report:
+    """Quantize the model called `source` (directory, GGUF file, hub id, alias) into the directory `out`.
+
+    resume    continue the unfinished run in OUT.partial; the result is the same, bit for bit
+    progress  told about every layer
+    Raises CheckpointError if the source is damaged, `out` is not empty, the disk is full, or OUT.partial is another
+    run's; CalibrationError if text or statistics cannot be used; ValueError if the scheme does not fit the model.
+    """
+    opened = open_source(source, revision)
+    if read_scheme(opened.config, f"{opened.path.name}/config.json") is not None:
+        raise UnsupportedError(f"{opened.path.name} is quantized already; calibration needs the full-precision model")
+    if is_calibrated(opened, scheme):
+        windows = _windows(opened, config)
+    else:
+        load_tokenizer(opened.path)  # missing files are an error now rather than at the first prompt
+        windows = None
+    return quantize_source(opened, scheme, out, config, windows, resume, progress)
+
+
+def quantize_source(
+    source: Source,
+    scheme: Scheme,
+    out: Path,
+    config: CalibrationConfig,
+    windows: Windows | None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """As quantize_model, from an opened source and given tokens; `windows` None copies the weights as they are."""
+    started = time.perf_counter()
+    config = replace(config, device=str(_device(config.device)))
+    model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
+    check_source(model_tensors(model, None), source, model)
+    _check_scheme(model, scheme)
+    provenance = _provenance(source, config, windows)
+    run = {
+        "source": dict(source.provenance),
+        "scheme": scheme.to_dict(),
+        "config": config.to_dict(),
+        "tokens": None if windows is None else windows.sha256,
+        "atom": atom.__version__,
+        "torch": torch.__version__,
+    }
+    writer = CheckpointWriter(out, run, model.config.num_layers + 1, resume)
+    progress = progress or Silent()
+    with torch.no_grad(), _MatmulPrecision(config), progress:
+        if not writer.has_shard(1):
+            writer.write_shard(1, _outside(source, model))
+        if windows is None:
+            layers = _copy_layers(source, model, writer, progress)
+        else:
+            layers = _quantize_layers(source, model, scheme, config, windows, writer, progress)
+        written = sum(writer.shard_path(n).stat().st_size for n in range(1, writer.num_shards + 1))
+        report = Report(provenance, scheme.to_dict(), config.to_dict(), layers)
+        report.totals = total(layers, time.perf_counter() - started, written)
+        files = [f for f in [*source.tokenizer_files(), source.path / GENERATION_FILE] if f.is_file()]
+        writer.finish(_config(source, scheme), report.to_dict(), files)
+    return report
+
+
+def is_calibrated(source: Source, scheme: Scheme) -> bool:
+    """Whether any weight of the model is quantized: else nothing is measured and weights are copied."""
+    model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
+    return any(
+        plan.is_quantized
+        for index in range(model.config.num_layers)
+        for plan in plan_layer(model.family, scheme, index)
+    )
+
+
+def _quantize_layers(
+    source: Source,
+    model: Model,
+    scheme: Scheme,
+    config: CalibrationConfig,
+    windows: Windows,
+    writer: CheckpointWriter,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    device = torch.device(config.device)
+    hidden = _embed(source, model, config, windows, device)
+    clock = Clock(device)
+    quantizer = LayerQuantizer(source, model, scheme, config, device, clock)
+    records = []
+    for index in range(model.config.num_layers):
+        start = time.perf_counter()
+        done = writer.noted(f"layer-{index}")
+        if writer.has_shard(index + 2) and done is not None:
+            progress.layer(index, model.config.num_layers, "running the quantized layer again")
+            written = Source(writer.partial, source.config, {}, {}, Shards(writer.partial))
+            quantizer.rerun(index, written, hidden)
+            records.append(done)
+            continue
+        progress.layer(index, model.config.num_layers, "quantizing")
+        tensors, record = quantizer.quantize(index, hidden)
+        with clock.phase("io"):
+            writer.write_shard(index + 2, tensors)
+        record["seconds"] = clock.take()
+        record["seconds"]["total"] = round(time.perf_counter() - start, 4)
+        writer.note(f"layer-{index}", record)
+        records.append(record)
+        progress.done(record)
+    return records
+
+
+def _copy_layers(source: Source, model: Model, writer: CheckpointWriter, progress: Progress) -> list[dict[str, Any]]:
+    for index in range(model.config.num_layers):
+        progress.layer(index, model.config.num_layers, "copying")
+        if not writer.has_shard(index + 2):
+            prefix = f"{layer_prefix(index)}."
+            names = [n for n in source.names() if n.startswith(prefix) and not is_ignored(n, model)]
+            writer.write_shard(index + 2, {name: source.get(name) for name in names})
+    return []
+
+
+def _outside(source: Source, model: Model) -> dict[str, Tensor]:
+    """Everything that is in no decoder layer: embedding, final norm, head."""
+    names = [n for n in source.names() if not n.startswith("model.layers.") and not is_ignored(n, model)]
+    tensors = {name: source.get(name) for name in names}
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{name} holds NaN or infinity; quantization needs finite weights: "
+                "download the model again, or start from another checkpoint"
+            )
+    return tensors
+
+
+def _embed(
+    source: Source, model: Model, config: CalibrationConfig, windows: Windows, device: torch.device
+) -> HiddenStates:
+    """The hidden states that enter the first layer."""
+    scale = model.config.embedding_scale
+    states = source.get(EMBEDDING)[windows.tokens].float()
+    if scale is not None:
+        states *= torch.tensor(scale)
+    offload = config.offload == "on"
+    if config.offload == "auto" and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        offload = states.numel() * 4 > free // 4
+    if not offload:
+        states = states.to(device)
+    elif device.type == "cuda":
+        states = states.pin_memory()
+    return HiddenStates(states, config.windows_per_batch, device)
+
+
+def _windows(source: Source, config: CalibrationConfig) -> Windows:
+    tokenizer = load_tokenizer(source.path)
+    if config.data == SELF:
+        return sample_windows(source, config, _device(config.device))
+    return load_windows(config.data, tokenizer, config.num_windows, config.window_length, config.seed)
+
+
+def _check_scheme(model: Model, scheme: Scheme) -> None:
+    layer = next(model.model.decoder_layers())
+    columns = {name: layer.get_parameter(f"{name}.weight").shape[1] for name in model.family.linears}
+    for index in range(model.config.num_layers):
+        check_sizes(plan_layer(model.family, scheme, index), columns)
+
+
+def _config(source: Source, scheme: Scheme) -> dict[str, Any]:
+    """config.json of the checkpoint: the source's, and how it is quantized."""
+    return {**source.config, "quantization_config": quantization_config(scheme)}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(f"device {name} was asked for and torch sees no GPU; use --device cpu")
+    return device
+
+
+class _MatmulPrecision:
+    """TF32 on a GPU if the run allows it; the setting before comes back at the end."""
+
+    def __init__(self, config: CalibrationConfig) -> None:
+        self._wanted = config.matmul_precision if config.device.startswith("cuda") else "highest"
+
+    def __enter__(self) -> None:
+        self._before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self._wanted)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_float32_matmul_precision(self._before)
+
+
+def _provenance(source: Source, config: CalibrationConfig, windows: Windows | None) -> dict[str, Any]:
+    import transformers
+
+    data: Mapping[str, Any] = {}
+    if windows is not None:
+        count, length = windows.tokens.shape
+        data = {"data": windows.source, "tokens_sha256": windows.sha256, "windows": count, "window_length": length}
+    device = torch.device(config.device)
+    return {
+        "source": dict(source.provenance),
+        "calibration": dict(data),
+        "seed": config.seed,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "versions": {
+            "atom": atom.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that runs, or None outside one."""
+    root = Path(atom.__file__).resolve().parent.parent
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
