@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -137,7 +138,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> EvalResult
         command=command_line(),
         machine=machine_facts(gpu=loaded.model.device.type == "cuda"),
         versions=package_versions(),
-        config=dataclasses.asdict(config),
+        config=json.loads(json.dumps(dataclasses.asdict(config))),
         perplexity=tuple(found),
         tasks=() if prepared is None else _run_tasks(config, loaded, prepared),
         seconds=round(time.perf_counter() - began, 3),
