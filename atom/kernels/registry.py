@@ -80,17 +80,20 @@ class Op:
         """The implementation that runs `problem`; UnsupportedError says who refused and why."""
         if problem.arch == "cpu" or kernels == REFERENCE:
             return Choice(self.name, REFERENCE, self.reference)
-        refusals: list[tuple[str, str]] = []
+        refusals = self.refusals(problem)
         for implementation in self.implementations:
-            reason = implementation.refuses(problem)
-            if reason is None:
-                return Choice(self.name, implementation.name, implementation.load(), tuple(refusals))
-            refusals.append((implementation.name, reason))
-        why = "; ".join(f"{name}: {reason}" for name, reason in refusals) or "no kernel is registered for it"
+            if implementation.name not in refusals:
+                return Choice(self.name, implementation.name, implementation.load(), tuple(refusals.items()))
+        why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items()) or "no kernel is registered for it"
         raise UnsupportedError(
             f"op {self.name} has no implementation for this problem on {problem.arch} ({why}). "
             "Pass --kernels reference to run its torch reference, or choose another scheme"
         )
+
+    def refusals(self, problem: Problem) -> dict[str, str]:
+        """Why each implementation that refuses `problem` does so, by the implementation's name."""
+        found = ((i.name, i.refuses(problem)) for i in self.implementations)
+        return {name: reason for name, reason in found if reason is not None}
 
 
 def device_arch(device: Any) -> str:

@@ -110,6 +110,20 @@ def open_source(model: str | Path, revision: str | None = None) -> Source:
     )
 
 
+def read_config(model: str | Path, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and generation_config.json ({} if absent) of the model called `model`, named as for open_source.
+
+    Of a hub model nothing else is fetched; a GGUF file is converted (once), since its config is in it.
+    """
+    name, local = str(model), Path(model).expanduser()
+    if local.is_dir() or local.is_file() or name in ALIASES or not _HUB_ID.fullmatch(name):
+        source = open_source(model, revision)
+        return dict(source.config), dict(source.generation_config)
+    path = _download(name, revision, ["config.json", "generation_config.json"])
+    generation = path / "generation_config.json"
+    return read_json(path / "config.json"), read_json(generation) if generation.is_file() else {}
+
+
 def open_directory(path: Path, provenance: Mapping[str, Any]) -> Source:
     """The model in a local directory, with what is known of its origin."""
     if not (path / "config.json").is_file():
@@ -162,14 +176,17 @@ def load_tokenizer(model: Path | str) -> Any:
         ) from error
 
 
-def _download(name: str, revision: str | None) -> Path:
-    """The snapshot of a hub model: config, tokenizer and weights of one commit, whose hash is the folder's name."""
+def _download(name: str, revision: str | None, only: list[str] | None = None) -> Path:
+    """The snapshot of a hub model: config, tokenizer and weights of one commit, whose hash is the folder's name.
+
+    only  files to fetch instead of all of these
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
-        if not any(path.glob("*.safetensors")):
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=only or _HUB_FILES))
+        if only is None and not any(path.glob("*.safetensors")):
             path = Path(snapshot_download(name, revision=path.name, allow_patterns=["pytorch_model*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,171 @@
+"""What would run, how large it would be and how long calibration would take, before a weight is read.
+
+Example: atom check meta-llama/Llama-3.1-8B --scheme w4a4 --gpu h200
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.table import Table
+
+from atom.calibration.config import CalibrationConfig
+from atom.calibration.estimate import GPUS as CALIBRATION_GPUS
+from atom.calibration.estimate import Estimate, estimate, measure_machine
+
+from ..checkpoint import read_scheme
+from ..errors import UnsupportedError
+from ..kernels.activation import PERMUTE_QUANTIZE
+from ..kernels.bounds import GPUS, Gpu, linear_bound_us
+from ..kernels.gated import GATED_QUANTIZE
+from ..kernels.linear import LINEAR
+from ..kernels.norm import RMS_NORM_QUANTIZE
+from ..kernels.registry import Op, Problem
+from ..models.config import ModelConfig
+from ..models.footprint import Footprint, measure_footprint, source_dtype
+from ..models.loader import meta_model
+from ..models.model import Model
+from ..models.source import read_config
+from ..quant.presets import get_scheme, kv_name
+from ..quant.schemes import Scheme
+from .console import console
+
+PRODUCERS = {
+    "attention_input": RMS_NORM_QUANTIZE,
+    "mlp_input": RMS_NORM_QUANTIZE,
+    "o_input": PERMUTE_QUANTIZE,
+    "down_input": GATED_QUANTIZE,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `atom check`."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Hub id, model directory, Atom checkpoint, GGUF file, or the alias smollm2."""
+
+    scheme: str | None = None
+    """As for atom quantize; default: the checkpoint's own, or w4a4."""
+
+    gpu: str = "cpu"
+    """Where it would run: cpu, h100 or h200."""
+
+    windows: int = 128
+    """Windows of calibration text."""
+
+    window_length: int = 2048
+    """Tokens of a window."""
+
+    def __post_init__(self) -> None:
+        if self.scheme is not None:
+            get_scheme(self.scheme)
+        if self.gpu != "cpu" and self.gpu not in GPUS:
+            raise ValueError(f"unknown --gpu {self.gpu!r}; use cpu, {', '.join(GPUS)}")
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Print three tables; return the same as numbers. Raises UnsupportedError for an architecture not known here."""
+    raw, generation = read_config(options.model)
+    own = read_scheme(raw)
+    scheme = get_scheme(options.scheme) if options.scheme else own or get_scheme("w4a4")
+    config = ModelConfig.from_hf(raw, generation)
+    model = meta_model(config)
+    gpu = GPUS.get(options.gpu)
+    size = measure_footprint(model, scheme, source_dtype(config))
+    full = measure_footprint(model, get_scheme("bf16"), source_dtype(config))
+    calibration = CalibrationConfig(num_windows=options.windows, window_length=options.window_length)
+    machine = CALIBRATION_GPUS[options.gpu] if gpu else measure_machine()
+    cost = estimate(model, scheme, calibration, machine)
+    ops = op_table(model, scheme, gpu)
+    name = Path(options.model).name
+    console.print(f"{name}: {raw['architectures'][0]}, {size.parameters / 1e6:,.1f} M parameters, scheme {scheme.name}")
+    console.print(_size_table(model, scheme, size, full, cost, options))
+    console.print(_ops_table(ops, gpu))
+    if any(row["runs"] is None for row in ops):
+        console.print("Refused ops run with --kernels reference, which is correct and slow.")
+    return {
+        "model": options.model,
+        "architecture": raw["architectures"][0],
+        "supported": True,
+        "scheme": scheme.name,
+        "kv": kv_name(scheme),
+        "parameters": size.parameters,
+        "disk_bytes": size.disk,
+        "packed_bytes": size.packed,
+        "dense_bytes": size.dense,
+        "kv_bytes_per_token": size.kv_token,
+        "calibration_seconds": round(cost.seconds, 1),
+        "calibration_peak_bytes": cost.peak_bytes,
+        "ops": ops,
+    }
+
+
+def op_table(model: Model, scheme: Scheme, gpu: Gpu | None) -> list[dict[str, Any]]:
+    """One entry for each op of a decoder layer: what runs it there, or why nothing does, and its bound."""
+    layer = next(model.model.decoder_layers())
+    rows: list[dict[str, Any]] = []
+    arch = gpu.arch if gpu else "cpu"
+    for group in model.family.groups:
+        linear = scheme.for_linear(f"model.layers.0.{group.linears[0]}")
+        sizes = [layer.get_submodule(n) for n in group.linears]
+        K, N = sizes[0].in_features, sum(s.out_features for s in sizes)
+        if linear.weight is None:
+            rows.append({"op": "linear", "where": ", ".join(group.linears), "runs": "torch", "why": "full precision"})
+            continue
+        rows.append(_row(PRODUCERS[group.name], group.name, Problem(arch, linear, K=K)))
+        row = _row(LINEAR, " + ".join(n.rpartition(".")[2] for n in group.linears), Problem(arch, linear, N, K))
+        if gpu:
+            row["bound_us"] = {M: round(linear_bound_us(gpu, M, N, K, linear), 2) for M in (1, 64, 2048)}
+        rows.append(row)
+    return rows
+
+
+def _row(op: Op, where: str, problem: Problem) -> dict[str, Any]:
+    refusals = op.refusals(problem)
+    try:
+        runs = op.choose(problem).name
+    except UnsupportedError:
+        runs = None
+    why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    return {"op": op.name, "where": where, "runs": runs, "why": why or ("" if runs else "no kernel for it yet")}
+
+
+def _size_table(
+    model: Model, scheme: Scheme, size: Footprint, full: Footprint, cost: Estimate, options: Options
+) -> Table:
+    K, head_dim = model.config.hidden_size, model.config.head_dim
+    table = Table("", "this scheme", "16 bits")
+    table.add_row("effective bits: weights", f"{scheme.weight_bits(K):.2f}", "16")
+    table.add_row("effective bits: activations", f"{scheme.activation_bits(K):.2f}", "16")
+    table.add_row(f"effective bits: KV ({kv_name(scheme)})", f"{scheme.kv_bits(head_dim):.2f}", "16")
+    table.add_row("checkpoint on disk", _bytes(size.disk), _bytes(full.disk))
+    table.add_row("weights in memory, packed for kernels", _bytes(size.packed), _bytes(full.packed // 2))
+    table.add_row("weights in memory, float32 reference", _bytes(size.dense), _bytes(full.dense))
+    table.add_row("KV cache a token", _bytes(size.kv_token), _bytes(size.kv_token_16))
+    text = f"{options.windows} x {options.window_length} tokens on {options.gpu}"
+    table.add_row(f"calibration, {text}", f"about {_time(cost.seconds)}, {_bytes(cost.peak_bytes)}", "")
+    return table
+
+
+def _ops_table(ops: list[dict[str, Any]], gpu: Gpu | None) -> Table:
+    bounds = ["bound us, M=1", "M=64", "M=2048"] if gpu else []
+    table = Table("op", "where", "runs on " + (gpu.name if gpu else "cpu"), *bounds)
+    for row in ops:
+        runs = row["runs"] or f"refused ({row['why']})"
+        bound = [str(v) for v in row.get("bound_us", {}).values()] or [""] * len(bounds)
+        table.add_row(row["op"], row["where"], runs, *bound)
+    return table
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,84 @@
+"""How large a model is under a scheme: on disk, in memory, and per cached token; counted from shapes alone."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ..quant.schemes import Scheme
+from .config import ModelConfig
+from .layout import layer_prefix, layer_tensors, model_tensors
+from .model import Model
+
+REFERENCE_DTYPE = torch.float32  # the reference path multiplies with weights dequantized to this
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a model.
+
+    disk          tensors of the checkpoint
+    packed        in memory, weights as the checkpoint has them: what a kernel path holds
+    dense         in memory on the reference path: weights dequantized to float32, the rest in the model's dtype
+    kv_token      one cached token in all layers in the scheme's format, scales included
+    kv_token_16   the same in 16 bits
+    """
+
+    parameters: int
+    disk: int
+    packed: int
+    dense: int
+    kv_token: float
+    kv_token_16: int
+
+
+def measure_footprint(
+    model: Model, scheme: Scheme, source_dtype: torch.dtype, dtype: torch.dtype = torch.float32
+) -> Footprint:
+    """The footprint of `model` (on the meta device, in full precision) under `scheme`.
+
+    source_dtype  of the source's tensors, in which a checkpoint keeps what is not quantized
+    dtype         in which the model is to run
+    """
+    parameters = sum(p.numel() for p in model.state_dict().values())
+    disk = packed = 0
+    for expected in model_tensors(model, scheme).values():
+        disk += prod(expected.shape) * (expected.dtype or source_dtype).itemsize
+        packed += prod(expected.shape) * (expected.dtype or dtype).itemsize
+    config = model.config
+    elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    kv_bits = scheme.kv_bits(config.head_dim)
+    return Footprint(parameters, disk, packed, _dense_bytes(model, scheme, dtype), elements * kv_bits / 8, elements * 2)
+
+
+def _dense_bytes(model: Model, scheme: Scheme, dtype: torch.dtype) -> int:
+    total = sum(p.numel() for n, p in model.state_dict().items() if not n.startswith("model.layers.")) * dtype.itemsize
+    for index, layer in enumerate(model.model.decoder_layers()):
+        prefix = layer_prefix(index)
+        quantized = {n.removesuffix(".weight_packed") for n in layer_tensors(layer, model.family, scheme, prefix)}
+        for name, tensor in layer.state_dict().items():
+            linear = f"{prefix}.{name}".rpartition(".")[0]
+            is_dense = linear in quantized
+            total += tensor.numel() * (REFERENCE_DTYPE if is_dense else dtype).itemsize
+        total += sum(_perm_bytes(model, scheme, index))
+    return total
+
+
+def _perm_bytes(model: Model, scheme: Scheme, index: int) -> list[int]:
+    """Permutations that producers keep as int64, one for each gathered input."""
+    config = model.config
+    sizes = {"o_input": config.num_heads * config.head_dim}
+    groups = [g for g in model.family.groups if g.is_gathered]
+    linears = [scheme.for_linear(f"{layer_prefix(index)}.{g.linears[0]}") for g in groups]
+    return [
+        8 * sizes.get(group.name, config.hidden_size)
+        for group, linear in zip(groups, linears, strict=True)
+        if linear.weight is not None and linear.reorder
+    ]
+
+
+def source_dtype(config: ModelConfig) -> torch.dtype:
+    """The dtype that config.json says the weights have; bfloat16 where it is silent."""
+    raw = config.raw.get("dtype") or config.raw.get("torch_dtype") or "bfloat16"
+    dtype = getattr(torch, str(raw).removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16

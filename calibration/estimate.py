@@ -1,0 +1,103 @@
+"""How long a calibration will take and how much memory it needs, before a weight is read.
+
+Operations are counted from shapes; the rate is measured on the spot with a small product of the same kind, or taken
+from a table for a GPU that is not at hand. Good to a factor of 1.5 on the models it was compared with
+(docs/calibration.md); what it leaves out is reading and writing files.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from atom.models.model import Model
+from atom.quant.schemes import Scheme
+
+from .config import CalibrationConfig
+
+PASSES = 3  # energies, Hessians, propagation
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What bounds a calibration: float32 product rate, element-wise bandwidth, and the cost of a tiny op."""
+
+    name: str
+    flops: float
+    bytes_per_s: float
+    op_s: float
+
+
+# Measured on the device by the product below with TF32 allowed; see docs/calibration.md.
+GPUS = {"h200": Machine("h200", 330e12, 3.0e12, 8e-6), "h100": Machine("h100", 330e12, 2.2e12, 8e-6)}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds, and the largest memory of the device that calibrates."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def measure_machine(device: torch.device | str = "cpu") -> Machine:
+    """Time one product and one element-wise pass on `device` (about half a second)."""
+    device = torch.device(device)
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device)
+    product = _seconds(lambda: a @ a, device)
+    wide = torch.randn(4 * size, size, device=device)
+    passed = _seconds(lambda: (wide * 1.5).round_().clamp_(-8, 7), device)
+    small = torch.randn(256, device=device)
+    tiny = _seconds(lambda: small.mul_(1.0), device, repeats=200)
+    return Machine(str(device), 2 * size**3 / product, 6 * wide.numel() * 4 / passed, tiny)
+
+
+def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: Machine) -> Estimate:
+    """Time and peak memory of calibrating `model` (on the meta device) under `scheme`."""
+    tokens = config.num_windows * config.window_length
+    seconds = 0.0
+    largest_layer = largest_hessians = widest = 0
+    for layer in model.model.decoder_layers():
+        weights = sum(p.numel() for p in layer.parameters())
+        inputs = {g.name: (layer.get_submodule(g.linears[0]).in_features, g.linears) for g in model.family.groups}
+        attention = 4 * tokens * config.window_length * model.config.num_heads * model.config.head_dim
+        flops = PASSES * (2 * weights * tokens + attention)
+        moved = columns = hessians = 0
+        for K, linears in inputs.values():
+            N = sum(layer.get_submodule(name).out_features for name in linears)
+            # Reading, rounding and writing activations: a dozen float32 passes where they are rounded, a few elsewhere.
+            moved += 4 * tokens * (K * (12 * (PASSES - 1) + 4 * PASSES) + N * 3 * PASSES)
+            if config.gptq:
+                flops += 2 * K * K * tokens + K**3 * 2 + 2 * N * K * K
+                moved += 4 * N * K * 10
+                columns += K
+                hessians += 4 * K * K
+            widest = max(widest, K, N)
+        seconds += flops / machine.flops + moved / machine.bytes_per_s + columns * 12 * machine.op_s
+        largest_layer = max(largest_layer, 4 * weights)
+        largest_hessians = max(largest_hessians, hessians)
+    hidden = 4 * tokens * model.config.hidden_size
+    batch = config.windows_per_batch * config.window_length
+    activations = 4 * batch * widest * 6
+    keeps_hidden = config.offload != "on"
+    peak = 3 * largest_layer + 2 * largest_hessians + activations + hidden * keeps_hidden
+    return Estimate(seconds, peak)
+
+
+def _seconds(work: object, device: torch.device, repeats: int = 5) -> float:
+    """The best of `repeats` timings of `work`, in seconds."""
+    assert callable(work)
+    best = float("inf")
+    for _ in range(repeats + 2):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
