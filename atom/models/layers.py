@@ -6,7 +6,6 @@ cache's business. Module names are those of Hugging Face checkpoints. Three modu
 linears are replaced (atom/models/quantized.py) and every `forward` here stays as it is.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -78,13 +77,3 @@ class DecoderLayer(nn.Module):
 def norm(config: ModelConfig) -> RMSNorm:
     """An RMSNorm over the hidden size."""
     return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
-
-
-@torch.no_grad()
-def initialise_(module: nn.Module, seed: int, std: float = 0.02) -> None:
-    """Fill a module's weights with seeded noise (norms near one); for tests and for models of a given shape."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator) * std
-        is_norm = "norm" in name.rsplit(".", 2)[-2] and parameter.dim() == 1
-        parameter.copy_(noise + 1 if is_norm else noise)

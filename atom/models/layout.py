@@ -3,7 +3,7 @@
 The loader compares this list with what a checkpoint has, and `atom check` counts its bytes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from ..quant.schemes import LinearScheme, Scheme
 from ..quant.stored import stored_tensors
 from .family import Family
 from .model import Model
+from .shards import some
 from .source import Source
 
 PERM = "input_perm"
@@ -124,10 +125,3 @@ def check_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, want: Ex
             f"{where}: {name} is {str(dtype).removeprefix('torch.')}, needed is {needed}; "
             "the checkpoint does not fit its scheme; quantize again."
         )
-
-
-def some(names: Iterable[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more

@@ -22,8 +22,9 @@ from ..quant.schemes import LinearScheme, Scheme
 from ..quant.stored import load_weight
 from .family import Family, InputGroup
 from .layers import GatedActivation
-from .layout import PERM, check_tensor, group_scheme, linear_tensors, some
+from .layout import PERM, check_tensor, group_scheme, linear_tensors
 from .norm import RMSNorm
+from .shards import some
 
 
 class Quantized(nn.Module):
@@ -144,11 +145,11 @@ def quantize_layer_(
     Linears whose scheme has no weight format stay as they are. Raises CheckpointError for a missing or mis-shaped
     tensor, UnsupportedError if the device has no implementation of an op.
     """
+    device, dtype = _placement(layer)
     for group in family.groups:
         shared = group_scheme(family, scheme, prefix, group.name)
         if shared.weight is None:
             continue
-        device, dtype = _placement(layer)
         perms: list[Tensor | None] = []
         size = 0
         for name in group.linears:

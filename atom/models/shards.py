@@ -8,6 +8,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 import json
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -56,8 +57,8 @@ class Shards:
         self.path = path
         self._open: dict[Path, Any] = {}
         self._entries: dict[str, Entry] = {}
-        for file in _files(path):
-            for name, entry in read_header(file).items():
+        for file, header in _headers(path).items():
+            for name, entry in header.items():
                 if name in self._entries:
                     raise CheckpointError(
                         f"tensor {name} stands in {self._entries[name].file.name} and in {file.name}; each must stand "
@@ -93,11 +94,11 @@ class Shards:
         return self._entries[name]
 
 
-def _files(path: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint in `path`."""
+def _headers(path: Path) -> dict[Path, dict[str, Entry]]:
+    """The checked header of each safetensors file that belongs to the checkpoint in `path`."""
     index = path / INDEX_FILE
     if not index.is_file():
-        return sorted(path.glob("*.safetensors"))
+        return {file: read_header(file) for file in sorted(path.glob("*.safetensors"))}
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise CheckpointError(f"{index} has no weight_map; it must say which shard holds what; download it again.")
@@ -108,23 +109,24 @@ def _files(path: Path) -> list[Path]:
     missing = [name for name in shards if not (path / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing)}; all that {index.name} names "
+            f"{path} lacks {len(missing)} of {len(shards)} shards: {some(missing)}; all that {index.name} names "
             "must be there; download the missing ones."
         )
-    found = {name: shard for shard in shards for name in read_header(path / shard)}
-    absent = [f"{name} ({shard})" for name, shard in named.items() if found.get(name) != shard]
+    headers = {name: read_header(path / name) for name in shards}
+    absent = [f"{name} ({shard})" for name, shard in named.items() if name not in headers[str(shard)]]
     if absent:
         raise CheckpointError(
-            f"{index} promises tensors that their shards do not hold: {_some(absent)}; shards and index must be of "
+            f"{index} promises tensors that their shards do not hold: {some(absent)}; shards and index must be of "
             "one checkpoint; download it again."
         )
-    return [path / name for name in shards]
+    return {path / name: header for name, header in headers.items()}
 
 
-def _some(names: list[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """The first few names of a long list, and how many more there are; for messages."""
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
 
 
 def read_header(path: Path) -> dict[str, Entry]:
