@@ -52,7 +52,8 @@ def measure_footprint(
 
 
 def _dense_bytes(model: Model, scheme: Scheme, dtype: torch.dtype) -> int:
-    total = sum(p.numel() for n, p in model.state_dict().items() if not n.startswith("model.layers.")) * dtype.itemsize
+    outside: int = sum(p.numel() for n, p in model.state_dict().items() if not n.startswith("model.layers."))
+    total = outside * dtype.itemsize
     for index, layer in enumerate(model.model.decoder_layers()):
         prefix = layer_prefix(index)
         quantized = {n.removesuffix(".weight_packed") for n in layer_tensors(layer, model.family, scheme, prefix)}

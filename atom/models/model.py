@@ -38,7 +38,7 @@ class Decoder(nn.Module):
         hidden: Tensor = self.embed_tokens(token_ids)
         if self.embedding_scale is None:
             return hidden
-        return hidden * torch.tensor(self.embedding_scale, dtype=hidden.dtype, device=hidden.device)
+        return hidden * torch.tensor(self.embedding_scale, dtype=hidden.dtype).item()  # Gemma rounds its scale
 
     def forward(self, token_ids: Tensor, positions: Tensor, kv: KV) -> Tensor:
         hidden = self.embed(token_ids)

@@ -98,7 +98,9 @@ def _headers(path: Path) -> dict[Path, dict[str, Entry]]:
     """The checked header of each safetensors file that belongs to the checkpoint in `path`."""
     index = path / INDEX_FILE
     if not index.is_file():
-        return {file: read_header(file) for file in sorted(path.glob("*.safetensors"))}
+        single = path / "model.safetensors"  # others beside it may be the same weights in another layout
+        files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+        return {file: read_header(file) for file in files}
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise CheckpointError(f"{index} has no weight_map; it must say which shard holds what; download it again.")

@@ -39,6 +39,7 @@ TOKENIZER_FILES = (
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is what a tokenizer cannot do without
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
 class Weights(Protocol):
@@ -159,7 +160,8 @@ def open_weights(path: Path) -> Weights:
 
 def load_tokenizer(model: Path | str) -> Any:
     """The transformers tokenizer of a model, named as for open_source; CheckpointError says what is missing."""
-    folder = Path(model) if Path(model).is_dir() else open_source(model).path
+    local = Path(model).expanduser()
+    folder = local if local.is_dir() else open_source(model).path
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise CheckpointError(
             f"{folder} has no tokenizer; one of {', '.join(_VOCABULARIES)} is needed; "
@@ -185,10 +187,12 @@ def _download(name: str, revision: str | None, only: list[str] | None = None) ->
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=only or _HUB_FILES))
+        path = Path(
+            snapshot_download(name, revision=revision, allow_patterns=only or _HUB_FILES, ignore_patterns=_HUB_IGNORED)
+        )
         if only is None and not any(path.glob("*.safetensors")):
             path = Path(snapshot_download(name, revision=path.name, allow_patterns=["pytorch_model*"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"model {name!r} is no local directory and could not be downloaded: {reason}; "

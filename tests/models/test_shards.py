@@ -130,3 +130,9 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
         save_file({"a": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(CheckpointError, match=r"tensor a stands in one\.safetensors and in two\.safetensors"):
         Shards(tmp_path)
+
+
+def test_other_layouts_beside_the_model_are_left_alone(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    assert torch.equal(Shards(tmp_path).get("a"), torch.zeros(2))
