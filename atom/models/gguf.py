@@ -185,8 +185,8 @@ def _write(path: Path, out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
     except (ValueError, KeyError, NotImplementedError, ImportError) as error:
         raise UnsupportedError(
-            f"transformers cannot read {path} ({type(error).__name__}: {error}); the file must be a language model in a "
-            "type it knows; use another quantization of the model, or its safetensors."
+            f"transformers cannot read {path} ({type(error).__name__}: {error}); the file must be a language model in "
+            "a type it knows; use another quantization of the model, or its safetensors."
         ) from error
     if getattr(model.config, "quantization_config", None) is not None:  # or the directory would claim to hold GGUF
         del model.config.quantization_config
