@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .granularity import Channel, Token
 from .rotation import rotate
-from .rounding import Quantized, dequantize, fake_quantize, quantize
+from .rounding import Quantized, dequantize, fake_quantize, quantize, refuse_nonfinite
 from .schemes import LinearScheme
 
 
@@ -39,7 +39,11 @@ def quantize_outliers(columns: Tensor, linear: LinearScheme, name: str = "weight
     if columns.shape[1] == 0:
         return None
     spec = linear.outliers.spec(Channel(), dynamic=False)
-    return columns.to(torch.bfloat16) if spec is None else quantize(columns, spec, name)
+    if spec is not None:
+        return quantize(columns, spec, name)
+    kept = columns.to(torch.bfloat16)
+    refuse_nonfinite(kept, name)
+    return kept
 
 
 def dequantize_weight(weight: MixedWeight, linear: LinearScheme) -> Tensor:

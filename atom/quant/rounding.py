@@ -8,7 +8,7 @@ same gets the same bits.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import frexp
+from math import floor, frexp, ldexp
 
 import torch
 from torch import Tensor
@@ -52,10 +52,16 @@ class Quantized:
 
 def quantize(x: Tensor, spec: TensorSpec, name: str = "tensor") -> Quantized:
     """Codes and scales of x [..., K] in any float dtype. Raises ValueError naming the tensor on NaN or infinity."""
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"{name} holds NaN or infinity; quantization needs finite values. Check the source of {name}")
+    x = x.float()
+    refuse_nonfinite(x, name)
     scale = choose_scale(x, spec)
     return Quantized(encode(x, scale, spec), scale)
+
+
+def refuse_nonfinite(x: Tensor, name: str) -> None:
+    """Raise ValueError naming the tensor if x holds NaN or infinity."""
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name} holds NaN or infinity; quantization needs finite values. Check the source of {name}")
 
 
 def dequantize(q: Quantized, spec: TensorSpec) -> Tensor:
@@ -64,7 +70,10 @@ def dequantize(q: Quantized, spec: TensorSpec) -> Tensor:
 
 
 def fake_quantize(x: Tensor, spec: TensorSpec) -> Tensor:
-    """x rounded to what `spec` can hold, as float32 [..., K]. NaN and infinity are not looked for."""
+    """x rounded to what `spec` can hold, as float32 [..., K]: dequantize(quantize(x)) in one pass.
+
+    NaN and infinity are not looked for. A zero of an integer format may keep its minus sign, which codes cannot.
+    """
     blocks = _blocks(x.float(), spec)
     return _round_blocks(blocks, choose_scale(x, spec), spec).flatten(-2)[..., : x.shape[-1]]
 
@@ -156,37 +165,51 @@ def _choose(blocks: Tensor, spec: TensorSpec, clip: float, outer: Tensor | None 
     fmt = get_format(spec.format)
     if not spec.symmetric:
         return _choose_asymmetric(blocks, spec, fmt, clip)
-    largest = _reduce(blocks.abs(), spec)
+    whole = isinstance(spec.granularity, PerTensor)
+    largest = _extreme(blocks.abs(), whole)
     if spec.scale_format == "e8m0":  # OCP MX: the exponent of the maximum less that of the format's largest value
         log2 = floor_log2(largest * clip) - (frexp(fmt.max)[1] - 1)
-        return Scale(torch.where(largest > 0, torch.exp2(log2.clamp(-127, 127)), 1.0))
+        log2_cap = frexp(_largest_scale(fmt))[1] - 1
+        return Scale(torch.where(largest > 0, torch.exp2(log2.clamp(-127, log2_cap)), 1.0))
     levels = (2**fmt.bits - 1) / 2 if spec.scale_rule == "range" else fmt.max
-    raw = largest * (clip / levels)
+    raw = (largest * (clip / levels)).clamp_max(_largest_scale(fmt))
     if spec.outer is None:
         return Scale(round_scale(torch.where(raw > 0, raw, 1.0), spec.scale_format))
     if outer is None:
-        over = raw.amax(-1, keepdim=True) if spec.outer != "tensor" else raw.amax().reshape((1,) * raw.ndim)
+        over = _extreme(raw, spec.outer == "tensor").unsqueeze(-1)
         over = over * (1.0 / LARGEST[spec.scale_format]) if spec.scale_format in LARGEST else torch.ones_like(over)
-        outer = torch.where(over > 0, over.clamp_min(2.0**-126), 1.0)
+        outer = torch.where(over > 0, over.clamp_min(2.0**-117), 1.0)  # scale * outer stays a normal number
     return Scale(round_scale(raw * outer.reciprocal(), spec.scale_format), None, outer)
 
 
 def _choose_asymmetric(blocks: Tensor, spec: TensorSpec, fmt: Format, clip: float) -> Scale:
     """Unsigned codes over a range that always holds zero, so that zero itself is exact."""
     _, qmax = fmt.code_range(symmetric=False)
-    low = _reduce(blocks, spec, lowest=True).clamp_max(0.0)
-    high = _reduce(blocks, spec).clamp_min(0.0)
+    whole = isinstance(spec.granularity, PerTensor)
+    low = _extreme(blocks, whole, lowest=True).clamp(-(2.0**126), 0.0)  # their difference stays finite
+    high = _extreme(blocks, whole).clamp(0.0, 2.0**126)
     raw = (high - low) * (clip / qmax)
     scale = round_scale(torch.where(raw > 0, raw, 1.0), spec.scale_format)
     zero = (low * (-clip) * scale.reciprocal()).round().clamp(0, qmax)
     return Scale(scale, zero)
 
 
-def _reduce(blocks: Tensor, spec: TensorSpec, lowest: bool = False) -> Tensor:
-    """Maximum (or minimum) per scale: [..., groups], or [1, ..., 1] per tensor."""
-    if isinstance(spec.granularity, PerTensor):
-        return (blocks.amin() if lowest else blocks.amax()).reshape((1,) * (blocks.ndim - 1))
-    return blocks.amin(-1) if lowest else blocks.amax(-1)
+@lru_cache
+def _largest_scale(fmt: Format) -> float:
+    """The largest bfloat16 that is finite in float32 times any code of a symmetric format; larger values saturate."""
+    code = -fmt.code_range(symmetric=True)[0] if fmt.is_integer else fmt.max
+    mantissa, exponent = frexp(torch.finfo(torch.float32).max / code)
+    return ldexp(floor(mantissa * 256) / 256, exponent)
+
+
+def _extreme(x: Tensor, whole: bool, lowest: bool = False) -> Tensor:
+    """Maximum (or minimum) of x [..., n] over the last axis, [...], or over the whole, [1, ...]; of nothing it is 0."""
+    one = (1,) * (x.ndim - 1)
+    if x.numel() == 0:
+        return x.new_zeros(one if whole else x.shape[:-1])
+    if whole:
+        return (x.amin() if lowest else x.amax()).reshape(one)
+    return x.amin(-1) if lowest else x.amax(-1)
 
 
 def _blocks(x: Tensor, spec: TensorSpec) -> Tensor:

@@ -7,7 +7,7 @@ are in presets.py.
 
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .formats import get_format
 from .granularity import Granularity, Group, Tensor, parse_granularity
@@ -50,6 +50,14 @@ class TensorSpec:
             raise ValueError(f"asymmetric {self.format} does not exist; use an integer format or symmetric=True")
         if not self.symmetric and self.outer is not None:
             raise ValueError("an asymmetric tensor has no outer scale; use symmetric=True or outer=None")
+        if self.scale_rule not in get_args(ScaleRule):
+            raise ValueError(f"unknown scale rule {self.scale_rule!r}; use one of {', '.join(get_args(ScaleRule))}")
+        if self.outer is not None and self.outer not in get_args(Outer):
+            raise ValueError(f"unknown outer scale {self.outer!r}; use one of {', '.join(get_args(Outer))}, or None")
+        if self.outer is not None and isinstance(self.granularity, Tensor):
+            raise ValueError(f"one scale per tensor needs no outer scale per {self.outer}; use groups, or outer=None")
+        if self.scale_format == "e8m0" and (self.outer or not self.symmetric or self.scale_rule != "max"):
+            raise ValueError("e8m0 scales follow the maximum alone; use symmetric=True, scale_rule='max', outer=None")
         if self.scale_rule == "range" and not fmt.is_integer:
             raise ValueError(f"scale_rule 'range' counts integer levels, {self.format} has none; use 'max'")
         if self.scale_format == "uint4" and self.outer is None:
