@@ -2,6 +2,7 @@
 
 Orders are 1, 2, those of Paley's two constructions over prime fields (12, 20, 28, 36, 44, 76, 140 among them), and
 any of these times a power of two (Sylvester). Matrices are scaled by 1/sqrt(n), so that H @ H.T is the identity.
+A large matrix is a Kronecker product and is applied factor by factor: order 14336 would be 0.8 GB as a whole.
 """
 
 from functools import lru_cache
@@ -15,7 +16,10 @@ from .schemes import RotationSpec
 
 def hadamard(n: int) -> Tensor:
     """Orthogonal Hadamard matrix float32 [n, n]; ValueError where no construction at hand reaches n."""
-    return _signs(n) / sqrt(n)
+    H = torch.ones(1, 1)
+    for factor in _factors(n):
+        H = torch.kron(H, factor)
+    return H
 
 
 def rotate(x: Tensor, spec: RotationSpec) -> Tensor:
@@ -34,24 +38,43 @@ def _apply(x: Tensor, spec: RotationSpec, transpose: bool) -> Tensor:
     whole = columns - columns % block
     if whole == 0:
         return x.float()
-    H = hadamard(block).to(x.device)
-    blocks = x[..., :whole].float().unflatten(-1, (-1, block)) @ (H.T if transpose else H)
+    blocks = x[..., :whole].float().unflatten(-1, (-1, block))
+    for factor in reversed(_factors(block)):  # each product turns its axis to the front: in the end all are in place
+        H = factor.to(x.device)
+        blocks = (blocks.unflatten(-1, (-1, H.shape[0])) @ (H.T if transpose else H)).transpose(-1, -2).flatten(-2)
     rotated = blocks.flatten(-2)
     return rotated if whole == columns else torch.cat((rotated, x[..., whole:].float()), -1)
 
 
 @lru_cache(maxsize=16)
-def _signs(n: int) -> Tensor:
-    """Hadamard matrix of +-1, float32 [n, n]."""
-    if n == 1:
-        return torch.ones(1, 1)
-    paley = _paley(n)
-    if paley is not None and n & (n - 1):
-        return paley
-    if n % 2:
+def _factors(n: int) -> tuple[Tensor, ...]:
+    """Orthogonal matrices whose Kronecker product is the Hadamard matrix of order n.
+
+    Sylvester's of order 512 at most, then Paley's of the smallest order that divides n.
+    """
+    odd = n // (n & -n)
+    base = odd
+    paley = torch.ones(1, 1) if odd == 1 else None
+    while paley is None and base < n:
+        base *= 2
+        paley = _paley(base)
+    if paley is None:
         raise ValueError(f"no Hadamard matrix of order {n} is known here; use block_hadamard with a power of two")
-    half = _signs(n // 2)
-    return torch.cat((torch.cat((half, half), 1), torch.cat((half, -half), 1)), 0)
+    factors = [] if base == 1 else [paley / sqrt(base)]
+    power = n // base
+    while power > 1:
+        size = min(power, 512)
+        factors.insert(0, _sylvester(size) / sqrt(size))
+        power //= size
+    return tuple(factors)
+
+
+def _sylvester(n: int) -> Tensor:
+    """Hadamard matrix of +-1 of a power of two."""
+    H = torch.ones(1, 1)
+    while H.shape[0] < n:
+        H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)), 0)
+    return H
 
 
 def _paley(n: int) -> Tensor | None:
