@@ -5,6 +5,7 @@ same numbers; what differs is who runs the layers, and that logits are computed 
 """
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,11 @@ from .load import Loaded, load
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
+log = logging.getLogger(__name__)
+
 Scored = tuple[float, bool]  # log likelihood of a continuation, and whether greedy decoding finds it
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context tokens, continuation tokens
+LM_EVAL_DEVICE = "cuda:0"  # what lm-eval's command line passes when no --device was given, on any machine
 MAX_PROMPT_SPREAD = 32  # prompts that generate together differ by at most so many tokens: each costs one step for all
 
 
@@ -65,6 +69,9 @@ class AtomLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         seed: int = 1234,
     ) -> None:
         super().__init__()
+        if device == LM_EVAL_DEVICE and not torch.cuda.is_available():
+            log.warning("lm-eval's default device %s does not exist here; running on the CPU", LM_EVAL_DEVICE)
+            device = "cpu"
         self.loaded = load(pretrained, device, dtype, kernels, tokenizer) if isinstance(pretrained, str) else pretrained
         self.model, self.tokenizer = self.loaded.model, self.loaded.tokenizer
         self._device = self.model.device
