@@ -38,16 +38,16 @@ def read_scheme(config: Mapping[str, Any], where: str = "config.json") -> Scheme
     found = config.get("quantization_config")
     if found is None:
         return None
-    method = found.get("quant_method")
+    method = found.get("quant_method") if isinstance(found, Mapping) else found
     if method != QUANT_METHOD:
         raise CheckpointError(
             f"{where} says quant_method {method!r}, needed is {QUANT_METHOD!r} or a full-precision model; "
             "start from the original checkpoint and run `atom quantize`"
         )
     version = found.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
         raise CheckpointError(
-            f"{where} is an Atom checkpoint of version {version}, this Atom reads up to version {VERSION}; "
+            f"{where} is an Atom checkpoint of version {version}, this Atom reads versions 1 to {VERSION}; "
             "upgrade atom-serving or quantize again"
         )
     try:
@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError names the file if it is missing or damaged."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} does not exist; give a directory that holds a model's {path.name}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is no JSON ({error}); download or write the checkpoint again") from error
@@ -87,11 +87,11 @@ class CheckpointWriter:
                 f"{self.partial} holds an unfinished run; pass --resume to continue it, or remove it to start again"
             )
         run = json.loads(json.dumps(run))
-        if self.partial.exists():
+        if (self.partial / RUN_FILE).exists():
             _same_run(read_json(self.partial / RUN_FILE), run, self.partial)
         else:
             with disk_errors(self.partial):
-                self.partial.mkdir(parents=True)
+                self.partial.mkdir(parents=True, exist_ok=True)
                 self._write_text(RUN_FILE, json.dumps(run, indent=1))
 
     def has_shard(self, number: int) -> bool:

@@ -304,6 +304,8 @@ def _plain(value: Any) -> Any:
 
 
 def _refuse_unknown(cls: type, data: dict[str, Any]) -> None:
+    if not isinstance(data, dict):
+        raise ValueError(f"a {cls.__name__} is a JSON object, got {data!r}; quantize again")
     known = [f.name for f in fields(cls)]
     unknown = sorted(set(data) - set(known))
     if unknown:
