@@ -1,0 +1,121 @@
+"""A calibration report for people: a table in the terminal, and plots as PNG files."""
+
+from pathlib import Path
+from typing import Any
+
+from atom.errors import CalibrationError
+
+from .clock import PHASES
+from .report import Report
+
+ERRORS_PLOT = "errors_by_layer.png"
+ENERGIES_PLOT = "channel_energies.png"
+
+
+def print_report(report: Report, console: Any = None) -> None:
+    """Print provenance, one line a layer, and where the time went, to a rich console (default: stdout)."""
+    from rich.console import Console
+
+    console = console or Console()
+    console.print(_headline(report))
+    if not report.layers:
+        console.print("No weight was quantized: the weights are copies.")
+        return
+    console.print(_layers_table(report))
+    console.print(_time_line(report))
+
+
+def plot_report(report: Report, directory: Path) -> list[Path]:
+    """Write the plots into `directory` and return their paths. Raises CalibrationError if there is nothing to plot."""
+    if not report.layers:
+        raise CalibrationError("the report has no layers: no weight was quantized; plot one of a quantized scheme")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    directory.mkdir(parents=True, exist_ok=True)
+    return [_plot_errors(report, directory / ERRORS_PLOT), _plot_energies(report, directory / ENERGIES_PLOT)]
+
+
+def _headline(report: Report) -> str:
+    calibration = report.provenance.get("calibration") or {}
+    text = f"{report.provenance['source'].get('source', '?')} -> {report.scheme['name']}"
+    if calibration:
+        text += f", {calibration['windows']} x {calibration['window_length']} tokens of {calibration['data']}"
+        text += f" (sha256 {calibration['tokens_sha256'][:12]}), " + ("GPTQ" if report.config["gptq"] else "RTN")
+    return f"{text}: {report.totals.get('bytes', 0) / 2**20:,.1f} MiB in {report.totals.get('seconds', 0):,.1f} s"
+
+
+def _layers_table(report: Report) -> Any:
+    from rich.table import Table
+
+    linears = list(report.layers[0]["linears"])
+    inputs = list(report.layers[0]["inputs"])
+    has_gpu = any(layer["peak_gpu_bytes"] for layer in report.layers)
+    table = Table(title="relative error of outputs (of weights)", title_justify="left")
+    table.add_column("layer", justify="right")
+    for name in linears:
+        table.add_column(name.split(".")[-1].removesuffix("_proj"), justify="right")
+    table.add_column("layer output", justify="right")
+    table.add_column("energy in outliers", justify="right")
+    table.add_column("s", justify="right")
+    table.add_column("GPU GiB" if has_gpu else "host GiB", justify="right")
+    for layer in report.layers:
+        cells = [f"{e['output_error']:.3f} ({e['weight_error']:.3f})" for e in (layer["linears"][n] for n in linears)]
+        share = max(layer["inputs"][name]["outlier_share"] for name in inputs)
+        peak = layer["peak_gpu_bytes" if has_gpu else "peak_host_bytes"] / 2**30
+        table.add_row(
+            str(layer["layer"]),
+            *cells,
+            f"{layer['output_error']:.3f}",
+            f"{share:.0%}",
+            f"{layer['seconds']['total']:.1f}",
+            f"{peak:.1f}",
+        )
+    return table
+
+
+def _time_line(report: Report) -> str:
+    phases = report.totals["seconds_by_phase"]
+    return "seconds: " + ", ".join(f"{name} {phases[name]:,.1f}" for name in PHASES)
+
+
+def _plot_errors(report: Report, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), sharex=True)
+    for axis, what in zip(axes, ("weight_error", "output_error"), strict=True):
+        for name, values in report.errors(what).items():
+            axis.plot(values, marker=".", label=name)
+        axis.set(title=f"relative {what.replace('_', ' ')}", xlabel="layer", ylim=(0, None))
+    axes[1].plot([layer["output_error"] for layer in report.layers], "k--", label="layer")
+    axes[1].legend(fontsize="small")
+    figure.suptitle(report.scheme["name"])
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _plot_energies(report: Report, path: Path) -> Path:
+    """Inputs in columns, a few layers in rows; the order of the model in grey, that of the checkpoint in colour."""
+    from matplotlib import pyplot
+
+    chosen = sorted({0, len(report.layers) // 2, len(report.layers) - 1})
+    inputs = list(report.layers[0]["inputs"])
+    size = (3.2 * len(inputs), 2.4 * len(chosen))
+    figure, axes = pyplot.subplots(len(chosen), len(inputs), figsize=size, squeeze=False)
+    for row, index in zip(axes, chosen, strict=True):
+        for axis, name in zip(row, inputs, strict=True):
+            entry = report.layers[index]["inputs"][name]
+            places = [(i + 0.5) * entry["channels"] / len(entry["energy"]) for i in range(len(entry["energy"]))]
+            axis.semilogy(places, entry["energy"], color="0.7", label="before")
+            axis.semilogy(places, entry["energy_ordered"], label="after")
+            if entry["outliers"]:
+                axis.axvspan(entry["channels"] - entry["outliers"], entry["channels"], alpha=0.15, color="C3")
+            axis.set_title(f"layer {index} {name}", fontsize="small")
+    axes[0][0].legend(fontsize="small")
+    figure.suptitle("channel energy before and after the permutation (outlier channels shaded)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

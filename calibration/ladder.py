@@ -1,0 +1,48 @@
+"""The paper's ablation as schemes: from plain rounding to the whole recipe, one step added at a time.
+
+Source: Atom, arXiv:2310.19102, table 3. Every step but the first quantizes weights and activations to 4 bits.
+"""
+
+from dataclasses import dataclass, replace
+
+from atom.quant.granularity import Channel, Token
+from atom.quant.presets import get_scheme
+from atom.quant.schemes import OutlierSpec, Scheme, TensorSpec
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rung: its name, what runs, and whether GPTQ finds the weights."""
+
+    name: str
+    scheme: Scheme
+    gptq: bool = False
+
+
+def ladder(outliers: int = 128) -> list[Step]:
+    """fp, rtn, outliers-bf16, outliers-int8, groups, clip, gptq, kv4; the full recipe last."""
+    recipe = replace(get_scheme("w4a4"), outliers=OutlierSpec(outliers))
+    assert recipe.weight is not None and recipe.activation is not None
+    plain_weight = TensorSpec("int4", Channel())
+    plain_activation = TensorSpec("int4", Token(), dynamic=True)
+    grouped_weight = replace(recipe.weight, clip=1.0, scale_rule="max")
+    grouped_activation = replace(recipe.activation, clip=1.0)
+    plain = Scheme("w4a4", plain_weight, plain_activation)
+    mixed = replace(plain, outliers=OutlierSpec(outliers), reorder=True)
+    grouped = replace(mixed, weight=grouped_weight, activation=grouped_activation)
+    clipped = replace(grouped, weight=replace(recipe.weight, scale_rule="max"), activation=recipe.activation)
+    return [
+        Step("fp", get_scheme("bf16")),
+        Step("rtn", plain),
+        Step("outliers-bf16", replace(mixed, outliers=OutlierSpec(outliers, "bf16"))),
+        Step("outliers-int8", mixed),
+        Step("groups", grouped),
+        Step("clip", clipped),
+        Step("gptq", replace(recipe, kv=None), gptq=True),
+        Step("kv4", recipe, gptq=True),
+    ]
+
+
+def scaled_outliers(hidden_size: int) -> int:
+    """The share of outlier channels that 128 are of 4096, as a multiple of 16: 16 of 576."""
+    return max(16, round(hidden_size * 128 / 4096 / 16) * 16)

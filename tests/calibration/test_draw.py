@@ -1,0 +1,50 @@
+"""The drawn report shows the numbers of the report."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from atom.calibration.config import CalibrationConfig
+from atom.calibration.draw import plot_report, print_report
+from atom.calibration.report import Report
+from atom.calibration.stream import quantize_model
+from atom.errors import CalibrationError, CheckpointError
+from atom.quant.presets import get_scheme
+
+Tiny = Callable[[str], Path]
+
+
+def drawn(report: Report) -> str:
+    console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=200)
+    print_report(report, console)
+    return str(console.file.getvalue())
+
+
+def test_table_and_plots(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "out", quick)
+    report = Report.read(tmp_path / "out")
+    text = drawn(report)
+    down = report.layers[2]["linears"]["mlp.down_proj"]
+    assert f"{down['output_error']:.3f} ({down['weight_error']:.3f})" in text
+    assert "10 x 48 tokens of words.txt" in text
+    assert "seconds: stats" in text
+    pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
+    for path in plot_report(report, tmp_path / "plots"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_copy_has_nothing_to_draw(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    report = quantize_model(tiny("llama"), get_scheme("bf16"), tmp_path / "out", quick)
+    assert "copies" in drawn(report)
+    with pytest.raises(CalibrationError, match="no layers"):
+        plot_report(report, tmp_path)
+
+
+def test_no_report(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"atom_report\.json does not exist"):
+        Report.read(tmp_path)
+    (tmp_path / "atom_report.json").write_text('{"rows": []}')
+    with pytest.raises(CheckpointError, match="is no calibration report"):
+        Report.read(tmp_path)
