@@ -144,6 +144,8 @@ def convert(path: Path, cache: Path) -> Path:
     It is `cache`/gguf/<hash of the file>. Raises what read_header raises, and UnsupportedError if transformers cannot
     read the file or Atom does not run its architecture.
     """
+    from safetensors import SafetensorError
+
     header = read_header(path)
     digest = file_sha256(path)
     target = cache / "gguf" / f"{digest[:32]}-{_CONVERTER}"
@@ -151,16 +153,18 @@ def convert(path: Path, cache: Path) -> Path:
         return target
     log.info("converting %s (once; kept in %s)", path.name, target)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    provenance = {"source": path.name, "source_sha256": digest, "source_types": header.types}
     try:
+        partial.mkdir(parents=True)
         _write(path, partial)
-        provenance = {"source": path.name, "source_sha256": digest, "source_types": header.types}
         (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-        try:
-            partial.rename(target)
-        except OSError:  # another process was faster
-            if not target.exists():
-                raise
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        if not target.exists():  # else another process was faster
+            raise CheckpointError(
+                f"{path.name} could not be converted into {cache}: {error}; the directory must be writable and have room "
+                "for the model in fp16; free some space, or set ATOM_CACHE to another directory."
+            ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target

@@ -158,7 +158,9 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
         raise OSError("disk full")
 
     monkeypatch.setattr("atom.models.gguf._write", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(
+        CheckpointError, match=r"could not be converted into .*: disk full; .* set ATOM_CACHE to another"
+    ):
         convert(path, tmp_path / "cache")
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
 
