@@ -141,8 +141,8 @@ def _tensor_type(path: Path, name: str, kind: int, values: int) -> tuple[str, in
 def convert(path: Path, cache: Path) -> Path:
     """The directory with the fp16 weights, config and tokenizer of the GGUF file `path`, made if need be.
 
-    It is `cache`/gguf/<hash of the file>. Raises what read_header raises, and UnsupportedError if transformers cannot
-    read the file or Atom does not run its architecture.
+    It is `cache`/gguf/<hash of the file>. Raises what read_header raises, UnsupportedError if transformers cannot
+    read the file or Atom does not run its architecture, and CheckpointError if the cache cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -162,8 +162,8 @@ def convert(path: Path, cache: Path) -> Path:
     except (OSError, SafetensorError) as error:
         if not target.exists():  # else another process was faster
             raise CheckpointError(
-                f"{path.name} could not be converted into {cache}: {error}; the directory must be writable and have room "
-                "for the model in fp16; free some space, or set ATOM_CACHE to another directory."
+                f"{path.name} could not be converted into {cache}: {error}; the directory must be writable and "
+                "have room for the model in fp16; free some space, or set ATOM_CACHE to another directory."
             ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
