@@ -95,6 +95,11 @@ SCHEMAS: dict[str, RecordSchema] = {
     ),
     "quality-presets": _PRESETS,
     "accuracy-frontier": _PRESETS,
+    "kv-rope": RecordSchema(
+        ("model", "text", "kv", "place", "ppl", "windows", "path"),
+        PERPLEXITY_EXTRAS,
+        {"place": ("before", "after"), "path": PATHS, **_KV},
+    ),
     "calibration-8b": RecordSchema(
         ("scheme", "seconds", "peak_gpu_gb", "peak_host_gb"), ("windows", "window", "layers", "seconds:", "shape")
     ),
@@ -162,6 +167,7 @@ def write_record(
     *,
     command: str | None = None,
     commit: str | None = None,
+    where: Mapping[str, Any] | None = None,
     results: Path = RESULTS,
 ) -> Path:
     """Write rows as results/<machine>/<name>.json, in place of an earlier run; returns the path.
@@ -169,17 +175,15 @@ def write_record(
     machine   "cpu" or the GPU's short name ("h200")
     command   default: this process's command line
     commit    default: the checkout's, with "-dirty" where tracked files were changed
+    where     circumstances() of the process that measured, if it was another one
     """
     rows = list(rows)
     check_rows(name, rows)
     record = Record(
         name=name,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         commit=current_commit() if commit is None else commit,
-        command=command_line() if command is None else command,
-        machine={"name": machine, **machine_facts(gpu=machine != "cpu")},
-        versions=package_versions(),
         rows=rows,
+        **{**(where or circumstances(machine)), **({"command": command} if command else {})},
     )
     path = results / machine / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +191,16 @@ def write_record(
     partial.write_text(_to_json(record), encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def circumstances(machine: str) -> dict[str, Any]:
+    """When, by which command, on what and with what this process measures: a record's fields beside its rows."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "machine": {"name": machine, **machine_facts(gpu=machine != "cpu")},
+        "versions": package_versions(),
+    }
 
 
 def read_record(name: str, machine: str = "cpu", results: Path = RESULTS) -> Record:
