@@ -94,6 +94,7 @@ def quantize_source(
         "tokens": None if windows is None else windows.sha256,
         "atom": atom.__version__,
         "torch": torch.__version__,
+        "machine": _machine(torch.device(config.device)),
     }
     writer = CheckpointWriter(out, run, model.config.num_layers + 1, resume)
     progress = progress or Silent()
@@ -261,8 +262,13 @@ def _provenance(source: Source, config: CalibrationConfig, windows: Windows | No
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "machine": _machine(device),
     }
+
+
+def _machine(device: torch.device) -> str:
+    """What the bits of a float sum depend on: the GPU, or the number of CPU threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 def _commit() -> str | None:

@@ -230,7 +230,7 @@ def test_resume_after_a_kill_is_bit_identical(tiny: Tiny, quick: CalibrationConf
     root = Path(atom.__file__).parent.parent
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(source), str(out), json.dumps(quick.to_dict())],
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         timeout=120,
     )
