@@ -4,6 +4,7 @@ Recovery is 100 % where B is as good as A: B/A for a score, A/B for a perplexity
 windows the interval is that of the paired difference, which is far narrower than what the two standard errors suggest.
 """
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -19,12 +20,12 @@ Z95 = 1.959964  # normal quantile of a two-sided 95 % interval
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure. `low` and `high` bound the recovery (95 %), None where the spread is unknown."""
+    """One measure. `recovery` is in percent, None where A is 0; `low` and `high` bound it (95 %), None if unknown."""
 
     measure: str
     a: float
     b: float
-    recovery: float
+    recovery: float | None
     low: float | None
     high: float | None
     is_paired: bool
@@ -46,8 +47,8 @@ def compare(a: EvalResult, b: EvalResult) -> list[Comparison]:
 
 
 def mean_recovery(rows: Sequence[Comparison]) -> float | None:
-    """The mean over tasks (perplexities do not enter), or None without tasks."""
-    scores = [row.recovery for row in rows if not row.measure.startswith("ppl ")]
+    """The mean over tasks (perplexities do not enter), or None if there is nothing to average."""
+    scores = [row.recovery for row in rows if row.recovery is not None and not row.measure.startswith("ppl ")]
     return statistics.fmean(scores) if scores else None
 
 
@@ -81,10 +82,12 @@ def _compare_task(t: TaskResult, u: TaskResult) -> Comparison:
     )
     if not a.higher_is_better:
         a, b = b, a
-    recovery = math.nan if a.value == 0 else 100 * b.value / a.value
-    half = None if a.value == 0 else (_paired(a, b) if is_paired else _unpaired(a, b))
-    low, high = (None, None) if half is None else (recovery - half, recovery + half)
     values = (a.value, b.value) if t.metrics[name].higher_is_better else (b.value, a.value)
+    if a.value == 0:
+        return Comparison(f"{t.task} {name}", *values, None, None, None, is_paired)
+    recovery = 100 * b.value / a.value
+    half = _paired(a, b) if is_paired else _unpaired(a, b)
+    low, high = (None, None) if half is None else (recovery - half, recovery + half)
     return Comparison(f"{t.task} {name}", *values, recovery, low, high, is_paired)
 
 
@@ -106,27 +109,27 @@ def _unpaired(a: Metric, b: Metric) -> float | None:
 
 
 def to_dict(a: EvalResult, b: EvalResult, rows: Sequence[Comparison]) -> dict[str, Any]:
-    """The comparison for programs; a recovery that is undefined (a baseline of 0) is null."""
+    """The comparison for programs."""
     return {
         "a": {"model": a.model, "scheme": a.scheme_name},
         "b": {"model": b.model, "scheme": b.scheme_name},
-        "rows": [{**vars(row), "recovery": None if math.isnan(row.recovery) else row.recovery} for row in rows],
-        "mean_recovery": mean_recovery([row for row in rows if not math.isnan(row.recovery)]),
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "mean_recovery": mean_recovery(rows),
     }
 
 
-def table(a: EvalResult, b: EvalResult, rows: Sequence[Comparison]) -> str:
+def compare_table(a: EvalResult, b: EvalResult, rows: Sequence[Comparison]) -> str:
     """The comparison for people."""
     lines = [[row.measure, f"{row.a:.4f}", f"{row.b:.4f}", _percent(row.recovery), _interval(row)] for row in rows]
-    mean = mean_recovery([row for row in rows if not math.isnan(row.recovery)])
+    mean = mean_recovery(rows)
     if mean is not None:
         lines.append(["mean over tasks", "", "", _percent(mean), ""])
     heading = f"A: {a.model} ({a.scheme_name}, {a.path})\nB: {b.model} ({b.scheme_name}, {b.path})"
     return heading + "\n\n" + format_table(["measure", "A", "B", "recovery", "95 % interval"], lines)
 
 
-def _percent(value: float) -> str:
-    return "undefined" if math.isnan(value) else f"{value:.2f} %"
+def _percent(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f} %"
 
 
 def _interval(row: Comparison) -> str:

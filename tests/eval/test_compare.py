@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from atom.eval.compare import compare, mean_recovery, table, to_dict
+from atom.eval.compare import compare, compare_table, mean_recovery, to_dict
 from atom.eval.perplexity import Perplexity
 from atom.eval.results import EvalResult, Metric, TaskResult
 
@@ -102,7 +102,7 @@ def test_interval_covers_the_truth(is_paired: bool) -> None:
 def test_a_zero_baseline_and_lower_is_better() -> None:
     zero, some = result(task([0.0, 0.0])), result(task([1.0, 0.0]))
     row = compare(zero, some)[0]
-    assert math.isnan(row.recovery) and "undefined" in table(zero, some, [row])
+    assert row.recovery is None and "undefined" in compare_table(zero, some, [row])
     assert to_dict(zero, some, [row])["rows"][0]["recovery"] is None
     lower = {"word_perplexity": Metric(20.0, None, False)}
     higher = {"word_perplexity": Metric(25.0, None, False)}
@@ -117,7 +117,9 @@ def test_table_and_mean() -> None:
     rows = compare(a, b)
     assert [row.measure for row in rows] == ["ppl wiki", "piqa acc_norm", "boolq acc"]
     assert mean_recovery(rows) == pytest.approx((100 * 2 / 3 + 100) / 2)
-    assert "mean over tasks" in table(a, b, rows) and "B: model-w4a4 (w4a4, reference)" in table(a, b, rows)
+    assert "mean over tasks" in compare_table(a, b, rows) and "B: model-w4a4 (w4a4, reference)" in compare_table(
+        a, b, rows
+    )
     json.dumps(to_dict(a, b, rows), allow_nan=False)
 
 
