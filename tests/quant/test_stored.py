@@ -52,7 +52,7 @@ def test_input_permutation_is_listed(linear: LinearScheme) -> None:
 
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
 def test_scales_are_positive_and_stored_exactly(scale_format: str) -> None:
-    scale = torch.cat((torch.logspace(-45, 38, 300), torch.zeros(1)))
+    scale = torch.cat((torch.logspace(-45, 38, 300, dtype=torch.float64).float(), torch.zeros(1)))
     rounded = round_scale(scale, scale_format)
     assert (rounded > 0).all() and torch.isfinite(rounded).all()
     stored = store_scale(rounded, scale_format)
@@ -60,6 +60,9 @@ def test_scales_are_positive_and_stored_exactly(scale_format: str) -> None:
     assert torch.equal(load_scale(stored, scale_format), rounded)
     assert torch.equal(round_scale(rounded, scale_format), rounded)
     assert (rounded.diff()[:-1] >= 0).all()
+    largest = {"e8m0": 2.0**126, "uint4": 15.0}.get(scale_format)  # 1e38 rounds down to 2^126
+    dtype = STORAGE_DTYPES[scale_format]
+    assert rounded.max() == (largest or min(torch.finfo(dtype).max, torch.tensor(1e38).to(dtype).float().item()))
 
 
 def test_e8m0_bytes() -> None:
