@@ -2,6 +2,7 @@
 
 import dataclasses
 
+UNIT_BYTES = 4096 + 128  # codes and row scales of one unit, see gemm_pack.py: whole 128-byte lines
 SHARED_BYTES = 227 * 1024  # of one SM of sm_90, less what the driver keeps
 
 
@@ -25,7 +26,7 @@ class GemmConfig:
     token_scales: str
     tile_m: int
     warpgroups: int
-    stages: int
+    stages: int = 0
     split: int = 1
     multicast: int = 1
     int8_units: bool = False
@@ -35,10 +36,6 @@ class GemmConfig:
     ctas_per_sm: int = 1
 
     @property
-    def unit_bytes(self) -> int:
-        return 4096 + (64 if self.scales == "channel" else 128)
-
-    @property
     def registers(self) -> int:
         """Registers of a consumer thread after rebalancing with the producer's warpgroup; 0: no rebalancing."""
         return {2: 240, 3: 160, 4: 112}[self.warpgroups] if self.tile_m >= 64 and self.ctas_per_sm == 1 else 0
@@ -46,10 +43,48 @@ class GemmConfig:
     @property
     def stage_bytes(self) -> int:
         scales = 4 * self.tile_m if self.token_scales == "group" else 0
-        return 128 * self.tile_m + self.warpgroups * self.unit_bytes + scales
+        return 128 * self.tile_m + self.warpgroups * UNIT_BYTES + scales
+
+    @property
+    def ring_bytes(self) -> int:
+        return self.stages * self.stage_bytes
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens that a warpgroup transposes at a time in the epilogue."""
+        return min(self.tile_m, 64)
+
+    @property
+    def staging_bytes(self) -> int:
+        """One warpgroup's staging: 64 bfloat16 features a token, padded by 16 bytes against bank conflicts."""
+        return 144 * self.chunk_tokens
+
+    @property
+    def exchange_bytes(self) -> int:
+        """A whole tile of float32 partial sums, padded by 4 words a token."""
+        return 4 * (64 * self.warpgroups + 4) * -(-self.tile_m // self.split) * self.split
+
+    @property
+    def private_inbox(self) -> bool:
+        """Whether partial sums from other CTAs land beside the ring (no barrier before sending) or in it."""
+        return self.tile_m <= 32
+
+    @property
+    def inbox_offset(self) -> int:
+        return max(self.ring_bytes, self.exchange_bytes) if self.private_inbox else self.exchange_bytes
 
     @property
     def pool_bytes(self) -> int:
-        """Shared memory of the ring, or of the epilogue's staging where that is larger."""
-        staging = 4 * self.tile_m * (64 * self.warpgroups + 4)
-        return max(self.stages * self.stage_bytes, staging)
+        """Shared memory of the ring and of what the epilogue needs besides or instead of it."""
+        if self.split == 1:
+            return self.ring_bytes + self.warpgroups * self.staging_bytes
+        return max(self.ring_bytes, self.inbox_offset + self.exchange_bytes)
+
+    def with_most_stages(self) -> "GemmConfig":
+        """As many stages as fit, at most 16."""
+        room = SHARED_BYTES - 1024 if self.ctas_per_sm == 1 else SHARED_BYTES // self.ctas_per_sm - 2048
+        for stages in range(16, 1, -1):
+            config = dataclasses.replace(self, stages=stages)
+            if config.pool_bytes + 1024 <= room:
+                return config
+        raise ValueError(f"no two stages of {self} fit in {room} bytes of shared memory; use a smaller tile")

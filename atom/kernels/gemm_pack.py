@@ -20,6 +20,7 @@ UNIT_ROWS = 64
 INT4_COLUMNS = 128
 INT8_COLUMNS = 64
 CODE_BYTES = 4096
+SCALE_BYTES = 128  # whole 128-byte lines: units of 4160 bytes streamed 10 % slower (H200)
 
 
 @dataclass(frozen=True)
@@ -133,4 +134,5 @@ def _with_scales(packed: Tensor, scales: Tensor) -> Tensor:
     tiles, units = packed.shape[:2]
     padded = torch.nn.functional.pad(scales, (0, 0, 0, tiles * UNIT_ROWS - scales.shape[0]))
     by_unit = padded.view(tiles, UNIT_ROWS, units).transpose(1, 2).contiguous().view(torch.uint8)
-    return torch.cat([packed, by_unit], dim=2)
+    spare = by_unit.new_zeros(tiles, units, SCALE_BYTES - by_unit.shape[2])
+    return torch.cat([packed, by_unit, spare], dim=2)

@@ -20,8 +20,8 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync
 from cutlass.cute.nvgpu import warpgroup as wg
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from .dsl.memory import bulk_load, load_f32x4, load_f32x4_cluster, load_u32x4
-from .gemm_config import GemmConfig
+from .dsl.memory import bulk_load, bulk_push, load_f32x4, load_u32x4, pack_bf16x2, store_matrix_transposed
+from .gemm_config import UNIT_BYTES, GemmConfig
 from .gemm_pack import CODE_BYTES
 
 
@@ -35,11 +35,12 @@ class PackedWeightGemm:
         self.rows = 64 * config.warpgroups
         self.consumers = 128 * config.warpgroups
         self.threads = self.consumers + (128 if config.registers else 32)  # one warp produces, alone or in a warpgroup
-        self.unit_words = config.unit_bytes // 4
+        self.unit_words = UNIT_BYTES // 4
         self.cluster = config.split * config.multicast
         self.x_bytes = self.tile_m * 128
-        self.w_bytes = config.unit_bytes * config.warpgroups
-        self.pitch = self.rows + 4  # float32 words of a token in the epilogue's staging: conflict-free both ways
+        self.w_bytes = UNIT_BYTES * config.warpgroups
+        self.pitch = self.rows + 4  # float32 words of a token in the exchange between CTAs: conflict-free both ways
+        self.slice = -(-self.tile_m // config.split)  # tokens that each CTA of a split adds up and stores
 
     def tiled_mma(self) -> cute.TiledMma:
         """INT8 wgmma, 64 x tile_m, A from registers. Built where it is used: its accumulate flag is traced state."""
@@ -57,11 +58,13 @@ class PackedWeightGemm:
         mB: cute.Tensor,  # [N] bfloat16 bias
         mY: cute.Tensor,  # [M, N] bfloat16
         int4_units: Int32,
+        max_ctas: Int32,  # how many CTAs the GPU holds at once
         stream: cuda.CUstream,
     ):
+        config = self.config
         atom = wg.make_smem_layout_atom(wg.SmemLayoutAtomKind.K_SW128, Int8)
-        x_layout = cute.tile_to_shape(atom, (self.tile_m, 128, self.config.stages), order=(0, 1, 2))
-        if cutlass.const_expr(self.config.multicast > 1):
+        x_layout = cute.tile_to_shape(atom, (self.tile_m, 128, config.stages), order=(0, 1, 2))
+        if cutlass.const_expr(config.multicast > 1):
             op = cpasync.CopyBulkTensorTileG2SMulticastOp()
         else:
             op = cpasync.CopyBulkTensorTileG2SOp()
@@ -70,18 +73,22 @@ class PackedWeightGemm:
             mX,
             cute.slice_(x_layout, (None, None, 0)),
             (self.tile_m, 128),
-            num_multicast=self.config.multicast,
+            num_multicast=config.multicast,
         )
-        row_tiles = cute.ceil_div(mY.shape[1], self.rows)
-        row_tiles = cute.round_up(row_tiles, self.config.multicast)
+        row_groups = cute.ceil_div(mY.shape[1], self.rows * config.multicast)
         token_tiles = cute.ceil_div(mY.shape[0], self.tile_m)
-        self.kernel(x_atom, x_tensor, x_layout, mW, mS, mC, mB, mY, int4_units).launch(
-            grid=(row_tiles * self.config.split, token_tiles, 1),
+        clusters = row_groups * token_tiles
+        if cutlass.const_expr(config.split == 1):
+            clusters = cutlass.min(clusters, max_ctas // self.cluster)
+        self.kernel(
+            x_atom, x_tensor, x_layout, mW, mS, mC, mB, mY, int4_units, row_groups, token_tiles
+        ).launch(
+            grid=(clusters * self.cluster, 1, 1),
             block=(self.threads, 1, 1),
             cluster=(self.cluster, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
-            use_pdl=self.config.pdl,
+            use_pdl=config.pdl,
         )
 
     @cute.kernel
@@ -96,35 +103,40 @@ class PackedWeightGemm:
         mB: cute.Tensor,
         mY: cute.Tensor,
         int4_units: Int32,
+        row_groups: Int32,
+        token_tiles: Int32,
     ):
         config = self.config
         tid, _, _ = cute.arch.thread_idx()
-        bx, by, _ = cute.arch.block_idx()
+        bx, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
         warp = cute.arch.make_warp_uniform(tid // 32)
         rank = bx % self.cluster
         split_rank = rank if cutlass.const_expr(config.split > 1) else Int32(0)
-        row_tile = bx // config.split
         units = mW.shape[1]
         begin = units * split_rank // config.split
         end = units * (split_rank + 1) // config.split
-        token0 = by * self.tile_m
+        work = bx // self.cluster  # of row_groups * token_tiles, then every `stride`-th
+        stride = blocks // self.cluster
+        total = row_groups * token_tiles
 
         smem = utils.SmemAllocator()
         full = smem.allocate_array(Int64, config.stages)
         empty = smem.allocate_array(Int64, config.stages)
+        arrived = smem.allocate_array(Int64, 1)
         pool = smem.allocate(config.pool_bytes, 1024)
         sX = cute.make_tensor(cute.recast_ptr(pool, x_layout.inner, Int8), x_layout.outer)
         w_words = cute.recast_ptr(pool + self.x_bytes * config.stages, dtype=Uint32)
         sW = cute.make_tensor(w_words, cute.make_layout((self.unit_words, config.warpgroups, config.stages)))
         s_words = cute.recast_ptr(pool + (self.x_bytes + self.w_bytes) * config.stages, dtype=Float32)
         sS = cute.make_tensor(s_words, cute.make_layout((self.tile_m, config.stages)))
-        sE = cute.make_tensor(cute.recast_ptr(pool, dtype=Float32), cute.make_layout((self.pitch, self.tile_m)))
 
         if warp == 0:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(config.stages):
                     cute.arch.mbarrier_init(full + s, 1)
                     cute.arch.mbarrier_init(empty + s, 4 * config.warpgroups * config.multicast)
+                cute.arch.mbarrier_init(arrived, 1)
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(self.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
@@ -138,41 +150,61 @@ class PackedWeightGemm:
             if cutlass.const_expr(config.registers):
                 cute.arch.setmaxregister_decrease(24)
             if warp == 4 * config.warpgroups:
-                self.produce(
-                    x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units
-                )
-            self.cluster_sync(config.split)
+                stage = Int32(0)
+                phase = Int32(1)
+                first = Int32(1)
+                for item in cutlass.range(work, total, stride, unroll=1):
+                    row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
+                    stage, phase = self.produce(
+                        x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units,
+                        stage, phase, first,
+                    )  # fmt: skip
+                    first = Int32(0)
+            if cutlass.const_expr(config.split > 1):
+                if cutlass.const_expr(not config.private_inbox):
+                    self.cluster_sync(config.split)
             self.cluster_sync(self.cluster)
         else:
             if cutlass.const_expr(config.registers):
                 cute.arch.setmaxregister_increase(config.registers)
-            tiled_mma = self.tiled_mma()
             thread = tid % 128
             group = cute.arch.make_warp_uniform(tid // 128)
-            acc_shape = tiled_mma.partition_shape_C((64, self.tile_m))
+            acc_shape = self.tiled_mma().partition_shape_C((64, self.tile_m))
             acc = cute.make_rmem_tensor(acc_shape, Int32)
             out = cute.make_rmem_tensor(acc_shape, Float32)
-            acc.fill(0)
-            out.fill(0.0)
-            self.consume(tiled_mma, sX, sW, sS, acc, out, full, empty, thread, group, begin, end, int4_units)
-            # every warpgroup has read its last stage before any of them reuses the memory for staging
-            cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
-            coords = tiled_mma.get_slice(thread).partition_C(cute.make_identity_tensor((64, self.tile_m)))
-            if cutlass.const_expr(self.integer):
-                sEi = cute.make_tensor(cute.recast_ptr(sE.iterator, dtype=Int32), sE.layout)
-                for i in cutlass.range_constexpr(cute.size(acc)):
-                    sEi[group * 64 + coords[i][0], coords[i][1]] = acc[i]
-            else:
-                for i in cutlass.range_constexpr(cute.size(out)):
-                    sE[group * 64 + coords[i][0], coords[i][1]] = out[i]
-            if cutlass.const_expr(config.split > 1):
-                self.cluster_sync(config.split)
-            else:
-                cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
-            if cutlass.const_expr(config.pdl):
-                cute.arch.griddepcontrol_wait()
-            self.write(sE, mS, mC, mB, mY, tid, split_rank, row_tile, token0)
+            stage = Int32(0)
+            phase = Int32(0)
+            first = Int32(1)
+            for item in cutlass.range(work, total, stride, unroll=1):
+                row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
+                if cutlass.const_expr(self.integer):
+                    acc.fill(0)
+                else:
+                    out.fill(0.0)
+                stage, phase = self.consume(
+                    sX, sW, sS, acc, out, full, empty, thread, group, begin, end, int4_units, stage, phase
+                )
+                if cutlass.const_expr(config.pdl):
+                    if first == 1:
+                        cute.arch.griddepcontrol_wait()
+                        first = Int32(0)
+                if cutlass.const_expr(config.split > 1):
+                    self.exchange(pool, arrived, acc, out, mS, mC, mB, mY, tid, split_rank, row_tile, token0)
+                else:
+                    self.store(pool, acc, out, mS, mC, mB, mY, thread, group, row_tile, token0)
             self.cluster_sync(self.cluster)  # peers may still read or signal this CTA's shared memory
+
+    @cute.jit
+    def place(self, item, row_groups, token_tiles, rank):
+        """Work item to (row tile, first token): 8 token tiles run side by side, so that both operands stay in L2."""
+        per = 8 * row_groups
+        block = item // per
+        width = cutlass.min(token_tiles - 8 * block, Int32(8))
+        local = item - block * per
+        row_tile = local // width
+        if cutlass.const_expr(self.config.multicast > 1):
+            row_tile = row_tile * self.config.multicast + rank
+        return row_tile, (8 * block + local % width) * self.tile_m
 
     @cute.jit
     def cluster_sync(self, ctas: cutlass.Constexpr):
@@ -181,7 +213,10 @@ class PackedWeightGemm:
             cute.arch.cluster_wait()
 
     @cute.jit
-    def produce(self, x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units):
+    def produce(
+        self, x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units,
+        stage, phase, first,
+    ):  # fmt: skip
         """One warp: weights, activation codes and token scales of units begin .. end into the ring of stages."""
         config = self.config
         last_tile = mW.shape[0] - 1
@@ -200,17 +235,16 @@ class PackedWeightGemm:
         mask = cutlass.Int16((1 << config.multicast) - 1)
 
         count = end - begin
-        early = cutlass.min(count, Int32(config.stages))
+        early = cutlass.min(count, Int32(config.stages)) * first
         # weights never depend on the kernel before this one: fetch them before waiting for it (PDL)
         for i in cutlass.range(early, unroll=1):
             self.load_weights(mW, sW, full, row_tile, last_tile, begin + i, i, scale_bytes)
         if cutlass.const_expr(config.pdl):
-            cute.arch.griddepcontrol_wait()
-        stage = Int32(0)
-        phase = Int32(1)
+            if first == 1:
+                cute.arch.griddepcontrol_wait()
         for i in cutlass.range(count, unroll=1):
             unit = begin + i
-            if i >= config.stages:
+            if i >= early:
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 self.load_weights(mW, sW, full, row_tile, last_tile, unit, stage, scale_bytes)
             step = 2 * unit if unit < int4_units else int4_units + unit
@@ -226,6 +260,7 @@ class PackedWeightGemm:
             if stage == config.stages:
                 stage = Int32(0)
                 phase ^= 1
+        return stage, phase
 
     @cute.jit
     def load_weights(self, mW, sW, full, row_tile, last_tile, unit, stage, scale_bytes):
@@ -236,7 +271,7 @@ class PackedWeightGemm:
                 tile = cutlass.min(row_tile * config.warpgroups + g, last_tile)  # rows past N: loaded, never stored
                 source = mW.iterator + (Int64(tile) * mW.shape[1] + unit) * self.unit_words
                 target = sW.iterator + (stage * config.warpgroups + g) * self.unit_words
-                bulk_load(target, source, Int32(config.unit_bytes), full + stage)
+                bulk_load(target, source, Int32(UNIT_BYTES), full + stage)
 
     @cute.jit
     def load_tokens(self, x_atom, source, target, barrier, mask):
@@ -246,45 +281,61 @@ class PackedWeightGemm:
             cute.copy(x_atom, source, target, tma_bar_ptr=barrier)
 
     @cute.jit
-    def consume(self, tiled_mma, sX, sW, sS, acc, out, full, empty, thread, group, begin, end, int4_units):
+    def consume(self, sX, sW, sS, acc, out, full, empty, thread, group, begin, end, int4_units, stage, phase):
         """One warpgroup: decode the units of its 64 rows and multiply them with the tokens."""
         config = self.config
-        thr_mma = tiled_mma.get_slice(thread)
-        tCrB = tiled_mma.make_fragment_B(thr_mma.partition_B(sX))
+        tiled_mma = self.tiled_mma()
+        tCrB = tiled_mma.make_fragment_B(tiled_mma.get_slice(thread).partition_B(sX))
         rA = tiled_mma.make_fragment_A(tiled_mma.partition_shape_A((64, 128)))
         rA32 = cute.recast_tensor(rA, Uint32)
         raw = cute.make_rmem_tensor((8,), Uint32)
+        loaded = cute.make_rmem_tensor((2,), Float32)
         scale = cute.make_rmem_tensor((2,), Float32)
-        stage = Int32(0)
-        phase = Int32(0)
+        raw.fill(0)
+        loaded.fill(0.0)
         middle = cutlass.min(cutlass.max(int4_units, begin), end)
-        for _ in cutlass.range(begin, middle, unroll=1):
-            self.load_unit(sW, raw, scale, full, thread, group, stage, phase)
+        if begin < end:  # a CTA of a split may have no unit
+            cute.arch.mbarrier_wait(full + stage, phase)
+            self.load_unit(sW, raw, loaded, thread, group, stage)
+        # The next unit's codes are fetched before wgmma is issued and land while it runs. Not after: ptxas may give
+        # them the registers of A, which wgmma still reads (seen: results that changed from run to run).
+        for unit in cutlass.range(begin, middle, unroll=1):
+            scale.store(loaded.load())
             self.decode_int4(raw, scale, rA32)
-            self.multiply(rA, tCrB, acc, stage, 4)
-            self.promote(acc, out, sS, scale, thread, stage)
-            self.release(empty, stage)
-            stage += 1
-            if stage == config.stages:
-                stage = Int32(0)
-                phase ^= 1
+            this = stage
+            stage, phase = self.advance(stage, phase)
+            if unit + 1 < end:
+                cute.arch.mbarrier_wait(full + stage, phase)
+                self.load_unit(sW, raw, loaded, thread, group, stage)
+            self.multiply(rA, tCrB, acc, this, 4)
+            self.promote(acc, out, sS, scale, thread, this)
+            self.release(empty, this)
         if cutlass.const_expr(config.int8_units):
-            for _ in cutlass.range(middle, end, unroll=1):
-                self.load_unit(sW, raw, scale, full, thread, group, stage, phase)
+            for unit in cutlass.range(middle, end, unroll=1):
+                scale.store(loaded.load())
                 for j in cutlass.range_constexpr(8):
                     rA32[j] = raw[j]
-                self.multiply(rA, tCrB, acc, stage, 2)
-                self.promote(acc, out, sS, scale, thread, stage)
-                self.release(empty, stage)
-                stage += 1
-                if stage == config.stages:
-                    stage = Int32(0)
-                    phase ^= 1
+                this = stage
+                stage, phase = self.advance(stage, phase)
+                if unit + 1 < end:
+                    cute.arch.mbarrier_wait(full + stage, phase)
+                    self.load_unit(sW, raw, loaded, thread, group, stage)
+                self.multiply(rA, tCrB, acc, this, 2)
+                self.promote(acc, out, sS, scale, thread, this)
+                self.release(empty, this)
+        return stage, phase
 
     @cute.jit
-    def load_unit(self, sW, raw, scale, full, thread, group, stage, phase):
-        """This thread's 32 bytes of codes and the scales of its two rows, once the stage has arrived."""
-        cute.arch.mbarrier_wait(full + stage, phase)
+    def advance(self, stage, phase):
+        stage += 1
+        if stage == self.config.stages:
+            stage = Int32(0)
+            phase ^= 1
+        return stage, phase
+
+    @cute.jit
+    def load_unit(self, sW, raw, scale, thread, group, stage):
+        """This thread's 32 bytes of codes and the scales of its two rows."""
         base = sW.iterator + (stage * self.config.warpgroups + group) * self.unit_words
         for h in cutlass.range_constexpr(2):
             words = load_u32x4(base + (h * 512 + thread * 4))
@@ -363,63 +414,167 @@ class PackedWeightGemm:
                 cute.arch.mbarrier_arrive(empty + stage)
 
     @cute.jit
-    def write(self, sE, mS, mC, mB, mY, tid, split_rank, row_tile, token0):
-        """Add the cluster's partial sums in rank order, scale, add the bias, store 8 features a thread."""
+    def store(self, pool, acc, out, mS, mC, mB, mY, thread, group, row_tile, token0):
+        """Scale, add the bias, transpose through this warpgroup's own staging, 16 tokens x 64 features at a time."""
         config = self.config
+        features = mY.shape[1]
+        tokens = mY.shape[0]
+        lane = thread % 32
+        feature0 = (row_tile * config.warpgroups + group) * 64
+        row = feature0 + (thread // 32) * 16 + lane // 4
+        row_scale = cute.make_rmem_tensor((2,), Float32)
+        offset = cute.make_rmem_tensor((2,), Float32)
+        for r in cutlass.range_constexpr(2):
+            row_scale[r] = Float32(1.0)
+            offset[r] = Float32(0.0)
+            if row + 8 * r < features:
+                if cutlass.const_expr(self.integer):
+                    row_scale[r] = mC[row + 8 * r]
+                if cutlass.const_expr(config.bias):
+                    offset[r] = Float32(mB[row + 8 * r])
+        staging = pool + (config.ring_bytes + group * config.staging_bytes)
+        # stmatrix: lane l addresses token l % 8 (+ 8 for l >= 16) and features 8 * (l // 8 % 2) of its warp's 16
+        target = staging + ((lane % 8 + 8 * (lane // 16)) * 144 + ((thread // 32) * 2 + lane // 8 % 2) * 16)
+        chunk_tokens = config.chunk_tokens
+        for chunk in cutlass.range_constexpr(self.tile_m // chunk_tokens):
+            if token0 + chunk * chunk_tokens < tokens:
+                for t in cutlass.range_constexpr(chunk_tokens // 16):
+                    words = []
+                    for half in cutlass.range_constexpr(2):
+                        pair = []
+                        j = (chunk * chunk_tokens + 16 * t) // 8 + half  # 8 tokens each
+                        scales = []
+                        for c in cutlass.range_constexpr(2):
+                            factor = Float32(1.0)
+                            if cutlass.const_expr(config.token_scales == "token"):
+                                token = token0 + 8 * j + 2 * (lane % 4) + c
+                                factor = mS[0, cutlass.min(token, tokens - 1)]
+                            scales.append(factor)
+                        for r in cutlass.range_constexpr(2):
+                            for c in cutlass.range_constexpr(2):
+                                i = 4 * j + 2 * r + c
+                                value = Float32(acc[i]) if cutlass.const_expr(self.integer) else out[i]
+                                if cutlass.const_expr(config.token_scales == "token"):
+                                    value = value * scales[c]
+                                if cutlass.const_expr(self.integer):
+                                    value = value * row_scale[r]
+                                if cutlass.const_expr(config.bias):
+                                    value = value + offset[r]
+                                pair.append(value)
+                        words.append(pack_bf16x2(pair[0], pair[1]))
+                        words.append(pack_bf16x2(pair[2], pair[3]))
+                    store_matrix_transposed(target + 144 * 16 * t, words[0], words[1], words[2], words[3])
+                cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
+                for i in cutlass.range_constexpr(chunk_tokens // 16):
+                    local = i * 16 + thread // 8
+                    token = token0 + chunk * chunk_tokens + local
+                    feature = feature0 + (thread % 8) * 8
+                    source = staging + (local * 144 + (thread % 8) * 16)
+                    if token < tokens and feature < features:
+                        row_bf16 = cute.make_tensor(
+                            cute.recast_ptr(source, dtype=BFloat16).align(16), cute.make_layout(8)
+                        )
+                        if cutlass.const_expr(config.aligned):
+                            place = mY.iterator + (Int64(token) * features + feature)
+                            cute.autovec_copy(row_bf16, cute.make_tensor(place.align(16), cute.make_layout(8)))
+                        else:
+                            for e in cutlass.range_constexpr(8):
+                                if feature + e < features:
+                                    mY[token, feature + e] = row_bf16[e]
+                cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
+
+    @cute.jit
+    def exchange(self, pool, arrived, acc, out, mS, mC, mB, mY, tid, rank, row_tile, token0):
+        """Send each CTA of the split its tokens' partial sums, then add the ones received in rank order and store."""
+        config = self.config
+        slice_words = self.slice * self.pitch
+        staging = cute.recast_ptr(pool, dtype=Float32)
+        inbox = cute.recast_ptr(pool + config.inbox_offset, dtype=Float32)
         tokens = cutlass.min(Int32(self.tile_m), mY.shape[0] - token0)
+        mine = cutlass.max(cutlass.min(tokens - rank * self.slice, Int32(self.slice)), Int32(0))
+        # every warpgroup has read its last stage before any of them reuses the memory for staging
+        cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+        if tid == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(arrived, (config.split - 1) * mine * self.pitch * 4)
+        thread = tid % 128
+        coords = self.tiled_mma().get_slice(thread).partition_C(cute.make_identity_tensor((64, self.tile_m)))
+        layout = cute.make_layout((self.pitch, self.tile_m))
+        rows0 = (tid // 128) * 64
+        if cutlass.const_expr(self.integer):
+            sEi = cute.make_tensor(cute.recast_ptr(staging, dtype=Int32), layout)
+            for i in cutlass.range_constexpr(cute.size(acc)):
+                sEi[rows0 + coords[i][0], coords[i][1]] = acc[i]
+        else:
+            sE = cute.make_tensor(staging, layout)
+            for i in cutlass.range_constexpr(cute.size(out)):
+                sE[rows0 + coords[i][0], coords[i][1]] = out[i]
+        cute.arch.fence_view_async_shared()
+        if cutlass.const_expr(config.private_inbox):
+            cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+        else:
+            self.cluster_sync(config.split)
+        if tid < config.split:
+            theirs = cutlass.min(tokens - tid * self.slice, Int32(self.slice))
+            if tid != rank and theirs > 0:
+                bulk_push(
+                    inbox + rank * slice_words,
+                    staging + tid * slice_words,
+                    theirs * self.pitch * 4,
+                    arrived,
+                    tid,
+                )
+        cute.arch.mbarrier_wait(arrived, 0)
         chunks = self.rows // 8
         features = mY.shape[1]
-        rY = cute.make_rmem_tensor((8,), BFloat16)
-        total = cute.make_rmem_tensor((8,), Float32)
-        total_int = cute.recast_tensor(total, Int32)
-        for i in cutlass.range(split_rank * self.consumers + tid, tokens * chunks, config.split * self.consumers, unroll=1):
-            token = i // chunks
+        for i in cutlass.range(tid, mine * chunks, self.consumers, unroll=1):
+            local = i // chunks
             chunk = i % chunks
+            token = token0 + rank * self.slice + local
             feature = row_tile * self.rows + chunk * 8
+            total = cute.make_rmem_tensor((8,), Float32)
+            part = cute.make_rmem_tensor((8,), Float32)
+            total_int = cute.recast_tensor(total, Int32)
+            part_int = cute.recast_tensor(part, Int32)
+            total.fill(0.0)
             for p in cutlass.range_constexpr(config.split):
+                source = inbox + (p * slice_words + local * self.pitch + chunk * 8)
+                if p == rank:
+                    source = staging + (p * slice_words + local * self.pitch + chunk * 8)
                 for h in cutlass.range_constexpr(2):
-                    source = sE.iterator + (token * self.pitch + chunk * 8 + 4 * h)
-                    if cutlass.const_expr(config.split > 1):
-                        part = load_f32x4_cluster(source, p)
+                    words = load_f32x4(source + 4 * h)
+                    for e in cutlass.range_constexpr(4):
+                        part[4 * h + e] = words[e]
+                for e in cutlass.range_constexpr(8):
+                    if cutlass.const_expr(self.integer):
+                        total_int[e] = total_int[e] + part_int[e]
                     else:
-                        part = load_f32x4(source)
-                    part_f = cute.make_rmem_tensor((4,), Float32)
-                    for e in cutlass.range_constexpr(4):
-                        part_f[e] = part[e]
-                    part_i = cute.recast_tensor(part_f, Int32)
-                    for e in cutlass.range_constexpr(4):
-                        if cutlass.const_expr(p == 0):
-                            total[4 * h + e] = part_f[e]
-                        elif cutlass.const_expr(self.integer):
-                            total_int[4 * h + e] = total_int[4 * h + e] + part_i[e]
-                        else:
-                            total[4 * h + e] = total[4 * h + e] + part_f[e]
-            token_scale = Float32(1.0)
+                        total[e] = total[e] + part[e]
+            factor = Float32(1.0)
             if cutlass.const_expr(config.token_scales == "token"):
-                token_scale = mS[0, token0 + token]
+                factor = mS[0, token]
+            row_bf16 = cute.make_rmem_tensor((8,), BFloat16)
             for e in cutlass.range_constexpr(8):
                 value = Float32(total_int[e]) if cutlass.const_expr(self.integer) else total[e]
                 if cutlass.const_expr(config.token_scales == "token"):
-                    value = value * token_scale
+                    value = value * factor
                 if feature + e < features:
                     if cutlass.const_expr(self.integer):
                         value = value * mC[feature + e]
                     if cutlass.const_expr(config.bias):
                         value = value + Float32(mB[feature + e])
                     if cutlass.const_expr(not config.aligned):
-                        mY[token0 + token, feature + e] = BFloat16(value)
-                rY[e] = BFloat16(value)
+                        mY[token, feature + e] = BFloat16(value)
+                row_bf16[e] = BFloat16(value)
             if cutlass.const_expr(config.aligned):
                 if feature < features:
-                    target = mY.iterator + (Int64(token0 + token) * features + feature)
-                    gY = cute.make_tensor(target.align(16), cute.make_layout(8))
-                    cute.autovec_copy(rY, gY)
+                    place = mY.iterator + (Int64(token) * features + feature)
+                    cute.autovec_copy(row_bf16, cute.make_tensor(place.align(16), cute.make_layout(8)))
 
 
 def compile_gemm(config: GemmConfig, options: str = "") -> object:
     """Compile one kernel for sm_90a; needs no GPU.
 
-    Returns the TVM-FFI function (weights, x, token scales, channel scales, bias, y, int4 units), launching on the
+    Returns the TVM-FFI function (weights, x, token scales, channel scales, bias, y, int4 units, resident CTAs), launching on the
     caller's current stream.
     """
     kernel = PackedWeightGemm(config)
@@ -436,6 +591,7 @@ def compile_gemm(config: GemmConfig, options: str = "") -> object:
         kernel,
         *fakes,
         Int32(1),
+        Int32(132),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",
     )

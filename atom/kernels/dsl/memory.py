@@ -35,15 +35,38 @@ def load_f32x4(source: Any):
 
 
 @cute.jit
-def load_f32x4_cluster(source: Any, rank: Any):
-    """Four floats from the same place in the shared memory of CTA `rank` of the cluster."""
-    address = cute.arch.inline_ptx(
-        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};",
-        write_only_types=[Uint32],
-        read_only_args=[source.toint(), Int32(rank)],
+def bulk_push(target: Any, source: Any, size: Any, barrier: Any, rank: Any):
+    """Copy shared memory to the same place of CTA `rank` of the cluster; its `barrier` counts the arrival.
+
+    `target` and `barrier` are this CTA's addresses of what the other CTA holds at the same offset.
+    """
+    addresses = []
+    for pointer in (target, barrier):
+        addresses.append(
+            cute.arch.inline_ptx(
+                "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};",
+                write_only_types=[Uint32],
+                read_only_args=[pointer.toint(), Int32(rank)],
+            )
+        )
+    cute.arch.inline_ptx(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[addresses[0], source.toint(), size, addresses[1]],
     )
+
+
+@cute.jit
+def pack_bf16x2(low: Any, high: Any):
+    """Two floats rounded to bfloat16 in one word."""
     return cute.arch.inline_ptx(
-        "ld.shared::cluster.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
-        write_only_types=[Float32] * 4,
-        read_only_args=[address],
+        "cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Uint32], read_only_args=[low, high]
+    )
+
+
+@cute.jit
+def store_matrix_transposed(target: Any, a: Any, b: Any, c: Any, d: Any):
+    """stmatrix.x4.trans: four 8 x 8 tiles of 16-bit values; lane l addresses row l % 8 of tile l // 8."""
+    cute.arch.inline_ptx(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+        read_only_args=[target.toint(), a, b, c, d],
     )
