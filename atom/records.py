@@ -100,6 +100,7 @@ SCHEMAS: dict[str, RecordSchema] = {
         PERPLEXITY_EXTRAS,
         {"place": ("before", "after"), "path": PATHS, **_KV},
     ),
+    "lm-eval-agreement": RecordSchema(("model", "task", "metric", "atom", "hf", "documents", "max_difference")),
     "calibration-8b": RecordSchema(
         ("scheme", "seconds", "peak_gpu_gb", "peak_host_gb"), ("windows", "window", "layers", "seconds:", "shape")
     ),

@@ -13,7 +13,7 @@ from atom.models.generate import scheme_cache
 from atom.models.kv import DenseKV
 from atom.models.model import Model
 
-LOGITS_BYTES = 256 * 2**20  # of one chunk of float32 logits: 256 rows of a vocabulary of 262,144
+LOGITS_BYTES = 128 * 2**20  # of one chunk of float32 logits: 128 rows of a vocabulary of 262,144
 TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 16384}
 
 

@@ -19,6 +19,7 @@ class GemmConfig:
     split         CTAs of a cluster that share one tile along K
     multicast     CTAs of a cluster that share one tile of tokens
     int8_units    whether units of INT8 (outlier columns) follow those of INT4
+    pairs         two units of K at a time: hides latency where tiles are small
     aligned       N is a multiple of 8: 16-byte stores
     """
 
@@ -34,6 +35,7 @@ class GemmConfig:
     aligned: bool = True
     pdl: bool = True
     ctas_per_sm: int = 1
+    pairs: bool = False
 
     @property
     def registers(self) -> int:
@@ -60,25 +62,9 @@ class GemmConfig:
         return 144 * self.chunk_tokens
 
     @property
-    def exchange_bytes(self) -> int:
-        """A whole tile of float32 partial sums, padded by 4 words a token."""
-        return 4 * (64 * self.warpgroups + 4) * -(-self.tile_m // self.split) * self.split
-
-    @property
-    def private_inbox(self) -> bool:
-        """Whether partial sums from other CTAs land beside the ring (no barrier before sending) or in it."""
-        return self.tile_m <= 32
-
-    @property
-    def inbox_offset(self) -> int:
-        return max(self.ring_bytes, self.exchange_bytes) if self.private_inbox else self.exchange_bytes
-
-    @property
     def pool_bytes(self) -> int:
-        """Shared memory of the ring and of what the epilogue needs besides or instead of it."""
-        if self.split == 1:
-            return self.ring_bytes + self.warpgroups * self.staging_bytes
-        return max(self.ring_bytes, self.inbox_offset + self.exchange_bytes)
+        """Shared memory of the ring and of the epilogue's staging."""
+        return self.ring_bytes + self.warpgroups * self.staging_bytes
 
     def with_most_stages(self) -> "GemmConfig":
         """As many stages as fit, at most 16."""

@@ -20,7 +20,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync
 from cutlass.cute.nvgpu import warpgroup as wg
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from .dsl.memory import bulk_load, bulk_push, load_f32x4, load_u32x4, pack_bf16x2, store_matrix_transposed
+from .dsl.memory import bulk_load, load_global_f32x4, load_u32x4, pack_bf16x2, store_matrix_transposed
 from .gemm_config import UNIT_BYTES, GemmConfig
 from .gemm_pack import CODE_BYTES
 
@@ -39,8 +39,6 @@ class PackedWeightGemm:
         self.cluster = config.split * config.multicast
         self.x_bytes = self.tile_m * 128
         self.w_bytes = UNIT_BYTES * config.warpgroups
-        self.pitch = self.rows + 4  # float32 words of a token in the exchange between CTAs: conflict-free both ways
-        self.slice = -(-self.tile_m // config.split)  # tokens that each CTA of a split adds up and stores
 
     def tiled_mma(self) -> cute.TiledMma:
         """INT8 wgmma, 64 x tile_m, A from registers. Built where it is used: its accumulate flag is traced state."""
@@ -57,6 +55,7 @@ class PackedWeightGemm:
         mC: cute.Tensor,  # [N] float32 channel scales (scales="channel")
         mB: cute.Tensor,  # [N] bfloat16 bias
         mY: cute.Tensor,  # [M, N] bfloat16
+        mE: cute.Tensor,  # float32 scratch: CTAs x tile_m x 64 x warpgroups where K is split, else any
         int4_units: Int32,
         max_ctas: Int32,  # how many CTAs the GPU holds at once
         stream: cuda.CUstream,
@@ -81,7 +80,7 @@ class PackedWeightGemm:
         if cutlass.const_expr(config.split == 1):
             clusters = cutlass.min(clusters, max_ctas // self.cluster)
         self.kernel(
-            x_atom, x_tensor, x_layout, mW, mS, mC, mB, mY, int4_units, row_groups, token_tiles
+            x_atom, x_tensor, x_layout, mW, mS, mC, mB, mY, mE, int4_units, row_groups, token_tiles
         ).launch(
             grid=(clusters * self.cluster, 1, 1),
             block=(self.threads, 1, 1),
@@ -102,6 +101,7 @@ class PackedWeightGemm:
         mC: cute.Tensor,
         mB: cute.Tensor,
         mY: cute.Tensor,
+        mE: cute.Tensor,
         int4_units: Int32,
         row_groups: Int32,
         token_tiles: Int32,
@@ -123,7 +123,6 @@ class PackedWeightGemm:
         smem = utils.SmemAllocator()
         full = smem.allocate_array(Int64, config.stages)
         empty = smem.allocate_array(Int64, config.stages)
-        arrived = smem.allocate_array(Int64, 1)
         pool = smem.allocate(config.pool_bytes, 1024)
         sX = cute.make_tensor(cute.recast_ptr(pool, x_layout.inner, Int8), x_layout.outer)
         w_words = cute.recast_ptr(pool + self.x_bytes * config.stages, dtype=Uint32)
@@ -136,7 +135,6 @@ class PackedWeightGemm:
                 for s in cutlass.range_constexpr(config.stages):
                     cute.arch.mbarrier_init(full + s, 1)
                     cute.arch.mbarrier_init(empty + s, 4 * config.warpgroups * config.multicast)
-                cute.arch.mbarrier_init(arrived, 1)
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(self.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
@@ -160,9 +158,6 @@ class PackedWeightGemm:
                         stage, phase, first,
                     )  # fmt: skip
                     first = Int32(0)
-            if cutlass.const_expr(config.split > 1):
-                if cutlass.const_expr(not config.private_inbox):
-                    self.cluster_sync(config.split)
             self.cluster_sync(self.cluster)
         else:
             if cutlass.const_expr(config.registers):
@@ -188,11 +183,15 @@ class PackedWeightGemm:
                     if first == 1:
                         cute.arch.griddepcontrol_wait()
                         first = Int32(0)
+                low = token0
+                high = cutlass.min(token0 + self.tile_m, mY.shape[0])
                 if cutlass.const_expr(config.split > 1):
-                    self.exchange(pool, arrived, acc, out, mS, mC, mB, mY, tid, split_rank, row_tile, token0)
-                else:
-                    self.store(pool, acc, out, mS, mC, mB, mY, thread, group, row_tile, token0)
-            self.cluster_sync(self.cluster)  # peers may still read or signal this CTA's shared memory
+                    share = self.exchange(mE, acc, out, tid, split_rank, high - token0)
+                    low = token0 + split_rank * share
+                    high = cutlass.min(low + share, high)
+                self.store(pool, acc, out, mS, mC, mB, mY, thread, group, row_tile, token0, low, high)
+            if cutlass.const_expr(config.multicast > 1):
+                self.cluster_sync(self.cluster)  # peers may still write to or signal this CTA's shared memory
 
     @cute.jit
     def place(self, item, row_groups, token_tiles, rank):
@@ -294,36 +293,93 @@ class PackedWeightGemm:
         raw.fill(0)
         loaded.fill(0.0)
         middle = cutlass.min(cutlass.max(int4_units, begin), end)
-        if begin < end:  # a CTA of a split may have no unit
+        start = begin
+        if cutlass.const_expr(config.pairs):
+            # few tokens: two units at a time, so that the latencies of one hide those of the other
+            acc2 = cute.make_rmem_tensor(acc.shape, Int32)
+            rA2 = tiled_mma.make_fragment_A(tiled_mma.partition_shape_A((64, 128)))
+            raw2 = cute.make_rmem_tensor((8,), Uint32)
+            scale2 = cute.make_rmem_tensor((2,), Float32)
+            if cutlass.const_expr(self.integer):
+                acc2.fill(0)
+            for _ in cutlass.range((middle - begin) // 2, unroll=1):
+                first = stage
+                cute.arch.mbarrier_wait(full + stage, phase)
+                self.load_unit(sW, raw, scale, thread, group, stage)
+                stage, phase = self.advance(stage, phase)
+                cute.arch.mbarrier_wait(full + stage, phase)
+                self.load_unit(sW, raw2, scale2, thread, group, stage)
+                self.decode_int4(raw, scale, rA32)
+                self.decode_int4(raw2, scale2, cute.recast_tensor(rA2, Uint32))
+                self.multiply_pair(rA, rA2, tCrB, acc, acc2, first, stage)
+                self.promote(acc, out, sS, scale, thread, first)
+                self.release(empty, first)
+                self.promote(acc2, out, sS, scale2, thread, stage)
+                self.release(empty, stage)
+                stage, phase = self.advance(stage, phase)
+            start = begin + (middle - begin) // 2 * 2
+            if cutlass.const_expr(self.integer):
+                for i in cutlass.range_constexpr(cute.size(acc)):
+                    acc[i] = acc[i] + acc2[i]
+        if start < end:  # a CTA of a split may have no unit
             cute.arch.mbarrier_wait(full + stage, phase)
             self.load_unit(sW, raw, loaded, thread, group, stage)
-        # The next unit's codes are fetched before wgmma is issued and land while it runs. Not after: ptxas may give
-        # them the registers of A, which wgmma still reads (seen: results that changed from run to run).
-        for unit in cutlass.range(begin, middle, unroll=1):
+        # The next unit's codes are fetched while no wgmma is in flight: ptxas may give them the registers of A, which
+        # wgmma still reads (seen: results that changed from run to run). If they are there already, before this
+        # unit's wgmma is issued, so that they land while it runs.
+        for unit in cutlass.range(start, middle, unroll=1):
             scale.store(loaded.load())
             self.decode_int4(raw, scale, rA32)
             this = stage
             stage, phase = self.advance(stage, phase)
-            if unit + 1 < end:
-                cute.arch.mbarrier_wait(full + stage, phase)
+            ready = self.peek(full, stage, phase, unit + 1 < end)
+            if ready:
                 self.load_unit(sW, raw, loaded, thread, group, stage)
             self.multiply(rA, tCrB, acc, this, 4)
             self.promote(acc, out, sS, scale, thread, this)
             self.release(empty, this)
+            if unit + 1 < end and not ready:
+                cute.arch.mbarrier_wait(full + stage, phase)
+                self.load_unit(sW, raw, loaded, thread, group, stage)
         if cutlass.const_expr(config.int8_units):
-            for unit in cutlass.range(middle, end, unroll=1):
+            for unit in cutlass.range(cutlass.max(start, middle), end, unroll=1):
                 scale.store(loaded.load())
                 for j in cutlass.range_constexpr(8):
                     rA32[j] = raw[j]
                 this = stage
                 stage, phase = self.advance(stage, phase)
-                if unit + 1 < end:
-                    cute.arch.mbarrier_wait(full + stage, phase)
+                ready = self.peek(full, stage, phase, unit + 1 < end)
+                if ready:
                     self.load_unit(sW, raw, loaded, thread, group, stage)
                 self.multiply(rA, tCrB, acc, this, 2)
                 self.promote(acc, out, sS, scale, thread, this)
                 self.release(empty, this)
+                if unit + 1 < end and not ready:
+                    cute.arch.mbarrier_wait(full + stage, phase)
+                    self.load_unit(sW, raw, loaded, thread, group, stage)
         return stage, phase
+
+    @cute.jit
+    def peek(self, full, stage, phase, wanted):
+        """Whether a wanted stage has arrived, without waiting; the same answer in all lanes of the warp."""
+        ready = cutlass.Boolean(False)
+        if wanted:
+            ready = cute.arch.mbarrier_test_wait(full + stage, phase)
+        return cute.arch.vote_all_sync(ready)
+
+    @cute.jit
+    def multiply_pair(self, rA, rA2, tCrB, acc, acc2, stage, stage2):
+        """Both units' products in one group of wgmma, alternating between two accumulators."""
+        one = self.tiled_mma()
+        two = self.tiled_mma()
+        wg.fence()
+        for k in cutlass.range_constexpr(4):
+            one.set(wg.Field.ACCUMULATE, self.integer or k != 0)
+            two.set(wg.Field.ACCUMULATE, self.integer or k != 0)
+            cute.gemm(one, acc, rA[None, None, k], tCrB[None, None, k, stage], acc)
+            cute.gemm(two, acc2, rA2[None, None, k], tCrB[None, None, k, stage2], acc2)
+        wg.commit_group()
+        wg.wait_group(0)
 
     @cute.jit
     def advance(self, stage, phase):
@@ -414,7 +470,7 @@ class PackedWeightGemm:
                 cute.arch.mbarrier_arrive(empty + stage)
 
     @cute.jit
-    def store(self, pool, acc, out, mS, mC, mB, mY, thread, group, row_tile, token0):
+    def store(self, pool, acc, out, mS, mC, mB, mY, thread, group, row_tile, token0, low, high):
         """Scale, add the bias, transpose through this warpgroup's own staging, 16 tokens x 64 features at a time."""
         config = self.config
         features = mY.shape[1]
@@ -437,7 +493,7 @@ class PackedWeightGemm:
         target = staging + ((lane % 8 + 8 * (lane // 16)) * 144 + ((thread // 32) * 2 + lane // 8 % 2) * 16)
         chunk_tokens = config.chunk_tokens
         for chunk in cutlass.range_constexpr(self.tile_m // chunk_tokens):
-            if token0 + chunk * chunk_tokens < tokens:
+            if token0 + chunk * chunk_tokens < high and token0 + (chunk + 1) * chunk_tokens > low:
                 for t in cutlass.range_constexpr(chunk_tokens // 16):
                     words = []
                     for half in cutlass.range_constexpr(2):
@@ -470,7 +526,7 @@ class PackedWeightGemm:
                     token = token0 + chunk * chunk_tokens + local
                     feature = feature0 + (thread % 8) * 8
                     source = staging + (local * 144 + (thread % 8) * 16)
-                    if token < tokens and feature < features:
+                    if token >= low and token < high and feature < features:
                         row_bf16 = cute.make_tensor(
                             cute.recast_ptr(source, dtype=BFloat16).align(16), cute.make_layout(8)
                         )
@@ -484,97 +540,69 @@ class PackedWeightGemm:
                 cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
 
     @cute.jit
-    def exchange(self, pool, arrived, acc, out, mS, mC, mB, mY, tid, rank, row_tile, token0):
-        """Send each CTA of the split its tokens' partial sums, then add the ones received in rank order and store."""
+    def exchange(self, mE, acc, out, tid, rank, tokens):
+        """Add up the split's partial sums in registers, in rank order; each CTA does so for its share of the tokens.
+
+        They travel through global memory (L2), in fragment order: [CTA, 8 tokens, thread, 4] words. Distributed
+        shared memory moved them at 4 bytes a nanosecond and SM (H200), loads and bulk copies alike.
+        """
         config = self.config
-        slice_words = self.slice * self.pitch
-        staging = cute.recast_ptr(pool, dtype=Float32)
-        inbox = cute.recast_ptr(pool + config.inbox_offset, dtype=Float32)
-        tokens = cutlass.min(Int32(self.tile_m), mY.shape[0] - token0)
-        mine = cutlass.max(cutlass.min(tokens - rank * self.slice, Int32(self.slice)), Int32(0))
-        # every warpgroup has read its last stage before any of them reuses the memory for staging
-        cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
-        if tid == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(arrived, (config.split - 1) * mine * self.pitch * 4)
-        thread = tid % 128
-        coords = self.tiled_mma().get_slice(thread).partition_C(cute.make_identity_tensor((64, self.tile_m)))
-        layout = cute.make_layout((self.pitch, self.tile_m))
-        rows0 = (tid // 128) * 64
-        if cutlass.const_expr(self.integer):
-            sEi = cute.make_tensor(cute.recast_ptr(staging, dtype=Int32), layout)
-            for i in cutlass.range_constexpr(cute.size(acc)):
-                sEi[rows0 + coords[i][0], coords[i][1]] = acc[i]
-        else:
-            sE = cute.make_tensor(staging, layout)
-            for i in cutlass.range_constexpr(cute.size(out)):
-                sE[rows0 + coords[i][0], coords[i][1]] = out[i]
-        cute.arch.fence_view_async_shared()
-        if cutlass.const_expr(config.private_inbox):
-            cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
-        else:
-            self.cluster_sync(config.split)
-        if tid < config.split:
-            theirs = cutlass.min(tokens - tid * self.slice, Int32(self.slice))
-            if tid != rank and theirs > 0:
-                bulk_push(
-                    inbox + rank * slice_words,
-                    staging + tid * slice_words,
-                    theirs * self.pitch * 4,
-                    arrived,
-                    tid,
-                )
-        cute.arch.mbarrier_wait(arrived, 0)
-        chunks = self.rows // 8
-        features = mY.shape[1]
-        for i in cutlass.range(tid, mine * chunks, self.consumers, unroll=1):
-            local = i // chunks
-            chunk = i % chunks
-            token = token0 + rank * self.slice + local
-            feature = row_tile * self.rows + chunk * 8
-            total = cute.make_rmem_tensor((8,), Float32)
-            part = cute.make_rmem_tensor((8,), Float32)
-            total_int = cute.recast_tensor(total, Int32)
-            part_int = cute.recast_tensor(part, Int32)
-            total.fill(0.0)
-            for p in cutlass.range_constexpr(config.split):
-                source = inbox + (p * slice_words + local * self.pitch + chunk * 8)
-                if p == rank:
-                    source = staging + (p * slice_words + local * self.pitch + chunk * 8)
-                for h in cutlass.range_constexpr(2):
-                    words = load_f32x4(source + 4 * h)
-                    for e in cutlass.range_constexpr(4):
-                        part[4 * h + e] = words[e]
-                for e in cutlass.range_constexpr(8):
+        blocks = self.tile_m // 8
+        share = -(-blocks // config.split)
+        bx, _, _ = cute.arch.block_idx()
+        part = cute.make_rmem_tensor((4,), Float32)
+        part_int = cute.recast_tensor(part, Int32)
+        for j in cutlass.range_constexpr(blocks):
+            if 8 * j < tokens and rank != j // share:
+                for e in cutlass.range_constexpr(4):
                     if cutlass.const_expr(self.integer):
-                        total_int[e] = total_int[e] + part_int[e]
+                        part_int[e] = acc[4 * j + e]
                     else:
-                        total[e] = total[e] + part[e]
-            factor = Float32(1.0)
-            if cutlass.const_expr(config.token_scales == "token"):
-                factor = mS[0, token]
-            row_bf16 = cute.make_rmem_tensor((8,), BFloat16)
-            for e in cutlass.range_constexpr(8):
-                value = Float32(total_int[e]) if cutlass.const_expr(self.integer) else total[e]
-                if cutlass.const_expr(config.token_scales == "token"):
-                    value = value * factor
-                if feature + e < features:
+                        part[e] = out[4 * j + e]
+                cute.autovec_copy(part, self.partial(mE, bx, j, tid))
+        cute.arch.fence_acq_rel_cluster()
+        self.cluster_sync(config.split)
+        for j in cutlass.range_constexpr(blocks):
+            if 8 * j < tokens and rank == j // share:
+                total = cute.make_rmem_tensor((4,), Float32)
+                total_int = cute.recast_tensor(total, Int32)
+                total.fill(0.0)
+                parts = cute.make_rmem_tensor((4, config.split), Float32)
+                parts_int = cute.recast_tensor(parts, Int32)
+                for p in cutlass.range_constexpr(config.split):
+                    if p != rank:
+                        words = load_global_f32x4(self.partial(mE, bx - rank + p, j, tid).iterator)
+                        for e in cutlass.range_constexpr(4):
+                            parts[e, p] = words[e]
+                    else:
+                        for e in cutlass.range_constexpr(4):
+                            if cutlass.const_expr(self.integer):
+                                parts_int[e, p] = acc[4 * j + e]
+                            else:
+                                parts[e, p] = out[4 * j + e]
+                for p in cutlass.range_constexpr(config.split):
+                    for e in cutlass.range_constexpr(4):
+                        if cutlass.const_expr(self.integer):
+                            total_int[e] = total_int[e] + parts_int[e, p]
+                        else:
+                            total[e] = total[e] + parts[e, p]
+                for e in cutlass.range_constexpr(4):
                     if cutlass.const_expr(self.integer):
-                        value = value * mC[feature + e]
-                    if cutlass.const_expr(config.bias):
-                        value = value + Float32(mB[feature + e])
-                    if cutlass.const_expr(not config.aligned):
-                        mY[token, feature + e] = BFloat16(value)
-                row_bf16[e] = BFloat16(value)
-            if cutlass.const_expr(config.aligned):
-                if feature < features:
-                    place = mY.iterator + (Int64(token) * features + feature)
-                    cute.autovec_copy(row_bf16, cute.make_tensor(place.align(16), cute.make_layout(8)))
+                        acc[4 * j + e] = total_int[e]
+                    else:
+                        out[4 * j + e] = total[e]
+        return share * 8
+
+    @cute.jit
+    def partial(self, mE, cta, block, tid):
+        at = ((Int64(cta) * (self.tile_m // 8) + block) * self.consumers + tid) * 4
+        return cute.make_tensor((mE.iterator + at).align(16), cute.make_layout(4))
 
 
 def compile_gemm(config: GemmConfig, options: str = "") -> object:
     """Compile one kernel for sm_90a; needs no GPU.
 
-    Returns the TVM-FFI function (weights, x, token scales, channel scales, bias, y, int4 units, resident CTAs), launching on the
+    Returns the TVM-FFI function (weights, x, token scales, channel scales, bias, y, scratch, int4 units, resident CTAs), launching on the
     caller's current stream.
     """
     kernel = PackedWeightGemm(config)
@@ -586,6 +614,7 @@ def compile_gemm(config: GemmConfig, options: str = "") -> object:
         make_fake_compact_tensor(Float32, (channels,), stride_order=(0,), assumed_align=4),
         make_fake_compact_tensor(BFloat16, (biases,), stride_order=(0,), assumed_align=2),
         make_fake_compact_tensor(BFloat16, (m, n), stride_order=(1, 0), assumed_align=2),
+        make_fake_compact_tensor(Float32, (cute.sym_int(),), stride_order=(0,), assumed_align=16),
     )
     return cute.compile(
         kernel,

@@ -16,7 +16,7 @@ from torch import Tensor
 from .formats import Format, get_format
 from .granularity import Group
 from .granularity import Tensor as PerTensor
-from .scales import LARGEST, floor_log2, round_scale
+from .scales import LARGEST, floor_log2, power_of_two, round_scale
 from .schemes import TensorSpec
 
 MSE_RATIOS = tuple(1.0 - 0.025 * i for i in range(21))  # clips that clip="mse" tries: 1.0 down to 0.5

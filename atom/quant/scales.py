@@ -25,7 +25,7 @@ def round_scale(scale: Tensor, scale_format: str) -> Tensor:
     E8M0 rounds down to a power of two.
     """
     if scale_format == "e8m0":
-        return torch.exp2(floor_log2(scale).clamp(-127, 127))
+        return power_of_two(floor_log2(scale))
     scale = scale.clamp_min(_SMALLEST[scale_format])
     if scale_format == "fp32":
         return scale
@@ -41,6 +41,12 @@ def floor_log2(x: Tensor) -> Tensor:
     return torch.where(x > 0, exponent.float() - 1, -127.0)
 
 
+def power_of_two(exponent: Tensor) -> Tensor:
+    """Exact 2^exponent as float32 for whole exponents, clamped to [-127, 127]; exp2 need not be exact on a GPU."""
+    bits = (exponent.clamp(-126, 127).to(torch.int32) + 127) << 23
+    return torch.where(exponent < -126, 2.0**-127, bits.view(torch.float32))
+
+
 def store_scale(scale: Tensor, scale_format: str) -> Tensor:
     """The stored form of a scale that `round_scale` made, in the dtype of `STORAGE_DTYPES`."""
     if scale_format == "e8m0":
@@ -51,5 +57,5 @@ def store_scale(scale: Tensor, scale_format: str) -> Tensor:
 def load_scale(stored: Tensor, scale_format: str) -> Tensor:
     """The float32 scale that `store_scale` stored."""
     if scale_format == "e8m0":
-        return torch.exp2(stored.float() - 127)
+        return power_of_two(stored.float() - 127)
     return stored.float()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cutlass import Float32, Int32, Uint32, cute
+from cutlass import Float32, Uint32, cute
 
 
 @cute.jit
@@ -25,33 +25,12 @@ def load_u32x4(source: Any):
 
 
 @cute.jit
-def load_f32x4(source: Any):
-    """Four floats from 16-byte aligned shared memory."""
+def load_global_f32x4(source: Any):
+    """Four floats from 16-byte aligned global memory, past L1: what another SM has just written."""
     return cute.arch.inline_ptx(
-        "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        "ld.global.cg.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
         write_only_types=[Float32] * 4,
         read_only_args=[source],
-    )
-
-
-@cute.jit
-def bulk_push(target: Any, source: Any, size: Any, barrier: Any, rank: Any):
-    """Copy shared memory to the same place of CTA `rank` of the cluster; its `barrier` counts the arrival.
-
-    `target` and `barrier` are this CTA's addresses of what the other CTA holds at the same offset.
-    """
-    addresses = []
-    for pointer in (target, barrier):
-        addresses.append(
-            cute.arch.inline_ptx(
-                "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};",
-                write_only_types=[Uint32],
-                read_only_args=[pointer.toint(), Int32(rank)],
-            )
-        )
-    cute.arch.inline_ptx(
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
-        read_only_args=[addresses[0], source.toint(), size, addresses[1]],
     )
 
 
