@@ -186,18 +186,19 @@ def _embed(
 ) -> HiddenStates:
     """The hidden states that enter the first layer."""
     scale = model.config.embedding_scale
-    states = source.get(EMBEDDING)[windows.tokens].float()
-    if scale is not None:
-        states *= torch.tensor(scale)
+    embedding, tokens = source.get(EMBEDDING), windows.tokens
     offload = config.offload == "on"
     if config.offload == "auto" and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        offload = states.numel() * 4 > free // 4
+        offload = tokens.numel() * embedding.shape[1] * 4 > free // 4
     if not offload:
-        states = states.to(device)
-    elif device.type == "cuda":
-        states = states.pin_memory()
-    return HiddenStates(states, config.windows_per_batch, device)
+        embedding, tokens = embedding.to(device), tokens.to(device)
+    states = embedding[tokens].float()
+    if scale is not None:
+        states *= torch.tensor(scale)
+    return HiddenStates(
+        states.pin_memory() if offload and device.type == "cuda" else states, config.windows_per_batch, device
+    )
 
 
 def _windows(source: Source, config: CalibrationConfig) -> Windows:

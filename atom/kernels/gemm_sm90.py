@@ -324,23 +324,20 @@ class PackedWeightGemm:
         if start < end:  # a CTA of a split may have no unit
             cute.arch.mbarrier_wait(full + stage, phase)
             self.load_unit(sW, raw, loaded, thread, group, stage)
-        # The next unit's codes are fetched while no wgmma is in flight: ptxas may give them the registers of A, which
-        # wgmma still reads (seen: results that changed from run to run). If they are there already, before this
-        # unit's wgmma is issued, so that they land while it runs.
+        # The next unit's codes are fetched before wgmma is issued and land while it runs. Not after: ptxas may give
+        # them the registers of A, which wgmma still reads (seen: results that changed from run to run). And without
+        # a branch on whether they have arrived: ptxas then serializes the four wgmmas of a unit.
         for unit in cutlass.range(start, middle, unroll=1):
             scale.store(loaded.load())
             self.decode_int4(raw, scale, rA32)
             this = stage
             stage, phase = self.advance(stage, phase)
-            ready = self.peek(full, stage, phase, unit + 1 < end)
-            if ready:
+            if unit + 1 < end:
+                cute.arch.mbarrier_wait(full + stage, phase)
                 self.load_unit(sW, raw, loaded, thread, group, stage)
             self.multiply(rA, tCrB, acc, this, 4)
             self.promote(acc, out, sS, scale, thread, this)
             self.release(empty, this)
-            if unit + 1 < end and not ready:
-                cute.arch.mbarrier_wait(full + stage, phase)
-                self.load_unit(sW, raw, loaded, thread, group, stage)
         if cutlass.const_expr(config.int8_units):
             for unit in cutlass.range(cutlass.max(start, middle), end, unroll=1):
                 scale.store(loaded.load())
@@ -348,24 +345,13 @@ class PackedWeightGemm:
                     rA32[j] = raw[j]
                 this = stage
                 stage, phase = self.advance(stage, phase)
-                ready = self.peek(full, stage, phase, unit + 1 < end)
-                if ready:
+                if unit + 1 < end:
+                    cute.arch.mbarrier_wait(full + stage, phase)
                     self.load_unit(sW, raw, loaded, thread, group, stage)
                 self.multiply(rA, tCrB, acc, this, 2)
                 self.promote(acc, out, sS, scale, thread, this)
                 self.release(empty, this)
-                if unit + 1 < end and not ready:
-                    cute.arch.mbarrier_wait(full + stage, phase)
-                    self.load_unit(sW, raw, loaded, thread, group, stage)
         return stage, phase
-
-    @cute.jit
-    def peek(self, full, stage, phase, wanted):
-        """Whether a wanted stage has arrived, without waiting; the same answer in all lanes of the warp."""
-        ready = cutlass.Boolean(False)
-        if wanted:
-            ready = cute.arch.mbarrier_test_wait(full + stage, phase)
-        return cute.arch.vote_all_sync(ready)
 
     @cute.jit
     def multiply_pair(self, rA, rA2, tCrB, acc, acc2, stage, stage2):

@@ -170,7 +170,7 @@ def _choose(blocks: Tensor, spec: TensorSpec, clip: float, outer: Tensor | None 
     if spec.scale_format == "e8m0":  # OCP MX: the exponent of the maximum less that of the format's largest value
         log2 = floor_log2(largest * clip) - (frexp(fmt.max)[1] - 1)
         log2_cap = frexp(_largest_scale(fmt))[1] - 1
-        return Scale(torch.where(largest > 0, torch.exp2(log2.clamp(-127, log2_cap)), 1.0))
+        return Scale(torch.where(largest > 0, power_of_two(log2.clamp_max(log2_cap)), 1.0))
     levels = (2**fmt.bits - 1) / 2 if spec.scale_rule == "range" else fmt.max
     raw = (largest * (clip / levels)).clamp_max(_largest_scale(fmt))
     if spec.outer is None:

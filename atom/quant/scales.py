@@ -43,7 +43,7 @@ def floor_log2(x: Tensor) -> Tensor:
 
 def power_of_two(exponent: Tensor) -> Tensor:
     """Exact 2^exponent as float32 for whole exponents, clamped to [-127, 127]; exp2 need not be exact on a GPU."""
-    bits = (exponent.clamp(-126, 127).to(torch.int32) + 127) << 23
+    bits = exponent.clamp(-126, 127).to(torch.int32) + 127 << 23
     return torch.where(exponent < -126, 2.0**-127, bits.view(torch.float32))
 
 
