@@ -51,6 +51,12 @@ class Options:
     damping: float = 0.01
     """GPTQ: share of the Hessian's mean diagonal that is added to the diagonal."""
 
+    batch_tokens: int = 8192
+    """Tokens that run through a layer at once: fewer take less memory."""
+
+    offload: Literal["auto", "on", "off"] = "auto"
+    """Keep hidden states in host memory; auto: on a GPU that they would fill a quarter of."""
+
     reorder: bool | None = None
     """Sort input channels by energy."""
 
@@ -124,6 +130,7 @@ class Options:
 def run(options: Options) -> dict[str, Any]:
     """Quantize; print what was done; return where it lies and how large the errors are."""
     from atom.calibration.config import CalibrationConfig
+    from atom.calibration.progress import Bar
     from atom.calibration.stream import quantize_model
 
     config = CalibrationConfig(
@@ -134,6 +141,10 @@ def run(options: Options) -> dict[str, Any]:
         gptq=options.gptq,
         damping=options.damping,
         device=options.device,
+        batch_tokens=options.batch_tokens,
+        offload=options.offload,
     )
-    report = quantize_model(options.model, options.build_scheme(), options.directory, config, resume=options.resume)
+    report = quantize_model(
+        options.model, options.build_scheme(), options.directory, config, options.resume, Bar(), options.revision
+    )
     return {"output": str(options.directory), "scheme": options.scheme, "report": report.to_dict()}

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from atom.errors import CalibrationError
-
 from .clock import PHASES
 from .report import Report
 
@@ -12,23 +10,19 @@ ERRORS_PLOT = "errors_by_layer.png"
 ENERGIES_PLOT = "channel_energies.png"
 
 
-def print_report(report: Report, console: Any = None) -> None:
-    """Print provenance, one line a layer, and where the time went, to a rich console (default: stdout)."""
-    from rich.console import Console
+def report_table(report: Report) -> Any:
+    """What to print on a rich console: provenance, one line a layer, and where the time went."""
+    from rich.console import Group
 
-    console = console or Console()
-    console.print(_headline(report))
     if not report.layers:
-        console.print("No weight was quantized: the weights are copies.")
-        return
-    console.print(_layers_table(report))
-    console.print(_time_line(report))
+        return Group(_headline(report), "No weight was quantized: the weights are copies.")
+    return Group(_headline(report), _layers_table(report), _time_line(report))
 
 
-def plot_report(report: Report, directory: Path) -> list[Path]:
-    """Write the plots into `directory` and return their paths. Raises CalibrationError if there is nothing to plot."""
+def draw_plots(report: Report, directory: Path) -> list[Path]:
+    """Write the plots into `directory` and return their paths; none where no weight was quantized."""
     if not report.layers:
-        raise CalibrationError("the report has no layers: no weight was quantized; plot one of a quantized scheme")
+        return []
     import matplotlib
 
     matplotlib.use("Agg")
