@@ -60,12 +60,15 @@ def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: M
     largest_layer = largest_hessians = widest = 0
     for layer in model.model.decoder_layers():
         weights = sum(p.numel() for p in layer.parameters())
-        inputs = {g.name: (layer.get_submodule(g.linears[0]).in_features, g.linears) for g in model.family.groups}
+        inputs = {
+            group.name: [tuple(layer.get_parameter(f"{name}.weight").shape) for name in group.linears]
+            for group in model.family.groups
+        }
         attention = 4 * tokens * config.window_length * model.config.num_heads * model.config.head_dim
         flops = PASSES * (2 * weights * tokens + attention)
         moved = columns = hessians = 0
-        for K, linears in inputs.values():
-            N = sum(layer.get_submodule(name).out_features for name in linears)
+        for shapes in inputs.values():
+            N, K = sum(shape[0] for shape in shapes), shapes[0][1]
             # Reading, rounding and writing activations: a dozen float32 passes where they are rounded, a few elsewhere.
             moved += 4 * tokens * (K * (12 * (PASSES - 1) + 4 * PASSES) + N * 3 * PASSES)
             if config.gptq:

@@ -109,8 +109,8 @@ def op_table(model: Model, scheme: Scheme, gpu: Gpu | None) -> list[dict[str, An
     arch = gpu.arch if gpu else "cpu"
     for group in model.family.groups:
         linear = scheme.for_linear(f"model.layers.0.{group.linears[0]}")
-        sizes = [layer.get_submodule(n) for n in group.linears]
-        K, N = sizes[0].in_features, sum(s.out_features for s in sizes)
+        shapes = [tuple(layer.get_parameter(f"{n}.weight").shape) for n in group.linears]
+        K, N = shapes[0][1], sum(shape[0] for shape in shapes)
         if linear.weight is None:
             rows.append({"op": "linear", "where": ", ".join(group.linears), "runs": "torch", "why": "full precision"})
             continue

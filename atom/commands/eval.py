@@ -22,4 +22,5 @@ def run(options: Options) -> dict[str, Any]:
 
         result = evaluate(options, progress=show)
     console.print(result.table())
-    return result.summary()
+    summary: dict[str, Any] = result.summary()
+    return summary
