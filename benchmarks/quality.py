@@ -274,7 +274,8 @@ def join(options: Join) -> None:
     for name in ("quality-ladder", "quality-presets", "kv-rope"):
         rows = [row for part in parts for row in part.get(name, [])]
         if rows:
-            where = {**parts[0]["where"], "command": " ; ".join(part["where"]["command"] for part in parts)}
+            where = dict(parts[0]["where"])
+            where["command"] += f" (and {len(parts) - 1} more models alike)" if len(parts) > 1 else ""
             print("wrote", write_record(name, rows, where["machine"]["name"], commit=options.commit, where=where))
 
 
