@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from atom.errors import UnsupportedError
 from atom.records import command_line, current_commit, machine_facts, package_versions
@@ -32,12 +34,11 @@ class EvalConfig:
     Example: atom eval OUT --ppl wikitext2 --tasks piqa,arc_easy --limit 100 --output result.json
     """
 
-    model: str
+    model: Annotated[str, tyro.conf.Positional]
     """Atom checkpoint, model directory, hub id, GGUF file, or the alias smollm2."""
 
     ppl: tuple[str, ...] = ()
-    """Texts to measure perplexity on: wikitext2, ptb, c4 (from the hub), a .txt, .jsonl or .parquet FILE (.gz too), or
-    SET=FILE for a local copy of a set."""
+    """Texts for perplexity: wikitext2, ptb, c4, a .txt, .jsonl or .parquet FILE, or SET=FILE, a local copy of a set."""
 
     tasks: tuple[str, ...] = ()
     """lm-eval tasks and groups, or suites: zero-shot, zero-shot-more, generative, long-context. Commas separate too."""
@@ -49,8 +50,7 @@ class EvalConfig:
     """Tokens of a perplexity window; default 2048, or the model's context where that is shorter."""
 
     bos: Bos = "auto"
-    """Where BOS stands in perplexity windows: in every window, before the whole text, or none. auto: in every window
-    if the tokenizer begins texts with BOS, else none. Published Llama tables use text."""
+    """BOS in every window, before the whole text (published Llama tables), or none; auto asks the tokenizer."""
 
     kl_to: str | None = None
     """A full-precision model with the same tokenizer: also measure the KL divergence to it on the texts."""
