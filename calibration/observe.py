@@ -5,7 +5,7 @@ layer and its linears give for a few tokens.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,8 +57,10 @@ def observe_energies(
     with hooked({plan.group.producer: watch(plan) for plan in plans}, layer):
         sample = sample_outputs(layer, plans, hidden, runner, None)
         if any(plan.needs_order for plan in plans):
-            for number in range(1, len(hidden)):
-                runner.run(layer, hidden, number, None)
+            with stopped_after(plans[-1].group.producer, layer):
+                for number in range(1, len(hidden)):
+                    with suppress(_SeenEnough):
+                        runner.run(layer, hidden, number, None)
     return {name: energy.mean() for name, energy in energies.items()}, sample
 
 
@@ -88,9 +90,13 @@ def observe_hessians(
 
         return hook
 
-    with hooked({plan.group.producer: watch(plan) for plan in plans if plan.is_quantized}, layer):
+    watched = {plan.group.producer: watch(plan) for plan in plans if plan.is_quantized}
+    if not watched:
+        return hessians
+    with hooked(watched, layer), stopped_after(list(watched)[-1], layer):
         for number in range(len(hidden)):
-            runner.run(layer, hidden, number, scheme)
+            with suppress(_SeenEnough):
+                runner.run(layer, hidden, number, scheme)
     return hessians
 
 
@@ -114,6 +120,21 @@ def sample_outputs(
 def input_name(plan: InputPlan, index: int) -> str:
     """How messages call an input: by its producer, and the linears that take it."""
     return f"{layer_prefix(index)}.{plan.group.producer} (input of {', '.join(plan.group.linears)})"
+
+
+class _SeenEnough(Exception):  # noqa: N818  no error: the last input was seen, the linear behind it need not run
+    pass
+
+
+@contextmanager
+def stopped_after(producer: str, layer: nn.Module) -> Iterator[None]:
+    """Leave every run of the layer once `producer` and its hooks have run: a quarter of the products is saved."""
+
+    def stop(module: nn.Module, args: Any, x: Tensor) -> None:
+        raise _SeenEnough
+
+    with hooked({producer: stop}, layer):
+        yield
 
 
 @contextmanager
