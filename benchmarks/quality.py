@@ -26,9 +26,11 @@ from atom.calibration.stream import quantize_model
 from atom.eval.load import Loaded, load
 from atom.eval.perplexity import measure_perplexity
 from atom.eval.texts import Text, load_text
+from atom.models.config import ModelConfig
+from atom.models.source import read_config
 from atom.quant.presets import PRESETS, kv_name
 from atom.quant.schemes import Scheme
-from atom.records import circumstances, write_record
+from atom.records import LADDER_STEPS, circumstances, write_record
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Measure:
     limit: int | None = None
     """Test windows of each text."""
 
-    what: tuple[Literal["ladder", "presets", "kv-rope"], ...] = ("ladder", "presets", "kv-rope")
-    """What to measure."""
+    what: tuple[Literal["ladder", "presets", "kv-rope", "scaled"], ...] = ("ladder", "presets", "kv-rope", "scaled")
+    """What to measure; scaled is the full recipe with the outlier count that is 128's share of 4096 channels."""
 
     device: str = "auto"
     """cpu or cuda."""
@@ -172,8 +174,10 @@ class Runner:
             "seconds": round(seconds, 1),
         }
 
-    def run_ladder(self, outliers: int) -> None:
+    def run_ladder(self, outliers: int, only: tuple[str, ...] = LADDER_STEPS) -> None:
         for step in ladder(outliers):
+            if step.name not in only:
+                continue
             count = step.scheme.outliers.count
             key = {"model": self.options.name, "step": step.name, "outliers": count}
             if self.part.has("quality-ladder", {**key, "text": self.texts[0].name}):
@@ -255,18 +259,17 @@ class scratch:  # noqa: N801  a context manager, named as it reads
 def measure(options: Measure) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: exact for INT4 codes under bf16 scales
     runner = Runner(options)
-    first = load(options.model, "cpu", "float32", "reference")
-    scaled = scaled_outliers(first.model.config.hidden_size)
-    del first
     if "ladder" in options.what:
-        for count in dict.fromkeys((128, scaled)):
-            runner.run_ladder(count)
+        runner.run_ladder(128)
     if "presets" in options.what:
         schemes = [PRESETS["bf16"], *(s for s in PRESETS.values() if s.is_quantized)]
         extra = [PRESETS["bf16"].with_kv(PRESETS[name].kv) for name in ("w4a4", "w8a8", "fp8")]
         runner.run_presets([*schemes, *extra])
     if "kv-rope" in options.what:
         runner.run_kv_rope()
+    if "scaled" in options.what:
+        config, generation = read_config(options.model)
+        runner.run_ladder(scaled_outliers(ModelConfig.from_hf(config, generation).hidden_size), only=("kv4",))
 
 
 def join(options: Join) -> None:
