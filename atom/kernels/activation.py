@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..quant.mixed import fake_quantize_activation
 from ..quant.schemes import LinearScheme
-from .registry import Op
+from .refusals_sm90 import refuses_producer
+from .registry import Implementation, Op
 
 
 @dataclass(frozen=True)
@@ -51,4 +52,7 @@ PERMUTE_QUANTIZE = Op(
     name="permute_quantize",
     formula="quantize(x[:, perm])",
     reference=permute_quantize_reference,
+    implementations=(
+        Implementation("producers_sm90", "atom.kernels.producers:build_permute_quantize", refuses_producer),
+    ),
 )

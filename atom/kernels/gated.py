@@ -12,7 +12,8 @@ from torch import Tensor
 from ..quant.mixed import fake_quantize_activation
 from ..quant.schemes import LinearScheme
 from .activation import Activation
-from .registry import Op
+from .refusals_sm90 import refuses_producer
+from .registry import Implementation, Op
 
 Gate = Literal["silu", "gelu_tanh"]
 
@@ -37,4 +38,7 @@ GATED_QUANTIZE = Op(
     name="gated_quantize",
     formula="quantize(act(gate) * up)",
     reference=gated_quantize_reference,
+    implementations=(
+        Implementation("producers_sm90", "atom.kernels.producers:build_gated_quantize", refuses_producer),
+    ),
 )

@@ -1,8 +1,10 @@
-"""Which tile, ring depth and split a GEMM runs with: pure arithmetic on the problem's shape, no GPU, no cutlass."""
+"""The compile-time choices of one GEMM kernel and the shared memory they take: arithmetic alone, no GPU, no cutlass."""
 
 import dataclasses
 
 UNIT_BYTES = 4096 + 128  # codes and row scales of one unit, see gemm_pack.py: whole 128-byte lines
+MOST_TILES = 256  # output tiles of a launch that splits K
+COUNTER_WORDS = 32 * MOST_TILES  # of scratch memory, before the partial sums
 SHARED_BYTES = 227 * 1024  # of one SM of sm_90, less what the driver keeps
 
 
@@ -20,6 +22,8 @@ class GemmConfig:
     multicast     CTAs of a cluster that share one tile of tokens
     int8_units    whether units of INT8 (outlier columns) follow those of INT4
     pairs         two units of K at a time: hides latency where tiles are small
+    clustered     the CTAs of a split are a cluster; else they meet at a counter in global memory, and a launch must
+                  not have more of them than the GPU holds at once
     aligned       N is a multiple of 8: 16-byte stores
     """
 
@@ -36,6 +40,7 @@ class GemmConfig:
     pdl: bool = True
     ctas_per_sm: int = 1
     pairs: bool = False
+    clustered: bool = True
 
     @property
     def registers(self) -> int:

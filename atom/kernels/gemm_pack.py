@@ -78,7 +78,9 @@ def pack_int8_codes(codes: Tensor) -> Tensor:
     return _thread_order(_tiles(codes, INT8_COLUMNS)[:, :, row, column])
 
 
-def pack_group_scaled(codes: Tensor, scale: Tensor, outliers: Tensor | None, outlier_scale: Tensor | None) -> PackedWeight:
+def pack_group_scaled(
+    codes: Tensor, scale: Tensor, outliers: Tensor | None, outlier_scale: Tensor | None
+) -> PackedWeight:
     """Units with a bfloat16 scale per row: INT4 groups of 128, then INT8 outlier columns.
 
     codes          int8 [N, Kn]                  within [-8, 7]; the last group may be short
@@ -110,9 +112,15 @@ def pack_channel_scaled(codes: Tensor, factors: Tensor, channel_scale: Tensor) -
     return PackedWeight(units, units.shape[1], channel_scale.reshape(-1).float(), codes.shape[0])
 
 
-def activation_columns(normal: int, outliers: int) -> tuple[int, int]:
-    """Padded (normal, outlier) columns of the activation codes that meet units of these sizes."""
-    return -(-normal // INT4_COLUMNS) * INT4_COLUMNS, -(-outliers // INT8_COLUMNS) * INT8_COLUMNS
+def pack_int8_units(codes: Tensor, channel_scale: Tensor) -> PackedWeight:
+    """Units of INT8 alone under one float32 scale per row (w8a8).
+
+    codes          int8 [N, K]
+    channel_scale  float32 [N, 1]
+    """
+    packed = pack_int8_codes(codes)
+    units = _with_scales(packed, codes.new_zeros(codes.shape[0], packed.shape[1], dtype=torch.bfloat16))
+    return PackedWeight(units, 0, channel_scale.reshape(-1).float(), codes.shape[0])
 
 
 def _tiles(codes: Tensor, columns: int) -> Tensor:

@@ -12,7 +12,8 @@ from torch.nn.functional import linear as dense_linear
 from ..quant.mixed import MixedWeight, dequantize_weight
 from ..quant.schemes import LinearScheme
 from .activation import Activation
-from .registry import Op
+from .refusals_sm90 import refuses_linear
+from .registry import Implementation, Op
 
 
 def linear_reference(linear: LinearScheme, weight: MixedWeight, bias: Tensor | None) -> Callable[[Activation], Tensor]:
@@ -31,4 +32,5 @@ LINEAR = Op(
     name="linear",
     formula="x @ w.T + bias, normal columns in the scheme's formats, outlier columns in theirs",
     reference=linear_reference,
+    implementations=(Implementation("gemm_sm90", "atom.kernels.gemm:build_linear", refuses_linear),),
 )

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..quant.mixed import fake_quantize_activation
 from ..quant.schemes import LinearScheme
 from .activation import Activation
-from .registry import Op
+from .refusals_sm90 import refuses_producer
+from .registry import Implementation, Op
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,4 +34,7 @@ RMS_NORM_QUANTIZE = Op(
     name="rms_norm_quantize",
     formula="quantize(rms_norm(x, weight)[:, perm])",
     reference=rms_norm_quantize_reference,
+    implementations=(
+        Implementation("producers_sm90", "atom.kernels.producers:build_rms_norm_quantize", refuses_producer),
+    ),
 )

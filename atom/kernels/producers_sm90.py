@@ -1,3 +1,4 @@
+# ruff: noqa: SIM102  (an `if` of the compiler around one of the GPU is not one condition)
 """Producers of quantized activations on Hopper (sm_90a), in CuTe DSL: (RMSNorm | gate x up | plain) -> codes.
 
 One CTA takes one token: it reads the row once into shared memory as float32 (squared sum or gated product on the
@@ -84,9 +85,7 @@ class Producer:
         else:
             largest = Float32(0.0)
             for g in cutlass.range(warp, groups, self.warps, unroll=1):
-                largest = cute.arch.fmax(
-                    largest, self.gather(sV, mG, mP, value, 128 * g + 4 * lane, normal, factor)
-                )
+                largest = cute.arch.fmax(largest, self.gather(sV, mG, mP, value, 128 * g + 4 * lane, normal, factor))
             largest = warp_max(largest)
             if lane == 0:
                 sR[self.warps + warp] = largest
@@ -176,9 +175,7 @@ class Producer:
         """One warp: at most 256 columns under one INT8 scale, padded with zeros to units of 64."""
         largest = Float32(0.0)
         for part in cutlass.range_constexpr(2):
-            largest = cute.arch.fmax(
-                largest, self.gather(sV, mG, mP, value, normal + 128 * part + 4 * lane, K, factor)
-            )
+            largest = cute.arch.fmax(largest, self.gather(sV, mG, mP, value, normal + 128 * part + 4 * lane, K, factor))
         scale = self.scale(warp_max(largest), 1.0 / 127.0, True)
         units = (K - normal + 63) // 64
         for part in cutlass.range_constexpr(2):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cutlass import Float32, Uint32, cute
+from cutlass import Float32, Int32, Uint32, cute
 
 
 @cute.jit
@@ -31,6 +31,22 @@ def load_global_f32x4(source: Any):
         "ld.global.cg.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
         write_only_types=[Float32] * 4,
         read_only_args=[source],
+    )
+
+
+@cute.jit
+def atomic_increment(counter: Any):
+    """Add 1 to an int32 in global memory, ordered for the GPU; returns what stood there."""
+    return cute.arch.inline_ptx(
+        "atom.add.acq_rel.gpu.global.s32 {$w0}, [{$r0}], 1;", write_only_types=[Int32], read_only_args=[counter]
+    )
+
+
+@cute.jit
+def load_acquire(counter: Any):
+    """An int32 in global memory, with acquire order for the GPU."""
+    return cute.arch.inline_ptx(
+        "ld.acquire.gpu.global.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[counter]
     )
 
 

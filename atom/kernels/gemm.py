@@ -1,0 +1,137 @@
+"""The low-bit GEMM as an implementation of op `linear`: what it refuses, how a weight is packed, the launch.
+
+It takes what the producers of producers.py hand on (codes in bytes, scales by unit) and writes bfloat16. The kernel
+itself is gemm_sm90.py; this file and gemm_config.py start no compiler.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quant.granularity import Group
+from ..quant.mixed import MixedWeight
+from ..quant.rounding import Quantized
+from ..quant.schemes import LinearScheme
+from .activation import Activation, QuantizedActivation
+from .cache import load_kernel
+from .gemm_choice import choose_config
+from .gemm_config import COUNTER_WORDS, GemmConfig
+from .gemm_pack import INT4_COLUMNS, PackedWeight, pack_channel_scaled, pack_group_scaled, pack_int8_units
+
+ARCH = "sm_90a"
+HERE = Path(__file__).parent
+FILES = (
+    "gemm_sm90.py",
+    "gemm_mainloop_sm90.py",
+    "gemm_epilogue_sm90.py",
+    "gemm_config.py",
+    "gemm_pack.py",
+    "dsl/memory.py",
+)
+SOURCES = tuple(HERE / name for name in FILES)
+SCRATCH_WORDS = (
+    COUNTER_WORDS + 132 * 2 * 128 * 256
+)  # the largest exchange of a split: two CTAs an SM of 128 tokens x 256 rows
+
+
+def pack_weight(linear: LinearScheme, weight: MixedWeight) -> PackedWeight:
+    """A quantized weight as the kernel reads it; on the weight's device."""
+    assert linear.weight is not None
+    scale = weight.normal.scale
+    if linear.weight.format == "int8":
+        return pack_int8_units(weight.normal.codes, scale.scale)
+    if linear.weight.outer == "channel":
+        assert scale.outer is not None
+        return pack_channel_scaled(weight.normal.codes, scale.scale.to(torch.uint8), scale.outer)
+    outlier = weight.outlier
+    if outlier is None:
+        return pack_group_scaled(weight.normal.codes, scale.scale, None, None)
+    assert isinstance(outlier, Quantized)
+    return pack_group_scaled(weight.normal.codes, scale.scale, outlier.codes, outlier.scale.scale)
+
+
+def build_linear(linear: LinearScheme, weight: MixedWeight, bias: Tensor | None) -> Callable[[Activation], Tensor]:
+    """Builder of QuantizedActivation of T tokens -> y bfloat16 [T, N]."""
+    packed = pack_weight(linear, weight)
+    by_group = linear.activation is not None and isinstance(linear.activation.granularity, Group)
+    offset = None if bias is None else bias.to(torch.bfloat16).contiguous()
+    gemm = Gemm(packed, "group" if by_group else "token", offset)
+
+    def run(x: Activation) -> Tensor:
+        assert isinstance(x, QuantizedActivation), "the GEMM takes what its own producers hand on"
+        return gemm(x.packed, x.scale)
+
+    return run
+
+
+class Gemm:
+    """One packed weight, ready to be multiplied with any number of tokens."""
+
+    def __init__(self, weight: PackedWeight, token_scales: str, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.token_scales = token_scales
+        self.units = weight.units.view(torch.int32).view(torch.uint32)
+        device = self.units.device
+        self.bias = torch.empty(1, dtype=torch.bfloat16, device=device) if bias is None else bias
+        self.has_bias = bias is not None
+        self.channel = weight.channel_scale if weight.channel_scale.numel() else torch.empty(1, device=device)
+        self.ctas = 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+        self.chosen: dict[int, tuple[GemmConfig, Any]] = {}
+
+    def config(self, tokens: int) -> GemmConfig:
+        """What runs with so many tokens."""
+        weight = self.weight
+        return choose_config(
+            scales="channel" if weight.channel_scale.numel() else "group",
+            token_scales=self.token_scales,
+            tokens=tokens,
+            features=weight.features,
+            units=weight.units.shape[1],
+            int8_units=weight.int4_units < weight.units.shape[1],
+            bias=self.has_bias,
+        )
+
+    def __call__(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """codes int8 [T, columns], scales float32 [units, padded T] or [1, T] -> bfloat16 [T, N]."""
+        tokens = codes.shape[0]
+        y = torch.empty(tokens, self.weight.features, dtype=torch.bfloat16, device=codes.device)
+        if tokens == 0:
+            return y
+        bucket = min(1 << max(4, (tokens - 1).bit_length()), 4096)
+        if bucket not in self.chosen:
+            config = self.config(bucket)
+            self.chosen[bucket] = (config, gemm_kernel(config))
+        config, kernel = self.chosen[bucket]
+        scratch = scratch_words(codes.device)
+        limit = self.ctas * config.ctas_per_sm
+        kernel(self.units, codes, scales, self.channel, self.bias, y, scratch, self.weight.int4_units, limit)
+        return y
+
+
+@lru_cache
+def scratch_words(device: torch.device) -> Tensor:
+    """Where the CTAs of a split exchange partial sums; one for a device, since a stream runs one GEMM's at a time."""
+    return torch.zeros(SCRATCH_WORDS, dtype=torch.float32, device=device)
+
+
+def gemm_kernel(config: GemmConfig) -> Any:
+    """The compiled kernel of a config, from memory, disk or compiled now."""
+
+    def compile() -> Any:
+        from .gemm_sm90 import compile_gemm
+
+        return compile_gemm(config)
+
+    return load_kernel("gemm_sm90", config, SOURCES, compile, ARCH)
+
+
+def activation_columns(linear: LinearScheme, K: int) -> tuple[int, int, int]:
+    """(padded columns of the codes, INT4 units, all units along K) of an input with K features."""
+    normal, outliers = linear.split(K)
+    groups = -(-normal // INT4_COLUMNS)
+    halves = -(-outliers // 64)
+    return groups * INT4_COLUMNS + halves * 64, groups, groups + halves

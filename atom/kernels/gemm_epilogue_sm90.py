@@ -1,0 +1,170 @@
+"""The end of a GEMM tile: adding up a split of K, scales, bias, and the way to memory. See gemm_sm90.py."""
+
+from typing import Any
+
+import cutlass
+from cutlass import BFloat16, Float32, Int32, Int64, cute
+
+from .dsl.memory import atomic_increment, load_acquire, load_global_f32x4, pack_bf16x2, store_matrix_transposed
+from .gemm_config import COUNTER_WORDS, MOST_TILES, GemmConfig
+
+
+class GemmEpilogue:
+    """What follows the main loop of one tile; the kernel class adds the rest."""
+
+    config: GemmConfig
+    integer: bool
+    consumers: int
+    tile_m: int
+    cluster_sync: Any
+
+    @cute.jit
+    def store(self, pool, acc, out, mS, mC, mB, mY, thread, group, row_tile, token0, low, high):
+        """Scale, add the bias, transpose through this warpgroup's own staging, 16 tokens x 64 features at a time."""
+        config = self.config
+        features = mY.shape[1]
+        tokens = mY.shape[0]
+        lane = thread % 32
+        feature0 = (row_tile * config.warpgroups + group) * 64
+        row = feature0 + (thread // 32) * 16 + lane // 4
+        row_scale = cute.make_rmem_tensor((2,), Float32)
+        offset = cute.make_rmem_tensor((2,), Float32)
+        for r in cutlass.range_constexpr(2):
+            row_scale[r] = Float32(1.0)
+            offset[r] = Float32(0.0)
+            if row + 8 * r < features:
+                if cutlass.const_expr(self.integer):
+                    row_scale[r] = mC[row + 8 * r]
+                if cutlass.const_expr(config.bias):
+                    offset[r] = Float32(mB[row + 8 * r])
+        staging = pool + (config.ring_bytes + group * config.staging_bytes)
+        # stmatrix: lane l addresses token l % 8 (+ 8 for l >= 16) and features 8 * (l // 8 % 2) of its warp's 16
+        target = staging + ((lane % 8 + 8 * (lane // 16)) * 144 + ((thread // 32) * 2 + lane // 8 % 2) * 16)
+        chunk_tokens = config.chunk_tokens
+        for chunk in cutlass.range_constexpr(self.tile_m // chunk_tokens):
+            if token0 + chunk * chunk_tokens < high and token0 + (chunk + 1) * chunk_tokens > low:
+                for t in cutlass.range_constexpr(chunk_tokens // 16):
+                    words = []
+                    for half in cutlass.range_constexpr(2):
+                        pair = []
+                        j = (chunk * chunk_tokens + 16 * t) // 8 + half  # 8 tokens each
+                        scales = []
+                        for c in cutlass.range_constexpr(2):
+                            factor = Float32(1.0)
+                            if cutlass.const_expr(config.token_scales == "token"):
+                                token = token0 + 8 * j + 2 * (lane % 4) + c
+                                factor = mS[0, cutlass.min(token, tokens - 1)]
+                            scales.append(factor)
+                        for r in cutlass.range_constexpr(2):
+                            for c in cutlass.range_constexpr(2):
+                                i = 4 * j + 2 * r + c
+                                value = Float32(acc[i]) if cutlass.const_expr(self.integer) else out[i]
+                                if cutlass.const_expr(config.token_scales == "token"):
+                                    value = value * scales[c]
+                                if cutlass.const_expr(self.integer):
+                                    value = value * row_scale[r]
+                                if cutlass.const_expr(config.bias):
+                                    value = value + offset[r]
+                                pair.append(value)
+                        words.append(pack_bf16x2(pair[0], pair[1]))
+                        words.append(pack_bf16x2(pair[2], pair[3]))
+                    store_matrix_transposed(target + 144 * 16 * t, words[0], words[1], words[2], words[3])
+                cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
+                for i in cutlass.range_constexpr(chunk_tokens // 16):
+                    local = i * 16 + thread // 8
+                    token = token0 + chunk * chunk_tokens + local
+                    feature = feature0 + (thread % 8) * 8
+                    source = staging + (local * 144 + (thread % 8) * 16)
+                    if token >= low and token < high and feature < features:
+                        row_bf16 = cute.make_tensor(
+                            cute.recast_ptr(source, dtype=BFloat16).align(16), cute.make_layout(8)
+                        )
+                        if cutlass.const_expr(config.aligned):
+                            place = mY.iterator + (Int64(token) * features + feature)
+                            cute.autovec_copy(row_bf16, cute.make_tensor(place.align(16), cute.make_layout(8)))
+                        else:
+                            for e in cutlass.range_constexpr(8):
+                                if feature + e < features:
+                                    mY[token, feature + e] = row_bf16[e]
+                cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
+
+    @cute.jit
+    def exchange(self, mE, acc, out, tid, rank, tokens, item):
+        """Add up the split's partial sums in registers, in rank order; each CTA does so for its share of the tokens.
+
+        They travel through global memory (L2), in fragment order: [CTA, 8 tokens, thread, 4] words. Distributed
+        shared memory moved them at 4 bytes a nanosecond and SM (H200), loads and bulk copies alike.
+        """
+        config = self.config
+        blocks = self.tile_m // 8
+        share = -(-blocks // config.split)
+        bx, _, _ = cute.arch.block_idx()
+        part = cute.make_rmem_tensor((4,), Float32)
+        part_int = cute.recast_tensor(part, Int32)
+        for j in cutlass.range_constexpr(blocks):
+            if 8 * j < tokens and rank != j // share:
+                for e in cutlass.range_constexpr(4):
+                    if cutlass.const_expr(self.integer):
+                        part_int[e] = acc[4 * j + e]
+                    else:
+                        part[e] = out[4 * j + e]
+                cute.autovec_copy(part, self.partial(mE, bx, j, tid))
+        if cutlass.const_expr(config.clustered):
+            cute.arch.fence_acq_rel_cluster()
+            self.cluster_sync(config.split)
+        else:
+            self.meet(mE, tid, item)
+        for j in cutlass.range_constexpr(blocks):
+            if 8 * j < tokens and rank == j // share:
+                total = cute.make_rmem_tensor((4,), Float32)
+                total_int = cute.recast_tensor(total, Int32)
+                total.fill(0.0)
+                parts = cute.make_rmem_tensor((4, config.split), Float32)
+                parts_int = cute.recast_tensor(parts, Int32)
+                for p in cutlass.range_constexpr(config.split):
+                    if p != rank:
+                        words = load_global_f32x4(self.partial(mE, bx - rank + p, j, tid).iterator)
+                        for e in cutlass.range_constexpr(4):
+                            parts[e, p] = words[e]
+                    else:
+                        for e in cutlass.range_constexpr(4):
+                            if cutlass.const_expr(self.integer):
+                                parts_int[e, p] = acc[4 * j + e]
+                            else:
+                                parts[e, p] = out[4 * j + e]
+                for p in cutlass.range_constexpr(config.split):
+                    for e in cutlass.range_constexpr(4):
+                        if cutlass.const_expr(self.integer):
+                            total_int[e] = total_int[e] + parts_int[e, p]
+                        else:
+                            total[e] = total[e] + parts[e, p]
+                for e in cutlass.range_constexpr(4):
+                    if cutlass.const_expr(self.integer):
+                        acc[4 * j + e] = total_int[e]
+                    else:
+                        out[4 * j + e] = total[e]
+        return share * 8
+
+    @cute.jit
+    def meet(self, mE, tid, item):
+        """Wait until all CTAs of this tile have written their partial sums.
+
+        A counter per split and tile, never reset: every launch adds `split` to it. All CTAs of the launch are resident
+        (gemm_config.py sees to it), so waiting cannot keep a CTA that is waited for from starting.
+        """
+        split = self.config.split
+        cute.arch.fence_acq_rel_gpu()
+        cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+        if tid == 0:
+            counter = mE.iterator + (split * MOST_TILES + item)
+            target = (atomic_increment(counter) // split + 1) * split
+            seen = load_acquire(counter)
+            while seen - target < 0:
+                seen = load_acquire(counter)
+        cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+        cute.arch.fence_acq_rel_gpu()
+
+    @cute.jit
+    def partial(self, mE, cta, block, tid):
+        at = COUNTER_WORDS + ((Int64(cta) * (self.tile_m // 8) + block) * self.consumers + tid) * 4
+        return cute.make_tensor((mE.iterator + at).align(16), cute.make_layout(4))

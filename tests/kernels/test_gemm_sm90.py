@@ -1,0 +1,269 @@
+"""The sm_90a GEMM: its packing and configs on a CPU, its machine code without a GPU, its numbers on one."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from atom.kernels.gemm import Gemm, build_linear, pack_weight
+from atom.kernels.gemm_choice import choose_config
+from atom.kernels.gemm_config import SHARED_BYTES, GemmConfig
+from atom.kernels.gemm_pack import (
+    CODE_BYTES,
+    UNIT_ROWS,
+    fragment_index,
+    pack_channel_scaled,
+    pack_group_scaled,
+    pack_int4_codes,
+    pack_int8_codes,
+)
+from atom.kernels.producers import QuantizingProducer
+from atom.kernels.refusals_sm90 import refuses_scheme
+from atom.quant.granularity import Group
+from atom.quant.mixed import dequantize_weight, fake_quantize_activation, quantize_weight
+from atom.quant.presets import get_scheme
+from atom.quant.schemes import LinearScheme, TensorSpec
+
+HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
+
+GPU = pytest.mark.gpu
+W4_INTEGER = TensorSpec("int4", Group(128), scale_format="uint4", outer="channel")
+
+
+def schemes() -> dict[str, LinearScheme]:
+    linear = {name: get_scheme(name).for_linear("x") for name in ("w4a4", "w4a8", "w8a8", "w3a3")}
+    linear["w4a8-uint4"] = LinearScheme(W4_INTEGER, linear["w4a8"].activation)
+    return linear
+
+
+# a tail row tile, a tail unit, one unit more; an odd N; SmolLM2's 576 with outliers is 3.5 groups
+SHAPES = ((576, 576), (999, 512), (2048, 2048))
+TOKENS = (0, 1, 3, 16, 63, 64, 65, 129, 1000)
+
+
+def test_fragment_index_covers_a_unit_once() -> None:
+    row, column = fragment_index(128)
+    assert torch.equal(
+        torch.sort((row * 128 + column).flatten())[0].unique(), torch.sort((row * 128 + column).flatten())[0]
+    )
+    both = torch.cat(((row * 128 + column).flatten(), ((row + 8) * 128 + column).flatten()))
+    assert torch.equal(both.sort()[0], torch.arange(64 * 128))
+    row, column = fragment_index(64)
+    assert torch.equal((row * 64 + column).flatten().sort()[0], torch.arange(64 * 64))
+
+
+def test_int4_units_hold_each_code_where_wgmma_reads_it() -> None:
+    codes = torch.randint(-8, 8, (100, 300), dtype=torch.int8)
+    words = pack_int4_codes(codes).view(2, 3, 2, 128, 4, 4)  # [row tile, unit, half, thread, word, byte]
+    padded = torch.nn.functional.pad(codes, (0, 84, 0, 28))
+    for thread, word, byte in ((0, 0, 0), (5, 3, 2), (33, 7, 1), (127, 6, 3)):
+        g, q = thread % 32 // 4, thread % 4
+        row, column = 16 * (thread // 32) + g, 32 * (word // 2) + 16 * (word % 2) + 4 * q + byte
+        for tile in range(2):
+            for unit in range(3):
+                value = int(words[tile, unit, word // 4, thread, word % 4, byte])
+                signed = [(n ^ 8) - 8 for n in (value & 15, value >> 4)]
+                wanted = padded[tile * 64 + row : tile * 64 + row + 9 : 8, unit * 128 + column].tolist()
+                assert signed == wanted
+
+
+def test_int8_units_hold_each_code_where_wgmma_reads_it() -> None:
+    codes = torch.randint(-128, 128, (64, 64), dtype=torch.int8)
+    words = pack_int8_codes(codes).view(2, 128, 4, 4)  # [half, thread, word, byte]
+    row, column = fragment_index(64)
+    for half in range(2):
+        for word in range(4):
+            wanted = codes[row[:, 4 * half + word], column[:, 4 * half + word]]
+            assert torch.equal(words[half, :, word].view(torch.int8), wanted)
+
+
+def test_scales_stand_behind_their_units() -> None:
+    codes = torch.zeros(70, 200, dtype=torch.int8)
+    scale = torch.rand(70, 2).bfloat16()
+    packed = pack_group_scaled(codes, scale, torch.zeros(70, 16, dtype=torch.int8), torch.rand(70, 1).bfloat16())
+    assert packed.units.shape == (2, 3, CODE_BYTES + 128) and packed.int4_units == 2 and packed.columns == 320
+    stored = packed.units[0, :2, CODE_BYTES:].contiguous().view(torch.bfloat16)
+    assert torch.equal(stored.T.float() * 16, scale[:UNIT_ROWS].float())
+    assert not packed.units[1, :, CODE_BYTES + 12 :].any(), "rows that do not exist have zero scales"
+
+
+def test_integer_factors_beyond_four_bits_are_refused() -> None:
+    codes, channel = torch.zeros(64, 128, dtype=torch.int8), torch.ones(64, 1)
+    with pytest.raises(ValueError, match="at most 15"):
+        pack_channel_scaled(codes, torch.full((64, 1), 16, dtype=torch.uint8), channel)
+
+
+@pytest.mark.parametrize("name", schemes())
+def test_presets_that_the_kernel_claims(name: str) -> None:
+    assert refuses_scheme(schemes()[name]) is None
+
+
+@pytest.mark.parametrize("name", ["w4a16", "fp8", "nvfp4", "mxfp4", "nvint4", "bf16"])
+def test_presets_that_it_refuses_with_a_reason(name: str) -> None:
+    assert refuses_scheme(get_scheme(name).for_linear("x"))
+
+
+@pytest.mark.parametrize("features,units", [(576, 5), (4096, 33), (28672, 33), (4096, 112), (896, 70), (64, 1)])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 128, 256, 1024, 4096])
+@pytest.mark.parametrize("scales", ["group", "channel"])
+def test_configs_fit_the_machine(scales: str, tokens: int, features: int, units: int) -> None:
+    config = choose_config(scales, "token", tokens, features, units)
+    assert 2 <= config.stages <= 16
+    assert config.ctas_per_sm * (config.pool_bytes + 2048) <= SHARED_BYTES + 2048
+    assert config.split <= min(8, units), "a portable cluster, and a unit for every CTA of it"
+    assert config.clustered or config.split == 1
+
+
+LLAMA = ((6144, 33), (4096, 33), (28672, 33), (4096, 113))  # features and units along K of Llama-3-8B, w4a4
+
+
+def chosen() -> list[GemmConfig]:
+    """Every config that the Llama-3-8B shapes run with, and some that only odd shapes or benchmarks meet."""
+    configs = [
+        choose_config(scales, token_scales, tokens, features, units, int8_units)
+        for scales, token_scales, int8_units in (
+            ("group", "group", True),
+            ("group", "token", False),
+            ("channel", "token", False),
+            ("channel", "token", True),
+        )
+        for features, units in LLAMA
+        for tokens in (16, 32, 64, 128, 256, 1024, 4096)
+    ]
+    others = [
+        GemmConfig("group", "token", 64, 4, bias=True),
+        GemmConfig("group", "group", 128, 2, int8_units=True, aligned=False),
+        GemmConfig("channel", "token", 256, 2, multicast=2),
+        GemmConfig("group", "group", 16, 4, split=8, int8_units=True, clustered=False),
+    ]
+    return list(dict.fromkeys(configs + [config.with_most_stages() for config in others]))
+
+
+def name_of(config: GemmConfig) -> str:
+    units = "-int8" if config.int8_units else ""
+    return f"{config.scales}-{config.token_scales}{units}-{config.tile_m}x{config.warpgroups}-split{config.split}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
+@pytest.mark.parametrize("config", chosen(), ids=name_of)
+def test_machine_code(config: GemmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles for sm_90a without a GPU; uses INT8 wgmma and bulk copies, spills nothing, serializes no wgmma."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels.gemm_sm90 import compile_gemm
+
+    compiled = compile_gemm(config, f"--keep-cubin --dump-dir {tmp_path}")
+    sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]
+    assert "IGMMA" in sass and "UBLKCP" in sass and "UTMALDG" in sass
+    assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spilled"
+    # one ARRIVE for each group of wgmmas: more mean that ptxas serialized them
+    assert sass.count("WARPGROUP.ARRIVE") == sass.count("WARPGROUP.DEPBAR")
+    assert not overwritten_operands(sass), "a register that wgmma may still read is written"
+
+
+def overwritten_operands(sass: str) -> list[str]:
+    """Instructions between a wgmma and its wait that write one of the registers it takes A from.
+
+    ptxas does not keep them apart: a load placed there once got A's registers, and results changed from run to run.
+    """
+    found, reading = [], set()
+    for line in sass.splitlines():
+        match = re.search(r"\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)\s+(.*);", line)
+        if match is None:
+            continue
+        opcode, operands = match.groups()
+        if opcode.startswith("IGMMA"):
+            source = re.match(r"R\d+, R(\d+), gdesc", operands)
+            assert source is not None, line
+            reading |= set(range(int(source[1]), int(source[1]) + 4))
+        elif opcode.startswith("WARPGROUP.DEPBAR"):
+            reading = set()
+        elif reading and (target := re.match(r"R(\d+)", operands)) and not opcode.startswith(("ST", "RED", "SYNCS")):
+            width = 4 if ".128" in opcode else 2 if ".64" in opcode or ".WIDE" in opcode else 1
+            if reading & set(range(int(target[1]), int(target[1]) + width)):
+                found.append(line.strip())
+    return found
+
+
+def test_overwritten_operands_are_found() -> None:
+    racy = """
+        /*0010*/ IGMMA.64x64x32.S8.S8.SAT R24, R56, gdesc[UR12], RZ, !UPT ;
+        /*0020*/ LDS.128 R56, [R2+UR7+0xe400] ;
+        /*0030*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0040*/ LDS.128 R56, [R2+UR7+0xe400] ;
+    """
+    assert len(overwritten_operands(racy)) == 1
+
+
+def disassemble(cubin: bytes, folder: Path) -> str:
+    spec = importlib.util.find_spec("nvidia")
+    tools = [
+        t for root in (spec.submodule_search_locations or [] if spec else []) for t in Path(root).glob("*/bin/nvdisasm")
+    ]
+    if not tools:
+        pytest.skip("nvdisasm is not installed; pip install nvidia-cuda-nvdisasm")
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    return subprocess.run([str(tools[0]), "-c", str(path)], capture_output=True, text=True, check=True).stdout
+
+
+@GPU
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", schemes())
+def test_linear_on_the_gpu(name: str, shape: tuple[int, int], bias: bool) -> None:
+    """Producer and GEMM against float64 from the dequantized operands, fresh inputs, every element, twice the same."""
+    linear, (N, K) = schemes()[name], shape
+    weight = torch.randn(N, K, device="cuda") * 0.05
+    weight[0, 0] = -2.0
+    mixed = quantize_weight(weight, linear)
+    dense = dequantize_weight(mixed, linear).double()
+    offset = torch.randn(N, device="cuda").bfloat16() if bias else None
+    run = build_linear(linear, mixed, offset)
+    for M in TOKENS:
+        x = torch.randn(M, K, device="cuda").bfloat16()
+        perm = torch.randperm(K, device="cuda") if linear.reorder else None
+        activation = QuantizingProducer("plain", linear, perm, None, 0.0)(x)
+        seen = x.float() if perm is None else x.float()[:, perm]
+        expected = fake_quantize_activation(seen, linear).double() @ dense.T
+        if offset is not None:
+            expected = expected + offset.double()
+        y = run(activation)
+        assert y.shape == (M, N) and torch.equal(y, run(activation))
+        error = (y.double() - expected).abs()
+        assert bool((error <= expected.abs() * 2**-8 + 1e-4 * expected.abs().mean()).all()), f"M={M}"
+
+
+@GPU
+@pytest.mark.parametrize("name", ["w4a4", "w4a8", "w4a8-uint4", "w8a8"])
+def test_one_hot_rows_return_the_weights(name: str) -> None:
+    """x = scaled unit vectors: each output is one weight, exactly."""
+    linear = schemes()[name]
+    N, K = 200, 512
+    mixed = quantize_weight(torch.randn(N, K, device="cuda"), linear)
+    packed = pack_weight(linear, mixed)
+    by_group = name == "w4a4"
+    units = packed.units.shape[1]
+    columns = packed.columns
+    codes = torch.eye(K, columns, dtype=torch.int8, device="cuda")
+    scale = torch.ones((units, K) if by_group else (1, K), device="cuda")
+    y = Gemm(packed, "group" if by_group else "token")(codes, scale)
+    dense = dequantize_weight(mixed, linear)
+    if name == "w4a8-uint4":  # the kernel rounds (code x factor) x channel once
+        assert mixed.normal.scale.outer is not None
+        factors = mixed.normal.scale.scale.repeat_interleave(128, 1)
+        dense = mixed.normal.codes.float() * factors * mixed.normal.scale.outer
+    assert torch.equal(y, dense.T.bfloat16())
+
+
+def test_kernel_cache_key_changes_with_config() -> None:
+    from atom.kernels.cache import kernel_key
+    from atom.kernels.gemm import ARCH, SOURCES
+
+    if not HAS_DSL:
+        pytest.skip("the CuTe DSL is not installed; its version is part of the key")
+    one, two = chosen()[:2]
+    assert kernel_key("gemm_sm90", one, SOURCES, ARCH) != kernel_key("gemm_sm90", two, SOURCES, ARCH)
