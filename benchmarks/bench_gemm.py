@@ -1,14 +1,14 @@
 """The low-bit GEMMs on the linear layers of Llama-3-8B, against bf16 and FP8 of torch in the same run.
 
-    python -m benchmarks.bench_gemm                   all schemes and sizes; writes benchmarks/results/h200/gemm.json
+    python -m benchmarks.bench_gemm                   what users get; writes benchmarks/results/h200/gemm.json
+    python -m benchmarks.bench_gemm --sweep           all candidate configs compete, cell by cell; writes no record
     python -m benchmarks.bench_gemm --compile-only    fill the kernel cache, no GPU needed
+    python -m benchmarks.bench_gemm -o F; ... --record F    measure on a machine without the checkout's history
 
-Several configs of the kernel compete in each cell; the record holds the fastest, and which one it was. A config that
-does not match float64 in this run, or not bit for bit over 200 repetitions, is reported and left out.
+A config that does not match float64 in this run, or not bit for bit over 200 repetitions, is reported and left out.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from atom.kernels.gemm import SCRATCH_WORDS, gemm_kernel
+from atom.kernels.gemm_choice import choose_config
 from atom.kernels.gemm_config import GemmConfig
 from atom.kernels.gemm_pack import pack_channel_scaled, pack_group_scaled, pack_int8_units
 
-from .timing import COLD_BYTES, gemm_floor_us, time_calls
+from .timing import COLD_BYTES, gemm_floor_us, keep, save, time_calls
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 TOKENS = (1, 16, 64, 128, 256, 1024, 8192)
@@ -36,6 +37,14 @@ SMALL = {"qkv": (4, 5), "o": (8,), "gate_up": (1,), "down": (8,)}  # splits that
 NARROW = {"qkv": (2,), "o": (4,), "gate_up": (1,), "down": (4,)}  # of 128 rows, two CTAs an SM
 
 
+def chosen(scheme: str, shape: str, M: int) -> Iterator[GemmConfig]:
+    """The config that the product runs in one cell."""
+    scales, token_scales, int4, outliers = KINDS[scheme]
+    N, K = SHAPES[shape]
+    units = (K - outliers) // 128 + outliers // 64 if int4 else K // 64
+    yield choose_config(scales, token_scales, min(M, 4096), N, units, bool(outliers) or not int4)
+
+
 def candidates(scheme: str, shape: str, M: int) -> Iterator[GemmConfig]:
     """The configs that compete in one cell."""
     scales, token_scales, _, _ = KINDS[scheme]
@@ -44,6 +53,8 @@ def candidates(scheme: str, shape: str, M: int) -> Iterator[GemmConfig]:
         tile = 16 if M <= 16 else 64
         for split in SMALL[shape]:
             yield make(tile, 4, split=split)
+            if split > 1:
+                yield make(tile, 4, split=split, clustered=False)
         for split in NARROW[shape]:
             yield make(tile, 2, split=split, ctas_per_sm=2)
         if M <= 16 and scheme != "w8a8":
@@ -185,7 +196,10 @@ def calls_of(M: int, copies: int) -> int:
     return max(copies, 3 if M > 2000 else 32)
 
 
-def measure(schemes: list[str], tokens: list[int]) -> list[dict[str, Any]]:
+Cells = Callable[[str, str, int], Iterator[GemmConfig]]
+
+
+def measure(schemes: list[str], tokens: list[int], cells: Cells) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     verdicts: dict[tuple[str, GemmConfig], str | None] = {}
     for shape, (N, K) in SHAPES.items():
@@ -197,7 +211,7 @@ def measure(schemes: list[str], tokens: list[int]) -> list[dict[str, Any]]:
                 print(f"baseline {shape} M={M}: {error}", file=sys.stderr)
                 base = {}
             for scheme in schemes:
-                row = best(scheme, shape, M, weights[scheme][0], verdicts)
+                row = best(scheme, shape, M, weights[scheme][0], verdicts, cells)
                 if row is None:
                     continue
                 row |= {"bf16_us": rounded(base.get("bf16")), "fp8_us": rounded(base.get("fp8")), "peer_us": None}
@@ -207,13 +221,15 @@ def measure(schemes: list[str], tokens: list[int]) -> list[dict[str, Any]]:
     return rows + sums(rows)
 
 
-def best(scheme: str, shape: str, M: int, weight: Tensor, verdicts: dict[Any, str | None]) -> dict[str, Any] | None:
+def best(
+    scheme: str, shape: str, M: int, weight: Tensor, verdicts: dict[Any, str | None], cells: Cells
+) -> dict[str, Any] | None:
     """The row of the fastest correct config of one cell."""
     N, K = SHAPES[shape]
     x, scales, int4_units = activations(scheme, M, K)
     y = torch.empty(M, N, dtype=torch.bfloat16, device="cuda")
     contest: dict[str, list[Callable[[], Any]]] = {}
-    for config in {c.with_most_stages() for c in candidates(scheme, shape, M)}:
+    for config in {c.with_most_stages() for c in cells(scheme, shape, M)}:
         key = (scheme, config)
         if key not in verdicts:
             verdicts[key] = wrong(scheme, config, min(M, 300), 1000, 2048)
@@ -265,22 +281,25 @@ def rounded(value: float | None) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile-only", action="store_true", help="compile every candidate into the cache and stop")
+    parser.add_argument("--compile-only", action="store_true", help="compile every kernel into the cache and stop")
+    parser.add_argument("--sweep", action="store_true", help="let all candidate configs compete; no record")
     parser.add_argument("--schemes", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("-o", "--out", help="write the rows as JSON there")
+    parser.add_argument("-o", "--out", help="write rows and circumstances there instead of a record")
+    parser.add_argument("--record", metavar="FILE", help="write the record from what -o wrote")
     args = parser.parse_args()
+    cells = candidates if args.sweep else chosen
     if args.compile_only:
         configs = {c.with_most_stages() for s in args.schemes for n in SHAPES for m in args.tokens
-                   for c in candidates(s, n, m)}  # fmt: skip
+                   for c in cells(s, n, m)}  # fmt: skip
         for config in configs:
             gemm_kernel(config)
         print(f"{len(configs)} kernels in the cache")
         return
-    rows = measure(args.schemes, args.tokens)
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(rows, file)
+    if args.record:
+        save("gemm", args.record)
+        return
+    keep("gemm", measure(args.schemes, args.tokens, cells), args.out, is_record=not args.sweep)
 
 
 if __name__ == "__main__":

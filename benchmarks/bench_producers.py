@@ -5,7 +5,6 @@ python -m benchmarks.bench_producers --compile-only
 """
 
 import argparse
-import json
 import time
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from atom.kernels.producers import QuantizingProducer, producer_kernel
 from atom.quant.presets import get_scheme
 
-from .timing import BANDWIDTH, time_calls
+from .timing import BANDWIDTH, keep, save, time_calls
 
 # op, source, hidden of Llama-3-8B
 OPS = (("rms_norm_quantize", "norm", 4096), ("permute_quantize", "plain", 4096), ("gated_quantize", "silu", 14336))
@@ -62,17 +61,18 @@ def measure() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile-only", action="store_true", help="compile every kernel into the cache and stop")
-    parser.add_argument("-o", "--out", help="write the rows as JSON there")
+    parser.add_argument("-o", "--out", help="write rows and circumstances there instead of a record")
+    parser.add_argument("--record", metavar="FILE", help="write the record from what -o wrote")
     args = parser.parse_args()
     if args.compile_only:
         for op, source, hidden in OPS:
             for scheme in SCHEMES:
                 producer_kernel(producer(op, source, scheme, hidden, "cpu").config(torch.bfloat16, hidden))
         return
-    rows = measure()
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(rows, file)
+    if args.record:
+        save("producers", args.record)
+        return
+    keep("producers", measure(), args.out)
 
 
 if __name__ == "__main__":

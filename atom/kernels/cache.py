@@ -16,7 +16,9 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def load_kernel(name: str, config: object, sources: Iterable[Path], compile: Cal
     key = kernel_key(name, config, sources, arch)
     with _lock:
         if key not in _loaded:
-            _loaded[key] = _open(_library(name, key, compile))
+            _loaded[key] = _open(_library(name, key, compile, arch))
         return _loaded[key]
 
 
@@ -60,7 +62,30 @@ def kernel_path(name: str, key: str) -> Path:
     return cache_dir() / "kernels" / f"{name}-{key}.so"
 
 
-def _library(name: str, key: str, compile: Callable[[], Any]) -> Path:
+def compile_together(
+    jobs: Sequence[Callable[[], Any]], workers: int | None = None, done: Callable[[int], Any] = lambda count: None
+) -> None:
+    """Run jobs that fill the cache (partial(gemm_kernel, config), say) in processes of their own.
+
+    jobs     picklable; what they return is dropped
+    workers  default: the CPUs, at most 16 (a process takes about 1 GB)
+    done     told after each job how many are finished, for a progress bar
+    """
+    workers = min(workers or os.cpu_count() or 1, 16, len(jobs))
+    if not jobs:
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_run, job) for job in jobs]
+        for count, future in enumerate(as_completed(futures), 1):
+            future.result()
+            done(count)
+
+
+def _run(job: Callable[[], Any]) -> None:
+    job()
+
+
+def _library(name: str, key: str, compile: Callable[[], Any], arch: str) -> Path:
     path = kernel_path(name, key)
     if path.exists():
         return path
@@ -68,6 +93,7 @@ def _library(name: str, key: str, compile: Callable[[], Any]) -> Path:
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():  # another process may have compiled it while this one waited
+            os.environ.setdefault("CUTE_DSL_ARCH", arch)  # the DSL reads it when it is first imported
             compiled = compile()
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 built = _link(compiled, Path(scratch))

@@ -5,6 +5,7 @@ itself is gemm_sm90.py; this file and gemm_config.py start no compiler.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..quant.mixed import MixedWeight
 from ..quant.rounding import Quantized
 from ..quant.schemes import LinearScheme
 from .activation import Activation, QuantizedActivation
-from .cache import load_kernel
+from .cache import kernel_key, kernel_path, load_kernel
 from .gemm_choice import choose_config
 from .gemm_config import COUNTER_WORDS, GemmConfig
 from .gemm_pack import INT4_COLUMNS, PackedWeight, pack_channel_scaled, pack_group_scaled, pack_int8_units
@@ -56,16 +57,20 @@ def pack_weight(linear: LinearScheme, weight: MixedWeight) -> PackedWeight:
 
 def build_linear(linear: LinearScheme, weight: MixedWeight, bias: Tensor | None) -> Callable[[Activation], Tensor]:
     """Builder of QuantizedActivation of T tokens -> y bfloat16 [T, N]."""
-    packed = pack_weight(linear, weight)
     by_group = linear.activation is not None and isinstance(linear.activation.granularity, Group)
     offset = None if bias is None else bias.to(torch.bfloat16).contiguous()
-    gemm = Gemm(packed, "group" if by_group else "token", offset)
+    return LinearSm90(Gemm(pack_weight(linear, weight), "group" if by_group else "token", offset))
 
-    def run(x: Activation) -> Tensor:
+
+@dataclass(frozen=True)
+class LinearSm90:
+    """A Gemm as a quantized linear calls it."""
+
+    gemm: "Gemm"
+
+    def __call__(self, x: Activation) -> Tensor:
         assert isinstance(x, QuantizedActivation), "the GEMM takes what its own producers hand on"
-        return gemm(x.packed, x.scale)
-
-    return run
+        return self.gemm(x.packed, x.scale)
 
 
 class Gemm:
@@ -101,7 +106,7 @@ class Gemm:
         y = torch.empty(tokens, self.weight.features, dtype=torch.bfloat16, device=codes.device)
         if tokens == 0:
             return y
-        bucket = min(1 << max(4, (tokens - 1).bit_length()), 4096)
+        bucket = token_bucket(tokens)
         if bucket not in self.chosen:
             config = self.config(bucket)
             self.chosen[bucket] = (config, gemm_kernel(config))
@@ -110,6 +115,11 @@ class Gemm:
         limit = self.ctas * config.ctas_per_sm
         kernel(self.units, codes, scales, self.channel, self.bias, y, scratch, self.weight.int4_units, limit)
         return y
+
+
+def token_bucket(tokens: int) -> int:
+    """The number of tokens whose config runs `tokens`: a power of two from 16 to 4096."""
+    return min(1 << max(4, (tokens - 1).bit_length()), 4096)
 
 
 @lru_cache
@@ -127,6 +137,11 @@ def gemm_kernel(config: GemmConfig) -> Any:
         return compile_gemm(config)
 
     return load_kernel("gemm_sm90", config, SOURCES, compile, ARCH)
+
+
+def gemm_path(config: GemmConfig) -> Path:
+    """Where the compiled kernel of a config is kept."""
+    return kernel_path("gemm_sm90", kernel_key("gemm_sm90", config, SOURCES, ARCH))
 
 
 def activation_columns(linear: LinearScheme, K: int) -> tuple[int, int, int]:

@@ -38,7 +38,8 @@ def choose_config(
             split = _split(-(-features // (64 * warpgroups)), most=2)
     else:
         tile_m = 256 if scales == "channel" and tokens > 256 else 128
-        warpgroups = 4 if scales == "channel" and tokens <= 128 and not int8_units else 2
+        tall = scales == "channel" and tokens <= 128 and not int8_units and not 4096 < features < 16384
+        warpgroups = 4 if tall else 2
         split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), most=4 if tile_m == 128 else 1)
     split = max(1, min(split, units // 4))
     return GemmConfig(

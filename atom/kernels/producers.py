@@ -16,7 +16,7 @@ from ..quant.granularity import Group
 from ..quant.rounding import _largest_scale
 from ..quant.schemes import LinearScheme
 from .activation import Activation, QuantizedActivation
-from .cache import load_kernel
+from .cache import kernel_key, kernel_path, load_kernel
 from .gemm import ARCH, activation_columns
 from .producer_config import ProducerConfig
 
@@ -34,6 +34,12 @@ class QuantizingProducer:
         self.gain = None if gain is None else gain.float().contiguous()
         self.eps = eps
         self.kernels: dict[tuple[torch.dtype, int], Any] = {}
+
+    @property
+    def features(self) -> int:
+        """Columns of its input where they are known beforehand, else 0."""
+        known = self.gain if self.gain is not None else self.perm
+        return 0 if known is None else known.numel()
 
     def config(self, dtype: torch.dtype, K: int) -> ProducerConfig:
         spec = self.linear.activation
@@ -92,6 +98,11 @@ def producer_kernel(config: ProducerConfig) -> Any:
         return compile_producer(config)
 
     return load_kernel("producers_sm90", config, SOURCES, compile, ARCH)
+
+
+def producer_path(config: ProducerConfig) -> Path:
+    """Where the compiled kernel of a config is kept."""
+    return kernel_path("producers_sm90", kernel_key("producers_sm90", config, SOURCES, ARCH))
 
 
 def build_rms_norm_quantize(

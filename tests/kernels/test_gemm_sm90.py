@@ -1,8 +1,10 @@
 """The sm_90a GEMM: its packing and configs on a CPU, its machine code without a GPU, its numbers on one."""
 
 import importlib.util
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -267,3 +269,21 @@ def test_kernel_cache_key_changes_with_config() -> None:
         pytest.skip("the CuTe DSL is not installed; its version is part of the key")
     one, two = chosen()[:2]
     assert kernel_key("gemm_sm90", one, SOURCES, ARCH) != kernel_key("gemm_sm90", two, SOURCES, ARCH)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
+def test_a_warm_start_imports_no_compiler(tmp_path: Path) -> None:
+    """A second process loads the library from the cache without importing cutlass."""
+    program = (
+        "import sys; from atom.kernels.gemm import gemm_kernel; from atom.kernels.gemm_config import GemmConfig\n"
+        "gemm_kernel(GemmConfig('channel', 'token', 16, 2).with_most_stages()); print('cutlass' in sys.modules)"
+    )
+    environment = {**os.environ, "ATOM_CACHE": str(tmp_path)}
+    answers = [
+        subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert [a.strip() for a in answers] == ["True", "False"]

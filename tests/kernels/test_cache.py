@@ -1,0 +1,92 @@
+"""The compiled-kernel cache: compiled once, also by processes that start together; keyed by all that matters."""
+
+import shutil
+import subprocess
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from atom.errors import UnsupportedError
+from atom.kernels import cache
+
+
+class Compiled:
+    """What a compiler returns: something that exports an object file."""
+
+    def export_to_c(self, path: str, symbol: str) -> None:
+        source = Path(path).with_suffix(".c")
+        source.write_text(f"int {symbol}(void) {{ return 7; }}\n")
+        subprocess.run(["cc", "-fPIC", "-c", "-o", path, str(source)], check=True)
+
+
+def compile_and_count(log: Path) -> Compiled:
+    with log.open("a") as file:
+        file.write("compiled\n")
+    return Compiled()
+
+
+def fill(folder: str, log: str) -> None:
+    import os
+
+    os.environ["ATOM_CACHE"] = folder
+    cache._library("kernel", "key", partial(compile_and_count, Path(log)), "sm_90a")
+
+
+needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to link with")
+
+
+@needs_cc
+def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    workers = [get_context("spawn").Process(target=fill, args=(str(tmp_path), str(log))) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert log.read_text().splitlines() == ["compiled"]
+    assert [p.name for p in (tmp_path / "kernels").glob("*.so")] == ["kernel-key.so"]
+
+
+@needs_cc
+def test_a_failed_compile_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOM_CACHE", str(tmp_path))
+
+    def fail() -> Compiled:
+        raise RuntimeError("ptxas says no")
+
+    with pytest.raises(RuntimeError, match="ptxas"):
+        cache._library("kernel", "key", fail, "sm_90a")
+    assert not list((tmp_path / "kernels").glob("*.so"))
+    fill(str(tmp_path), str(tmp_path / "log"))
+    assert (tmp_path / "kernels" / "kernel-key.so").exists()
+
+
+def test_key_follows_sources_config_arch_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_version", lambda package: "1")
+    source = tmp_path / "kernel.py"
+    source.write_text("a")
+    keys = [cache.kernel_key("k", 1, [source], "sm_90a"), cache.kernel_key("k", 2, [source], "sm_90a")]
+    keys += [cache.kernel_key("k", 1, [source], "sm_100a"), cache.kernel_key("other", 1, [source], "sm_90a")]
+    source.write_text("b")
+    keys.append(cache.kernel_key("k", 1, [source], "sm_90a"))
+    monkeypatch.setattr(cache, "_version", lambda package: "2")
+    keys.append(cache.kernel_key("k", 1, [source], "sm_90a"))
+    assert len(set(keys)) == len(keys)
+    assert cache.kernel_key("k", 1, [source], "sm_90a") == keys[-1]
+
+
+def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "PACKAGES", ("atom-no-such-package",))
+    with pytest.raises(UnsupportedError, match=r"atom-serving\[kernels\].*reference"):
+        cache.kernel_key("k", 1, [], "sm_90a")
+
+
+@needs_cc
+def test_jobs_run_together_and_report(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    counts: list[int] = []
+    cache.compile_together([partial(fill, str(tmp_path / str(i)), str(log)) for i in range(3)], 2, counts.append)
+    assert counts == [1, 2, 3] and len(log.read_text().splitlines()) == 3
