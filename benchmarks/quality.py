@@ -24,7 +24,7 @@ from atom.calibration.config import CalibrationConfig
 from atom.calibration.ladder import ladder, scaled_outliers
 from atom.calibration.stream import quantize_model
 from atom.eval.load import Loaded, load
-from atom.eval.perplexity import measure_perplexity
+from atom.eval.perplexity import Bos, measure_perplexity
 from atom.eval.texts import Text, load_text
 from atom.models.config import ModelConfig
 from atom.models.source import read_config
@@ -72,6 +72,9 @@ class Measure:
 
     limit: int | None = None
     """Test windows of each text."""
+
+    bos: Bos = "auto"
+    """As for atom eval."""
 
     what: tuple[Literal["ladder", "presets", "kv-rope", "scaled"], ...] = ("ladder", "presets", "kv-rope", "scaled")
     """What to measure; scaled is the full recipe with the outlier count that is 128's share of 4096 channels."""
@@ -149,7 +152,12 @@ class Runner:
 
     def perplexity(self, loaded: Loaded, text: Text) -> dict[str, Any]:
         found = measure_perplexity(
-            loaded.model, loaded.tokenizer, text, window=self.options.eval_window, limit=self.options.limit
+            loaded.model,
+            loaded.tokenizer,
+            text,
+            window=self.options.eval_window,
+            limit=self.options.limit,
+            bos=self.options.bos,
         )
         return {
             "ppl": round(found.perplexity, 4),

@@ -26,9 +26,9 @@ from .family import family_of
 log = logging.getLogger(__name__)
 
 PROVENANCE_FILE = "atom_source.json"
-_CONVERTER = 1  # part of the cache key: raise it when a conversion would come out differently
+_CONVERTER = 2  # part of the cache key: raise it when a conversion would come out differently
 _FIXED = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # metadata value type -> bytes
-_STRING, _ARRAY = 8, 9
+_BOOL, _STRING, _ARRAY = 7, 8, 9
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,12 @@ class GgufHeader:
 
     architecture  llama.cpp's name of the model family
     types         ggml type (Q4_K, F32, ...) -> number of tensors stored so
+    adds_bos      whether texts begin with BOS, where the file says so
     """
 
     architecture: str
     types: dict[str, int]
+    adds_bos: bool | None = None
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -93,7 +95,8 @@ def _parse(path: Path, blob: mmap.mmap) -> GgufHeader:
         raise CheckpointError(
             f"{path} has {len(blob)} bytes, its tensors need {needed}; the file is truncated; download it again."
         )
-    return GgufHeader(str(metadata.get("general.architecture")), dict(types))
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token")
+    return GgufHeader(str(metadata.get("general.architecture")), dict(types), adds_bos)
 
 
 def _string(blob: mmap.mmap, cursor: int) -> tuple[str, int]:
@@ -105,7 +108,7 @@ def _string(blob: mmap.mmap, cursor: int) -> tuple[str, int]:
 
 
 def _value(blob: mmap.mmap, cursor: int, kind: int) -> tuple[Any, int]:
-    """One metadata value (strings and integers; None for what no one asks for), and the cursor behind it."""
+    """One metadata value (strings, integers, booleans; None for what no one asks for), and the cursor behind it."""
     if kind == _STRING:
         return _string(blob, cursor)
     if kind == _ARRAY:
@@ -118,6 +121,8 @@ def _value(blob: mmap.mmap, cursor: int, kind: int) -> tuple[Any, int]:
         return None, cursor
     if kind not in _FIXED:
         raise struct.error(f"metadata value type {kind} at byte {cursor}")
+    if kind == _BOOL:
+        return bool(blob[cursor]), cursor + 1
     value = struct.unpack_from("<I", blob, cursor)[0] if kind == 4 else None
     return value, cursor + _FIXED[kind]
 
@@ -156,7 +161,7 @@ def convert(path: Path, cache: Path) -> Path:
     provenance = {"source": path.name, "source_sha256": digest, "source_types": header.types}
     try:
         partial.mkdir(parents=True)
-        _write(path, partial)
+        _write(path, header, partial)
         (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
         partial.rename(target)
     except (OSError, SafetensorError) as error:
@@ -170,7 +175,7 @@ def convert(path: Path, cache: Path) -> Path:
     return target
 
 
-def _write(path: Path, out: Path) -> None:
+def _write(path: Path, header: GgufHeader, out: Path) -> None:
     """Read `path` with transformers and save it as a plain fp16 model directory."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -196,7 +201,21 @@ def _write(path: Path, out: Path) -> None:
         del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(out)
+    if header.adds_bos:
+        begin_with_bos_(tokenizer)
     tokenizer.save_pretrained(out)
+
+
+def begin_with_bos_(tokenizer: Any) -> None:
+    """Make a fast tokenizer begin every text with BOS, as the file says; some transformers forget it (seen: 5.17)."""
+    if tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]:
+        return
+    from tokenizers.processors import TemplateProcessing
+
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
 
 
 def _causal_name(config: Any) -> str:

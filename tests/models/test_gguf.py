@@ -52,7 +52,9 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(weight.shape))
 
 
-def write_gguf(model: Model, path: Path, architecture: str, q8: tuple[str, ...] = ()) -> Path:
+def write_gguf(
+    model: Model, path: Path, architecture: str, q8: tuple[str, ...] = (), adds_bos: bool | None = None
+) -> Path:
     """Write a model with llama.cpp's own library; tensors whose name ends as in `q8` become Q8_0."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -74,6 +76,8 @@ def write_gguf(model: Model, path: Path, architecture: str, q8: tuple[str, ...] 
     writer.add_token_merges(["A B"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if adds_bos is not None:
+        writer.add_add_bos_token(adds_bos)
     for name, tensor in model.state_dict().items():
         values = tensor.numpy().astype(np.float32)
         if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -153,7 +157,7 @@ def test_conversion_happens_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(half_model(LLAMA), tmp_path / "tiny.gguf", "llama")
 
-    def fail(_: Path, out: Path) -> None:
+    def fail(_: Path, header: object, out: Path) -> None:
         (out / "config.json").write_text("{}")
         raise OSError("disk full")
 
@@ -232,3 +236,11 @@ def test_provenance_is_kept_beside_the_weights(tmp_path: Path) -> None:
     kept = json.loads((convert(path, tmp_path / "cache") / "atom_source.json").read_text())
     assert kept["source"] == "tiny.gguf"
     assert kept["source_sha256"] == file_sha256(path)
+
+
+@pytest.mark.parametrize("adds_bos", [None, False, True])
+def test_texts_begin_with_bos_where_the_file_says_so(adds_bos: bool | None, tmp_path: Path, cache: Path) -> None:
+    path = write_gguf(half_model(QWEN2), tmp_path / "tiny.gguf", "qwen2", adds_bos=adds_bos)
+    assert read_header(path).adds_bos is adds_bos
+    ids = load_tokenizer(path).encode("A")
+    assert (len(ids) == 2 and ids[0] == 1) if adds_bos else len(ids) == 1
