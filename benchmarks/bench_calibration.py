@@ -63,8 +63,8 @@ class Options:
 
 def main(options: Options) -> None:
     config = CalibrationConfig(
-        data="random tokens",
-        num_windows=options.windows,
+        calib="random tokens",
+        windows=options.windows,
         window_length=options.window_length,
         batch_tokens=options.batch_tokens,
         offload=options.offload,  # type: ignore[arg-type]

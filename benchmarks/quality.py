@@ -136,8 +136,8 @@ class Runner:
         self.prepared: Any = None
         self.texts = [load_text(name) for name in options.text]
         self.calibration = CalibrationConfig(
-            data=options.calib,
-            num_windows=options.windows,
+            calib=options.calib,
+            windows=options.windows,
             window_length=options.window_length,
             device=options.device,
         )

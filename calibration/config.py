@@ -8,37 +8,45 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 Offload = Literal["auto", "on", "off"]
+Precision = Literal["highest", "high"]
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """The choices of one calibration run.
+    """How weights are found."""
 
-    data             wikitext2, c4, pile, self, or a .txt, .jsonl or .parquet file (.gz too)
-    num_windows      windows of calibration text
-    window_length    tokens in each
-    seed             draws the windows (and the text, for `self`)
-    gptq             False rounds to nearest
-    damping          share of the Hessian's mean diagonal that is added to the diagonal
-    device           cpu, cuda, cuda:1, or auto: cuda where there is one
-    batch_tokens     tokens that run through a layer at once: bounds the activations in memory
-    offload          keep hidden states in host memory: on, off, or auto (on a GPU that they would fill a quarter of)
-    matmul_precision torch.set_float32_matmul_precision: "high" allows TF32 on a GPU, "highest" does not
-    """
+    calib: str = "wikitext2"
+    """wikitext2, c4, pile (through `datasets`), a .txt, .jsonl or .parquet file (.gz too), or self (sampled text)."""
 
-    data: str = "wikitext2"
-    num_windows: int = 128
+    windows: int = 128
+    """Windows of calibration text."""
+
     window_length: int = 2048
+    """Tokens of a window."""
+
     seed: int = 0
+    """Draws the windows (and the text, for self)."""
+
     gptq: bool = True
+    """Correct each column's error in the columns after it; --no-gptq rounds to nearest."""
+
     damping: float = 0.01
+    """GPTQ: share of the Hessian's mean diagonal that is added to the diagonal."""
+
     device: str = "auto"
+    """cpu, cuda, cuda:1, or auto: cuda where there is one."""
+
     batch_tokens: int = 8192
+    """Tokens that run through a layer at once: bounds the activations in memory."""
+
     offload: Offload = "auto"
-    matmul_precision: Literal["highest", "high"] = "high"
+    """Hidden states in host memory: on, off, or auto (on a GPU of which they would fill a quarter)."""
+
+    matmul_precision: Precision = "high"
+    """float32 products: high allows TF32 on a GPU, highest does not."""
 
     def __post_init__(self) -> None:
-        for name in ("num_windows", "window_length", "batch_tokens"):
+        for name in ("windows", "window_length", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; leave it out for the default")
         if self.window_length < 2:
@@ -52,7 +60,7 @@ class CalibrationConfig:
 
     @property
     def windows_per_batch(self) -> int:
-        return max(1, min(self.num_windows, self.batch_tokens // self.window_length))
+        return max(1, min(self.windows, self.batch_tokens // self.window_length))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -55,7 +55,7 @@ def measure_machine(device: torch.device | str = "cpu") -> Machine:
 
 def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: Machine) -> Estimate:
     """Time and peak memory of calibrating `model` (on the meta device) under `scheme`."""
-    tokens = config.num_windows * config.window_length
+    tokens = config.windows * config.window_length
     seconds = 0.0
     largest_layer = largest_hessians = widest = 0
     for layer in model.model.decoder_layers():

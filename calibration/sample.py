@@ -24,8 +24,8 @@ def sample_windows(source: Source, config: CalibrationConfig, device: torch.devi
     generator = torch.Generator(device).manual_seed(config.seed)
     parts = []
     with torch.no_grad():
-        for start in range(0, config.num_windows, MAX_WINDOWS_AT_ONCE):
-            count = min(MAX_WINDOWS_AT_ONCE, config.num_windows - start)
+        for start in range(0, config.windows, MAX_WINDOWS_AT_ONCE):
+            count = min(MAX_WINDOWS_AT_ONCE, config.windows - start)
             kv = DenseKV(model.config, count, device=device, max_len=config.window_length)
             if bos is not None:
                 token = torch.full((count,), bos, device=device)

@@ -203,9 +203,9 @@ def _embed(
 
 def _windows(source: Source, config: CalibrationConfig) -> Windows:
     tokenizer = load_tokenizer(source.path)
-    if config.data == SELF:
+    if config.calib == SELF:
         return sample_windows(source, config, _device(config.device))
-    return load_windows(config.data, tokenizer, config.num_windows, config.window_length, config.seed)
+    return load_windows(config.calib, tokenizer, config.windows, config.window_length, config.seed)
 
 
 def _check_scheme(model: Model, scheme: Scheme) -> None:

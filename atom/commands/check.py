@@ -3,7 +3,7 @@
 Example: atom check meta-llama/Llama-3.1-8B --scheme w4a4 --gpu h200
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +29,7 @@ from ..models.model import Model
 from ..models.source import read_config
 from ..quant.presets import get_scheme, kv_name
 from ..quant.schemes import Scheme
+from ..quant.switches import Switches
 from .console import console
 
 PRODUCERS = {
@@ -52,11 +53,8 @@ class Options:
     gpu: str = "cpu"
     """Where it would run: cpu, h100 or h200."""
 
-    windows: int = 128
-    """Windows of calibration text."""
-
-    window_length: int = 2048
-    """Tokens of a window."""
+    calibration: Annotated[CalibrationConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=CalibrationConfig)
+    switches: Annotated[Switches, tyro.conf.OmitArgPrefixes] = field(default_factory=Switches)
 
     def __post_init__(self) -> None:
         if self.scheme is not None:
@@ -69,15 +67,15 @@ def run(options: Options) -> dict[str, Any]:
     """Print three tables; return the same as numbers. Raises UnsupportedError for an architecture not known here."""
     raw, generation = read_config(options.model)
     own = read_scheme(raw)
-    scheme = get_scheme(options.scheme) if options.scheme else own or get_scheme("w4a4")
+    named = get_scheme(options.scheme) if options.scheme else own or get_scheme("w4a4")
+    scheme = options.switches.apply(named, options.calibration.gptq) if own is None else named
     config = ModelConfig.from_hf(raw, generation)
     model = meta_model(config)
     gpu = GPUS.get(options.gpu)
     size = measure_footprint(model, scheme, source_dtype(config))
     full = measure_footprint(model, get_scheme("bf16"), source_dtype(config))
-    calibration = CalibrationConfig(num_windows=options.windows, window_length=options.window_length)
     machine = CALIBRATION_GPUS[options.gpu] if gpu else measure_machine()
-    cost = estimate(model, scheme, calibration, machine)
+    cost = estimate(model, scheme, options.calibration, machine)
     ops = op_table(model, scheme, gpu)
     name = Path(options.model).name
     console.print(f"{name}: {raw['architectures'][0]}, {size.parameters / 1e6:,.1f} M parameters, scheme {scheme.name}")
@@ -144,7 +142,7 @@ def _size_table(
     table.add_row("weights in memory, packed for kernels", _bytes(size.packed), _bytes(full.packed // 2))
     table.add_row("weights in memory, float32 reference", _bytes(size.dense), _bytes(full.dense))
     table.add_row("KV cache a token", _bytes(size.kv_token), _bytes(size.kv_token_16))
-    text = f"{options.windows} x {options.window_length} tokens on {options.gpu}"
+    text = f"{options.calibration.windows} x {options.calibration.window_length} tokens on {options.gpu}"
     table.add_row(f"calibration, {text}", f"about {_time(cost.seconds)}, {_bytes(cost.peak_bytes)}", "")
     return table
 

@@ -117,10 +117,12 @@ def read_config(model: str | Path, revision: str | None = None) -> tuple[dict[st
     Of a hub model nothing else is fetched; a GGUF file is converted (once), since its config is in it.
     """
     name, local = str(model), Path(model).expanduser()
-    if local.is_dir() or local.is_file() or name in ALIASES or not _HUB_ID.fullmatch(name):
-        source = open_source(model, revision)
-        return dict(source.config), dict(source.generation_config)
-    path = _download(name, revision, ["config.json", "generation_config.json"])
+    if local.is_dir():
+        path = local
+    elif not local.exists() and name not in ALIASES and _HUB_ID.fullmatch(name):
+        path = _download(name, revision, ["config.json", "generation_config.json"])
+    else:
+        path = open_source(model, revision).path
     generation = path / "generation_config.json"
     return read_json(path / "config.json"), read_json(generation) if generation.is_file() else {}
 

@@ -127,7 +127,7 @@ def test_unusable_text(name: str, content: bytes | None, message: str, tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_windows": 0}, "num_windows must be at least 1, got 0"),
+        ({"windows": 0}, "windows must be at least 1, got 0"),
         ({"window_length": 1}, "window_length must be at least 2 tokens, got 1"),
         ({"damping": 0.0}, "damping is a share between 0 and 1, got 0.0"),
         ({"offload": "maybe"}, "offload must be auto, on or off, got 'maybe'"),
@@ -140,7 +140,7 @@ def test_config_refuses(options: dict[str, Any], message: str) -> None:
 
 
 def test_config_round_trip() -> None:
-    config = CalibrationConfig(data="c4", num_windows=3, gptq=False)
+    config = CalibrationConfig(calib="c4", windows=3, gptq=False)
     assert CalibrationConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="does not know act_order; it has data"):
         CalibrationConfig.from_dict({"act_order": True})

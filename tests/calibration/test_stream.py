@@ -259,7 +259,7 @@ def test_resume_after_an_interrupt(at: int, tiny: Tiny, quick: CalibrationConfig
 
 
 def test_self_calibration_is_seeded(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
-    config = replace(quick, data="self", num_windows=6, window_length=40)
+    config = replace(quick, calib="self", windows=6, window_length=40)
     reports = [
         quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / str(i), replace(config, seed=seed))
         for i, seed in enumerate([0, 0, 1])

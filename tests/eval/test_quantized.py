@@ -26,7 +26,7 @@ def quantized(
 ) -> Loaded:
     """8 bits, and 4 bits with a 4-bit cache: activations and keys and values are rounded as they come."""
     folder = tmp_path_factory.mktemp("quantized") / request.param
-    config = CalibrationConfig(data=str(text_file), num_windows=4, window_length=32, gptq=False, device="cpu")
+    config = CalibrationConfig(calib=str(text_file), windows=4, window_length=32, gptq=False, device="cpu")
     quantize_model(model_dir, get_scheme(request.param), folder, config)
     return load(str(folder), device="cpu")
 

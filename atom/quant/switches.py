@@ -1,0 +1,87 @@
+"""The steps of the recipe as switches over a preset: what the command line may change about a scheme."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .granularity import Channel, Group, Token
+from .schemes import OutlierSpec, RotationSpec, Scheme
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Changes to a scheme; what is left out stays as the preset has it."""
+
+    reorder: bool | None = None
+    """Sort input channels by energy."""
+
+    outliers: int | None = None
+    """Channels kept in higher precision: a multiple of 16; needs the reordering."""
+
+    outlier_format: Literal["int8", "fp8_e4m3", "bf16"] | None = None
+    """What the outlier channels are kept in."""
+
+    group_size: int | None = None
+    """Columns under one scale, for weights and activations; 0 gives one scale a channel and token."""
+
+    weight_clip: float | Literal["mse"] | None = None
+    """Share of the maximum that the weight grid reaches, or mse to search it."""
+
+    activation_clip: float | None = None
+    """Share of the maximum that the activation grid reaches."""
+
+    rotation: Literal["hadamard", "block_hadamard"] | None = None
+    """Rotate the normal columns of every linear's input and weight."""
+
+    rotation_block: int = 128
+    """Columns of a Hadamard block."""
+
+    kv_pre_rope: bool = False
+    """Round keys before RoPE instead of after."""
+
+    def apply(self, scheme: Scheme, gptq: bool = True) -> Scheme:
+        """`scheme` with these changes; ValueError if they do not fit together.
+
+        gptq   False takes the paper's grid for rounding to nearest where the preset has GPTQ's
+        """
+        self._refuse_idle(scheme)
+        weight, activation, outliers = scheme.weight, scheme.activation, scheme.outliers
+        if self.group_size is not None:
+            group = Group(self.group_size) if self.group_size else None
+            weight = weight and replace(weight, granularity=group or Channel())
+            activation = activation and replace(activation, granularity=group or Token())
+        if self.weight_clip is not None:
+            weight = weight and replace(weight, clip=self.weight_clip)
+        if self.activation_clip is not None:
+            activation = activation and replace(activation, clip=self.activation_clip)
+        if not gptq:
+            weight = weight and replace(weight, scale_rule="max")
+        if self.outliers is not None or self.outlier_format is not None:
+            count = outliers.count if self.outliers is None else self.outliers
+            outliers = OutlierSpec(count, self.outlier_format or outliers.format)
+        reorder = bool(outliers.count) or scheme.reorder if self.reorder is None else self.reorder
+        rotation = scheme.rotation if self.rotation is None else RotationSpec(self.rotation, self.rotation_block)
+        return replace(
+            scheme,
+            weight=weight,
+            activation=activation,
+            outliers=outliers,
+            reorder=reorder,
+            rotation=rotation,
+            kv_pre_rope=self.kv_pre_rope or scheme.kv_pre_rope,
+        )
+
+    def _refuse_idle(self, scheme: Scheme) -> None:
+        """Raise ValueError for a switch that would change nothing, since the scheme has nothing it applies to."""
+        needs = {
+            "activation_clip": ("quantized activations", scheme.activation),
+            "group_size": ("quantized weights", scheme.weight),
+            "weight_clip": ("quantized weights", scheme.weight),
+            "outliers": ("quantized weights", scheme.weight),
+            "outlier_format": ("quantized weights", scheme.weight),
+            "rotation": ("quantized weights", scheme.weight),
+            "kv_pre_rope": ("a quantized cache", scheme.kv),
+        }
+        for name, (what, found) in needs.items():
+            if getattr(self, name) not in (None, False) and found is None:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option} needs {what}, which {scheme.name} has not; leave it out, or take w4a4")

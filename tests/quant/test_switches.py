@@ -1,0 +1,60 @@
+"""The recipe's steps as switches over a preset."""
+
+from typing import Any
+
+import pytest
+
+from atom.quant.granularity import Channel, Group, Token
+from atom.quant.presets import PRESETS, get_scheme
+from atom.quant.schemes import OutlierSpec, RotationSpec
+from atom.quant.switches import Switches
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_switch_changes_nothing(name: str) -> None:
+    assert Switches().apply(get_scheme(name)) == get_scheme(name)
+
+
+def test_group_size() -> None:
+    found = Switches(group_size=64).apply(get_scheme("w4a4"))
+    assert found.weight is not None and found.weight.granularity == Group(64)
+    assert found.activation is not None and found.activation.granularity == Group(64)
+    found = Switches(group_size=0).apply(get_scheme("w4a4"))
+    assert found.weight is not None and found.weight.granularity == Channel()
+    assert found.activation is not None and found.activation.granularity == Token()
+
+
+def test_clips_and_grid() -> None:
+    found = Switches(weight_clip="mse", activation_clip=0.8).apply(get_scheme("w4a4"), gptq=False)
+    assert found.weight is not None and (found.weight.clip, found.weight.scale_rule) == ("mse", "max")
+    assert found.activation is not None and found.activation.clip == 0.8
+
+
+def test_outliers_bring_the_reordering() -> None:
+    found = Switches(outliers=64, outlier_format="bf16").apply(get_scheme("w4a8"))
+    assert found.outliers == OutlierSpec(64, "bf16") and found.reorder
+    assert Switches(outliers=0).apply(get_scheme("w4a4")).outliers.count == 0
+    with pytest.raises(ValueError, match="set reorder=True"):
+        Switches(reorder=False).apply(get_scheme("w4a4"))
+
+
+def test_rotation_and_pre_rope() -> None:
+    found = Switches(rotation="block_hadamard", rotation_block=64, kv_pre_rope=True).apply(get_scheme("w4a4"))
+    assert found.rotation == RotationSpec("block_hadamard", 64) and found.kv_pre_rope
+
+
+@pytest.mark.parametrize(
+    ("switches", "scheme", "message"),
+    [
+        ({"weight_clip": 0.9}, "bf16", "--weight-clip needs quantized weights, which bf16 has not"),
+        ({"group_size": 64}, "bf16+kv4", "--group-size needs quantized weights"),
+        ({"outliers": 16}, "bf16", "--outliers needs quantized weights"),
+        ({"activation_clip": 0.9}, "w4a16", "--activation-clip needs quantized activations, which w4a16 has not"),
+        ({"kv_pre_rope": True}, "w4a4+kv16", "--kv-pre-rope needs a quantized cache"),
+        ({"outliers": 100}, "w4a4", "multiple of 16"),
+        ({"group_size": -1}, "w4a4", "at least one column"),
+    ],
+)
+def test_what_does_not_fit_is_refused(switches: dict[str, Any], scheme: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Switches(**switches).apply(get_scheme(scheme))

@@ -1,0 +1,110 @@
+"""The command: help, exit codes, one line of JSON, and the whole chain on a tiny model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atom.cli import COMMANDS, main
+
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture
+def atom(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs `atom ARGV...`; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(a) for a in arguments])
+        done = capsys.readouterr()
+        return code, done.out, done.err
+
+    return run
+
+
+Atom = Callable[..., tuple[int, str, str]]
+
+
+def last_json(out: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
+    return found
+
+
+def test_overview_and_version(atom: Atom) -> None:
+    code, out, _ = atom("--help")
+    assert code == 0 and all(name in out for name in COMMANDS)
+    assert atom()[0] == 2
+    assert atom("--version")[1].startswith("atom ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_a_working_example(name: str, atom: Atom) -> None:
+    code, out, _ = atom(name, "--help")
+    assert code == 0 and "Example: atom " + name in out
+
+
+def test_wrong_usage_is_2(atom: Atom) -> None:
+    code, _, err = atom("serv")
+    assert code == 2 and "unknown command 'serv'; use one of quantize" in err
+    code, _, err = atom("quantize", "x", "--scheme", "w5a5")
+    assert code == 2 and "unknown scheme 'w5a5'" in err.replace("\n", " ")
+    assert atom("quantize", "x", "--no-such-option")[0] == 2
+    assert atom("check", "x", "--gpu", "tpu")[0] == 2
+
+
+def test_failure_is_1_and_says_what_to_do(atom: Atom, tmp_path: Path) -> None:
+    code, _, err = atom("quantize", tmp_path / "none", "--output", tmp_path / "out")
+    assert code == 1 and "is not there; give a directory, a GGUF file, a hub id" in err
+    code, _, err = atom("eval", tmp_path, "--ppl", tmp_path / "no.txt")
+    assert code == 1 and "no.txt does not exist" in err
+
+
+def test_the_whole_chain(atom: Atom, tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    """check, quantize, eval of both, report, chat: what the demo does, on a tiny random model."""
+    source, out = tiny("llama"), tmp_path / "w4a4"
+    code, printed, _ = atom("check", source, "--scheme", "w4a4", "--windows", 4, "--window-length", 64, "--json")
+    checked = last_json(printed)
+    assert code == 0 and checked["kv"] == "int4" and {row["runs"] for row in checked["ops"]} == {"reference"}
+
+    options = ["--calib", text_file, "--windows", 8, "--window-length", 64, "--device", "cpu"]
+    code, printed, _ = atom("quantize", source, "--scheme", "w4a4", *options, "-o", out, "--json")
+    assert code == 0 and last_json(printed)["output"] == str(out)
+    written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert checked["disk_bytes"] == pytest.approx(written, rel=0.02, abs=20_000)
+
+    results = []
+    for name, model in (("fp", source), ("q", out)):
+        results.append(tmp_path / f"{name}.json")
+        code, printed, _ = atom(
+            "eval", model, "--ppl", text_file, "--window", 64, "--limit", 4, "--output", results[-1], "--json"
+        )
+        assert code == 0 and "words" in printed
+    code, printed, _ = atom("report", "eval", *results, "--json")
+    (row,) = last_json(printed)["rows"]
+    assert code == 0 and 30 < row["recovery"] < 150
+
+    code, printed, _ = atom("report", "quant", out, "--plots", tmp_path / "plots", "--json")
+    plots = last_json(printed)["plots"]
+    assert code == 0 and plots and all(Path(plot).read_bytes().startswith(b"\x89PNG") for plot in plots)
+
+    code, printed, _ = atom("chat", out, "--prompt", "ab", "--max-new-tokens", 5, "--json")
+    (answer,) = last_json(printed)["answers"]
+    assert code == 0 and answer["prompt_tokens"] > 0 and answer["tokens"] <= 5
+
+
+def test_check_refuses_an_unknown_architecture_before_weights(atom: Atom, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
+    (tmp_path / "model.safetensors").write_bytes(b"not even a header")
+    code, _, err = atom("check", tmp_path)
+    assert code == 1 and "MambaForCausalLM is not supported; supported: LlamaForCausalLM" in err
+
+
+def test_check_names_what_a_gpu_would_run(atom: Atom, tiny: Tiny) -> None:
+    code, printed, _ = atom("check", tiny("llama"), "--scheme", "w4a16", "--gpu", "h200", "--json")
+    rows = [row for row in last_json(printed)["ops"] if row["op"] == "linear"]
+    assert code == 0 and rows
+    assert all(row["runs"] or row["why"] for row in rows)
+    assert all(set(row["bound_us"]) == {"1", "64", "2048"} for row in rows)
