@@ -16,6 +16,7 @@ from atom.quant.schemes import Scheme
 from .config import CalibrationConfig
 
 PASSES = 3  # energies, Hessians, propagation
+PROCESS_BYTES = 450 * 2**20  # the interpreter with torch and transformers, before any tensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Machine:
     bytes_per_s: float
     op_s: float
 
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == "cpu"
+
 
 # Measured on the device by the product below with TF32 allowed; see docs/calibration.md.
 GPUS = {"h200": Machine("h200", 330e12, 3.0e12, 8e-6), "h100": Machine("h100", 330e12, 2.2e12, 8e-6)}
@@ -34,7 +39,7 @@ GPUS = {"h200": Machine("h200", 330e12, 3.0e12, 8e-6), "h100": Machine("h100", 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds, and the largest memory of the device that calibrates."""
+    """Seconds, and the largest memory: of the process on a CPU, of the device's tensors on a GPU."""
 
     seconds: float
     peak_bytes: int
@@ -85,7 +90,7 @@ def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: M
     activations = 4 * batch * widest * 6
     keeps_hidden = config.offload != "on"
     peak = 3 * largest_layer + 2 * largest_hessians + activations + hidden * keeps_hidden
-    return Estimate(seconds, peak)
+    return Estimate(seconds, peak + (PROCESS_BYTES if machine.is_cpu else 0))
 
 
 def _seconds(work: object, device: torch.device, repeats: int = 5) -> float:

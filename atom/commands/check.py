@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from rich.table import Table
 
@@ -72,8 +73,9 @@ def run(options: Options) -> dict[str, Any]:
     config = ModelConfig.from_hf(raw, generation)
     model = meta_model(config)
     gpu = GPUS.get(options.gpu)
-    size = measure_footprint(model, scheme, source_dtype(config))
-    full = measure_footprint(model, get_scheme("bf16"), source_dtype(config))
+    dtype = torch.bfloat16 if gpu else torch.float32
+    size = measure_footprint(model, scheme, source_dtype(config), dtype)
+    full = measure_footprint(model, get_scheme("bf16"), source_dtype(config), dtype)
     machine = CALIBRATION_GPUS[options.gpu] if gpu else measure_machine()
     cost = estimate(model, scheme, options.calibration, machine)
     ops = op_table(model, scheme, gpu)
@@ -139,7 +141,7 @@ def _size_table(
     table.add_row("effective bits: activations", f"{scheme.activation_bits(K):.2f}", "16")
     table.add_row(f"effective bits: KV ({kv_name(scheme)})", f"{scheme.kv_bits(head_dim):.2f}", "16")
     table.add_row("checkpoint on disk", _bytes(size.disk), _bytes(full.disk))
-    table.add_row("weights in memory, packed for kernels", _bytes(size.packed), _bytes(full.packed // 2))
+    table.add_row("weights in memory, packed for kernels", _bytes(size.packed), _bytes(full.packed))
     table.add_row("weights in memory, float32 reference", _bytes(size.dense), _bytes(full.dense))
     table.add_row("KV cache a token", _bytes(size.kv_token), _bytes(size.kv_token_16))
     text = f"{options.calibration.windows} x {options.calibration.window_length} tokens on {options.gpu}"
