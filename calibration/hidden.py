@@ -60,13 +60,6 @@ class LayerRunner:
 
     def run(self, layer: DecoderLayer, hidden: HiddenStates, number: int, scheme: Scheme | None) -> Tensor:
         """The layer's output [T, hidden_size] for one batch; keys and values rounded as `scheme` says, if given."""
-        windows = hidden.windows_in(number)
-        kv = DenseKV(
-            self._config,
-            windows,
-            None if scheme is None else scheme.kv,
-            scheme is not None and scheme.kv_pre_rope,
-            self._device,
-        )
+        kv = DenseKV.for_scheme(self._config, scheme, hidden.windows_in(number), self._device)
         out: Tensor = layer(hidden.get(number), layer.rope(kv.positions(hidden.length)), kv)
         return out

@@ -4,6 +4,8 @@ The module knows neither batch nor past. It hands queries, keys and values, all 
 given (atom/models/kv.py) and projects what comes back.
 """
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from .config import ModelConfig
@@ -19,7 +21,7 @@ class Attention(nn.Module):
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
-        self.spec = AttentionSpec(config.attention_scale, config.windows[index], config.attention_soft_cap)
+        self._rules = AttentionSpec(config.attention_scale, config.windows[index], config.attention_soft_cap)
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
@@ -37,6 +39,13 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # [T, num_heads, head_dim]
         k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # [T, num_kv_heads, head_dim]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        out = kv.attend(self.index, q, k, v, rotation, self.spec)
+        out = kv.attend(self.index, q, k, v, rotation, self._spec())
         y: Tensor = self.o_proj(self.o_input(out.flatten(1)))
         return y
+
+    def _spec(self) -> AttentionSpec:
+        """The rules, with the bias of k where keys are no more than a projection."""
+        bias = self.k_proj.bias
+        if bias is None or not isinstance(self.k_norm, nn.Identity):
+            return self._rules
+        return replace(self._rules, key_bias=bias.view(-1, self.head_dim))

@@ -49,9 +49,7 @@ def generate(
 
 def scheme_cache(model: Model, batch: int = 1, max_len: int | None = None) -> DenseKV:
     """A dense cache in the format that the model's scheme asks for."""
-    scheme = model.scheme
-    kv, pre_rope = (None, False) if scheme is None else (scheme.kv, scheme.kv_pre_rope)
-    return DenseKV(model.config, batch, kv, pre_rope, model.device, model.dtype, max_len)
+    return DenseKV.for_scheme(model.config, model.scheme, batch, model.device, model.dtype, max_len)
 
 
 def _choose(scores: Tensor, temperature: float, generator: torch.Generator) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..quant.rounding import fake_quantize
-from ..quant.schemes import TensorSpec
+from ..quant.schemes import Scheme, TensorSpec
 from .config import ModelConfig
 from .rope import Rotation
 
@@ -22,11 +22,15 @@ class AttentionSpec:
     """The rules of one layer's attention.
 
     softmax(soft_cap(q k^T * scale)) v over positions i - window + 1 ... i, where soft_cap(s) is cap * tanh(s / cap).
+
+    key_bias  [num_kv_heads, head_dim], the part of every key (before RoPE) that is the projection's bias; None
+              where there is none
     """
 
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    key_bias: Tensor | None = None
 
 
 class KV(Protocol):
@@ -48,7 +52,8 @@ class DenseKV:
 
     Prefill and decode alike append to it: each call of a model adds its tokens to the end of every sequence. With
     `scheme_kv`, keys and values are rounded on the way in, one scale per token and head, and attention (of the same
-    call too) reads the rounded ones; `pre_rope` rounds keys before RoPE and turns them when they are read. Storage
+    call too) reads the rounded ones; `pre_rope` rounds keys before RoPE and turns them when they are read;
+    `bias_apart` rounds keys less the bias of their projection, which is added back (turned) when they are read. Storage
     grows as needed, or is allocated once with `max_len`. A layer that is never run takes no memory.
     """
 
@@ -61,17 +66,34 @@ class DenseKV:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         max_len: int | None = None,
+        bias_apart: bool = False,
     ) -> None:
         self.config = config
         self.batch = batch
         self.scheme_kv = scheme_kv
         self.pre_rope = pre_rope
+        self.bias_apart = bias_apart
         self.device = torch.device(device)
         self.dtype = dtype
         self.max_len = max_len
         self._keys: dict[int, Tensor] = {}  # layer -> [batch, num_kv_heads, capacity, head_dim]
         self._values: dict[int, Tensor] = {}
         self._lengths: dict[int, int] = {}
+
+    @classmethod
+    def for_scheme(
+        cls,
+        config: ModelConfig,
+        scheme: Scheme | None,
+        batch: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_len: int | None = None,
+    ) -> "DenseKV":
+        """The cache that a scheme asks for; in full precision where there is none."""
+        if scheme is None:
+            return cls(config, batch, device=device, dtype=dtype, max_len=max_len)
+        return cls(config, batch, scheme.kv, scheme.kv_pre_rope, device, dtype, max_len, scheme.kv_bias_apart)
 
     @property
     def length(self) -> int:
@@ -90,7 +112,8 @@ class DenseKV:
                 f"pass a multiple of {self.batch} tokens, or make the cache with another batch."
             )
         q = rotation.apply(q)
-        k = self._round(k if self.pre_rope else rotation.apply(k))
+        bias = spec.key_bias if self.bias_apart and self.scheme_kv is not None else None
+        k = self._round_keys(k, bias, rotation)
         keys, values = self._append(layer, self._by_sequence(k), self._by_sequence(self._round(v)))
         if self.pre_rope:
             keys = self._rotate_stored(keys, rotation)
@@ -104,6 +127,15 @@ class DenseKV:
 
     def _round(self, x: Tensor) -> Tensor:
         return x if self.scheme_kv is None else fake_quantize(x, self.scheme_kv).to(x.dtype)
+
+    def _round_keys(self, k: Tensor, bias: Tensor | None, rotation: Rotation) -> Tensor:
+        """Keys [T, num_kv_heads, head_dim] as they are read back, turned unless that is left to the reading."""
+        if bias is None:
+            return self._round(k if self.pre_rope else rotation.apply(k))
+        bias = bias.to(k.dtype).expand_as(k)
+        if self.pre_rope:
+            return self._round(k - bias) + bias
+        return self._round(rotation.apply(k - bias)) + rotation.apply(bias)
 
     def _rotate_stored(self, keys: Tensor, rotation: Rotation) -> Tensor:
         positions = torch.arange(keys.shape[2], device=keys.device)

@@ -60,6 +60,7 @@ class QuantizedLinear(Quantized):
         self.in_features = in_features
         self.out_features = out_features
         self.dtype = dtype
+        self.bias = bias
         self._run = choice.build(scheme, weight, bias)
 
     def forward(self, x: Activation) -> Tensor:

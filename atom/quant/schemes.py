@@ -195,9 +195,10 @@ class Override:
 class Scheme:
     """How a whole model is quantized. None for weight, activation or kv means full precision (16 bits).
 
-    reorder      sort the input channels of every linear by energy, ascending; the last are the outliers
-    kv_pre_rope  keys are rounded before RoPE and rotated when read
-    overrides    first match wins
+    reorder        sort the input channels of every linear by energy, ascending; the last are the outliers
+    kv_pre_rope    keys are rounded before RoPE and rotated when read
+    kv_bias_apart  keys are rounded less the bias of their projection (Qwen2), which is added back when they are read
+    overrides      first match wins
     """
 
     name: str
@@ -208,6 +209,7 @@ class Scheme:
     rotation: RotationSpec | None = None
     reorder: bool = False
     kv_pre_rope: bool = False
+    kv_bias_apart: bool = True
     overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:

@@ -38,6 +38,9 @@ class Switches:
     kv_pre_rope: bool = False
     """Round keys before RoPE instead of after."""
 
+    kv_bias_apart: bool | None = None
+    """Leave the bias of k out of what the cache rounds (models that have one: Qwen2)."""
+
     def apply(self, scheme: Scheme, gptq: bool = True) -> Scheme:
         """`scheme` with these changes; ValueError if they do not fit together.
 
@@ -68,6 +71,7 @@ class Switches:
             reorder=reorder,
             rotation=rotation,
             kv_pre_rope=self.kv_pre_rope or scheme.kv_pre_rope,
+            kv_bias_apart=scheme.kv_bias_apart if self.kv_bias_apart is None else self.kv_bias_apart,
         )
 
     def _refuse_idle(self, scheme: Scheme) -> None:
@@ -80,6 +84,7 @@ class Switches:
             "outlier_format": ("quantized weights", scheme.weight),
             "rotation": ("quantized weights", scheme.weight),
             "kv_pre_rope": ("a quantized cache", scheme.kv),
+            "kv_bias_apart": ("a quantized cache", scheme.kv),
         }
         for name, (what, found) in needs.items():
             if getattr(self, name) not in (None, False) and found is None:
