@@ -42,6 +42,17 @@ def read_rows(path: Path) -> list[str]:
     return rows
 
 
+def read_text(path: Path) -> str:
+    """The text of the file at `path`: a .txt file as it stands, the rows of other files joined by a blank line.
+
+    Raises as read_rows.
+    """
+    rows = read_rows(path)
+    if path.name.removesuffix(".gz").endswith(".txt"):
+        return "".join(row or "\n" for row in rows)  # a blank line was read as an empty row
+    return "\n\n".join(rows)
+
+
 def _gunzip(raw: bytes, path: Path) -> bytes:
     try:
         return gzip.decompress(raw)

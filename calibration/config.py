@@ -16,7 +16,8 @@ class CalibrationConfig:
     """How weights are found."""
 
     calib: str = "wikitext2"
-    """wikitext2, c4, pile (through `datasets`), a .txt, .jsonl or .parquet file (.gz too), or self (sampled text)."""
+    """wikitext2, c4, pile (through `datasets`; wikitext2=FILE for a local copy), a .txt, .jsonl or .parquet file (.gz
+    too), or self (sampled text)."""
 
     windows: int = 128
     """Windows of calibration text."""

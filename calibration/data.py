@@ -1,7 +1,7 @@
 """Calibration text: where it comes from, and the windows of tokens that are drawn from it.
 
-One rule for every source: the rows of text are joined by a blank line, tokenised once without special tokens, and
-cut into windows at places drawn from the seed. A tokenizer that begins every text with a BOS token has it at the
+The rows of a dataset are joined by a blank line, a .txt file is taken as it stands; the text is tokenised once
+without special tokens, and cut into windows at places drawn from the seed. A tokenizer that begins every text with a BOS token has it at the
 start of each window, as in evaluation. The sha256 of the tokens goes into the report.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from atom.errors import CalibrationError
-from atom.texts import SUFFIXES, is_text_file, read_rows
+from atom.texts import SUFFIXES, is_text_file, read_rows, read_text
 
 HUB_DATASETS: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
@@ -64,7 +64,7 @@ def load_windows(data: str, tokenizer: Tokenizer, num_windows: int, window_lengt
     Raises CalibrationError if the text is missing, empty, too short, damaged or not UTF-8.
     Source: the sampling of GPTQ, arXiv:2210.17323: starts drawn uniformly, windows may overlap.
     """
-    text = "\n\n".join(read_text(data))
+    text = read_calibration_text(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the text is longer than the model's context, as it should be
         ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
@@ -78,7 +78,8 @@ def load_windows(data: str, tokenizer: Tokenizer, num_windows: int, window_lengt
     draw = random.Random(seed)
     starts = [draw.randrange(len(ids) - body + 1) for _ in range(num_windows)]
     tokens = torch.stack([torch.cat([torch.tensor(bos, dtype=torch.int64), ids[s : s + body]]) for s in starts])
-    return Windows.of(tokens, Path(data).name if is_text_file(data) else data)
+    known, _, file = data.rpartition("=")
+    return Windows.of(tokens, f"{known}={Path(file).name}".lstrip("=") if is_text_file(file) else data)
 
 
 def window_bos(tokenizer: Tokenizer) -> int | None:
@@ -92,17 +93,21 @@ def hash_tokens(tokens: torch.Tensor) -> str:
     return hashlib.sha256(tokens.to(torch.int64).cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def read_text(data: str) -> list[str]:
-    """The rows of text of a dataset name or a file. Raises CalibrationError."""
+def read_calibration_text(data: str) -> str:
+    """The text of a dataset, of a file, or of a local copy of a dataset (wikitext2=FILE). Raises CalibrationError.
+
+    Rows of a dataset are joined by a blank line; a .txt file is taken as it stands.
+    """
     if data in HUB_DATASETS:
-        return _hub_rows(data)
-    if not is_text_file(data):
+        return "\n\n".join(_hub_rows(data))
+    known, _, file = data.rpartition("=")
+    if not is_text_file(file) or known not in ("", *HUB_DATASETS):
         raise CalibrationError(
             f"unknown calibration data {data!r}; use one of {', '.join(HUB_DATASETS)}, {SELF}, "
-            f"or a file ending in {', '.join(SUFFIXES)} (each also with .gz)"
+            f"a file ending in {', '.join(SUFFIXES)} (each also with .gz), or wikitext2=FILE for a local copy"
         )
     try:
-        return read_rows(Path(data))
+        return "\n\n".join(read_rows(Path(file))) if known else read_text(Path(file))
     except (ValueError, OSError) as error:
         raise CalibrationError(f"calibration text: {error}") from error
 

@@ -1,6 +1,6 @@
 """Evaluation texts: the published sets by name, and local files under the same protocol.
 
-`wikitext2` loads the set from the hub; `FILE` is read as rows joined by blank lines; `wikitext2=FILE` reads a local
+`wikitext2` loads the set from the hub; `FILE` is a text as it stands; `wikitext2=FILE` reads a local
 copy under the set's own protocol and name. The protocols are those of the GPTQ paper's code, as in published tables.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atom.errors import UnsupportedError
-from atom.texts import is_text_file, read_rows, text_of
+from atom.texts import is_text_file, read_rows, read_text, text_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ PROTOCOLS: dict[str, Protocol] = {
         max_rows=1100,
     ),
 }
-_FILE = Protocol()
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def load_text(name: str) -> Text:
     path = Path(name)
     if is_text_file(path.name):
         stem = path.name.removesuffix(".gz")
-        return _join(stem.rpartition(".")[0] or stem, path.name, read_rows(path), _FILE)
+        return Text(stem.rpartition(".")[0] or stem, path.name, read_text(path))
     raise ValueError(
         f"unknown text {name!r}; give one of {', '.join(PROTOCOLS)}, a .txt, .jsonl or .parquet file, or SET=FILE to "
         "measure a local copy of a set under its name"

@@ -14,9 +14,9 @@ def test_file_and_set_under_their_protocols(tmp_path: Path) -> None:
     path.write_text("one\n\ntwo\n")
     plain, wiki, ptb = (load_text(prefix + str(path)) for prefix in ("", "wikitext2=", "ptb="))
     assert (plain.name, wiki.name, ptb.name) == ("valid.part1", "wikitext2", "ptb")
-    assert plain.text == wiki.text == "one\n\n\n\n\ntwo\n"
+    assert (plain.text, wiki.text) == ("one\n\ntwo\n", "one\n\n\n\n\ntwo\n")
     assert ptb.text == "one\n  two\n"
-    assert plain.source == "valid.part1.txt" and plain.sha256 == wiki.sha256 != ptb.sha256
+    assert plain.source == "valid.part1.txt" and len({plain.sha256, wiki.sha256, ptb.sha256}) == 3
 
 
 def test_unknown_and_missing(tmp_path: Path) -> None:
