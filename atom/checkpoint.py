@@ -69,6 +69,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def check_output(out: Path, resume: bool = False) -> Path:
+    """The directory that a checkpoint named `out` grows in, OUT.partial.
+
+    Raises CheckpointError if `out` holds something, or another run was stopped there and is not to be resumed.
+    """
+    partial = out.with_name(out.name + ".partial")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not empty; choose another --output or remove it")
+    if partial.exists() and not resume:
+        raise CheckpointError(
+            f"{partial} holds an unfinished run; pass --resume to continue it, or remove it to start again"
+        )
+    return partial
+
+
 class CheckpointWriter:
     """Writes a checkpoint shard by shard; a killed run leaves DIR.partial, from which another resumes.
 
@@ -79,13 +94,7 @@ class CheckpointWriter:
     def __init__(self, out: Path, run: Mapping[str, Any], num_shards: int, resume: bool = False) -> None:
         self.out = out
         self.num_shards = num_shards
-        self.partial = out.with_name(out.name + ".partial")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise CheckpointError(f"{out} exists and is not empty; choose another --output or remove it")
-        if self.partial.exists() and not resume:
-            raise CheckpointError(
-                f"{self.partial} holds an unfinished run; pass --resume to continue it, or remove it to start again"
-            )
+        self.partial = check_output(out, resume)
         run = json.loads(json.dumps(run))
         if (self.partial / RUN_FILE).exists():
             _same_run(read_json(self.partial / RUN_FILE), run, self.partial)

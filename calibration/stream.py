@@ -7,7 +7,6 @@ loses at most the layer it was in. A resumed run keeps no activations: it runs t
 
 import logging
 import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,15 +17,17 @@ import torch
 from torch import Tensor
 
 import atom
-from atom.checkpoint import CheckpointWriter, quantization_config, read_scheme
+from atom.checkpoint import CheckpointWriter, check_output, quantization_config, read_scheme
 from atom.errors import CheckpointError, UnsupportedError
 from atom.models.config import ModelConfig
+from atom.models.device import choose_device
 from atom.models.layout import check_source, is_ignored, layer_prefix, model_tensors
 from atom.models.loader import meta_model
 from atom.models.model import Model
 from atom.models.shards import Shards
 from atom.models.source import Source, load_tokenizer, open_source
 from atom.quant.schemes import Scheme
+from atom.records import current_commit
 
 from .clock import Clock
 from .config import CalibrationConfig
@@ -60,6 +61,8 @@ def quantize_model(
     Raises CheckpointError if the source is damaged, `out` is not empty, the disk is full, or OUT.partial is another
     run's; CalibrationError if text or statistics cannot be used; ValueError if the scheme does not fit the model.
     """
+    config = replace(config, device=str(choose_device(config.device)))
+    check_output(out, resume)  # before anything is downloaded, tokenised or sampled
     opened = open_source(source, revision)
     if read_scheme(opened.config, f"{opened.path.name}/config.json") is not None:
         raise UnsupportedError(f"{opened.path.name} is quantized already; calibration needs the full-precision model")
@@ -82,7 +85,7 @@ def quantize_source(
 ) -> Report:
     """As quantize_model, from an opened source and given tokens; `windows` None copies the weights as they are."""
     started = time.perf_counter()
-    config = replace(config, device=str(_device(config.device)))
+    config = replace(config, device=str(choose_device(config.device)))
     model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
     check_source(model_tensors(model, None), source, model)
     _check_scheme(model, scheme)
@@ -204,7 +207,7 @@ def _embed(
 def _windows(source: Source, config: CalibrationConfig) -> Windows:
     tokenizer = load_tokenizer(source.path)
     if config.calib == SELF:
-        return sample_windows(source, config, _device(config.device))
+        return sample_windows(source, config, choose_device(config.device))
     return load_windows(config.calib, tokenizer, config.windows, config.window_length, config.seed)
 
 
@@ -218,15 +221,6 @@ def _check_scheme(model: Model, scheme: Scheme) -> None:
 def _config(source: Source, scheme: Scheme) -> dict[str, Any]:
     """config.json of the checkpoint: the source's, and how it is quantized."""
     return {**source.config, "quantization_config": quantization_config(scheme)}
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(f"device {name} was asked for and torch sees no GPU; use --device cpu")
-    return device
 
 
 class _MatmulPrecision:
@@ -256,7 +250,7 @@ def _provenance(source: Source, config: CalibrationConfig, windows: Windows | No
         "calibration": dict(data),
         "seed": config.seed,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
+        "commit": current_commit(),
         "versions": {
             "atom": atom.__version__,
             "torch": torch.__version__,
@@ -270,15 +264,3 @@ def _provenance(source: Source, config: CalibrationConfig, windows: Windows | No
 def _machine(device: torch.device) -> str:
     """What the bits of a float sum depend on: the GPU, or the number of CPU threads."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that runs, or None outside one."""
-    root = Path(atom.__file__).resolve().parent.parent
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() or None

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from atom.kernels.registry import Kernels
+from atom.models.device import choose_device
 from atom.models.loader import load_model, load_tokenizer
 from atom.models.model import Model
 
@@ -32,17 +33,10 @@ class Loaded:
         return str(self.model.dtype).removeprefix("torch.")
 
 
-def choose_device(device: str) -> str:
-    """`device`, or for "auto" the GPU where there is one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
-
-
-def choose_dtype(dtype: str, device: str) -> torch.dtype:
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a name; "auto" is float32 on a CPU and bfloat16 on a GPU. ValueError for others."""
     if dtype == "auto":
-        return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
@@ -55,7 +49,7 @@ def load(
 
     The tokenizer comes first: it is small, and missing more often than the weights.
     """
+    where = choose_device(device)
     loaded_tokenizer = load_tokenizer(name if tokenizer is None else tokenizer)
-    device = choose_device(device)
-    model = load_model(name, device=device, dtype=choose_dtype(dtype, device), kernels=kernels)
+    model = load_model(name, device=where, dtype=choose_dtype(dtype, where), kernels=kernels)
     return Loaded(model, loaded_tokenizer, name, execution_path(model, kernels))

@@ -51,11 +51,12 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Answer the prompt, or hold a conversation until end of input."""
+    from atom.models.device import choose_device
     from atom.models.loader import load_model, load_tokenizer
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    device = choose_device(options.device)
     tokenizer = load_tokenizer(options.model)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = load_model(options.model, device=device, dtype=dtype, kernels=options.kernels)
     messages: list[dict[str, str]] = []
     answers: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checkpoint import read_scheme
 from ..kernels.registry import Kernels
 from .config import ModelConfig
+from .device import choose_device
 from .layers import DecoderLayer
 from .layout import check_source, layer_prefix, layer_tensors, model_tensors
 from .model import Model, build_model
@@ -37,6 +38,7 @@ def load_model(
     Raises CheckpointError if the model is not found, incomplete, damaged or of a newer version, and UnsupportedError
     if Atom cannot run it here.
     """
+    device = choose_device(device)  # refused before a model is downloaded
     return load_source(open_source(model, revision), device, dtype, kernels)
 
 
