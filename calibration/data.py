@@ -1,8 +1,8 @@
 """Calibration text: where it comes from, and the windows of tokens that are drawn from it.
 
 The rows of a dataset are joined by a blank line, a .txt file is taken as it stands; the text is tokenised once
-without special tokens, and cut into windows at places drawn from the seed. A tokenizer that begins every text with a BOS token has it at the
-start of each window, as in evaluation. The sha256 of the tokens goes into the report.
+without special tokens, and cut into windows at places drawn from the seed. A tokenizer that begins every text with a
+BOS token has it at the start of each window, as in evaluation. The sha256 of the tokens goes into the report.
 """
 
 import hashlib
