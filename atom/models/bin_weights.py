@@ -1,6 +1,5 @@
 """Weights in PyTorch `.bin` files, read by torch's weights-only loader so that no code in them can run."""
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .shards import check_promises, read_index
 
 
 class BinWeights:
@@ -16,18 +16,14 @@ class BinWeights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files: dict[str, dict[str, Tensor]] = {}
         index = path / "pytorch_model.bin.index.json"
         if index.is_file():
-            self._file_of: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            missing = sorted({name for name in self._file_of.values() if not (path / name).is_file()})
-            if missing:
-                raise CheckpointError(
-                    f"{path} lacks the shards {', '.join(missing)} that {index.name} names; download the model again."
-                )
+            self._file_of = read_index(index)
+            self._files = {name: _read(path / name) for name in sorted(set(self._file_of.values()))}
+            check_promises(index, self._file_of, self._files)
         else:
-            names = sorted(file.name for file in path.glob("pytorch_model*.bin"))
-            self._file_of = {tensor: name for name in names for tensor in self._load(name)}
+            self._files = {file.name: _read(file) for file in sorted(path.glob("pytorch_model*.bin"))}
+            self._file_of = {tensor: name for name, tensors in self._files.items() for tensor in tensors}
 
     def names(self) -> list[str]:
         return list(self._file_of)
@@ -42,12 +38,7 @@ class BinWeights:
         """The tensor `name`, still mapped from its file; CheckpointError if there is none."""
         if name not in self._file_of:
             raise CheckpointError(f"{self.path} has no tensor {name}; it must be in the checkpoint; use a whole one.")
-        return self._load(self._file_of[name])[name]
-
-    def _load(self, file: str) -> dict[str, Tensor]:
-        if file not in self._files:
-            self._files[file] = _read(self.path / file)
-        return self._files[file]
+        return self._files[self._file_of[name]][name]
 
 
 def _read(path: Path) -> dict[str, Tensor]:

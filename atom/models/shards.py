@@ -8,7 +8,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -101,27 +101,39 @@ def _headers(path: Path) -> dict[Path, dict[str, Entry]]:
         single = path / "model.safetensors"  # others beside it may be the same weights in another layout
         files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
         return {file: read_header(file) for file in files}
+    shard_of = read_index(index)
+    headers = {name: read_header(path / name) for name in sorted(set(shard_of.values()))}
+    check_promises(index, shard_of, headers)
+    return {path / name: header for name, header in headers.items()}
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index file of a sharded checkpoint says; all these files are beside it."""
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise CheckpointError(f"{index} has no weight_map; it must say which shard holds what; download it again.")
-    shards = sorted({str(name) for name in named.values()})
+    shard_of = {name: str(shard) for name, shard in named.items()}
+    shards = sorted(set(shard_of.values()))
     outside = [name for name in shards if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{index} names shards outside its directory ({outside[0]}); do not use this checkpoint.")
-    missing = [name for name in shards if not (path / name).is_file()]
+    missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {len(missing)} of {len(shards)} shards: {some(missing)}; all that {index.name} names "
-            "must be there; download the missing ones."
+            f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {some(missing)}; all that {index.name} "
+            "names must be there; download the missing ones."
         )
-    headers = {name: read_header(path / name) for name in shards}
-    absent = [f"{name} ({shard})" for name, shard in named.items() if name not in headers[str(shard)]]
+    return shard_of
+
+
+def check_promises(index: Path, shard_of: Mapping[str, str], shards: Mapping[str, Container[str]]) -> None:
+    """Raise CheckpointError unless each shard holds the tensors that the index says it does."""
+    absent = [f"{name} ({shard})" for name, shard in shard_of.items() if name not in shards[shard]]
     if absent:
         raise CheckpointError(
             f"{index} promises tensors that their shards do not hold: {some(absent)}; shards and index must be of "
             "one checkpoint; download it again."
         )
-    return {path / name: header for name, header in headers.items()}
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

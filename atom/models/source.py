@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..checkpoint import QUANT_METHOD, read_json
+from ..checkpoint import read_json, read_scheme
 from ..env import cache_dir
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError
 from .alias import ALIASES, fetch_alias
 from .bin_weights import BinWeights
 from .gguf import PROVENANCE_FILE, convert
@@ -92,7 +92,7 @@ class Source:
 def open_source(model: str | Path, revision: str | None = None) -> Source:
     """The model called `model`: a directory, a GGUF file, the alias `smollm2`, or a hub id (at `revision`).
 
-    Raises CheckpointError if it cannot be found or is damaged, UnsupportedError if it is quantized by other means.
+    Raises CheckpointError if it cannot be found, is damaged, or is quantized by other means or by a newer Atom.
     """
     name, local = str(model), Path(model).expanduser()
     if local.is_dir():
@@ -135,12 +135,7 @@ def open_directory(path: Path, provenance: Mapping[str, Any]) -> Source:
             "check the path, or pass the GGUF file itself."
         )
     config = read_json(path / "config.json")
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method not in (None, QUANT_METHOD):
-        raise UnsupportedError(
-            f"{path.name} is already quantized ({method}); Atom reads its own checkpoints and full-precision ones; "
-            "give the original model."
-        )
+    read_scheme(config, f"{path.name}/config.json")  # another tool's checkpoint, or a newer Atom's, ends here
     origin, generation = (
         read_json(path / name) if (path / name).is_file() else {}
         for name in (PROVENANCE_FILE, "generation_config.json")
@@ -173,10 +168,10 @@ def load_tokenizer(model: Path | str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(
-            f"the tokenizer in {folder} cannot be read: {error}; its files must be whole and of one model; "
-            "copy them from the original again."
+            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}); its files must be whole and "
+            "of one model; copy them from the original again."
         ) from error
 
 

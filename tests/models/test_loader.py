@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atom.errors import CheckpointError, UnsupportedError
+from atom.errors import CheckpointError
 from atom.models.generate import generate
 from atom.models.kv import DenseKV
 from atom.models.loader import load_model, load_tokenizer
@@ -100,7 +100,23 @@ def test_missing_bin_shard_is_named(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model-1.bin")
     weight_map = {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match=r"lacks the shards pytorch_model-2\.bin"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 of 2 shards: pytorch_model-2\.bin; .* download the missing"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({}, "has no weight_map; it must say which shard holds what"),
+        ({"weight_map": {"a": "../pytorch_model-1.bin"}}, "names shards outside its directory"),
+        ({"weight_map": {"b": "pytorch_model-1.bin"}}, r"promises tensors that their shards do not hold: b \("),
+    ],
+)
+def test_bin_index_is_checked(index: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model-1.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
         load_model(tmp_path)
 
 
@@ -172,7 +188,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 def test_a_model_quantized_by_others_is_refused(tmp_path: Path) -> None:
     path = save_model(random_model(LLAMA), tmp_path / "model")
     edit_config(path, quantization_config={"quant_method": "awq", "bits": 4})
-    with pytest.raises(UnsupportedError, match=r"already quantized \(awq\).* give the original model"):
+    with pytest.raises(CheckpointError, match=r"says quant_method 'awq'.* start from the original checkpoint"):
         load_model(path)
 
 
