@@ -76,13 +76,13 @@ def _time_line(report: Report) -> str:
 def _plot_errors(report: Report, path: Path) -> Path:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), sharex=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4), sharex=True)
     for axis, what in zip(axes, ("weight_error", "output_error"), strict=True):
         for name, values in report.errors(what).items():
             axis.plot(values, marker=".", label=name)
         axis.set(title=f"relative {what.replace('_', ' ')}", xlabel="layer", ylim=(0, None))
     axes[1].plot([layer["output_error"] for layer in report.layers], "k--", label="layer")
-    axes[1].legend(fontsize="small")
+    axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside, not over the curves
     figure.suptitle(report.scheme["name"])
     figure.tight_layout()
     figure.savefig(path, dpi=120)
