@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from atom.errors import UnsupportedError
+
 from .clock import PHASES
 from .report import Report
 
@@ -20,11 +22,19 @@ def report_table(report: Report) -> Any:
 
 
 def draw_plots(report: Report, directory: Path) -> list[Path]:
-    """Write the plots into `directory` and return their paths; none where no weight was quantized."""
+    """Write the plots into `directory` and return their paths; none where no weight was quantized.
+
+    Raises UnsupportedError where matplotlib is not installed.
+    """
     if not report.layers:
         return []
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        raise UnsupportedError(
+            "plots are drawn with the package matplotlib, which is not installed; pip install 'atom-serving[report]', "
+            "or read the table above"
+        ) from None
     matplotlib.use("Agg")
     directory.mkdir(parents=True, exist_ok=True)
     return [_plot_errors(report, directory / ERRORS_PLOT), _plot_energies(report, directory / ENERGIES_PLOT)]

@@ -1,7 +1,9 @@
 """The drawn report shows the numbers of the report."""
 
 import io
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from atom.calibration.config import CalibrationConfig
 from atom.calibration.drawing import draw_plots, report_table
 from atom.calibration.report import Report
 from atom.calibration.stream import quantize_model
-from atom.errors import CheckpointError
+from atom.errors import CheckpointError, UnsupportedError
 from atom.quant.presets import get_scheme
 
 Tiny = Callable[[str], Path]
@@ -33,6 +35,15 @@ def test_table_and_plots(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -
     pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
     for path in draw_plots(report, tmp_path / "plots"):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib(
+    tiny: Tiny, quick: CalibrationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = quantize_model(tiny("llama"), get_scheme("w4a16"), tmp_path / "out", replace(quick, gptq=False))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UnsupportedError, match=r"matplotlib, which is not installed; pip install"):
+        draw_plots(report, tmp_path / "plots")
 
 
 def test_a_copy_has_nothing_to_draw(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
