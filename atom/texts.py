@@ -1,4 +1,4 @@
-"""Rows of text from a local file: .txt, .jsonl or .parquet, each also gzipped (.gz).
+"""Rows of text from a local file (.txt, .jsonl or .parquet, each also gzipped as .gz) or a dataset on the hub.
 
 The rows of a .txt file are its lines with their line ends, blank lines being empty rows, exactly as the WikiText
 dataset on the hub cuts them: joined, they give the same tokens as the hub's copy.
@@ -8,9 +8,12 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from .errors import UnsupportedError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -24,7 +27,7 @@ def read_rows(path: Path) -> list[str]:
     """The rows of text of the file at `path`.
 
     Raises FileNotFoundError if there is none, and ValueError if its name does not say what it is, it is not UTF-8,
-    it is damaged, a row has no text, or no row holds any.
+    it is damaged, a row has no text, or no row holds any; UnsupportedError for parquet where pyarrow is not installed.
     """
     if not is_text_file(path.name):
         raise ValueError(
@@ -51,6 +54,29 @@ def read_text(path: Path) -> str:
     if path.name.removesuffix(".gz").endswith(".txt"):
         return "".join(row or "\n" for row in rows)  # a blank line was read as an empty row
     return "\n\n".join(rows)
+
+
+def read_hub_rows(name: str, dataset: Mapping[str, Any], max_rows: int | None = None) -> list[str]:
+    """The rows of text of a dataset on the hub: of a very large one the first `max_rows`, without fetching the rest.
+
+    name     what the user called it; dataset is what datasets.load_dataset takes
+    Raises UnsupportedError where `datasets` is not installed, or the dataset is out of reach.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UnsupportedError(
+            f"{name} is loaded with the package datasets, which is not installed; pip install datasets, or give a "
+            f"local copy as {name}=FILE"
+        ) from None
+    try:
+        rows = islice(datasets.load_dataset(**dataset, streaming=max_rows is not None), max_rows)
+        return [text_of(row, f"{name}, row {number}") for number, row in enumerate(rows, 1)]
+    except Exception as error:  # datasets raises whatever its transport does
+        raise UnsupportedError(
+            f"{name} could not be loaded from the hub ({type(error).__name__}: {error}); check the network, or give a "
+            f"local copy as {name}=FILE"
+        ) from error
 
 
 def _gunzip(raw: bytes, path: Path) -> bytes:
@@ -86,8 +112,13 @@ def _jsonl_rows(lines: io.StringIO, path: Path) -> Iterator[str]:
 
 
 def _parquet_rows(raw: bytes, path: Path) -> list[str]:
-    from pyarrow import ArrowException, parquet
-
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UnsupportedError(
+            f"{path} is read with the package pyarrow, which is not installed; pip install pyarrow, or give the text "
+            "as .txt or .jsonl"
+        ) from None
     try:
         rows = parquet.read_table(io.BytesIO(raw)).to_pylist()
     except (ArrowException, OSError) as error:

@@ -10,9 +10,10 @@ import torch
 from atom.models.kv import DenseKV
 from atom.models.loader import load_source
 from atom.models.source import Source, load_tokenizer
+from atom.models.tokens import leading_bos
 
 from .config import CalibrationConfig
-from .data import SELF, Windows, window_bos
+from .data import SELF, Windows
 
 MAX_WINDOWS_AT_ONCE = 32
 
@@ -20,7 +21,7 @@ MAX_WINDOWS_AT_ONCE = 32
 def sample_windows(source: Source, config: CalibrationConfig, device: torch.device) -> Windows:
     """`num_windows` windows [window_length] that the model samples from the seed."""
     model = load_source(source, device, torch.float32, "reference")
-    bos = window_bos(load_tokenizer(source.path))
+    bos = leading_bos(load_tokenizer(source.path))
     generator = torch.Generator(device).manual_seed(config.seed)
     parts = []
     with torch.no_grad():

@@ -8,31 +8,22 @@ only before the first ("text"), which some models (Gemma) do not survive.
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from atom.models.model import Model
+from atom.models.tokens import Tokenizer, encode_plain, leading_bos
 
 from .forward import check_fits, default_batch, hidden_states, logit_chunks
 from .texts import Text
 
 Bos = Literal["auto", "window", "text", "none"]
 DEFAULT_WINDOW = 2048
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    bos_token_id: int | None
-    name_or_path: str
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -79,11 +70,6 @@ class Perplexity:
     reference: str | None = None
 
 
-def begins_with_bos(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer puts BOS before a text of its own accord."""
-    return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-
-
 def make_windows(
     tokenizer: Tokenizer, text: Text, window: int = DEFAULT_WINDOW, bos: Bos = "auto", limit: int | None = None
 ) -> Windows:
@@ -95,13 +81,11 @@ def make_windows(
     if window < 2 or (limit is not None and limit < 1):
         raise ValueError(f"window={window}, limit={limit}: a window takes at least 2 tokens, a limit at least 1 window")
     if bos == "auto":
-        bos = "window" if begins_with_bos(tokenizer) else "none"
+        bos = "none" if leading_bos(tokenizer) is None else "window"
     if bos != "none" and tokenizer.bos_token_id is None:
         raise ValueError(f"the tokenizer has no BOS token, so bos={bos!r} cannot be; use bos='none'")
     start = [] if bos == "none" or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the text is longer than the model's context: it is cut right below
-        ids = tokenizer.encode(text.text, add_special_tokens=False)
+    ids = encode_plain(tokenizer, text.text)
     each = start if bos == "window" else []
     ids = (start if bos == "text" else []) + ids
     body = min(window - len(each), len(ids))

@@ -11,8 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from atom.errors import UnsupportedError
-from atom.texts import is_text_file, read_rows, read_text, text_of
+from atom.texts import is_text_file, read_hub_rows, read_rows, read_text
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ def load_text(name: str) -> Text:
     if file and known in PROTOCOLS:
         return _join(known, Path(file).name, read_rows(Path(file)), PROTOCOLS[known])
     if name in PROTOCOLS:
-        return _join(name, PROTOCOLS[name].hub["path"], _hub_rows(name), PROTOCOLS[name])
+        protocol = PROTOCOLS[name]
+        return _join(name, protocol.hub["path"], read_hub_rows(name, protocol.hub, protocol.max_rows), protocol)
     path = Path(name)
     if is_text_file(path.name):
         stem = path.name.removesuffix(".gz")
@@ -85,22 +85,3 @@ def _join(name: str, source: str, rows: Iterable[str], protocol: Protocol) -> Te
     if not text.strip():
         raise ValueError(f"{source} holds no text; give a file with running text")
     return Text(name, source, text)
-
-
-def _hub_rows(name: str) -> list[str]:
-    hub, protocol = PROTOCOLS[name].hub, PROTOCOLS[name]
-    try:
-        import datasets
-    except ImportError:
-        raise UnsupportedError(
-            f"--ppl {name} loads the text through the package datasets, which is not installed; "
-            f"pip install 'atom-serving[eval]', or give a local copy as {name}=FILE"
-        ) from None
-    try:
-        rows = datasets.load_dataset(**hub, streaming=protocol.max_rows is not None)
-        return [text_of(row, f"{name}, row {number}") for number, row in enumerate(islice(rows, protocol.max_rows), 1)]
-    except Exception as error:  # datasets raises whatever its transport does
-        raise UnsupportedError(
-            f"{name} could not be loaded from the hub ({type(error).__name__}: {error}); "
-            f"check the network, or give a local copy as {name}=FILE"
-        ) from error

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from atom.errors import UnsupportedError
 from atom.texts import read_rows
 
 ROWS = ["first row", "second\u2028row \x0c with odd breaks", "third"]
@@ -56,6 +58,12 @@ def test_the_only_string_of_a_row_is_its_text(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_rows(write(tmp_path / name, data))
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UnsupportedError, match=r"a\.parquet is read with the package pyarrow.*pip install pyarrow, or"):
+        read_rows(write(tmp_path / "a.parquet", b"PAR1"))
 
 
 def test_truncated_gzip_and_missing_file(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
 from .family import family_of
+from .tokens import leading_bos
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ def _write(path: Path, header: GgufHeader, out: Path) -> None:
 
 def begin_with_bos_(tokenizer: Any) -> None:
     """Make a fast tokenizer begin every text with BOS, as the file says; some transformers forget it (seen: 5.17)."""
-    if tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]:
+    if leading_bos(tokenizer) is not None:
         return
     from tokenizers.processors import TemplateProcessing
 

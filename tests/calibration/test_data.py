@@ -101,7 +101,9 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(CalibrationError, match=r"wikitext2 could not be loaded.*no route.*local text file, or `self`"):
+    with pytest.raises(
+        CalibrationError, match=r"wikitext2 could not be loaded.*no route.*local copy as wikitext2=FILE, or `self`"
+    ):
         load_windows("wikitext2", ByteTokenizer(), 1, 10, 0)
 
 

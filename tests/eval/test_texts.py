@@ -28,7 +28,7 @@ def test_unknown_and_missing(tmp_path: Path) -> None:
 
 def test_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UnsupportedError, match=r"pip install 'atom-serving\[eval\]', or give a local copy as ptb=FILE"):
+    with pytest.raises(UnsupportedError, match=r"pip install datasets, or give a local copy as ptb=FILE"):
         load_text("ptb")
 
 
