@@ -65,12 +65,30 @@ def _run(name: str, arguments: list[str], as_json: bool) -> int:
     except (AtomError, ValueError, OSError) as error:
         print(f"atom {name}: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"atom {name}: {_OUT_OF_MEMORY.format(error=str(error).partition('.')[0] or 'host')}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"atom {name}: interrupted", file=sys.stderr)
         return 1
     if as_json:
         print(json.dumps(result, default=str), flush=True)
     return 0
+
+
+_OUT_OF_MEMORY = (
+    "out of memory ({error}); `atom check` says what a model needs: take smaller batches (--batch-size, "
+    "--batch-tokens), --offload on for atom quantize, a scheme of fewer bits, or another device"
+)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's memory (torch.OutOfMemoryError), or the host's: torch's allocator has no type of its own for it."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _overview() -> str:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from atom.cli import COMMANDS, main
+from atom.commands import quantize
 
 Tiny = Callable[[str], Path]
 
@@ -108,3 +110,46 @@ def test_check_names_what_a_gpu_would_run(atom: Atom, tiny: Tiny) -> None:
     assert code == 0 and rows
     assert all(row["runs"] or row["why"] for row in rows)
     assert all(set(row["bound_us"]) == {"1", "64", "2048"} for row in rows)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        MemoryError(),
+    ],
+    ids=["gpu", "host", "python"],
+)
+def test_out_of_memory_is_no_traceback(error: Exception, atom: Atom, tmp_path: Path, monkeypatch: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(quantize, "run", fail)
+    code, _, err = atom("quantize", tmp_path)
+    assert code == 1 and "out of memory (" in err and "take smaller batches" in err
+
+
+def test_our_own_bug_is_a_traceback(atom: Atom, tmp_path: Path, monkeypatch: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(quantize, "run", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        atom("quantize", tmp_path)
+
+
+def test_progress_stays_off_stdout(
+    atom: Atom, tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even on a terminal, which rich is told here that it writes to, where progress is drawn."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, out, err = atom("eval", tiny("llama"), "--ppl", text_file, "--limit", 1, "--json")
+    assert code == 0 and last_json(out)["model"] == str(tiny("llama"))
+    assert "loading" in err and "loading" not in out
+    options = ["--calib", text_file, "--windows", 4, "--window-length", 32, "--scheme", "w4a16", "--no-gptq"]
+    code, out, err = atom("quantize", tiny("llama"), *options, "-o", tmp_path / "out", "--json")
+    assert code == 0 and last_json(out)["output"] == str(tmp_path / "out")
+    assert "layer 2" in err and "layer 2" not in out

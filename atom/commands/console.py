@@ -1,5 +1,6 @@
-"""The terminal that commands print to: tables and progress on stderr's side of the screen, results on stdout."""
+"""The terminal that commands print to: results on stdout, progress on stderr."""
 
 from rich.console import Console
 
 console = Console()
+progress_console = Console(stderr=True)

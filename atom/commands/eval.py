@@ -8,14 +8,14 @@ from typing import Any
 from atom.eval.run import EvalConfig as Options
 from atom.eval.run import evaluate
 
-from .console import console
+from .console import console, progress_console
 
 __all__ = ["Options", "run"]
 
 
 def run(options: Options) -> dict[str, Any]:
     """Print the results' table; returns the numbers alone."""
-    with console.status("loading") as status:
+    with progress_console.status("loading") as status:
 
         def show(text: str, done: int, count: int, perplexity: float) -> None:
             status.update(f"{text}: window {done} of {count}, perplexity {perplexity:.4f}")
