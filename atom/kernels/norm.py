@@ -12,10 +12,15 @@ from .refusals_sm90 import refuses_producer
 from .registry import Implementation, Op
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32; the caller adds 1 to Gemma's weights."""
+def normalize(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32 whatever the dtype of x (arXiv:1910.07467)."""
     x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """normalize(x) * weight, in float32; the caller adds 1 to Gemma's weights."""
+    return normalize(x, eps) * weight.float()
 
 
 def rms_norm_quantize_reference(

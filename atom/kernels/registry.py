@@ -107,6 +107,3 @@ def device_arch(device: Any) -> str:
         raise UnsupportedError(f"device {device} is neither cpu nor cuda; use one of these")
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
-
-
-GPU_ARCHS = {"h200": "sm_90", "h100": "sm_90", "b200": "sm_100", "rtx5090": "sm_120", "a100": "sm_80", "cpu": "cpu"}

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..kernels.norm import normalize, rms_norm
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * (weight + offset); offset 0 for most families, 1 for Gemma.
@@ -19,11 +21,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> the same shape and dtype."""
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         if self.offset:
-            return (x32 * self.gain()).to(x.dtype)
-        return self.weight * x32.to(x.dtype)
+            return rms_norm(x, self.gain(), self.eps).to(x.dtype)
+        return self.weight * normalize(x, self.eps).to(x.dtype)
 
     def gain(self) -> Tensor:
         """What the normalised input is multiplied by: [size], float32."""

@@ -7,7 +7,7 @@ from atom.kernels.activation import PERMUTE_QUANTIZE
 from atom.kernels.gated import GATED_QUANTIZE
 from atom.kernels.linear import LINEAR
 from atom.kernels.norm import RMS_NORM_QUANTIZE
-from atom.kernels.registry import GPU_ARCHS, Implementation, Op, Problem, device_arch
+from atom.kernels.registry import Implementation, Op, Problem, device_arch
 
 OPS = (LINEAR, RMS_NORM_QUANTIZE, PERMUTE_QUANTIZE, GATED_QUANTIZE)
 
@@ -62,7 +62,7 @@ def test_a_refused_implementation_is_never_imported() -> None:
 
 
 @pytest.mark.parametrize("each", OPS, ids=lambda o: o.name)
-@pytest.mark.parametrize("arch", sorted(set(GPU_ARCHS.values())))
+@pytest.mark.parametrize("arch", ["cpu", "sm_80", "sm_90", "sm_100", "sm_120"])
 def test_every_op_answers_for_every_gpu(each: Op, arch: str) -> None:
     """A choice, or words: no problem makes a refusal fail. (What is chosen is not imported here.)"""
     problem = Problem(arch, N=64, K=64)
