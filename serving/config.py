@@ -1,0 +1,63 @@
+"""The scheduler's limits, as one frozen value."""
+
+from dataclasses import dataclass, fields
+
+MAX_PRIORITY = 100
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of the engine; the first four follow from the model and the memory, the rest have defaults.
+
+    Raises ValueError for limits that contradict each other.
+    """
+
+    vocab_size: int
+    """Token ids of a request lie below it."""
+    max_model_len: int
+    """Tokens of a sequence, prompt and output together."""
+    num_blocks: int
+    """KV blocks of the cache."""
+    block_size: int = 16
+    """Tokens of a KV block."""
+    max_num_seqs: int = 256
+    """Sequences that run at once."""
+    max_num_batched_tokens: int = 8192
+    """Tokens of one step, over all sequences; a longer prompt is computed in chunks."""
+    prefix_cache: bool = True
+    """Keep the blocks of finished sequences and reuse them for equal prefixes."""
+    watermark: float = 0.01
+    """Share of the blocks that stays free when a sequence is admitted beside others, for those to grow into."""
+    patience_steps: int = 256
+    """Steps that one level of priority is worth: a request never waits for later ones beyond this."""
+    max_waiting_requests: int = 1024
+    """Requests that may wait for their first step; further ones are refused for now."""
+    max_waiting_tokens: int = 2**21
+    """Prompt tokens of those requests together; one request alone may always wait."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}; raise it.")
+        if not 0 <= self.watermark < 1:
+            raise ValueError(f"watermark must be at least 0 and below 1, got {self.watermark}; use 0.01.")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens must be at least max_num_seqs = {self.max_num_seqs}, so that every running "
+                f"sequence can decode in every step, got {self.max_num_batched_tokens}; raise it or lower max_num_seqs."
+            )
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the whole cache holds."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence, in tokens: the last one is sampled and never stored."""
+        return min(self.max_model_len, self.cache_tokens + 1)
+
+    @property
+    def watermark_blocks(self) -> int:
+        return int(self.num_blocks * self.watermark)

@@ -1,0 +1,18 @@
+"""The two ways in which serving says no before a request is admitted."""
+
+from atom.errors import AtomError
+
+
+class InvalidRequestError(AtomError, ValueError):
+    """A request that can never be served as it stands; HTTP 400.
+
+    field  the part of the request that is wrong, as a client spells it: "max_tokens", "prompt"
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class QueueFullError(AtomError):
+    """A request that could be served, but not now: the queue is at its limit; HTTP 429 with Retry-After."""
