@@ -1,0 +1,179 @@
+"""A step as the scheduler describes it and a runner executes it.
+
+The runner keeps a little state per lane, 0 ... max_num_seqs - 1: sampling parameters, counts for penalties, and the
+token that was sampled last. A sequence has one lane from its admission to its end or preemption. Because a decode's
+input may be a token that the step before is still sampling, the batch says where: `token_ids[pending]` are to be taken
+from the last tokens of `pending_lanes`, on the device, in the order of the steps.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .sequence import Sequence
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sequence's part of a step: the tokens at positions start ... end - 1."""
+
+    sequence: Sequence
+    lane: int
+    epoch: int  # of the sequence when this was scheduled
+    start: int
+    end: int
+    samples: bool  # its last token's logits give the sequence's next token
+    masks_stop: bool  # EOS and stop token ids must not be sampled yet
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arrays of a step of T tokens from B sequences, S of which sample; decodes come first.
+
+    token_ids      int32 [T]       0 where pending
+    pending        int32 [P]       indices into token_ids whose token is the last one of ...
+    pending_lanes  int32 [P]       ... these lanes
+    positions      int32 [T]
+    slots          int64 [T]       where keys and values go: block * block_size + place within the block
+    cu_seqlens_q   int32 [B + 1]   tokens of sequence b are cu_seqlens_q[b] ... cu_seqlens_q[b + 1] - 1
+    seqlens_k      int32 [B]       tokens to attend over, this step's included
+    block_tables   int32 [B, max blocks]   rows are filled with 0 beyond ceil(seqlens_k / block_size)
+    lanes          int32 [B]
+    sample_rows    int32 [S]       indices into the T tokens, in the order in which results are handed back
+    sample_lanes   int32 [S]
+    masks_stop     bool  [S]       the lane's EOS and stop token ids must not be sampled yet
+    num_decodes    leading sequences that have one token each, a sampled one
+    """
+
+    token_ids: Int32
+    pending: Int32
+    pending_lanes: Int32
+    positions: Int32
+    slots: Int64
+    cu_seqlens_q: Int32
+    seqlens_k: Int32
+    block_tables: Int32
+    lanes: Int32
+    sample_rows: Int32
+    sample_lanes: Int32
+    masks_stop: NDArray[np.bool_]
+    num_decodes: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.lanes)
+
+    @property
+    def max_seqlen_q(self) -> int:
+        return int(np.diff(self.cu_seqlens_q).max())
+
+    @property
+    def max_seqlen_k(self) -> int:
+        return int(self.seqlens_k.max())
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to execute, in the order of `number`, on one stream.
+
+    admitted  sequences that got a lane in this step: their sampling state is to be loaded before it runs, with the
+              tokens they have already (more than the prompt after a preemption)
+    """
+
+    number: int
+    entries: tuple[Entry, ...]
+    admitted: tuple[Sequence, ...]
+    batch: Batch
+
+
+class LaneTables:
+    """Block tables by lane, kept as one array so that a batch gathers its rows at once."""
+
+    def __init__(self, num_lanes: int, max_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self._tables = np.zeros((num_lanes, max_blocks), dtype=np.int32)
+        self._lengths = [0] * num_lanes  # blocks written
+        self._free = list(reversed(range(num_lanes)))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free lane, its table empty."""
+        lane = self._free.pop()
+        self._lengths[lane] = 0
+        return lane
+
+    def give_back(self, lane: int) -> None:
+        assert lane not in self._free, f"lane {lane} is free already"
+        self._free.append(lane)
+
+    def extend(self, lane: int, table: SequenceOf[int]) -> None:
+        """Write those blocks of a sequence's table that are new since the last call."""
+        written = self._lengths[lane]
+        if written < len(table):
+            self._tables[lane, written : len(table)] = table[written:]
+            self._lengths[lane] = len(table)
+
+    def build(self, entries: SequenceOf[Entry], num_decodes: int) -> Batch:
+        """The arrays of a step; the tables of its lanes must be up to date."""
+        starts = np.array([e.start for e in entries], dtype=np.int32)
+        ends = np.array([e.end for e in entries], dtype=np.int32)
+        lanes = np.array([e.lane for e in entries], dtype=np.int32)
+        counts = ends - starts
+        cu_seqlens_q = np.zeros(len(entries) + 1, dtype=np.int32)
+        np.cumsum(counts, out=cu_seqlens_q[1:])
+        owner = np.repeat(np.arange(len(entries)), counts)  # [T]
+        positions = np.arange(cu_seqlens_q[-1], dtype=np.int32) + (starts - cu_seqlens_q[:-1])[owner]
+        blocks = self._tables[lanes[owner], positions // self.block_size].astype(np.int64)
+        num_blocks = -(-ends // self.block_size)
+        block_tables = self._tables[lanes, : num_blocks.max()]
+        block_tables[np.arange(block_tables.shape[1]) >= num_blocks[:, None]] = 0  # a copy: lanes indexed it
+        token_ids, pending = _tokens(entries, len(owner))
+        samples = np.array([e.samples for e in entries], dtype=np.bool_)
+        return Batch(
+            token_ids=token_ids,
+            pending=pending,
+            pending_lanes=lanes[owner[pending]],
+            positions=positions,
+            slots=blocks * self.block_size + positions % self.block_size,
+            cu_seqlens_q=cu_seqlens_q,
+            seqlens_k=ends,
+            block_tables=block_tables,
+            lanes=lanes,
+            sample_rows=cu_seqlens_q[1:][samples] - 1,
+            sample_lanes=lanes[samples],
+            masks_stop=np.array([e.masks_stop for e in entries if e.samples], dtype=np.bool_),
+            num_decodes=num_decodes,
+        )
+
+
+def _tokens(entries: Iterable[Entry], total: int) -> tuple[Int32, Int32]:
+    """Token ids [total], 0 where not known yet, and the indices of those."""
+    tokens: list[int] = []
+    pending: list[int] = []
+    for entry in entries:
+        known = entry.sequence.token_ids
+        if entry.end <= len(known):
+            tokens += known[entry.start : entry.end]
+        else:  # a decode whose input is being sampled
+            assert entry.num_tokens == 1
+            pending.append(len(tokens))
+            tokens.append(0)
+    assert len(tokens) == total
+    return np.array(tokens, dtype=np.int32), np.array(pending, dtype=np.int32)

@@ -1,0 +1,332 @@
+"""Which tokens of which sequences the next step computes.
+
+A step is put together in three passes: one token for each decoding sequence, then the next chunk of each prompt under
+way, then new sequences while lanes, blocks and tokens last. Everything goes by `Sequence.order`: the step in which a
+request arrived, shifted by its priority. It never changes, so what arrives later passes a request only by its priority,
+and only for as many steps as that is worth; the queue's head is never passed.
+
+A sequence gets blocks for all its known tokens when it is admitted, and one more whenever its decoding fills the last.
+If there is none, the last sequence in order is preempted: it gives up its blocks and lane, waits, and is computed
+again (cheaply, where the prefix cache kept its blocks). The first in order is never preempted for another, and alone it
+fits, so it always ends: that is why no request waits for ever.
+
+`schedule` may be called again before the tokens of earlier steps are known; `update` brings them, step by step. The
+runner must execute steps in order on one stream: a block that was freed may be written by the very next step.
+"""
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from operator import attrgetter
+
+from .batch import Entry, LaneTables, Step
+from .block_manager import BlockManager
+from .config import SchedulerConfig
+from .errors import InvalidRequestError, QueueFullError
+from .prefix import PrefixHasher
+from .request import FinishReason, Request
+from .sequence import Output, Sequence
+from .stats import Stats
+
+_order = attrgetter("order")
+
+
+class Scheduler:
+    """Requests in, steps out. Not thread-safe: one thread owns it.
+
+    hash_key  makes the prefix cache's digests reproducible; drawn at random without
+    """
+
+    def __init__(self, config: SchedulerConfig, hash_key: bytes | None = None) -> None:
+        self.config = config
+        self.blocks = BlockManager(config.num_blocks, config.block_size, config.prefix_cache)
+        self._lanes = LaneTables(
+            config.max_num_seqs, self.blocks.blocks_for(config.max_sequence_tokens), config.block_size
+        )
+        self._hasher = PrefixHasher(config.block_size, hash_key)
+        self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences of each
+        self._waiting: list[Sequence] = []  # both sorted by order
+        self._running: list[Sequence] = []
+        self._in_flight: deque[Step] = deque()
+        self._new_seqs = 0  # waiting sequences that never ran, and their prompt tokens
+        self._new_tokens = 0
+        self._arrivals = 0
+        self._steps = 0
+        self._preemptions = 0
+        self._finished = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request has not ended; `schedule` may still have to wait for an `update`."""
+        return bool(self._requests)
+
+    @property
+    def in_flight(self) -> int:
+        """Steps that were scheduled and not updated."""
+        return len(self._in_flight)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises InvalidRequestError if it can never be served, QueueFullError if too many wait already.
+        """
+        if request.request_id in self._requests:
+            raise InvalidRequestError(
+                "request_id", f"request_id {request.request_id!r} is in use; give every request an id of its own."
+            )
+        max_tokens = request.max_tokens(self.config)
+        n = request.params.n
+        self._check_room(n, n * len(request.prompt_token_ids))
+        arrival = self._steps + request.priority * self.config.patience_steps
+        sequences = []
+        for index in range(n):
+            sequence = Sequence(self._arrivals, request, index, max_tokens, (arrival, self._arrivals))
+            self._arrivals += 1
+            sequences.append(sequence)
+            insort(self._waiting, sequence, key=_order)
+        self._requests[request.request_id] = sequences
+        self._new_seqs += n
+        self._new_tokens += n * len(request.prompt_token_ids)
+
+    def abort(self, request_id: str) -> list[Output]:
+        """End a request at whatever stage it is; nothing happens if there is no such request (any more)."""
+        return [self._end(s, FinishReason.ABORT) for s in tuple(self._requests.get(request_id, ()))]
+
+    def stop(self, request_id: str, index: int) -> list[Output]:
+        """End one sample because a stop string was found in its text; nothing happens if it has ended already."""
+        return [self._end(s, FinishReason.STOP) for s in tuple(self._requests.get(request_id, ())) if s.index == index]
+
+    def fail(self) -> list[Output]:
+        """End all sequences that steps in flight belong to, or may have damaged, because one of those steps failed.
+
+        Steps in flight are forgotten (an `update` with one of them changes nothing), and so is the prefix cache.
+        Sequences that only wait are not touched.
+        """
+        lost = [*self._running, *(s for s in self._waiting if s.pending)]
+        self._in_flight.clear()
+        outputs = [self._end(s, FinishReason.ERROR) for s in lost]
+        self.blocks.reset_cache()
+        return outputs
+
+    def schedule(self) -> Step | None:
+        """The next step; None if there is nothing to compute before an update, or at all."""
+        preemptions = self._preemptions
+        decodes = self._plan_decodes()
+        budget = self.config.max_num_batched_tokens - len(decodes)
+        plan = [(s, s.scheduled + 1) for s in decodes]
+        for sequence in self._running:
+            if budget and not sequence.is_decode and not sequence.is_sampled_out:
+                end = min(sequence.length, sequence.scheduled + budget)
+                budget -= end - sequence.scheduled
+                plan.append((sequence, end))
+        admitted = []
+        while budget and self._preemptions == preemptions and self._admit():
+            sequence = self._waiting.pop(0)
+            insort(self._running, sequence, key=_order)
+            end = min(sequence.length, sequence.scheduled + budget)
+            budget -= end - sequence.scheduled
+            plan.append((sequence, end))
+            admitted.append(sequence)
+        if not plan:
+            return None
+        entries = tuple(self._entry(sequence, end) for sequence, end in plan)
+        step = Step(self._steps, entries, tuple(admitted), self._lanes.build(entries, len(decodes)))
+        self._steps += 1
+        self._in_flight.append(step)
+        return step
+
+    def update(self, step: Step, token_ids: SequenceOf[int]) -> list[Output]:
+        """Take the tokens that a step sampled, in the order of `step.batch.sample_rows`; steps come in order.
+
+        Returns the news for the front end. Tokens of sequences that have ended since are dropped.
+        """
+        if not self._in_flight or step.number < self._in_flight[0].number:
+            return []  # forgotten by fail()
+        assert self._in_flight.popleft() is step, "steps must be updated in the order in which they were scheduled"
+        assert len(token_ids) == len(step.batch.sample_rows), "one token for each sequence that samples"
+        tokens = iter(token_ids)
+        outputs = []
+        for entry in step.entries:
+            token = int(next(tokens)) if entry.samples else None
+            sequence = entry.sequence
+            if sequence.is_finished:
+                continue
+            if token is not None:
+                sequence.pending -= 1
+                sequence.append(token)
+            if sequence.lane is not None and sequence.epoch == entry.epoch:  # not preempted since
+                sequence.computed = entry.end
+                self._register(sequence)
+            if token is not None:
+                outputs.append(sequence.output((token,)))
+                if sequence.is_finished:
+                    self._remove(sequence)
+        return outputs
+
+    def stats(self) -> Stats:
+        return Stats(
+            waiting=len(self._waiting),
+            waiting_tokens=self._new_tokens,
+            running=len(self._running),
+            in_flight=len(self._in_flight),
+            blocks=self.config.num_blocks,
+            used_blocks=self.blocks.num_used,
+            cached_blocks=self.blocks.num_cached,
+            num_steps=self._steps,
+            num_preemptions=self._preemptions,
+            num_evictions=self.blocks.num_evictions,
+            num_prefix_queries=self._prefix_queries,
+            num_prefix_hits=self._prefix_hits,
+            num_finished=self._finished,
+        )
+
+    def check(self) -> None:
+        """Assert what must hold between any two calls; what breaks it is a bug here."""
+        self.blocks.check()
+        running, waiting = self._running, self._waiting
+        live = {s.sequence_id for sequences in self._requests.values() for s in sequences}
+        assert live == {s.sequence_id for s in (*running, *waiting)}, "a sequence is lost or outlived its request"
+        assert len(live) == len(running) + len(waiting), "a sequence is queued twice"
+        assert all(self._requests.values()), "a request without sequences is kept"
+        for queue in (running, waiting):
+            assert queue == sorted(queue, key=_order), "a queue is out of order"
+        assert len({s.lane for s in running}) == len(running) == self.config.max_num_seqs - self._lanes.num_free
+        new = [s for s in waiting if s.epoch == 0]
+        assert (self._new_seqs, self._new_tokens) == (len(new), sum(s.num_prompt for s in new))
+        assert all(s.lane is None for s in waiting), "a waiting sequence has a lane"
+        assert self.blocks.num_used == len({b for s in running for b in self.blocks.table(s.sequence_id)})
+        for sequence in running:
+            assert not sequence.is_finished and sequence.computed <= sequence.scheduled <= sequence.length
+            table = self.blocks.table(sequence.sequence_id)
+            assert len(table) >= self.blocks.blocks_for(sequence.scheduled), "a scheduled token has no block"
+            for block in table[sequence.scheduled // self.config.block_size :]:
+                alone = self.blocks.references(block) == 1 and not self.blocks.is_registered(block)
+                assert alone, "a block that will be written is shared"
+
+    def _check_room(self, seqs: int, tokens: int) -> None:
+        """Refuse what would overflow the queue; a request that finds it empty may always wait."""
+        config = self.config
+        if self._new_seqs and self._new_seqs + seqs > config.max_waiting_requests:
+            raise QueueFullError(
+                f"{self._new_seqs} requests wait already, at most {config.max_waiting_requests} may; try again later, "
+                "or serve with a larger max_waiting_requests."
+            )
+        if self._new_seqs and self._new_tokens + tokens > config.max_waiting_tokens:
+            raise QueueFullError(
+                f"{self._new_tokens} prompt tokens wait already, at most {config.max_waiting_tokens} may, got {tokens} "
+                "more; try again later, or serve with a larger max_waiting_tokens."
+            )
+
+    def _plan_decodes(self) -> list[Sequence]:
+        """The sequences that decode in this step, each with a block for its token; preempts to get there."""
+        decodes = []
+        for sequence in tuple(self._running):
+            if sequence.lane is None or not sequence.is_decode or sequence.is_sampled_out:
+                continue
+            while not self.blocks.append(sequence.sequence_id, sequence.length):
+                victim = self._running[-1]  # not before `sequence` in order, so not in `decodes`
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+            else:
+                decodes.append(sequence)
+        return decodes
+
+    def _admit(self) -> bool:
+        """Give the head of the queue a table and a lane, if it may run now; it stays in the queue."""
+        if not self._waiting or not self._lanes.num_free:
+            return False
+        sequence = self._waiting[0]
+        if sequence.pending:  # preempted while its next token is being sampled: wait for that
+            return False
+        size, config = self.config.block_size, self.config
+        reserve = config.watermark_blocks if self._running else 0
+        digests = self._digests(sequence)
+        # full blocks that all samples of a request have in common
+        shared = 0 if sequence.computes_prompt else (sequence.num_prompt - 1) // size
+        siblings = [s for s in self._requests[sequence.request.request_id] if s.lane is not None]
+        if siblings and self.blocks.find(digests) < shared:
+            source = next((s for s in siblings if s.scheduled >= shared * size), None)
+            if source is None:  # another sample is computing what this one will share
+                return False
+            cached = self.blocks.fork(source.sequence_id, sequence.sequence_id, shared, sequence.length, reserve)
+        else:
+            cached = self.blocks.allocate(sequence.sequence_id, sequence.length, digests, reserve)
+        if cached is None:
+            return False
+        if sequence.epoch == 0:
+            sequence.cached_tokens = cached
+            self._new_seqs -= 1
+            self._new_tokens -= sequence.num_prompt
+        sequence.epoch += 1
+        sequence.scheduled = sequence.computed = cached
+        sequence.registered = cached // size
+        sequence.lane = self._lanes.take()
+        self._prefix_queries += sequence.length
+        self._prefix_hits += cached
+        return True
+
+    def _digests(self, sequence: Sequence) -> list[bytes]:
+        """What to look up in the prefix cache: at least the last token is left to compute, for its logits."""
+        if not self.config.prefix_cache or sequence.computes_prompt:
+            return []
+        self._hasher.extend(sequence.digests, sequence.token_ids, sequence.request.cache_salt)
+        return sequence.digests[: (sequence.length - 1) // self.config.block_size]
+
+    def _entry(self, sequence: Sequence, end: int) -> Entry:
+        """Note that a step computes the sequence up to `end`."""
+        assert sequence.lane is not None
+        self._lanes.extend(sequence.lane, self.blocks.table(sequence.sequence_id))
+        samples = end == sequence.length
+        number = sequence.length - sequence.num_prompt + 1  # of the output token that it would sample
+        masks_stop = number < sequence.params.min_tokens
+        entry = Entry(sequence, sequence.lane, sequence.epoch, sequence.scheduled, end, samples, masks_stop)
+        sequence.scheduled = end
+        sequence.pending += samples
+        return entry
+
+    def _register(self, sequence: Sequence) -> None:
+        """Offer the sequence's computed full blocks to the prefix cache."""
+        full = sequence.computed // self.config.block_size
+        if self.config.prefix_cache and full > sequence.registered:
+            self._hasher.extend(sequence.digests, sequence.token_ids, sequence.request.cache_salt)
+            for index in range(sequence.registered, full):
+                self.blocks.register(sequence.sequence_id, index, sequence.digests[index])
+            sequence.registered = full
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.scheduled = sequence.computed = sequence.registered = 0
+        sequence.num_preemptions += 1
+        self._preemptions += 1
+        insort(self._waiting, sequence, key=_order)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take a sequence out of the running ones, with its blocks and lane."""
+        assert sequence.lane is not None
+        del self._running[bisect_left(self._running, sequence.order, key=_order)]
+        self.blocks.free(sequence.sequence_id)
+        self._lanes.give_back(sequence.lane)
+        sequence.lane = None
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> Output:
+        sequence.finish_reason = reason
+        self._remove(sequence)
+        return sequence.output(())
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Forget a finished sequence, wherever it is."""
+        if sequence.lane is not None:
+            self._release(sequence)
+        else:
+            del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
+            if sequence.epoch == 0:
+                self._new_seqs -= 1
+                self._new_tokens -= sequence.num_prompt
+        siblings = self._requests[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request.request_id]
+        self._finished += 1

@@ -1,0 +1,106 @@
+"""A sequence: the tokens of one sample, and how far steps have come with them.
+
+    token_ids   known tokens: the prompt, then what was sampled and has come back
+    pending     tokens that scheduled steps will sample and that have not come back
+    scheduled   leading tokens whose keys and values scheduled steps have computed or will compute
+    computed    those of them whose steps have come back
+
+A sequence lacks the steps for `length - scheduled` tokens, where length = len(token_ids) + pending: a whole prompt at
+first, one token in decode, all of it again after a preemption.
+"""
+
+from dataclasses import dataclass
+
+from .request import FinishReason, Request
+
+
+@dataclass(frozen=True)
+class Output:
+    """News of one sequence: what `Scheduler.update` hands to the front end.
+
+    token_ids      new tokens, in order; an EOS or stop token that ended the sequence is among them
+    finish_reason  None while it runs; no output follows one that has a reason
+    stop_token     the EOS or stop token id that ended it
+    cached_tokens  prompt tokens that came from the prefix cache when it was first admitted
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    cached_tokens: int = 0
+
+
+class Sequence:
+    """State of one sample of a request; only the scheduler changes it."""
+
+    def __init__(self, sequence_id: int, request: Request, index: int, max_tokens: int, order: tuple[int, int]) -> None:
+        self.sequence_id = sequence_id
+        self.request = request
+        self.params = request.params
+        self.index = index
+        self.max_tokens = max_tokens
+        self.order = order  # (virtual arrival in steps, number of arrival); lower is served first
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt = len(self.token_ids)
+        self.stop_token_ids = frozenset(self.params.stop_token_ids) | (
+            frozenset() if self.params.ignore_eos else frozenset(request.eos_token_ids)
+        )
+        self.digests: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
+        self.registered = 0  # leading blocks of the current table that were offered to the prefix cache
+        self.pending = 0
+        self.scheduled = 0
+        self.computed = 0
+        self.lane: int | None = None  # row of the runner's per-sequence state while running
+        self.epoch = 0  # admissions so far: tells a step's entries from before a preemption
+        self.cached_tokens = 0
+        self.num_preemptions = 0
+        self.finish_reason: FinishReason | None = None
+        self.stop_token: int | None = None
+
+    def __repr__(self) -> str:
+        state = self.finish_reason or ("waiting" if self.lane is None else "running")
+        return f"Sequence({self.request.request_id!r}[{self.index}], {self.scheduled}/{self.length} tokens, {state})"
+
+    @property
+    def length(self) -> int:
+        """Tokens, those that are pending included."""
+        return len(self.token_ids) + self.pending
+
+    @property
+    def num_output(self) -> int:
+        """Sampled tokens that have come back."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def is_decode(self) -> bool:
+        """One sampled token is all that is left to compute."""
+        return self.length - self.scheduled == 1 and self.length > self.num_prompt
+
+    @property
+    def is_sampled_out(self) -> bool:
+        """Scheduled steps sample its last token already."""
+        return self.length - self.num_prompt >= self.max_tokens
+
+    @property
+    def computes_prompt(self) -> bool:
+        """Every prompt token must run through the model, cached or not: their logprobs are wanted, once a request."""
+        return self.params.prompt_logprobs is not None and self.index == 0 and not self.num_output
+
+    def append(self, token: int) -> None:
+        """Take a token that came back; sets `finish_reason` if it is the last."""
+        self.token_ids.append(token)
+        if token in self.stop_token_ids and self.num_output >= max(1, self.params.min_tokens):
+            self.finish_reason, self.stop_token = FinishReason.STOP, token
+        elif self.num_output >= self.max_tokens:
+            self.finish_reason = FinishReason.LENGTH
+
+    def output(self, token_ids: tuple[int, ...]) -> Output:
+        return Output(
+            self.request.request_id, self.index, token_ids, self.finish_reason, self.stop_token, self.cached_tokens
+        )

@@ -1,0 +1,22 @@
+"""What the scheduler can be asked about itself; the source of the engine's metrics."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Gauges of this moment, and counters since the start (`num_...`)."""
+
+    waiting: int  # sequences, preempted ones included
+    waiting_tokens: int  # prompt tokens of those that never ran
+    running: int  # sequences
+    in_flight: int  # steps
+    blocks: int
+    used_blocks: int
+    cached_blocks: int  # free, with a known prefix
+    num_steps: int
+    num_preemptions: int
+    num_evictions: int  # of cached blocks
+    num_prefix_queries: int  # tokens that were looked up in the prefix cache
+    num_prefix_hits: int  # tokens that were found there, or shared with another sample
+    num_finished: int  # sequences, for any reason

@@ -1,0 +1,167 @@
+"""A model without weights, run through a batch's arrays as a device would run it.
+
+Its memory holds, for every slot, the token that was written there and its position. The next token of a sequence is a
+checksum of the tokens that attention finds through the block table, so a wrong block, slot, position or length shows in
+the output (or at once, in an assertion). It runs steps when they are launched and hands the tokens back later.
+"""
+
+import zlib
+from array import array
+from collections import deque
+
+import numpy as np
+
+from atom.serving.batch import Batch, Step
+from atom.serving.request import Request
+from atom.serving.scheduler import Scheduler
+from atom.serving.sequence import Output, Sequence
+
+VOCAB = 24
+
+
+def next_token(tokens: list[int], index: int, forbidden: frozenset[int]) -> int:
+    """The fake model's word: a token after these, for sample `index`, none of the forbidden ones."""
+    token = zlib.crc32(array("q", [index, *tokens]).tobytes()) % VOCAB
+    while token in forbidden:
+        token = (token + 1) % VOCAB
+    return token
+
+
+def expected_output(request: Request, index: int, max_tokens: int) -> list[int]:
+    """What the request's sample must yield, from the definition and not from a scheduler."""
+    params, tokens, output = request.params, list(request.prompt_token_ids), []
+    stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(request.eos_token_ids))
+    while len(output) < max_tokens:
+        forbidden = stops if len(output) + 1 < params.min_tokens else frozenset()
+        output.append(next_token(tokens + output, index, forbidden))
+        if output[-1] in stops:
+            break
+    return output
+
+
+class FakeRunner:
+    def __init__(self, num_blocks: int, block_size: int, num_lanes: int) -> None:
+        self.block_size = block_size
+        self.tokens = np.full(num_blocks * block_size, -1)
+        self.positions = np.full(num_blocks * block_size, -1)
+        self.last = [-1] * num_lanes
+        self.occupants: list[Sequence | None] = [None] * num_lanes
+
+    def run(self, step: Step) -> list[int]:
+        batch = step.batch
+        check_shapes(batch)
+        for sequence in step.admitted:
+            assert sequence.lane is not None
+            self.occupants[sequence.lane] = sequence
+        inputs = batch.token_ids.copy()
+        inputs[batch.pending] = [self.last[lane] for lane in batch.pending_lanes]
+        assert len(set(batch.slots.tolist())) == batch.num_tokens, "two tokens of a step share a slot"
+        self.tokens[batch.slots] = inputs
+        self.positions[batch.slots] = batch.positions
+        sampled = []
+        owners = np.searchsorted(batch.cu_seqlens_q, batch.sample_rows, side="right") - 1
+        for row, lane, masks in zip(owners, batch.sample_lanes, batch.masks_stop, strict=True):
+            assert batch.lanes[row] == lane
+            occupant = self.occupants[lane]
+            assert occupant is not None
+            forbidden = occupant.stop_token_ids if masks else frozenset[int]()
+            token = next_token(self.context(batch, int(row)), occupant.index, forbidden)
+            self.last[lane] = token
+            sampled.append(token)
+        return sampled
+
+    def context(self, batch: Batch, row: int) -> list[int]:
+        """The tokens that sequence `row` attends over, read through its block table."""
+        places = np.arange(batch.seqlens_k[row])
+        slots = batch.block_tables[row, places // self.block_size] * self.block_size + places % self.block_size
+        assert (self.positions[slots] == places).all(), "a block table leads to another position's slot"
+        found: list[int] = self.tokens[slots].tolist()
+        return found
+
+
+def check_shapes(batch: Batch) -> None:
+    T, B, S = batch.num_tokens, batch.num_seqs, len(batch.sample_rows)
+    for array_, shape, dtype in (
+        (batch.token_ids, (T,), np.int32),
+        (batch.positions, (T,), np.int32),
+        (batch.slots, (T,), np.int64),
+        (batch.cu_seqlens_q, (B + 1,), np.int32),
+        (batch.seqlens_k, (B,), np.int32),
+        (batch.lanes, (B,), np.int32),
+        (batch.pending, (len(batch.pending),), np.int32),
+        (batch.pending_lanes, (len(batch.pending),), np.int32),
+        (batch.sample_lanes, (S,), np.int32),
+        (batch.sample_rows, (S,), np.int32),
+        (batch.masks_stop, (S,), np.bool_),
+    ):
+        assert array_.shape == shape and array_.dtype == dtype
+    assert batch.block_tables.shape[0] == B and batch.block_tables.dtype == np.int32
+    assert T > 0 and batch.cu_seqlens_q[0] == 0 and batch.cu_seqlens_q[-1] == T
+    assert len(set(batch.lanes.tolist())) == B
+    assert (np.diff(batch.cu_seqlens_q)[: batch.num_decodes] == 1).all()
+
+
+class FakeEngine:
+    """A scheduler and the fake runner, with up to `depth` steps whose tokens have not come back."""
+
+    def __init__(self, scheduler: Scheduler, depth: int = 1) -> None:
+        config = scheduler.config
+        self.scheduler = scheduler
+        self.depth = depth
+        self.runner = FakeRunner(config.num_blocks, config.block_size, config.max_num_seqs)
+        self.results: deque[tuple[Step, list[int]]] = deque()
+        self.outputs: dict[tuple[str, int], list[int]] = {}
+        self.last: dict[tuple[str, int], Output] = {}
+        self.finished: list[tuple[str, int]] = []  # in order
+        self.admitted: dict[int, int] = {}  # sequence -> step of its first admission
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        for index in range(request.params.n):
+            self.outputs[request.request_id, index] = []
+            self.last.pop((request.request_id, index), None)
+
+    def take(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            key = output.request_id, output.index
+            assert key not in self.last or self.last[key].finish_reason is None, "an output after the last"
+            self.outputs[key] += output.token_ids
+            self.last[key] = output
+            if output.finish_reason is not None:
+                self.finished.append(key)
+
+    def launch(self) -> Step | None:
+        config = self.scheduler.config
+        step = self.scheduler.schedule()
+        if step is not None:
+            assert step.batch.num_tokens <= config.max_num_batched_tokens
+            assert step.batch.num_seqs <= config.max_num_seqs
+            self.results.append((step, self.runner.run(step)))
+            for sequence in step.admitted:
+                self.admitted.setdefault(sequence.sequence_id, step.number)
+        return step
+
+    def deliver(self) -> None:
+        step, tokens = self.results.popleft()
+        self.take(self.scheduler.update(step, tokens))
+
+    def advance(self) -> None:
+        """Launch one step if anything can be computed; bring tokens back when `depth` steps are out."""
+        launched = self.launch()
+        assert launched or self.results or not self.scheduler.has_unfinished, "deadlock"
+        if self.results and (launched is None or len(self.results) >= self.depth):
+            self.deliver()
+
+    def finish(self, limit: int = 10_000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_unfinished and not self.results:
+                return
+            self.advance()
+        raise AssertionError(f"not done after {limit} steps")
+
+    def assert_idle(self) -> None:
+        """Nothing is left behind."""
+        self.scheduler.check()
+        stats = self.scheduler.stats()
+        assert self.scheduler.blocks.num_free == stats.blocks and stats.used_blocks == 0
+        assert (stats.waiting, stats.running, stats.in_flight, stats.waiting_tokens) == (0, 0, 0, 0)
