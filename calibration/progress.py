@@ -40,14 +40,15 @@ class Bar:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total} layers"),
+            TextColumn("{task.fields[layers]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
             TextColumn("{task.fields[memory]}"),
             console=Console(stderr=True),
         )
-        self._task = self._progress.add_task("reading", total=None, memory="")
+        self._total = 0
+        self._task = self._progress.add_task("reading", total=None, layers="", memory="")
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -58,11 +59,23 @@ class Bar:
 
     def layer(self, index: int, total: int, doing: str) -> None:
         self._progress.update(
-            self._task, description=f"layer {index}: {doing}", completed=index, total=total, memory=self._memory(0)
+            self._task,
+            description=f"layer {index}: {doing}",
+            completed=index,
+            total=total,
+            layers=f"{index}/{total} layers",
+            memory=self._memory(0),
         )
+        self._total = total
 
     def done(self, record: dict[str, Any]) -> None:
-        self._progress.update(self._task, completed=record["layer"] + 1, memory=self._memory(record["peak_gpu_bytes"]))
+        done = record["layer"] + 1
+        self._progress.update(
+            self._task,
+            completed=done,
+            layers=f"{done}/{self._total} layers",
+            memory=self._memory(record["peak_gpu_bytes"]),
+        )
 
     def _memory(self, gpu_bytes: int) -> str:
         host = f"peak {peak_host_bytes() / 2**30:.1f} GiB"
