@@ -101,7 +101,7 @@ def test_importing_atom_is_lean() -> None:
 
 def test_runs_uninstalled_from_the_checkout() -> None:
     """`python -m atom` and the top-level folders work with nothing but the checkout on the path."""
-    code = "import atom.calibration, atom.eval; print(atom.calibration.__file__)"
+    code = "import atom.calibration, atom.serving, atom.eval; print(atom.calibration.__file__)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_bare_environment(), check=True)
     assert Path(done.stdout.strip()) == ROOT / "calibration" / "__init__.py"
@@ -113,7 +113,7 @@ def _bare_environment() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_wheel_holds_every_package(tmp_path: Path) -> None:
-    """A built wheel maps calibration/ and eval/ to atom.calibration and atom.eval."""
+    """A built wheel maps calibration/, serving/ and eval/ to atom.calibration, atom.serving and atom.eval."""
     pytest.importorskip("setuptools", minversion="77", reason="building the wheel offline needs setuptools>=77")
     copy = tmp_path / "checkout"  # so that the build leaves nothing behind here
     for name in ("atom", *TOP_LEVEL):
@@ -131,6 +131,7 @@ def test_wheel_holds_every_package(tmp_path: Path) -> None:
         "atom/cli.py",
         "atom/quant/rounding.py",
         "atom/calibration/gptq.py",
+        "atom/serving/scheduler.py",
         "atom/eval/lm.py",
         "atom/py.typed",
     ):
