@@ -38,7 +38,7 @@ def ladder(outliers: int = 128) -> list[Step]:
         Step("outliers-int8", mixed),
         Step("groups", grouped),
         Step("clip", clipped),
-        Step("gptq", replace(recipe, kv=None), gptq=True),
+        Step("gptq", replace(recipe, kv=None, kv_offset="bias"), gptq=True),
         Step("kv4", recipe, gptq=True),
     ]
 

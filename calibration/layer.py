@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_max_pool1d
 from atom.errors import CheckpointError
 from atom.kernels.registry import Kernels
 from atom.models.layers import DecoderLayer
-from atom.models.layout import layer_prefix
+from atom.models.layout import KEY_OFFSET, layer_prefix
 from atom.models.loader import load_layer_
 from atom.models.model import Model, build_layer
 from atom.models.quantized import quantize_layer_
@@ -65,7 +65,9 @@ class LayerQuantizer:
             layer = self.load(index)
         plans = plan_layer(self.model.family, self.scheme, index)
         with self.clock.phase("stats"):
-            energies, before = observe_energies(layer, index, plans, hidden, self.runner)
+            energies, key_mean, before = observe_energies(layer, index, plans, hidden, self.runner)
+            if self.scheme.stores_key_offset:
+                layer.self_attn.key_offset = key_mean.to(torch.bfloat16)
             for plan in plans:
                 if plan.needs_order:
                     plan.perm = energy_order(energies[plan.group.name])
@@ -149,6 +151,8 @@ class LayerQuantizer:
                         tensors[f"{prefix}{name}.{part}"] = tensor
                     if plan.perm is not None and plan.group.is_gathered:
                         tensors[f"{prefix}{name}.input_perm"] = plan.perm.to(torch.int32)
+        if layer.self_attn.key_offset is not None:
+            tensors[prefix + KEY_OFFSET] = layer.self_attn.key_offset
         quantized = {f"{name}.weight" for name in errors}
         for name, parameter in layer.named_parameters():
             if name not in quantized:

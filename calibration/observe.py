@@ -36,12 +36,17 @@ class Sample:
 
 def observe_energies(
     layer: DecoderLayer, index: int, plans: list[InputPlan], hidden: HiddenStates, runner: LayerRunner
-) -> tuple[dict[str, Tensor], Sample]:
-    """Run the full-precision layer: channel energies [K] of every input group, and a sample of its outputs.
+) -> tuple[dict[str, Tensor], Tensor, Sample]:
+    """Run the full-precision layer: channel energies [K] of every input group, the mean key before RoPE
+    [num_kv_heads, head_dim], and a sample of its outputs.
 
     All batches run if an input is to be reordered, else only the first, which the report wants.
     """
     energies: dict[str, EnergyAccumulator] = {}
+    keys: list[Tensor] = []  # the mean of every batch; all but the last are equally long
+
+    def watch_keys(module: nn.Module, args: Any, k: Tensor) -> None:
+        keys.append(k.mean(0))
 
     def watch(plan: InputPlan) -> Hook:
         name = plan.group.name
@@ -54,14 +59,15 @@ def observe_energies(
 
         return hook
 
-    with hooked({plan.group.producer: watch(plan) for plan in plans}, layer):
+    watched = {plan.group.producer: watch(plan) for plan in plans}
+    with hooked({**watched, "self_attn.k_norm": watch_keys}, layer):
         sample = sample_outputs(layer, plans, hidden, runner, None)
         if any(plan.needs_order for plan in plans):
             with stopped_after(plans[-1].group.producer, layer):
                 for number in range(1, len(hidden)):
                     with suppress(_SeenEnough):
                         runner.run(layer, hidden, number, None)
-    return {name: energy.mean() for name, energy in energies.items()}, sample
+    return {name: energy.mean() for name, energy in energies.items()}, torch.stack(keys).mean(0), sample
 
 
 def observe_hessians(

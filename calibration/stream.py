@@ -117,7 +117,9 @@ def quantize_source(
 
 
 def is_calibrated(source: Source, scheme: Scheme) -> bool:
-    """Whether any weight of the model is quantized: else nothing is measured and weights are copied."""
+    """Whether calibration has anything to find, weights or key offsets: else weights are copied."""
+    if scheme.stores_key_offset:
+        return True
     model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
     return any(
         plan.is_quantized

@@ -31,6 +31,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_offset)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_offset)
+        self.key_offset: Tensor | None = None  # [num_kv_heads, head_dim], from a checkpoint that stores it
         self.o_input: nn.Module = nn.Identity()
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
 
@@ -44,8 +45,10 @@ class Attention(nn.Module):
         return y
 
     def _spec(self) -> AttentionSpec:
-        """The rules, with the bias of k where keys are no more than a projection."""
+        """The rules, with the offset of keys: the stored one, else the bias of k where nothing stands behind it."""
+        if self.key_offset is not None:
+            return replace(self._rules, key_offset=self.key_offset)
         bias = self.k_proj.bias
         if bias is None or not isinstance(self.k_norm, nn.Identity):
             return self._rules
-        return replace(self._rules, key_bias=bias.view(-1, self.head_dim))
+        return replace(self._rules, key_offset=bias.view(-1, self.head_dim))

@@ -23,14 +23,14 @@ class AttentionSpec:
 
     softmax(soft_cap(q k^T * scale)) v over positions i - window + 1 ... i, where soft_cap(s) is cap * tanh(s / cap).
 
-    key_bias  [num_kv_heads, head_dim], the part of every key (before RoPE) that is the projection's bias; None
-              where there is none
+    key_offset  [num_kv_heads, head_dim], what every key (before RoPE) has in common: its projection's bias, or the
+                mean that calibration found; None where nothing is known
     """
 
     scale: float
     window: int | None = None
     soft_cap: float | None = None
-    key_bias: Tensor | None = None
+    key_offset: Tensor | None = None
 
 
 class KV(Protocol):
@@ -53,7 +53,7 @@ class DenseKV:
     Prefill and decode alike append to it: each call of a model adds its tokens to the end of every sequence. With
     `scheme_kv`, keys and values are rounded on the way in, one scale per token and head, and attention (of the same
     call too) reads the rounded ones; `pre_rope` rounds keys before RoPE and turns them when they are read;
-    `bias_apart` rounds keys less the bias of their projection, which is added back (turned) when they are read. Storage
+    `offset_apart` rounds keys less their offset, which is added back (turned) when they are read. Storage
     grows as needed, or is allocated once with `max_len`. A layer that is never run takes no memory.
     """
 
@@ -66,13 +66,13 @@ class DenseKV:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         max_len: int | None = None,
-        bias_apart: bool = False,
+        offset_apart: bool = False,
     ) -> None:
         self.config = config
         self.batch = batch
         self.scheme_kv = scheme_kv
         self.pre_rope = pre_rope
-        self.bias_apart = bias_apart
+        self.offset_apart = offset_apart
         self.device = torch.device(device)
         self.dtype = dtype
         self.max_len = max_len
@@ -93,7 +93,7 @@ class DenseKV:
         """The cache that a scheme asks for; in full precision where there is none."""
         if scheme is None:
             return cls(config, batch, device=device, dtype=dtype, max_len=max_len)
-        return cls(config, batch, scheme.kv, scheme.kv_pre_rope, device, dtype, max_len, scheme.kv_bias_apart)
+        return cls(config, batch, scheme.kv, scheme.kv_pre_rope, device, dtype, max_len, scheme.kv_offset != "none")
 
     @property
     def length(self) -> int:
@@ -112,8 +112,8 @@ class DenseKV:
                 f"pass a multiple of {self.batch} tokens, or make the cache with another batch."
             )
         q = rotation.apply(q)
-        bias = spec.key_bias if self.bias_apart and self.scheme_kv is not None else None
-        k = self._round_keys(k, bias, rotation)
+        offset = spec.key_offset if self.offset_apart and self.scheme_kv is not None else None
+        k = self._round_keys(k, offset, rotation)
         keys, values = self._append(layer, self._by_sequence(k), self._by_sequence(self._round(v)))
         if self.pre_rope:
             keys = self._rotate_stored(keys, rotation)
@@ -128,14 +128,14 @@ class DenseKV:
     def _round(self, x: Tensor) -> Tensor:
         return x if self.scheme_kv is None else fake_quantize(x, self.scheme_kv).to(x.dtype)
 
-    def _round_keys(self, k: Tensor, bias: Tensor | None, rotation: Rotation) -> Tensor:
+    def _round_keys(self, k: Tensor, offset: Tensor | None, rotation: Rotation) -> Tensor:
         """Keys [T, num_kv_heads, head_dim] as they are read back, turned unless that is left to the reading."""
-        if bias is None:
+        if offset is None:
             return self._round(k if self.pre_rope else rotation.apply(k))
-        bias = bias.to(k.dtype).expand_as(k)
+        offset = offset.to(k.dtype).expand_as(k)
         if self.pre_rope:
-            return self._round(k - bias) + bias
-        return self._round(rotation.apply(k - bias)) + rotation.apply(bias)
+            return self._round(k - offset) + offset
+        return self._round(rotation.apply(k - offset)) + rotation.apply(offset)
 
     def _rotate_stored(self, keys: Tensor, rotation: Rotation) -> Tensor:
         positions = torch.arange(keys.shape[2], device=keys.device)

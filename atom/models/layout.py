@@ -5,6 +5,7 @@ The loader compares this list with what a checkpoint has, and `atom check` count
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from .shards import some
 from .source import Source
 
 PERM = "input_perm"
+KEY_OFFSET = "self_attn.key_offset"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,15 @@ def layer_tensors(layer: nn.Module, family: Family, scheme: Scheme | None, prefi
             expected.pop(f"{full}.weight")
             tensors = linear_tensors(linear, scheme.for_linear(full), group.is_gathered)
             expected.update({f"{full}.{key}": value for key, value in tensors.items()})
+    if scheme.stores_key_offset:
+        expected[f"{prefix}.{KEY_OFFSET}"] = key_offset_tensor(layer)
     return expected
+
+
+def key_offset_tensor(layer: nn.Module) -> Expected:
+    """The mean key that calibration stores: bfloat16 [num_kv_heads, head_dim]."""
+    head_dim = cast(int, layer.get_submodule("self_attn").head_dim)
+    return Expected((layer.get_parameter("self_attn.k_proj.weight").shape[0] // head_dim, head_dim), torch.bfloat16)
 
 
 def model_tensors(model: Model, scheme: Scheme | None) -> dict[str, Expected]:

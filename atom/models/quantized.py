@@ -22,7 +22,7 @@ from ..quant.schemes import LinearScheme, Scheme
 from ..quant.stored import load_weight
 from .family import Family, InputGroup
 from .layers import GatedActivation
-from .layout import PERM, check_tensor, group_scheme, linear_tensors
+from .layout import KEY_OFFSET, PERM, Expected, check_tensor, group_scheme, key_offset_tensor, linear_tensors
 from .norm import RMSNorm
 from .shards import some
 
@@ -147,6 +147,7 @@ def quantize_layer_(
     tensor, UnsupportedError if the device has no implementation of an op.
     """
     device, dtype = _placement(layer)
+    offset = key_offset_tensor(layer) if scheme.stores_key_offset else None
     for group in family.groups:
         shared = group_scheme(family, scheme, prefix, group.name)
         if shared.weight is None:
@@ -166,6 +167,18 @@ def quantize_layer_(
             layer.set_submodule(name, QuantizedLinear(own, weight, bias, shape, dtype, kernels))
         perm = _shared_perm(perms, group, prefix)
         layer.set_submodule(group.producer, _producer(layer, group, shared, perm, size, device, kernels))
+    if offset is not None:
+        layer.get_submodule("self_attn").key_offset = _key_offset(offset, tensors, prefix, device)
+
+
+def _key_offset(expected: Expected, tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> Tensor:
+    """The stored mean key of a layer, checked, on `device`."""
+    name = f"{prefix}.{KEY_OFFSET}"
+    if name not in tensors:
+        raise CheckpointError(f"{name} is missing; a scheme with kv_offset 'mean' needs it; quantize again.")
+    tensor = tensors[name]
+    check_tensor(name, tuple(tensor.shape), tensor.dtype, expected, "checkpoint")
+    return tensor.to(device)
 
 
 def _placement(layer: nn.Module) -> tuple[torch.device, torch.dtype]:

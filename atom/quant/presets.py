@@ -33,8 +33,14 @@ _NVFP4 = _small_groups("e2m1", 16, "e4m3", outer=True)
 _MXFP4 = _small_groups("e2m1", 32, "e8m0", outer=False)
 _NVINT4 = _small_groups("int4", 16, "e4m3", outer=True)
 
+
+def _with_cache(scheme: Scheme, kv: TensorSpec | None) -> Scheme:
+    """`scheme` with another cache; a 4-bit one leaves the mean key out where calibration runs anyway."""
+    return replace(scheme, kv=kv, kv_offset="mean" if kv is KV4 and scheme.weight is not None else "bias")
+
+
 PRESETS: dict[str, Scheme] = {
-    s.name: s
+    s.name: _with_cache(s, s.kv)
     for s in (
         Scheme("w4a4", _W4, _A4, KV4, OutlierSpec(128), reorder=True),
         Scheme("w4a8", _W4, _A8, KV4),
@@ -63,8 +69,7 @@ def get_scheme(text: str) -> Scheme:
         )
     if len(suffixes) > 1 or (suffixes and suffixes[0] not in KV_SUFFIXES):
         raise ValueError(f"unknown KV format in {text!r}; use one +suffix of {', '.join(KV_SUFFIXES)}")
-    scheme = PRESETS[name]
-    return scheme.with_kv(KV_SUFFIXES[suffixes[0]]) if suffixes else scheme
+    return _with_cache(PRESETS[name], KV_SUFFIXES[suffixes[0]]) if suffixes else PRESETS[name]
 
 
 def kv_name(scheme: Scheme) -> str:

@@ -13,6 +13,7 @@ from .formats import get_format
 from .granularity import Granularity, Group, Tensor, parse_granularity
 
 ScaleRule = Literal["max", "range"]
+KeyOffset = Literal["none", "bias", "mean"]
 Outer = Literal["tensor", "channel", "token"]
 SCALE_FORMATS = {"fp32": 32, "bf16": 16, "fp16": 16, "e4m3": 8, "e8m0": 8, "uint4": 4}  # name -> bits of one scale
 
@@ -197,7 +198,8 @@ class Scheme:
 
     reorder        sort the input channels of every linear by energy, ascending; the last are the outliers
     kv_pre_rope    keys are rounded before RoPE and rotated when read
-    kv_bias_apart  keys are rounded less the bias of their projection (Qwen2), which is added back when they are read
+    kv_offset      what keys are rounded less of, to be added back when they are read: "none"; "bias", that of their
+                   projection (Qwen2) where there is one; "mean", the mean key of each channel, measured in calibration
     overrides      first match wins
     """
 
@@ -209,11 +211,13 @@ class Scheme:
     rotation: RotationSpec | None = None
     reorder: bool = False
     kv_pre_rope: bool = False
-    kv_bias_apart: bool = True
+    kv_offset: KeyOffset = "bias"
     overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
         self.default_linear  # noqa: B018  its checks are ours too
+        if self.kv_offset not in get_args(KeyOffset):
+            raise ValueError(f"unknown kv_offset {self.kv_offset!r}; use one of {', '.join(get_args(KeyOffset))}")
         for spec, what in ((self.activation, "activation"), (self.kv, "kv")):
             if spec is not None and not spec.dynamic:
                 raise ValueError(f"{what} scales are chosen at run time; set dynamic=True")
@@ -228,6 +232,11 @@ class Scheme:
             if fnmatchcase(name, override.pattern):
                 return override.linear
         return self.default_linear
+
+    @property
+    def stores_key_offset(self) -> bool:
+        """A checkpoint holds the mean key of every layer."""
+        return self.kv is not None and self.kv_offset == "mean"
 
     @property
     def is_quantized(self) -> bool:

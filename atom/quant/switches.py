@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .granularity import Channel, Group, Token
-from .schemes import OutlierSpec, RotationSpec, Scheme
+from .schemes import KeyOffset, OutlierSpec, RotationSpec, Scheme
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Switches:
     kv_pre_rope: bool = False
     """Round keys before RoPE instead of after."""
 
-    kv_bias_apart: bool | None = None
-    """Leave the bias of k out of what the cache rounds (models that have one: Qwen2)."""
+    kv_offset: KeyOffset | None = None
+    """What the cache leaves out of keys before it rounds them: none, the bias of k, or their mean in calibration."""
 
     def apply(self, scheme: Scheme, gptq: bool = True) -> Scheme:
         """`scheme` with these changes; ValueError if they do not fit together.
@@ -71,7 +71,7 @@ class Switches:
             reorder=reorder,
             rotation=rotation,
             kv_pre_rope=self.kv_pre_rope or scheme.kv_pre_rope,
-            kv_bias_apart=scheme.kv_bias_apart if self.kv_bias_apart is None else self.kv_bias_apart,
+            kv_offset=self.kv_offset or scheme.kv_offset,
         )
 
     def _refuse_idle(self, scheme: Scheme) -> None:
@@ -84,7 +84,7 @@ class Switches:
             "outlier_format": ("quantized weights", scheme.weight),
             "rotation": ("quantized weights", scheme.weight),
             "kv_pre_rope": ("a quantized cache", scheme.kv),
-            "kv_bias_apart": ("a quantized cache", scheme.kv),
+            "kv_offset": ("a quantized cache", scheme.kv),
         }
         for name, (what, found) in needs.items():
             if getattr(self, name) not in (None, False) and found is None:

@@ -15,7 +15,7 @@ from atom.eval.run import EvalConfig, evaluate
 from atom.eval.texts import load_text
 from atom.models.kv import DenseKV
 from atom.quant.presets import get_scheme
-from atom.quant.schemes import TensorSpec
+from atom.quant.schemes import Scheme
 
 WINDOW = 24
 
@@ -61,17 +61,17 @@ def test_the_quantized_path_is_what_is_measured(quantized: Loaded, text_file: Pa
     tokens = make_windows(quantized.tokenizer, text, WINDOW, limit=3).tokens
     assert model.scheme is not None and model.scheme.kv is not None
 
-    def by_hand(scheme_kv: TensorSpec | None) -> float:
+    def by_hand(scheme: Scheme | None) -> float:
         losses = []
         for row in tokens:
-            kv = DenseKV(model.config, 1, scheme_kv)
+            kv = DenseKV.for_scheme(model.config, scheme)
             with torch.no_grad():
                 logits = model.logits(model(row, kv.positions(WINDOW), kv))
             losses.append(F.cross_entropy(logits[:-1], row[1:]).item())
         return sum(losses) / len(losses)
 
     found = measure_perplexity(model, quantized.tokenizer, text, window=WINDOW, limit=3).nll
-    assert found == pytest.approx(by_hand(model.scheme.kv), rel=1e-5)
+    assert found == pytest.approx(by_hand(model.scheme), rel=1e-5)
     assert found != pytest.approx(by_hand(None), rel=1e-5)
 
 

@@ -47,7 +47,7 @@ def error(model: Model, scheme: Scheme) -> float:
 def test_a_loud_bias_costs_nothing_when_it_is_apart(pre_rope: bool) -> None:
     model = biased_model()
     scheme = replace(get_scheme("bf16+kv4"), kv_pre_rope=pre_rope)
-    apart, inside = error(model, scheme), error(model, replace(scheme, kv_bias_apart=False))
+    apart, inside = error(model, scheme), error(model, replace(scheme, kv_offset="none"))
     quiet = random_model(QWEN2).requires_grad_(False)
     assert apart < inside / 2
     assert apart < 2 * error(quiet, scheme)
@@ -65,17 +65,17 @@ def test_models_without_a_key_bias_are_as_before(raw: dict[str, object]) -> None
     """No bias, or a norm behind it: nothing can be taken out."""
     model = random_model(raw).requires_grad_(False)
     scheme = get_scheme("bf16+kv4")
-    assert torch.equal(logits(model, scheme), logits(model, replace(scheme, kv_bias_apart=False)))
+    assert torch.equal(logits(model, scheme), logits(model, replace(scheme, kv_offset="none")))
 
 
 def test_a_norm_of_heads_keeps_the_bias_inside() -> None:
     model = build_model(ModelConfig.from_hf({**QWEN3, "attention_bias": True}))
     attention = next(model.model.decoder_layers()).self_attn
-    assert attention.k_proj.bias is not None and attention._spec().key_bias is None
+    assert attention.k_proj.bias is not None and attention._spec().key_offset is None
 
 
 def test_full_precision_does_not_look_at_it() -> None:
     model = biased_model()
-    kv = DenseKV(model.config, bias_apart=True)
+    kv = DenseKV(model.config, offset_apart=True)
     out = model(TOKENS, kv.positions(40), kv)
     assert torch.equal(model.logits(out), logits(model, None)) and math.isfinite(float(out.sum()))
