@@ -9,6 +9,7 @@ from the last tokens of `pending_lanes`, on the device, in the order of the step
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):  # made for every sequence and step: a named tuple takes a third of a frozen dataclass's time
     """One sequence's part of a step: the tokens at positions start ... end - 1."""
 
     sequence: Sequence

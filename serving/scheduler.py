@@ -113,11 +113,11 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step; None if there is nothing to compute before an update, or at all."""
         preemptions = self._preemptions
-        decodes = self._plan_decodes()
+        decodes, prefills = self._plan_running()
         budget = self.config.max_num_batched_tokens - len(decodes)
         plan = [(s, s.scheduled + 1) for s in decodes]
-        for sequence in self._running:
-            if budget and not sequence.is_decode and not sequence.is_sampled_out:
+        for sequence in prefills:
+            if budget:
                 end = min(sequence.length, sequence.scheduled + budget)
                 budget -= end - sequence.scheduled
                 plan.append((sequence, end))
@@ -219,20 +219,35 @@ class Scheduler:
                 "more; try again later, or serve with a larger max_waiting_tokens."
             )
 
-    def _plan_decodes(self) -> list[Sequence]:
-        """The sequences that decode in this step, each with a block for its token; preempts to get there."""
-        decodes = []
+    def _plan_running(self) -> tuple[list[Sequence], list[Sequence]]:
+        """The sequences that decode in this step, each with a block for its token, and those with a prompt under way.
+
+        Preempts to get there.
+        """
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
         for sequence in tuple(self._running):
-            if sequence.lane is None or not sequence.is_decode or sequence.is_sampled_out:
+            if sequence.lane is None or sequence.is_sampled_out:  # preempted just now, or nothing left to compute
                 continue
-            while not self.blocks.append(sequence.sequence_id, sequence.length):
-                victim = self._running[-1]  # not before `sequence` in order, so not in `decodes`
-                self._preempt(victim)
-                if victim is sequence:
-                    break
-            else:
+            if not sequence.is_decode:
+                prefills.append(sequence)
+            elif sequence.scheduled % self.config.block_size or self._grow(sequence):
                 decodes.append(sequence)
-        return decodes
+        return decodes, [s for s in prefills if s.lane is not None]
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Have a block for a decode's token; False if only the sequence itself was left to preempt for it."""
+        while not self.blocks.append(sequence.sequence_id, sequence.length):
+            victim = self._running[-1]  # not before `sequence` in order, so not among the decodes planned already
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        self._extend_lane(sequence)
+        return True
+
+    def _extend_lane(self, sequence: Sequence) -> None:
+        assert sequence.lane is not None
+        self._lanes.extend(sequence.lane, self.blocks.table(sequence.sequence_id))
 
     def _admit(self) -> bool:
         """Give the head of the queue a table and a lane, if it may run now; it stays in the queue."""
@@ -264,6 +279,7 @@ class Scheduler:
         sequence.scheduled = sequence.computed = cached
         sequence.registered = cached // size
         sequence.lane = self._lanes.take()
+        self._extend_lane(sequence)
         self._prefix_queries += sequence.length
         self._prefix_hits += cached
         return True
@@ -278,9 +294,9 @@ class Scheduler:
     def _entry(self, sequence: Sequence, end: int) -> Entry:
         """Note that a step computes the sequence up to `end`."""
         assert sequence.lane is not None
-        self._lanes.extend(sequence.lane, self.blocks.table(sequence.sequence_id))
-        samples = end == sequence.length
-        number = sequence.length - sequence.num_prompt + 1  # of the output token that it would sample
+        length = sequence.length
+        samples = end == length
+        number = length - sequence.num_prompt + 1  # of the output token that it would sample
         masks_stop = number < sequence.params.min_tokens
         entry = Entry(sequence, sequence.lane, sequence.epoch, sequence.scheduled, end, samples, masks_stop)
         sequence.scheduled = end
@@ -298,7 +314,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
-        sequence.scheduled = sequence.computed = sequence.registered = 0
+        sequence.scheduled = sequence.computed = 0
         sequence.num_preemptions += 1
         self._preemptions += 1
         insort(self._waiting, sequence, key=_order)

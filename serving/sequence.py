@@ -80,7 +80,8 @@ class Sequence:
     @property
     def is_decode(self) -> bool:
         """One sampled token is all that is left to compute."""
-        return self.length - self.scheduled == 1 and self.length > self.num_prompt
+        length = len(self.token_ids) + self.pending
+        return length - self.scheduled == 1 and length > self.num_prompt
 
     @property
     def is_sampled_out(self) -> bool:

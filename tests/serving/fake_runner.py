@@ -8,6 +8,7 @@ the output (or at once, in an assertion). It runs steps when they are launched a
 import zlib
 from array import array
 from collections import deque
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class FakeRunner:
         self.block_size = block_size
         self.tokens = np.full(num_blocks * block_size, -1)
         self.positions = np.full(num_blocks * block_size, -1)
+        self.writer = np.full((num_blocks * block_size, 2), -1)  # step, and sequence in it
         self.last = [-1] * num_lanes
         self.occupants: list[Sequence | None] = [None] * num_lanes
 
@@ -58,6 +60,11 @@ class FakeRunner:
         assert len(set(batch.slots.tolist())) == batch.num_tokens, "two tokens of a step share a slot"
         self.tokens[batch.slots] = inputs
         self.positions[batch.slots] = batch.positions
+        rows = np.repeat(np.arange(batch.num_seqs), np.diff(batch.cu_seqlens_q))
+        self.writer[batch.slots] = np.stack((np.full(batch.num_tokens, step.number), rows), 1)
+        for row in range(batch.num_seqs):
+            step_of, row_of = self.writer[self.slots(batch, row)].T
+            assert ((step_of < step.number) | (row_of == row)).all(), "reads what the same step computes for another"
         sampled = []
         owners = np.searchsorted(batch.cu_seqlens_q, batch.sample_rows, side="right") - 1
         for row, lane, masks in zip(owners, batch.sample_lanes, batch.masks_stop, strict=True):
@@ -70,12 +77,16 @@ class FakeRunner:
             sampled.append(token)
         return sampled
 
-    def context(self, batch: Batch, row: int) -> list[int]:
-        """The tokens that sequence `row` attends over, read through its block table."""
+    def slots(self, batch: Batch, row: int) -> Any:
+        """Where the tokens that sequence `row` attends over lie, by its block table."""
         places = np.arange(batch.seqlens_k[row])
         slots = batch.block_tables[row, places // self.block_size] * self.block_size + places % self.block_size
         assert (self.positions[slots] == places).all(), "a block table leads to another position's slot"
-        found: list[int] = self.tokens[slots].tolist()
+        return slots
+
+    def context(self, batch: Batch, row: int) -> list[int]:
+        """The tokens that sequence `row` attends over."""
+        found: list[int] = self.tokens[self.slots(batch, row)].tolist()
         return found
 
 

@@ -145,6 +145,33 @@ def test_the_latest_is_preempted_and_computed_again() -> None:
     run.assert_idle()
 
 
+def test_what_was_computed_before_a_preemption_does_not_count_after_it() -> None:
+    """A chunk of b comes back when b was preempted, and admitted again, since it was scheduled."""
+    run = engine(3, num_blocks=8, watermark=0.0, max_num_batched_tokens=5, max_model_len=32)
+    run.add(request("a", length=4, max_tokens=10))
+    run.launch()
+    run.deliver()
+    run.add(request("b", length=24, max_tokens=5))
+    for _ in range(4):  # a's first block and one to grow into, six for b
+        run.launch()
+    stale = [e for step, _ in run.results for e in step.entries if e.sequence.request.request_id == "b"]
+    assert stale and not any(e.samples for e in stale)
+    run.launch()  # a needs a third block
+    b = stale[0].sequence
+    assert b.num_preemptions == 1 and b.lane is None
+    run.take(run.scheduler.abort("a"))
+    run.launch()
+    assert b.lane is not None and b.epoch == 2
+    for _ in range(5):
+        run.deliver()
+        assert b.computed == 0
+        run.scheduler.check()
+    assert run.scheduler.blocks.find(b.digests) == 0
+    run.finish()
+    assert run.outputs["b", 0] == expected_output(request("b", length=24, max_tokens=5), 0, 5)
+    run.assert_idle()
+
+
 def test_priority_goes_first_but_only_for_so_long() -> None:
     run = engine(max_num_seqs=1, patience_steps=8)
     run.add(request("running", max_tokens=4))
@@ -241,6 +268,20 @@ def test_a_failed_step_ends_what_ran_and_spares_what_waits(steps: int) -> None:
         if run.last[name, 0].finish_reason is not FinishReason.ERROR:
             assert run.outputs[name, 0] == expected_output(request(name), 0, 5)
     assert run.last["d", 0].finish_reason is FinishReason.LENGTH
+    run.assert_idle()
+
+
+def test_a_preempted_sequence_whose_token_is_lost_ends_too() -> None:
+    run = engine(2, num_blocks=6, watermark=0.0)
+    run.add(request("a", length=8, max_tokens=12))
+    run.add(request("b", length=8, max_tokens=12))
+    while not run.scheduler.stats().num_preemptions:
+        run.advance()
+    (waiting,) = run.scheduler._waiting
+    assert waiting.pending
+    assert {o.request_id for o in run.scheduler.fail()} == {"a", "b"}
+    run.results.clear()
+    run.finish()
     run.assert_idle()
 
 
