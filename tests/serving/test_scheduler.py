@@ -275,8 +275,11 @@ def test_a_preempted_sequence_whose_token_is_lost_ends_too() -> None:
     run = engine(2, num_blocks=6, watermark=0.0)
     run.add(request("a", length=8, max_tokens=12))
     run.add(request("b", length=8, max_tokens=12))
-    while not run.scheduler.stats().num_preemptions:
-        run.advance()
+    run.launch()
+    while not run.scheduler.stats().num_preemptions:  # with a step always under way
+        run.launch()
+        if not run.scheduler.stats().num_preemptions:
+            run.deliver()
     (waiting,) = run.scheduler._waiting
     assert waiting.pending
     assert {o.request_id for o in run.scheduler.fail()} == {"a", "b"}
