@@ -233,12 +233,12 @@ class Scheduler:
                 prefills.append(sequence)
             elif sequence.scheduled % self.config.block_size or self._grow(sequence):
                 decodes.append(sequence)
-        return decodes, [s for s in prefills if s.lane is not None]
+        return decodes, prefills
 
     def _grow(self, sequence: Sequence) -> bool:
         """Have a block for a decode's token; False if only the sequence itself was left to preempt for it."""
         while not self.blocks.append(sequence.sequence_id, sequence.length):
-            victim = self._running[-1]  # not before `sequence` in order, so not among the decodes planned already
+            victim = self._running[-1]  # never before `sequence` in order, so not planned already
             self._preempt(victim)
             if victim is sequence:
                 return False
