@@ -1,4 +1,4 @@
-"""Atom as a model of lm-eval 0.4.13: `lm_eval --model atom --model_args pretrained=DIR` (see lm_eval.py).
+"""Atom as a model of lm-eval 0.4.13: `python -m atom.eval.lm_eval --model atom --model_args pretrained=DIR`.
 
 Tokenisation, truncation and stopping are those of lm-eval's own `hf` model, so that in full precision both give the
 same numbers; what differs is who runs the layers, and that logits are computed only where they are read.
