@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from .console import console
@@ -51,18 +50,14 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Answer the prompt, or hold a conversation until end of input."""
-    from atom.models.device import choose_device
-    from atom.models.loader import load_model, load_tokenizer
+    from atom.eval.load import load
 
-    device = choose_device(options.device)
-    tokenizer = load_tokenizer(options.model)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = load_model(options.model, device=device, dtype=dtype, kernels=options.kernels)
+    loaded = load(options.model, options.device, kernels=options.kernels)
     messages: list[dict[str, str]] = []
     answers: list[dict[str, Any]] = []
     for prompt in [options.prompt] if options.prompt is not None else _lines():
         messages.append({"role": "user", "content": prompt})
-        answer = _answer(model, tokenizer, messages if not options.raw else prompt, options)
+        answer = _answer(loaded.model, loaded.tokenizer, messages if not options.raw else prompt, options)
         messages.append({"role": "assistant", "content": answer["text"]})
         answers.append({"prompt": prompt, **answer})
     return {"model": options.model, "answers": answers}
