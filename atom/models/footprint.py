@@ -7,6 +7,7 @@ import torch
 
 from ..quant.schemes import Scheme
 from .config import ModelConfig
+from .layers import DecoderLayer
 from .layout import layer_prefix, layer_tensors, model_tensors
 from .model import Model
 
@@ -61,21 +62,18 @@ def _dense_bytes(model: Model, scheme: Scheme, dtype: torch.dtype) -> int:
             linear = f"{prefix}.{name}".rpartition(".")[0]
             is_dense = linear in quantized
             total += tensor.numel() * (REFERENCE_DTYPE if is_dense else dtype).itemsize
-        total += sum(_perm_bytes(model, scheme, index))
+        total += _perm_bytes(model, scheme, index, layer)
     return total
 
 
-def _perm_bytes(model: Model, scheme: Scheme, index: int) -> list[int]:
+def _perm_bytes(model: Model, scheme: Scheme, index: int, layer: DecoderLayer) -> int:
     """Permutations that producers keep as int64, one for each gathered input."""
-    config = model.config
-    sizes = {"o_input": config.num_heads * config.head_dim}
-    groups = [g for g in model.family.groups if g.is_gathered]
-    linears = [scheme.for_linear(f"{layer_prefix(index)}.{g.linears[0]}") for g in groups]
-    return [
-        8 * sizes.get(group.name, config.hidden_size)
-        for group, linear in zip(groups, linears, strict=True)
-        if linear.weight is not None and linear.reorder
-    ]
+    total = 0
+    for group in model.family.groups:
+        linear = scheme.for_linear(f"{layer_prefix(index)}.{group.linears[0]}")
+        if group.is_gathered and linear.weight is not None and linear.reorder:
+            total += 8 * layer.get_parameter(f"{group.linears[0]}.weight").shape[1]
+    return total
 
 
 def source_dtype(config: ModelConfig) -> torch.dtype:
