@@ -28,28 +28,20 @@ class Tensor(Granularity):
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (1,) * len(shape)
 
-    __str__ = Granularity.__str__
-
 
 @dataclass(frozen=True)
 class Channel(Granularity):
     """One scale per output channel of a weight."""
-
-    __str__ = Granularity.__str__
 
 
 @dataclass(frozen=True)
 class Token(Granularity):
     """One scale per token of an activation."""
 
-    __str__ = Granularity.__str__
-
 
 @dataclass(frozen=True)
 class Head(Granularity):
     """One scale per token and head of a cached key or value."""
-
-    __str__ = Granularity.__str__
 
 
 @dataclass(frozen=True)
