@@ -16,3 +16,11 @@ class InvalidRequestError(AtomError, ValueError):
 
 class QueueFullError(AtomError):
     """A request that could be served, but not now: the queue is at its limit; HTTP 429 with Retry-After."""
+
+
+class EngineDeadError(AtomError):
+    """The engine has stopped and serves nothing any more; HTTP 503, and the process ends."""
+
+
+class StepFailedError(AtomError):
+    """The step that computed a request failed; others may succeed; HTTP 500."""
