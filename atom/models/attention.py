@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from ..kernels.dense_attention import AttentionSpec
 from .config import ModelConfig
-from .kv import KV, AttentionSpec
+from .kv import KV
 from .norm import RMSNorm
 from .rope import Rotation
 

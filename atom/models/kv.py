@@ -4,33 +4,16 @@ A model hands over queries, keys and values *before* RoPE. The cache owns the re
 attends over what it has stored, so that batch structure, storage format and the place of RoPE stay out of the model.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from ..kernels.dense_attention import AttentionSpec, attend_dense
 from ..quant.rounding import fake_quantize
 from ..quant.schemes import Scheme, TensorSpec
 from .config import ModelConfig
 from .rope import Rotation
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """The rules of one layer's attention.
-
-    softmax(soft_cap(q k^T * scale)) v over positions i - window + 1 ... i, where soft_cap(s) is cap * tanh(s / cap).
-
-    key_offset  [num_kv_heads, head_dim], what every key (before RoPE) has in common: its projection's bias, or the
-                mean that calibration found; None where nothing is known
-    """
-
-    scale: float
-    window: int | None = None
-    soft_cap: float | None = None
-    key_offset: Tensor | None = None
 
 
 class KV(Protocol):
@@ -164,38 +147,3 @@ class DenseKV:
         keys, values = self._keys[layer], self._values[layer]
         keys[:, :, start:end], values[:, :, start:end] = k, v
         return keys[:, :, :end], values[:, :, :end]
-
-
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-    """Causal attention of the last `seq` of `length` tokens over all of them.
-
-    q [batch, num_heads, seq, head_dim]; k, v [batch, num_kv_heads, length, head_dim] -> like q.
-    """
-    seq, length = q.shape[2], k.shape[2]
-    if spec.window is not None:  # keys that no query sees any more
-        first = max(0, length - seq - spec.window + 1)
-        k, v, length = k[:, :, first:], v[:, :, first:], length - first
-    has_window = spec.window is not None and spec.window < length
-    is_causal = seq == length and seq > 1 and not has_window
-    mask = None if is_causal or seq == 1 else _visible(seq, length, spec.window, q.device)
-    if spec.soft_cap is not None:
-        return _attend_capped(q, k, v, spec.scale, spec.soft_cap, _visible(seq, length, spec.window, q.device))
-    return functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=spec.scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-def _visible(seq: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """[seq, length] bool: which keys each of the last `seq` tokens sees."""
-    distance = torch.arange(length - seq, length, device=device)[:, None] - torch.arange(length, device=device)
-    visible = distance >= 0
-    return visible if window is None else visible & (distance < window)
-
-
-def _attend_capped(q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, visible: Tensor) -> Tensor:
-    """Attention with capped scores, which no fused torch function offers."""
-    repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = (q @ k.mT).float() * scale
-    scores = cap * torch.tanh(scores / cap)
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(q.dtype) @ v

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, UnsupportedError
+from ..kernels.rotate import rotate
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
@@ -162,9 +163,7 @@ class Rotation:
 
     def apply(self, x: Tensor) -> Tensor:
         """x [..., T, H, head_dim] turned by its tokens' angles; the dtype stays x's."""
-        cos, sin = self.cos[:, None].to(x.dtype), self.sin[:, None].to(x.dtype)  # [T, 1, head_dim / 2]
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return rotate(x, self.cos, self.sin)
 
 
 def _exponents(dim: int) -> Tensor:

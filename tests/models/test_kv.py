@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from atom.kernels.dense_attention import AttentionSpec
 from atom.models.config import ModelConfig
-from atom.models.kv import AttentionSpec, DenseKV
+from atom.models.kv import DenseKV
 from atom.models.rope import Rope, RopeConfig
 from atom.quant.presets import KV4, KV8, KVFP8
 from atom.quant.rounding import fake_quantize
