@@ -16,15 +16,17 @@ runner must execute steps in order on one stream: a block that was freed may be 
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence as SequenceOf
+from itertools import repeat
 from operator import attrgetter
 
+from .admission import check_room
 from .batch import Entry, LaneTables, Step
 from .block_manager import BlockManager
 from .config import SchedulerConfig
-from .errors import InvalidRequestError, QueueFullError
+from .errors import InvalidRequestError
 from .prefix import PrefixHasher
 from .request import FinishReason, Request
+from .result import StepResult
 from .sequence import Output, Sequence
 from .stats import Stats
 
@@ -54,6 +56,8 @@ class Scheduler:
         self._steps = 0
         self._preemptions = 0
         self._finished = 0
+        self._prompt_tokens = 0
+        self._output_tokens = 0
         self._prefix_queries = 0
         self._prefix_hits = 0
 
@@ -78,7 +82,7 @@ class Scheduler:
             )
         max_tokens = request.max_tokens(self.config)
         n = request.params.n
-        self._check_room(n, n * len(request.prompt_token_ids))
+        check_room(self.config, self._new_seqs, self._new_tokens, n, n * len(request.prompt_token_ids))
         arrival = self._steps + request.priority * self.config.patience_steps
         sequences = []
         for index in range(n):
@@ -137,19 +141,23 @@ class Scheduler:
         self._in_flight.append(step)
         return step
 
-    def update(self, step: Step, token_ids: SequenceOf[int]) -> list[Output]:
-        """Take the tokens that a step sampled, in the order of `step.batch.sample_rows`; steps come in order.
+    def update(self, step: Step, result: StepResult) -> list[Output]:
+        """Take what a step sampled; steps come in order.
 
         Returns the news for the front end. Tokens of sequences that have ended since are dropped.
         """
         if not self._in_flight or step.number < self._in_flight[0].number:
             return []  # forgotten by fail()
         assert self._in_flight.popleft() is step, "steps must be updated in the order in which they were scheduled"
-        assert len(token_ids) == len(step.batch.sample_rows), "one token for each sequence that samples"
-        tokens = iter(token_ids)
+        assert len(result.token_ids) == len(step.batch.sample_rows), "one token for each sequence that samples"
+        if result.prompt_logprobs:
+            self._keep_prompt_logprobs(step, result)
+        tokens = iter(result.token_ids)
+        logprobs = iter(result.logprobs or repeat(None))
         outputs = []
         for entry in step.entries:
-            token = int(next(tokens)) if entry.samples else None
+            token = next(tokens) if entry.samples else None
+            logprob = next(logprobs) if entry.samples else None
             sequence = entry.sequence
             if sequence.is_finished:
                 continue
@@ -160,9 +168,10 @@ class Scheduler:
                 sequence.computed = entry.end
                 self._register(sequence)
             if token is not None:
-                outputs.append(sequence.output((token,)))
+                outputs.append(sequence.output((token,), None if logprob is None else (logprob,)))
                 if sequence.is_finished:
                     self._remove(sequence)
+        self._output_tokens += len(outputs)
         return outputs
 
     def stats(self) -> Stats:
@@ -180,6 +189,9 @@ class Scheduler:
             num_prefix_queries=self._prefix_queries,
             num_prefix_hits=self._prefix_hits,
             num_finished=self._finished,
+            num_prompt_tokens=self._prompt_tokens,
+            num_output_tokens=self._output_tokens,
+            waiting_new=self._new_seqs,
         )
 
     def check(self) -> None:
@@ -205,19 +217,12 @@ class Scheduler:
                 alone = self.blocks.references(block) == 1 and not self.blocks.is_registered(block)
                 assert alone, "a block that will be written is shared"
 
-    def _check_room(self, seqs: int, tokens: int) -> None:
-        """Refuse what would overflow the queue; a request that finds it empty may always wait."""
-        config = self.config
-        if self._new_seqs and self._new_seqs + seqs > config.max_waiting_requests:
-            raise QueueFullError(
-                f"{self._new_seqs} requests wait already, at most {config.max_waiting_requests} may; try again later, "
-                "or serve with a larger max_waiting_requests."
-            )
-        if self._new_seqs and self._new_tokens + tokens > config.max_waiting_tokens:
-            raise QueueFullError(
-                f"{self._new_tokens} prompt tokens wait already, at most {config.max_waiting_tokens} may, got {tokens} "
-                "more; try again later, or serve with a larger max_waiting_tokens."
-            )
+    def _keep_prompt_logprobs(self, step: Step, result: StepResult) -> None:
+        """Collect them chunk by chunk; they leave with the sequence's first token."""
+        for index, found in result.prompt_logprobs.items():
+            kept, start = step.entries[index].sequence.prompt_logprobs, step.entries[index].start + 1
+            if kept:  # not handed out already
+                kept[start : start + len(found)] = found
 
     def _plan_running(self) -> tuple[list[Sequence], list[Sequence]]:
         """The sequences that decode in this step, each with a block for its token, and those with a prompt under way.
@@ -282,6 +287,8 @@ class Scheduler:
         self._extend_lane(sequence)
         self._prefix_queries += sequence.length
         self._prefix_hits += cached
+        if sequence.epoch == 1:
+            self._prompt_tokens += sequence.num_prompt
         return True
 
     def _digests(self, sequence: Sequence) -> list[bytes]:

@@ -12,6 +12,7 @@ first, one token in decode, all of it again after a preemption.
 from dataclasses import dataclass
 
 from .request import FinishReason, Request
+from .result import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Output:
     finish_reason  None while it runs; no output follows one that has a reason
     stop_token     the EOS or stop token id that ended it
     cached_tokens  prompt tokens that came from the prefix cache when it was first admitted
+    logprobs       beside token_ids; None if the request asked for none
+    prompt_logprobs  of the prompt's tokens but the first, with the first token of sample 0; None otherwise
     """
 
     request_id: str
@@ -30,6 +33,8 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 class Sequence:
@@ -56,6 +61,8 @@ class Sequence:
         self.epoch = 0  # admissions so far: tells a step's entries from before a preemption
         self.cached_tokens = 0
         self.num_preemptions = 0
+        # of the prompt's tokens, by position; the first has none
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None] * (self.num_prompt if self.computes_prompt else 0)
         self.finish_reason: FinishReason | None = None
         self.stop_token: int | None = None
 
@@ -101,7 +108,19 @@ class Sequence:
         elif self.num_output >= self.max_tokens:
             self.finish_reason = FinishReason.LENGTH
 
-    def output(self, token_ids: tuple[int, ...]) -> Output:
+    def output(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None = None) -> Output:
+        of_prompt: tuple[TokenLogprobs, ...] | None = None
+        if self.prompt_logprobs and token_ids:
+            found = [each for each in self.prompt_logprobs if each is not None]
+            assert len(found) == self.num_prompt - 1, "a prompt token's logprob was never computed"
+            of_prompt, self.prompt_logprobs = tuple(found), []
         return Output(
-            self.request.request_id, self.index, token_ids, self.finish_reason, self.stop_token, self.cached_tokens
+            self.request.request_id,
+            self.index,
+            token_ids,
+            self.finish_reason,
+            self.stop_token,
+            self.cached_tokens,
+            logprobs,
+            of_prompt,
         )

@@ -8,6 +8,7 @@ class Stats:
     """Gauges of this moment, and counters since the start (`num_...`)."""
 
     waiting: int  # sequences, preempted ones included
+    waiting_new: int  # those of them that never ran
     waiting_tokens: int  # prompt tokens of those that never ran
     running: int  # sequences
     in_flight: int  # steps
@@ -20,3 +21,6 @@ class Stats:
     num_prefix_queries: int  # tokens that were looked up in the prefix cache
     num_prefix_hits: int  # tokens that were found there, or shared with another sample
     num_finished: int  # sequences, for any reason
+    num_prompt_tokens: int  # of admitted sequences, cached ones included
+    num_output_tokens: int  # that were handed out
+    num_failures: int = 0  # failed steps

@@ -14,6 +14,7 @@ import numpy as np
 
 from atom.serving.batch import Batch, Step
 from atom.serving.request import Request
+from atom.serving.result import StepResult, TokenLogprobs
 from atom.serving.scheduler import Scheduler
 from atom.serving.sequence import Output, Sequence
 
@@ -112,6 +113,17 @@ def check_shapes(batch: Batch) -> None:
     assert (np.diff(batch.cu_seqlens_q)[: batch.num_decodes] == 1).all()
 
 
+def prompt_logprobs(step: Step) -> dict[int, list[TokenLogprobs]]:
+    """Of every prompt token whose logprob is wanted; it says the token and the position."""
+    found = {}
+    for index, entry in enumerate(step.entries):
+        sequence = entry.sequence
+        if sequence.computes_prompt and entry.start + 1 < sequence.num_prompt:
+            places = range(entry.start + 1, min(entry.end, sequence.num_prompt - 1) + 1)
+            found[index] = [TokenLogprobs(sequence.token_ids[place], -float(place), 1) for place in places]
+    return found
+
+
 class FakeEngine:
     """A scheduler and the fake runner, with up to `depth` steps whose tokens have not come back."""
 
@@ -120,9 +132,10 @@ class FakeEngine:
         self.scheduler = scheduler
         self.depth = depth
         self.runner = FakeRunner(config.num_blocks, config.block_size, config.max_num_seqs)
-        self.results: deque[tuple[Step, list[int]]] = deque()
+        self.results: deque[tuple[Step, StepResult]] = deque()
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.last: dict[tuple[str, int], Output] = {}
+        self.prompt_logprobs: dict[tuple[str, int], tuple[TokenLogprobs, ...]] = {}
         self.finished: list[tuple[str, int]] = []  # in order
         self.admitted: dict[int, int] = {}  # sequence -> step of its first admission
 
@@ -136,6 +149,9 @@ class FakeEngine:
         for output in outputs:
             key = output.request_id, output.index
             assert key not in self.last or self.last[key].finish_reason is None, "an output after the last"
+            if output.prompt_logprobs is not None:
+                assert not self.outputs[key], "prompt logprobs come with the first token"
+                self.prompt_logprobs[key] = output.prompt_logprobs
             self.outputs[key] += output.token_ids
             self.last[key] = output
             if output.finish_reason is not None:
@@ -147,14 +163,13 @@ class FakeEngine:
         if step is not None:
             assert step.batch.num_tokens <= config.max_num_batched_tokens
             assert step.batch.num_seqs <= config.max_num_seqs
-            self.results.append((step, self.runner.run(step)))
+            self.results.append((step, StepResult(self.runner.run(step), None, prompt_logprobs(step))))
             for sequence in step.admitted:
                 self.admitted.setdefault(sequence.sequence_id, step.number)
         return step
 
     def deliver(self) -> None:
-        step, tokens = self.results.popleft()
-        self.take(self.scheduler.update(step, tokens))
+        self.take(self.scheduler.update(*self.results.popleft()))
 
     def advance(self) -> None:
         """Launch one step if anything can be computed; bring tokens back when `depth` steps are out."""

@@ -1,11 +1,11 @@
 """The arrays of a step, written out by hand for three small steps."""
 
-import numpy as np
 import pytest
 
 from atom.serving.batch import LaneTables
 from atom.serving.config import SchedulerConfig
 from atom.serving.request import Request
+from atom.serving.result import StepResult
 from atom.serving.sampling_params import SamplingParams
 from atom.serving.scheduler import Scheduler
 
@@ -47,8 +47,8 @@ def test_chunked_prefill_beside_decode_with_a_token_not_known_yet() -> None:
     assert batch.slots.tolist() == [3, 5, 6, 7]
     assert batch.masks_stop.tolist() == [False]  # ... but the second may
 
-    assert [o.token_ids for o in engine.update(first, [77])] == [(77,)]
-    assert [o.token_ids for o in engine.update(second, np.array([78]))] == [(78,)]
+    assert [o.token_ids for o in engine.update(first, StepResult([77]))] == [(77,)]
+    assert [o.token_ids for o in engine.update(second, StepResult([78]))] == [(78,)]
     third = engine.schedule()  # known now
     assert third is not None
     batch = third.batch
@@ -56,7 +56,7 @@ def test_chunked_prefill_beside_decode_with_a_token_not_known_yet() -> None:
     assert batch.positions.tolist() == [4, 4] and batch.sample_rows.tolist() == [0, 1]
     assert batch.block_tables.tolist() == [[0, 1, 5], [2, 3, 4]]  # b's blocks were its own from its admission
     assert engine.schedule() is None  # both have sampled all they may
-    assert [o.finish_reason for o in engine.update(third, [1, 2])] == ["length", "length"]
+    assert [o.finish_reason for o in engine.update(third, StepResult([1, 2]))] == ["length", "length"]
     engine.check()
     assert not engine.has_unfinished and engine.blocks.num_used == 0
 

@@ -261,8 +261,8 @@ def test_a_failed_step_ends_what_ran_and_spares_what_waits(steps: int) -> None:
     run.scheduler.check()
     assert run.scheduler.stats().used_blocks == run.scheduler.stats().cached_blocks == run.scheduler.in_flight == 0
     while run.results:  # a runner that hands back what is forgotten does no harm
-        step, tokens = run.results.popleft()
-        assert run.scheduler.update(step, tokens) == []
+        step, result = run.results.popleft()
+        assert run.scheduler.update(step, result) == []
     run.finish()
     for name in "abcd":
         if run.last[name, 0].finish_reason is not FinishReason.ERROR:
@@ -345,4 +345,4 @@ def test_steps_come_back_in_order() -> None:
     run.launch()
     run.launch()
     with pytest.raises(AssertionError, match="in the order in which they were scheduled"):
-        run.scheduler.update(run.results[1][0], run.results[1][1])
+        run.scheduler.update(*run.results[1])

@@ -1,5 +1,6 @@
 """The scheduler under random operations: every output is the one its request has alone, and nothing is left behind."""
 
+from itertools import count
 from typing import Any
 
 from hypothesis import given, settings
@@ -46,6 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, config: SchedulerConfig, depth: int) -> None:
         self.run = FakeEngine(Scheduler(config), depth)
         self.expected: dict[tuple[str, int], list[int]] = {}
+        self.prompts: dict[tuple[str, int], tuple[int, ...]] = {}  # whose logprobs are wanted
         self.requests = 0
 
     def pick(self, number: int) -> tuple[str, int]:
@@ -64,7 +66,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self, prompt: tuple[int, ...], max_tokens: int | None, n: int, priority: int, eos: list[int], data: Any
     ) -> None:
         least = data.draw(st.integers(0, min(3, max_tokens or 3)))
-        params = SamplingParams(max_tokens, least, n=n, ignore_eos=data.draw(st.booleans()))
+        wants = data.draw(st.sampled_from([None, None, None, 0]))
+        params = SamplingParams(max_tokens, least, n=n, ignore_eos=data.draw(st.booleans()), prompt_logprobs=wants)
         request = Request(
             f"r{self.requests}", prompt, params, tuple(eos), priority, data.draw(st.sampled_from([None, "s"]))
         )
@@ -79,6 +82,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for index in range(n):
             output = expected_output(request, index, request.max_tokens(config))
             self.expected[request.request_id, index] = output
+            if wants is not None and index == 0:
+                self.prompts[request.request_id, 0] = prompt
 
     @rule(steps=st.integers(1, 5))  # few, so that work is left for the other rules
     def advance(self, steps: int) -> None:
@@ -122,6 +127,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert output == expected
             if last is not None and last.stop_token is not None:
                 assert output == expected and output[-1] == last.stop_token
+            found = self.run.prompt_logprobs.get(key)
+            assert (found is not None) == (key in self.prompts and bool(output))
+            if found is not None:
+                assert [(f.token_id, -f.logprob) for f in found] == list(zip(self.prompts[key][1:], count(1.0)))
 
     def teardown(self) -> None:
         if not hasattr(self, "run"):
