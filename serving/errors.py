@@ -1,4 +1,4 @@
-"""The two ways in which serving says no before a request is admitted."""
+"""The ways in which serving says no before a request is admitted."""
 
 from atom.errors import AtomError
 
@@ -18,9 +18,13 @@ class QueueFullError(AtomError):
     """A request that could be served, but not now: the queue is at its limit; HTTP 429 with Retry-After."""
 
 
-class EngineDeadError(AtomError):
-    """The engine has stopped and serves nothing any more; HTTP 503, and the process ends."""
-
-
 class StepFailedError(AtomError):
     """The step that computed a request failed; others may succeed; HTTP 500."""
+
+
+class EngineDeadError(AtomError):
+    """The engine serves nothing any more: repeated steps failed, one is stuck, or it was shut down; HTTP 503."""
+
+
+class EngineDrainingError(EngineDeadError):
+    """The engine finishes what it has and takes nothing new: it is about to stop; HTTP 503."""
