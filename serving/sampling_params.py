@@ -12,6 +12,7 @@ MAX_STOP = 64  # stop strings, and stop token ids
 MAX_STOP_LENGTH = 1024  # characters of a stop string: every one delays the stream by as much
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 64
+MIN_TEMPERATURE = 1e-5  # below it, sampling is greedy: the quotients would leave the range of numbers
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class SamplingParams:
 
     max_tokens      tokens to generate; None: as many as the context and the cache allow
     min_tokens      EOS and stop token ids neither end the text nor are sampled before as many tokens
-    temperature     0 is greedy
+    temperature     0 is greedy, and so is what is below MIN_TEMPERATURE
     top_k           0 is off
     logit_bias      (token id, bias) pairs, biases within [-100, 100]
     seed            with one, the tokens are the same alone and in any batch; None draws a seed
@@ -75,7 +76,7 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """The most likely token is taken, without a draw."""
-        return self.temperature == 0
+        return self.temperature < MIN_TEMPERATURE
 
 
 def _wrong(field: str, value: object, needed: str, advice: str) -> InvalidRequestError:

@@ -1,0 +1,73 @@
+"""Log-probabilities of tokens and of their most likely alternatives, for outputs and for prompts.
+
+They are of the model's own distribution: before masks, bias, penalties, temperature and filters, as the OpenAI API's
+(vLLM calls them raw logprobs). They are made on the device and come to the host with the tokens, in one copy.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 2**27  # of float32 logits that are held at once for a prompt
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Of one token, on the host.
+
+    top  (token id, logprob) of the most likely tokens, most likely first
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Of R tokens, on the device.
+
+    packed  int32 [R, 2 + 2K]: token id, its logprob's bits, K token ids, the bits of their K logprobs
+    """
+
+    packed: Tensor
+
+    @property
+    def num_top(self) -> int:
+        return int(self.packed.shape[1] - 2) // 2
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+    """Logprobs of tokens int64 [R] and of each row's num_top best, from logits [R, V] of any float dtype."""
+    logits = logits.float()
+    norm = logits.logsumexp(-1, keepdim=True)  # [R, 1]
+    chosen = logits.gather(1, tokens[:, None]) - norm
+    top, ids = logits.topk(min(num_top, logits.shape[1]), dim=-1)
+    parts = [tokens[:, None].int(), chosen.view(torch.int32), ids.int(), (top - norm).view(torch.int32)]
+    return Logprobs(torch.cat(parts, dim=1))
+
+
+def prompt_logprobs(logits: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
+    """Logprobs of tokens int64 [T], each given the hidden state [T, hidden_size] of the position before it.
+
+    logits  the model's head: hidden [T, hidden_size] -> [T, V]. It is called for so many positions at a time that
+            their float32 logits take CHUNK_BYTES at most (and for one at least).
+    """
+    assert len(tokens), "no position has logprobs"
+    first = logits(hidden[:1])
+    rows = max(1, CHUNK_BYTES // (4 * first.shape[1]))
+    chunks = zip(hidden.split(rows), tokens.split(rows), strict=True)
+    return Logprobs(torch.cat([logprobs_of(logits(part), ids, num_top).packed for part, ids in chunks]))
+
+
+def unpack(packed: Tensor, num_top: Iterable[int]) -> list[TokenLogprobs]:
+    """`Logprobs.packed` [R, 2 + 2K] on the host -> one value a row, row r with the first num_top[r] alternatives."""
+    width = (packed.shape[1] - 2) // 2
+    ids = packed[:, [0, *range(2, 2 + width)]].tolist()
+    values = packed[:, [1, *range(2 + width, 2 + 2 * width)]].contiguous().view(torch.float32).tolist()
+    return [
+        TokenLogprobs(tokens[0], logprobs[0], tuple(zip(tokens[1 : 1 + n], logprobs[1 : 1 + n], strict=True)))
+        for tokens, logprobs, n in zip(ids, values, num_top, strict=True)
+    ]

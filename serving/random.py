@@ -1,0 +1,61 @@
+"""Random numbers by counter: a draw is a function of (seed, sample, index of the output token, candidate) alone.
+
+No generator has a state that a batch, a preemption or another request could move, so a request with a seed gets the
+same tokens alone, in any batch and on any device, up to the rounding of its logits. The mixing function is SplitMix64
+(Steele, Lea, Flood 2014): a bijection of 64 bits that passes the usual test batteries when fed with a counter.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: steps of a Weyl sequence
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_MASK = 2**64 - 1
+
+
+def mix(value: int) -> int:
+    """SplitMix64's finalizer of an integer modulo 2**64."""
+    value &= _MASK
+    value = (value ^ (value >> 30)) * _MULTIPLIERS[0] & _MASK
+    value = (value ^ (value >> 27)) * _MULTIPLIERS[1] & _MASK
+    return value ^ (value >> 31)
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """The 64-bit seed of a request's sample number `sample`."""
+    return mix(mix(seed) + sample * GOLDEN)
+
+
+def step_keys(seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Keys [S] of the draws of output tokens `indices` of sequences with `seeds`."""
+    with np.errstate(over="ignore"):
+        value = seeds + indices * np.uint64(GOLDEN)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(_MULTIPLIERS[0])
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(_MULTIPLIERS[1])
+        keys: NDArray[np.uint64] = value ^ (value >> np.uint64(31))
+    return keys
+
+
+def counters(number: int, device: torch.device) -> Tensor:
+    """int64 [number], what `gumbel` adds to a key for each candidate."""
+    return torch.arange(1, number + 1, device=device) * _signed(GOLDEN)
+
+
+def gumbel(keys: Tensor, counters: Tensor) -> Tensor:
+    """Standard Gumbel variables, float64 [S, C], for keys int64 [S] and counters int64 [C].
+
+    argmax(log p + gumbel) is distributed as p. 52 bits each: the largest that can come is 36.7.
+    """
+    value = keys[:, None] + counters
+    value = (value ^ ((value >> 30) & (2**34 - 1))).mul_(_signed(_MULTIPLIERS[0]))  # >> keeps the sign, so mask it off
+    value = (value ^ ((value >> 27) & (2**37 - 1))).mul_(_signed(_MULTIPLIERS[1]))
+    value = (value ^ ((value >> 31) & (2**33 - 1))) >> 12
+    uniform = (value & (2**52 - 1)).to(torch.float64).add_(0.5).mul_(2.0**-52)  # within (0, 1), neither end
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _signed(value: int) -> int:
+    """The int64 of the same bits."""
+    return value - 2**64 if value >= 2**63 else value

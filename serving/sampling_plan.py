@@ -1,0 +1,179 @@
+"""What the rows of a step ask of the sampler: parameters by lane on the host, and one upload a step.
+
+Everything a draw depends on, the index of the output token included, is known to the host when a step is launched: only
+tokens are not. So parameters stay in a numpy array by lane, and each step sends its rows' columns in a single copy.
+A step whose lanes are all greedy sends nothing.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .random import sample_seed, step_keys
+from .sampling_params import SamplingParams
+
+MAX_CANDIDATES = 1024  # a top_k beyond it has a top_p's threshold found by sorting whole rows
+
+
+class Feature(IntFlag):
+    """What a lane's request uses; work that no lane of a step asks for is not done."""
+
+    RANDOM = 1
+    MIN_P = 2
+    TOP_K = 4
+    TOP_P_OF_TOP_K = 8  # the threshold lies among the top_k largest
+    TOP_P = 16
+    PENALTIES = 32
+    BIAS = 64
+    LOGPROBS = 128
+
+
+class Word(IntEnum):
+    """64-bit words of a lane; the rows of `Plan.words`. From TEMPERATURE on they are float64."""
+
+    KEY = 0  # of the draw
+    LANE = 1
+    TOP_K = 2
+    TEMPERATURE = 3
+    LOG_MIN_P = 4
+    TOP_P = 5
+    PRESENCE = 6
+    FREQUENCY = 7
+    REPETITION = 8
+    STOP = 9  # what is added to the logits of stop tokens: 0 or -inf
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with the logits of a step's S rows.
+
+    features       what any row asks for
+    words          int64 [len(Word), S] on the device; None if no row needs a parameter
+    mask           int32 [S, ceil(V / 32)] on the device: bit t % 32 of word t // 32 allows token t; None allows all
+    rows           the rows that use a feature, int64 on the device, or None for all of them; by feature
+    max_top_k      largest top_k of a row
+    bias_width     largest number of biased tokens of a row; stop_width: of stop tokens that must not be sampled
+    num_logprobs   for each row, the alternatives to report, -1 for none: int32 [S], on the host
+    """
+
+    features: Feature
+    words: Tensor | None
+    mask: Tensor | None
+    rows: dict[Feature, Tensor | None]
+    max_top_k: int
+    bias_width: int
+    stop_width: int
+    num_logprobs: NDArray[np.int32]
+
+    def floats(self) -> dict[Word, Tensor]:
+        """The float parameters, float32 [S] each."""
+        assert self.words is not None
+        values = self.words[Word.TEMPERATURE :].view(torch.float64).float()
+        return {word: values[word - Word.TEMPERATURE] for word in Word if word >= Word.TEMPERATURE}
+
+
+class LaneParams:
+    """The parameters of every lane, on the host."""
+
+    def __init__(self, num_lanes: int, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._words = np.zeros((len(Word), num_lanes), dtype=np.int64)
+        self._floats = self._words.view(np.float64)
+        self._words[Word.LANE] = np.arange(num_lanes)
+        self._seeds = np.zeros(num_lanes, dtype=np.uint64)
+        self._indices = np.zeros(num_lanes, dtype=np.uint64)
+        self._features = np.zeros(num_lanes, dtype=np.int64)
+        self._bias_widths = np.zeros(num_lanes, dtype=np.int32)
+        self._stop_widths = np.zeros(num_lanes, dtype=np.int32)
+        self._num_logprobs = np.zeros(num_lanes, dtype=np.int32)
+
+    def load(self, lane: int, params: SamplingParams, seed: int, sample: int, index: int, num_stops: int) -> Feature:
+        """Take a request's parameters; returns what they use.
+
+        seed    of the request; sample: the number of the sample among its n
+        index   of the next output token
+        """
+        features = _features(params, self.vocab_size)
+        words, floats = self._words[:, lane], self._floats[:, lane]
+        words[Word.TOP_K] = params.top_k if Feature.TOP_K in features else 1
+        floats[Word.TEMPERATURE] = params.temperature if Feature.RANDOM in features else 0.0
+        floats[Word.LOG_MIN_P] = np.log(params.min_p) if Feature.MIN_P in features else -np.inf
+        floats[Word.TOP_P] = params.top_p
+        floats[Word.PRESENCE] = params.presence_penalty
+        floats[Word.FREQUENCY] = params.frequency_penalty
+        floats[Word.REPETITION] = params.repetition_penalty
+        self._seeds[lane] = sample_seed(seed, sample)
+        self._indices[lane] = index
+        self._features[lane] = int(features)
+        self._bias_widths[lane] = len(params.logit_bias)
+        self._stop_widths[lane] = num_stops
+        self._num_logprobs[lane] = -1 if params.logprobs is None else params.logprobs
+        return features
+
+    def plan(self, lanes: NDArray[np.int32], masks_stop: NDArray[np.bool_], mask: Tensor | None, to: "Upload") -> Plan:
+        """What the lanes' next token needs; their output index moves on."""
+        features = Feature(int(np.bitwise_or.reduce(self._features[lanes], initial=0)))
+        masked = masks_stop & (self._stop_widths[lanes] > 0)
+        stop_width = int(self._stop_widths[lanes].max(initial=0, where=masked))
+        words = None
+        if stop_width or features & ~Feature.LOGPROBS:
+            columns = self._words[:, lanes]
+            columns[Word.KEY] = step_keys(self._seeds[lanes], self._indices[lanes]).view(np.int64)
+            columns.view(np.float64)[Word.STOP] = np.where(masked, -np.inf, 0.0)
+            words = to(columns)
+        self._indices[lanes] += np.uint64(1)
+        rows = {}
+        for feature in (Feature.TOP_K, Feature.TOP_P_OF_TOP_K, Feature.TOP_P, Feature.LOGPROBS):
+            if feature in features:
+                (users,) = np.nonzero(self._features[lanes] & feature)
+                rows[feature] = None if len(users) == len(lanes) else to(users)
+        has_k = (self._features[lanes] & Feature.TOP_K) > 0
+        return Plan(
+            features,
+            words,
+            mask,
+            rows,
+            max_top_k=int(self._words[Word.TOP_K, lanes].max(initial=0, where=has_k)),
+            bias_width=int(self._bias_widths[lanes].max(initial=0)) if Feature.BIAS in features else 0,
+            stop_width=stop_width,
+            num_logprobs=self._num_logprobs[lanes],
+        )
+
+
+class Upload:
+    """Host arrays to the device without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, array: np.ndarray) -> Tensor:
+        """A copy of the array; from page-locked memory, since a copy from any other would synchronise."""
+        host = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cpu":
+            return host.clone()
+        return host.pin_memory().to(self.device, non_blocking=True)
+
+
+def _features(params: SamplingParams, vocab_size: int) -> Feature:
+    features = Feature(0)
+    if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
+        features |= Feature.PENALTIES
+    if params.logit_bias:
+        features |= Feature.BIAS
+    if params.logprobs is not None:
+        features |= Feature.LOGPROBS
+    if params.is_greedy:  # no filter drops the most likely token
+        return features
+    features |= Feature.RANDOM
+    if params.min_p:
+        features |= Feature.MIN_P
+    if 0 < params.top_k < vocab_size:
+        features |= Feature.TOP_K
+    if params.top_p < 1:
+        small = Feature.TOP_K in features and params.top_k <= MAX_CANDIDATES
+        features |= Feature.TOP_P_OF_TOP_K if small else Feature.TOP_P
+    return features
