@@ -10,19 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .result import TokenLogprobs
+
 CHUNK_BYTES = 2**27  # of float32 logits that are held at once for a prompt
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Of one token, on the host.
-
-    top  (token id, logprob) of the most likely tokens, most likely first
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,18 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+FAULTY = -1  # instead of a token id: the logits held no number to choose by
+
 
 class TokenLogprobs(NamedTuple):
-    """How likely a token was, and which ones were likelier.
+    """How likely a token was, and which tokens were the most likely.
 
-    logprob  natural logarithm of the probability, before temperature and penalties
-    rank     1 for the most likely token
+    logprob  natural logarithm of the probability, by the model's own distribution
     top      (token id, logprob) of the most likely tokens, best first, as many as were asked for
     """
 
     token_id: int
     logprob: float
-    rank: int
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -24,7 +24,7 @@ class TokenLogprobs(NamedTuple):
 class StepResult:
     """The results of one step, on the host.
 
-    token_ids        sampled tokens, in the order of the batch's `sample_rows`
+    token_ids        sampled tokens, in the order of the batch's `sample_rows`; FAULTY where there was none to sample
     logprobs         beside them, None where a sequence asked for none; None if no sequence did
     prompt_logprobs  by index of an entry whose sequence asked for them: of the prompt tokens at positions
                      start + 1 ... min(end, prompt length - 1) of the entry

@@ -25,11 +25,11 @@ from .filters import min_p_floor, ties_beyond, top_k_floor, top_p_floor, top_p_f
 from .logprobs import Logprobs, logprobs_of
 from .penalties import TokenCounts
 from .random import counters, gumbel
+from .result import FAULTY
 from .sampling_params import MAX_LOGIT_BIAS, MAX_STOP
 from .sampling_plan import MAX_CANDIDATES, Feature, LaneParams, Plan, Upload, Word
 from .sequence import Sequence
 
-FAULTY = -1  # instead of a token id: the row had no finite largest logit
 TILE = 512  # tokens of a first-stage candidate
 _STOP_ROOM = 2 * MAX_STOP  # stop token ids of a request, and the model's EOS ids
 

@@ -26,7 +26,7 @@ from .config import SchedulerConfig
 from .errors import InvalidRequestError
 from .prefix import PrefixHasher
 from .request import FinishReason, Request
-from .result import StepResult
+from .result import FAULTY, StepResult
 from .sequence import Output, Sequence
 from .stats import Stats
 
@@ -144,7 +144,8 @@ class Scheduler:
     def update(self, step: Step, result: StepResult) -> list[Output]:
         """Take what a step sampled; steps come in order.
 
-        Returns the news for the front end. Tokens of sequences that have ended since are dropped.
+        Returns the news for the front end. Tokens of sequences that have ended since are dropped; a faulty one ends
+        its sequence.
         """
         if not self._in_flight or step.number < self._in_flight[0].number:
             return []  # forgotten by fail()
@@ -161,6 +162,9 @@ class Scheduler:
             sequence = entry.sequence
             if sequence.is_finished:
                 continue
+            if token == FAULTY:
+                outputs.append(self._end(sequence, FinishReason.ERROR))
+                continue
             if token is not None:
                 sequence.pending -= 1
                 sequence.append(token)
@@ -171,7 +175,7 @@ class Scheduler:
                 outputs.append(sequence.output((token,), None if logprob is None else (logprob,)))
                 if sequence.is_finished:
                     self._remove(sequence)
-        self._output_tokens += len(outputs)
+        self._output_tokens += len(step.batch.sample_rows)
         return outputs
 
     def stats(self) -> Stats:

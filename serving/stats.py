@@ -22,5 +22,5 @@ class Stats:
     num_prefix_hits: int  # tokens that were found there, or shared with another sample
     num_finished: int  # sequences, for any reason
     num_prompt_tokens: int  # of admitted sequences, cached ones included
-    num_output_tokens: int  # that were handed out
+    num_output_tokens: int  # that were sampled
     num_failures: int = 0  # failed steps

@@ -120,7 +120,7 @@ def prompt_logprobs(step: Step) -> dict[int, list[TokenLogprobs]]:
         sequence = entry.sequence
         if sequence.computes_prompt and entry.start + 1 < sequence.num_prompt:
             places = range(entry.start + 1, min(entry.end, sequence.num_prompt - 1) + 1)
-            found[index] = [TokenLogprobs(sequence.token_ids[place], -float(place), 1) for place in places]
+            found[index] = [TokenLogprobs(sequence.token_ids[place], -float(place)) for place in places]
     return found
 
 

@@ -7,6 +7,7 @@ import pytest
 from atom.serving.config import SchedulerConfig
 from atom.serving.errors import InvalidRequestError, QueueFullError
 from atom.serving.request import FinishReason, Request
+from atom.serving.result import FAULTY, StepResult
 from atom.serving.sampling_params import SamplingParams
 from atom.serving.scheduler import Scheduler
 
@@ -346,3 +347,17 @@ def test_steps_come_back_in_order() -> None:
     run.launch()
     with pytest.raises(AssertionError, match="in the order in which they were scheduled"):
         run.scheduler.update(*run.results[1])
+
+
+def test_a_faulty_token_ends_its_sequence_alone() -> None:
+    run = engine(depth=2)
+    run.add(request("a"))
+    run.add(request("b"))
+    run.launch()
+    run.launch()
+    step, result = run.results.popleft()
+    run.take(run.scheduler.update(step, StepResult([FAULTY, result.token_ids[1]])))
+    run.finish()
+    assert run.outputs["a", 0] == [] and run.last["a", 0].finish_reason is FinishReason.ERROR
+    assert run.outputs["b", 0] == expected_output(request("b"), 0, 5)
+    run.assert_idle()
