@@ -23,7 +23,8 @@ class Problem:
     arch     "cpu", or "sm_90" for compute capability 9.0
     linear   the scheme of the linears fed or run, for GEMMs and producers
     N, K     out and in features (0 where they do not matter)
-    kv       the cache format and head_dim, for attention
+    kv       the cache's format (None: the model's own), its head_dim, query and KV heads, and whether its keys are
+             stored before RoPE, for attention
     """
 
     arch: str
@@ -32,6 +33,9 @@ class Problem:
     K: int = 0
     kv: TensorSpec | None = None
     head_dim: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    kv_pre_rope: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,152 @@
+"""Op paged_attention: causal attention of a step's queries over keys and values that lie in blocks.
+
+The torch reference takes sequences with one query in groups of like length, and prefill chunks one by one. A group's
+keys are padded to a length that follows from each sequence's own, so a decode's result is the same alone and in any
+batch. Places beyond a sequence's last token are read (they are in its own last block) and replaced by zeros.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .dense_attention import AttentionSpec, attend_capped, attend_dense
+from .kv_layout import KVLayout
+from .paged_step import Ints, PagedStep
+from .registry import Op
+from .rotate import rotate
+
+Attend = Callable[..., Tensor]
+GATHER_ELEMENTS = 1 << 23  # keys that the reference reads at a time: 32 MB in float32
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """cos and sin [P, head_dim / 2] (float32) at positions 0 ... P - 1, for what is turned when it is read."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Sequences of one query each that are attended over together.
+
+    rows       int64 [B], their query tokens
+    blocks     int64 [B, n], where their keys lie; a sequence's last block is repeated to fill up
+    visible    bool [B, n * block_size]
+    positions  int64 [B, n * block_size], of the keys
+    """
+
+    rows: Tensor
+    blocks: Tensor
+    visible: Tensor
+    positions: Tensor
+
+
+def padded_blocks(num_blocks: Ints) -> Ints:
+    """Numbers of blocks rounded up to at most four steps an octave, each from its own number alone."""
+    octave = np.floor(np.log2(np.maximum(num_blocks, 1))).astype(np.int64)
+    step = np.maximum(1, 2**octave // 4)
+    return -(-num_blocks // step) * step
+
+
+def decode_groups(step: PagedStep, window: int | None, layout: KVLayout) -> list[DecodeGroup]:
+    """The step's sequences with exactly one query, in groups whose keys have one padded length and a bounded size."""
+    size = layout.block_size
+    ones = np.flatnonzero(step.counts == 1)
+    lengths = step.seqlens_k[ones].astype(np.int64)
+    firsts = np.zeros_like(lengths) if window is None else np.maximum(0, lengths - window)  # first key seen
+    first_blocks = firsts // size
+    last_blocks = (lengths - 1) // size
+    padded = padded_blocks(last_blocks - first_blocks + 1)
+    groups = []
+    for width in np.unique(padded):
+        members = np.flatnonzero(padded == width)
+        most = max(1, GATHER_ELEMENTS // int(width * size * layout.num_kv_heads * layout.head_dim))
+        for start in range(0, len(members), most):
+            part = members[start : start + most]
+            index = np.minimum(first_blocks[part, None] + np.arange(width), last_blocks[part, None])
+            positions = first_blocks[part, None] * size + np.arange(width * size)
+            visible = (positions >= firsts[part, None]) & (positions < lengths[part, None])
+            arrays = (
+                step.cu_seqlens_q[ones[part]].astype(np.int64),
+                step.tables[ones[part, None], index].astype(np.int64),
+                visible,
+                np.minimum(positions, lengths[part, None] - 1),
+            )
+            groups.append(DecodeGroup(*(torch.from_numpy(a).to(step.slots.device) for a in arrays)))
+    return groups
+
+
+def paged_attention_reference(layout: KVLayout, pre_rope: bool = False) -> Attend:
+    """Builder of the op; its function takes
+
+    q       [T, num_heads, head_dim]   turned
+    layer   uint8, KVLayout.shape: this step's keys and values are in it
+    step    PagedStep
+    spec    AttentionSpec; key_offset (before RoPE) is what was taken off the stored keys, or None
+    table   RopeTable over all positions of the step, where keys or offsets are turned on reading; else None
+    returns [T, num_heads, head_dim]
+    """
+
+    def run(q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None = None) -> Tensor:
+        out = torch.empty_like(q)
+        for group in step.derive(("groups", spec.window), lambda: decode_groups(step, spec.window, layout)):
+            out[group.rows] = _decode(q[group.rows], layer, group, spec, table)
+        for index in np.flatnonzero(step.counts > 1):
+            start, end = int(step.cu_seqlens_q[index]), int(step.cu_seqlens_q[index + 1])
+            length = int(step.seqlens_k[index])
+            out[start:end] = _chunk(q[start:end], layer, step.block_tables[index], length, spec, table)
+        return out
+
+    def _decode(q: Tensor, layer: Tensor, group: DecodeGroup, spec: AttentionSpec, table: RopeTable | None) -> Tensor:
+        tiles = layer.transpose(0, 1)[:, group.blocks]  # [num_kv_heads, B, n, tile_bytes]
+        keys, values = (layout.read(tiles, part).flatten(2, 3) for part in (0, 1))  # [num_kv_heads, B, L, head_dim]
+        visible = group.visible
+        keys = keys.masked_fill(~visible[..., None], 0.0)
+        values = values.masked_fill(~visible[..., None], 0.0)
+        keys = _finish(keys.movedim(0, 2), group.positions, spec.key_offset, table).movedim(2, 0)
+        heads = q.unflatten(1, (layout.num_kv_heads, -1)).transpose(0, 1)  # [num_kv_heads, B, queries per KV head, D]
+        seen = visible[:, None]  # [B, 1, L]
+        if spec.soft_cap is not None:
+            out = attend_capped(heads, keys, values, spec.scale, spec.soft_cap, seen)
+        else:
+            out = functional.scaled_dot_product_attention(heads, keys, values, attn_mask=seen, scale=spec.scale)
+        return out.transpose(0, 1).flatten(1, 2)
+
+    def _chunk(
+        q: Tensor, layer: Tensor, blocks: Tensor, length: int, spec: AttentionSpec, table: RopeTable | None
+    ) -> Tensor:
+        size = layout.block_size
+        first = 0 if spec.window is None else max(0, length - q.shape[0] - spec.window + 1) // size
+        tiles = layer.transpose(0, 1)[:, blocks[first : -(-length // size)].long()]  # [num_kv_heads, n, tile_bytes]
+        keys, values = (layout.read(tiles, part).flatten(1, 2)[:, : length - first * size] for part in (0, 1))
+        positions = torch.arange(first * size, length, device=q.device)
+        keys = _finish(keys.transpose(0, 1), positions, spec.key_offset, table).transpose(0, 1)
+        return attend_dense(q.transpose(0, 1)[None], keys[None], values[None], spec)[0].transpose(0, 1)
+
+    def _finish(keys: Tensor, positions: Tensor, offset: Tensor | None, table: RopeTable | None) -> Tensor:
+        """Stored keys [..., L, num_kv_heads, head_dim] at `positions` [..., L] -> turned, the offset in them."""
+        if offset is None and not pre_rope:
+            return keys
+        assert table is not None, "keys or offsets that are turned on reading need a table"
+        cos, sin = table.cos[positions], table.sin[positions]
+        if offset is None:
+            return rotate(keys, cos, sin)
+        offset = offset.to(keys.dtype)
+        if pre_rope:
+            return rotate(keys + offset, cos, sin)
+        return keys + rotate(offset.expand(keys.shape), cos, sin)
+
+    return run
+
+
+PAGED_ATTENTION = Op(
+    name="paged_attention",
+    formula="softmax(soft_cap(scale * q @ (keys + rope(offset)).T)) @ values, causal, over each sequence's blocks",
+    reference=paged_attention_reference,
+)

@@ -1,0 +1,54 @@
+"""Op rope_append_kv: turn queries and keys, round keys and values, write them into the blocks of a paged cache.
+
+One call takes all tokens of a step, of prefill chunks and of decodes alike: where a token's key and value go is said by
+its slot. Keys are stored turned unless `pre_rope`; where the scheme keeps a key offset apart, the offset is taken off
+before anything else and comes back when keys are read (paged_attention.py).
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .kv_layout import KVLayout
+from .registry import Op
+from .rotate import rotate
+
+Append = Callable[..., Tensor]
+
+
+def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False) -> Append:
+    """Builder of the op; its function takes
+
+    q       [T, num_heads, head_dim]      before RoPE
+    k, v    [T, num_kv_heads, head_dim]   k before RoPE
+    cos     [T, head_dim / 2] float32, and sin
+    slots   [T] int64
+    layer   uint8, KVLayout.shape: written in place
+    offset  [num_kv_heads, head_dim], taken off every key, or None
+    returns q turned
+    """
+
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        layer: Tensor,
+        offset: Tensor | None = None,
+    ) -> Tensor:
+        if offset is not None:
+            k = k - offset.to(k.dtype)
+        layout.write(layer, slots, 0, k if pre_rope else rotate(k, cos, sin))
+        layout.write(layer, slots, 1, v)
+        return rotate(q, cos, sin)
+
+    return run
+
+
+ROPE_APPEND_KV = Op(
+    name="rope_append_kv",
+    formula="blocks[slots] = quantize(rope(k - offset)), quantize(v); returns rope(q)",
+    reference=rope_append_kv_reference,
+)

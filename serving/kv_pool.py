@@ -1,0 +1,170 @@
+"""The paged KV cache: storage of all layers' blocks, and the cache that a model sees for one step.
+
+KVPool is memory and nothing else: which block belongs to whom is the block manager's business, how a block lies in
+bytes that of atom/kernels/kv_layout.py. PagedKV implements the KV protocol of atom/models/kv.py over a pool: `begin`
+takes a step's batch, then the model runs once. A layer's keys and values of the step are stored before it attends.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atom.errors import UnsupportedError
+from atom.kernels.dense_attention import AttentionSpec
+from atom.kernels.kv_layout import KVLayout
+from atom.kernels.paged_attention import PAGED_ATTENTION, RopeTable
+from atom.kernels.paged_step import PagedStep
+from atom.kernels.registry import Kernels, Problem, device_arch
+from atom.kernels.rope_append import ROPE_APPEND_KV
+from atom.models.config import ModelConfig
+from atom.models.rope import RopeConfig, Rotation
+from atom.quant.schemes import Scheme
+
+from .batch import Batch
+
+
+def kv_layout(config: ModelConfig, scheme: Scheme | None, dtype: torch.dtype, block_size: int) -> KVLayout:
+    """The layout of one layer's cache. Raises UnsupportedError for a cache format that cannot be paged."""
+    spec = None if scheme is None else scheme.kv
+    return KVLayout(spec, dtype, config.num_kv_heads, config.head_dim, block_size)
+
+
+def bytes_per_block(config: ModelConfig, scheme: Scheme | None, dtype: torch.dtype, block_size: int) -> int:
+    """Bytes of one block in all layers, scales and filling included: what a pool of one block takes."""
+    return config.num_layers * kv_layout(config, scheme, dtype, block_size).block_bytes
+
+
+class KVPool:
+    """The keys and values of all layers in `num_blocks` blocks of `block_size` tokens, in one allocation.
+
+    storage  uint8 [num_layers, *KVLayout.shape(num_blocks)], its contents undefined until written
+    dtype    of the model: keys and values come and go in it, and a cache in full precision keeps it
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        scheme: Scheme | None,
+        num_blocks: int,
+        block_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks must be at least 1, got {num_blocks}; give the KV cache more memory.")
+        self.config = config
+        self.scheme = scheme
+        self.layout = kv_layout(config, scheme, dtype, block_size)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (config.num_layers, *self.layout.shape(num_blocks))
+        self.storage = torch.empty(shape, dtype=torch.uint8, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layout.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.storage.numel()
+
+    def layer(self, index: int) -> Tensor:
+        """uint8 [num_blocks, num_kv_heads, tile_bytes] of layer `index`."""
+        return self.storage[index]
+
+
+@dataclass(frozen=True)
+class DeviceArrays:
+    """Those arrays of a Batch that attention reads on the device; a runner may keep them in buffers of its own.
+
+    slots         int64 [T]
+    block_tables  int32 [B, max blocks]
+    """
+
+    slots: Tensor
+    block_tables: Tensor
+
+    @staticmethod
+    def of(batch: Batch, device: torch.device) -> "DeviceArrays":
+        return DeviceArrays(
+            torch.from_numpy(batch.slots).to(device, non_blocking=True),
+            torch.from_numpy(batch.block_tables).to(device, non_blocking=True),
+        )
+
+
+class PagedKV:
+    """The cache of one step at a time: `begin(batch)`, then `model(token_ids, positions, kv)`.
+
+    What is stored equals DenseKV's bit for bit, and attention to float rounding. Raises UnsupportedError when it is
+    made if no implementation runs the cache's format there.
+    """
+
+    def __init__(self, pool: KVPool, kernels: Kernels = "auto") -> None:
+        config, scheme = pool.config, pool.scheme
+        self.pool = pool
+        self.pre_rope = scheme is not None and scheme.kv is not None and scheme.kv_pre_rope
+        self.offset_apart = scheme is not None and scheme.kv is not None and scheme.kv_offset != "none"
+        if self.pre_rope and any(rope.kind == "dynamic" for rope in config.ropes):
+            raise UnsupportedError(
+                "a paged KV cache of keys before dynamic RoPE is not supported: the angles of stored keys would change "
+                "with the text's length; use a scheme with kv_pre_rope=False."
+            )
+        problem = Problem(
+            device_arch(pool.device),
+            kv=pool.layout.spec,
+            head_dim=config.head_dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            kv_pre_rope=self.pre_rope,
+        )
+        self.choices = (ROPE_APPEND_KV.choose(problem, kernels), PAGED_ATTENTION.choose(problem, kernels))
+        self._append, self._attend = (choice.build(pool.layout, self.pre_rope) for choice in self.choices)
+        self._step: PagedStep | None = None
+        self._tables: dict[RopeConfig, RopeTable] = {}
+
+    def begin(self, batch: Batch, arrays: DeviceArrays | None = None) -> None:
+        """Take the next step's batch. `arrays` holds what lies on the device already; by default it is copied."""
+        arrays = DeviceArrays.of(batch, self.pool.device) if arrays is None else arrays
+        self._step = PagedStep(
+            batch.cu_seqlens_q, batch.seqlens_k, batch.block_tables, arrays.slots, arrays.block_tables
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
+        """See KV.attend; the T tokens are those of the batch that `begin` took."""
+        step = self._step
+        assert step is not None, "begin comes before the model"
+        assert q.shape[0] == step.num_tokens, f"{q.shape[0]} queries came for a batch of {step.num_tokens} tokens"
+        is_dynamic = rotation.rope.config.kind == "dynamic"
+        if is_dynamic:
+            rotation = self._by_length(step, rotation)
+        # keys under dynamic RoPE stand at the angles of the length they were stored at, which nobody knows later
+        offset = spec.key_offset if self.offset_apart and not is_dynamic else None
+        spec = AttentionSpec(spec.scale, spec.window, spec.soft_cap, offset)
+        storage = self.pool.layer(layer)
+        q = self._append(q, k, v, rotation.cos, rotation.sin, step.slots, storage, offset)
+        turns = self.pre_rope or offset is not None
+        out: Tensor = self._attend(q, storage, step, spec, self._table(step, rotation) if turns else None)
+        return out
+
+    def _by_length(self, step: PagedStep, rotation: Rotation) -> Rotation:
+        """Dynamic NTK by each sequence's own length; the model made it from the longest of the batch."""
+
+        def make() -> Rotation:
+            lengths = torch.from_numpy(step.seqlens_k.repeat(step.counts)).to(rotation.positions.device)
+            return rotation.rope(rotation.positions, lengths)
+
+        return step.derive(rotation.rope.config, make)
+
+    def _table(self, step: PagedStep, rotation: Rotation) -> RopeTable:
+        """cos and sin of all positions of the step, kept from step to step and grown when a sequence is longer."""
+        config, length = rotation.rope.config, int(step.seqlens_k.max())
+        table = self._tables.get(config)
+        if table is None or table.cos.shape[0] < length:
+            whole = rotation.rope(torch.arange(1 << (length - 1).bit_length(), device=self.pool.device))
+            table = self._tables[config] = RopeTable(whole.cos, whole.sin)
+        return table
