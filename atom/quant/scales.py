@@ -15,7 +15,10 @@ STORAGE_DTYPES = {
     "e8m0": torch.uint8,  # biased exponent: 2^(byte - 127)
     "uint4": torch.uint8,
 }
-LARGEST = {"e4m3": 448.0, "uint4": 15.0}  # what an outer scale maps the largest inner scale to
+# What an outer scale maps the largest inner scale to. Under uint4 a third is left free: GPTQ chooses the outer scale
+# first, and weights that it updates later outgrow it. SmolLM2 w4a8, 12 x 512 tokens, four windows of 1024: perplexity
+# 39.4 with 15, 36.1 with 12, 34.3 with 10; 34.9 with bf16 scales.
+LARGEST = {"e4m3": 448.0, "uint4": 10.0}
 _SMALLEST = {"fp32": 2.0**-126, "bf16": 2.0**-126, "fp16": 2.0**-24, "e4m3": 2.0**-9, "uint4": 1.0}
 
 
