@@ -32,7 +32,7 @@ class TextStream:
     prompt_token_ids     what stands before the output: after text, a first "▁" is a space
     stop                 strings that end the text
     skip_special_tokens  special tokens add nothing
-    include_stop         the stop string or stop token that ends the text stays in it
+    include_stop         the stop string that ends the text stays in it
     min_tokens           stop strings count only in the text of later tokens
 
     Joined, the pieces are what the tokenizer decodes the output to (after the prompt's end), cut at a stop string.
@@ -54,22 +54,15 @@ class TextStream:
             self._decoder = _Bytes(vocabulary)
         else:
             self._decoder = _Window(vocabulary, prompt_token_ids[-4 * _CONTEXT :])
-        self._include_stop = include_stop
         self._stop = StopStrings(stop, include_stop)
         self._unsearched = min_tokens if stop else 0
 
-    def feed(
-        self, token_ids: Sequence[int], finish: bool = False, stop_token: int | None = None
-    ) -> tuple[str, str | None]:
+    def feed(self, token_ids: Sequence[int], finish: bool = False) -> tuple[str, str | None]:
         """(text to append, the stop string that ends it or None) for the next tokens.
 
-        finish      no token follows: what was held back comes too
-        stop_token  the EOS or stop token that is the last of them and ended the sequence, as `Output` has it
+        finish  no token follows: what was held back comes too
         After a stop string there is no more text.
         """
-        if stop_token is not None and not self._include_stop:
-            assert token_ids[-1] == stop_token
-            token_ids = token_ids[:-1]
         free = ""
         if self._unsearched:
             early, token_ids = token_ids[: self._unsearched], token_ids[self._unsearched :]
@@ -98,6 +91,7 @@ class Vocabulary:
         self._rust = rust
         self.bytes_of = lru_cache(None)(self._bytes_of)
         self.is_byte = lru_cache(None)(self._is_byte)
+        self.has = lru_cache(None)(self._has)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Special tokens are not dropped here."""
@@ -110,6 +104,9 @@ class Vocabulary:
         table = _byte_table()
         known = [table.get(c) for c in text]
         return text.encode() if None in known else bytes(b for b in known if b is not None)
+
+    def _has(self, token: int) -> bool:
+        return self._rust.id_to_token(token) is not None  # a model's vocabulary may be longer than its tokenizer's
 
     def _is_byte(self, token: int) -> bool:
         return _BYTE_TOKEN.fullmatch(self._rust.id_to_token(token) or "") is not None
@@ -144,7 +141,7 @@ class _Window:
         self._vocabulary = vocabulary
         # a "▁" stands after text: special tokens are none, whether they are shown or not; a run of bytes is left out,
         # for its characters would depend on those to come
-        before = [t for t in prompt if t not in vocabulary.special]
+        before = [t for t in prompt if t not in vocabulary.special and vocabulary.has(t)]
         while before and vocabulary.is_byte(before[-1]):
             before.pop()
         self._tokens = before[-_CONTEXT:]
@@ -152,9 +149,10 @@ class _Window:
         self._waiting = 0  # tokens since the window's text last ended with a character
 
     def feed(self, token_ids: Sequence[int], finish: bool) -> str:
-        self._tokens += token_ids
-        self._waiting += len(token_ids)
         vocabulary = self._vocabulary
+        known = [t for t in token_ids if vocabulary.has(t)]
+        self._tokens += known
+        self._waiting += len(known)
         if not self._waiting:
             return ""
         is_patient = not finish and self._waiting < _PATIENCE

@@ -101,6 +101,12 @@ def test_a_prompt_that_ends_within_a_character() -> None:
     assert "".join(pieces(TextStream(hf, [a, *smile[:2]]), [a])) == "a"
 
 
+def test_ids_beyond_the_vocabulary_do_not_part_a_run_of_bytes() -> None:
+    hf = sentencepiece()
+    zero, broken = hf.convert_tokens_to_ids(["<0x00>", "<0x80>"])
+    assert "".join(pieces(TextStream(hf), [zero, len(hf), broken])) == decode(hf, [zero, len(hf), broken])
+
+
 def test_special_tokens_are_shown_on_request() -> None:
     for make in ALL.values():
         hf = make()
@@ -126,14 +132,6 @@ def test_stop_string_over_token_borders() -> None:
     assert stream.feed(tokens, True) == ("", "STOP"), "no text after a stop string"
     stream = TextStream(hf, stop=("STOP",), include_stop=True)
     assert stream.feed(tokens) == ("so he said STOP", "STOP")
-
-
-def test_the_token_that_ended_the_text_is_left_out() -> None:
-    hf = byte_level()
-    tokens = hf.encode("ab")
-    assert TextStream(hf).feed(tokens, True, tokens[-1]) == ("a", None)
-    assert TextStream(hf, include_stop=True).feed(tokens, True, tokens[-1]) == ("ab", None)
-    assert TextStream(hf, stop=("b",)).feed(tokens, True, tokens[-1]) == ("a", None)
 
 
 def test_what_could_become_a_stop_string_waits_until_it_cannot() -> None:
