@@ -1,0 +1,141 @@
+"""A model without a checkpoint: random weights in a known shape, for measuring speed.
+
+The weights are a `Source` like any other, so that a dummy model goes through the same loader, kernels and engine as a
+real one. Values are of a trained model's order of magnitude and mean nothing; the same bytes come again and again.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import quantization_config, read_json
+from ..errors import CheckpointError
+from ..quant.schemes import Scheme
+from .config import ModelConfig
+from .layout import PERM, Expected, model_tensors
+from .loader import meta_model
+from .source import Source
+
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA_3 = {
+    **_LLAMA,
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+_LLAMA_2 = {**_LLAMA, "vocab_size": 32000, "max_position_embeddings": 4096, "rope_theta": 10000.0}
+
+
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {**_LLAMA, **_sizes(192, 280, 2, 6), "vocab_size": 258, "num_key_value_heads": 2},
+    "llama-2-7b": {**_LLAMA_2, **_sizes(4096, 11008, 32, 32)},
+    "llama-2-13b": {**_LLAMA_2, **_sizes(5120, 13824, 40, 40)},
+    "llama-3-8b": {**_LLAMA_3, **_sizes(4096, 14336, 32, 32)},
+    "llama-3-70b": {**_LLAMA_3, **_sizes(8192, 28672, 80, 64)},
+}
+POOL = 1 << 22  # random elements that all weights are cut from
+
+
+def dummy_source(model: str | Path, scheme: Scheme | None = None, seed: int = 0) -> Source:
+    """A source of random weights.
+
+    model   a name of SHAPES, or a directory with a config.json (whose weights, if any, are not read)
+    scheme  how the weights are quantized; None: they are not
+    Raises CheckpointError for a name that is neither.
+    """
+    name = str(model)
+    if name in SHAPES:
+        raw = dict(SHAPES[name])
+    elif Path(name).is_dir():
+        raw = read_json(Path(name) / "config.json")
+        raw.pop("quantization_config", None)
+    else:
+        raise CheckpointError(
+            f"{name!r} has no shape; dummy weights take {', '.join(SHAPES)}, or a directory with a config.json."
+        )
+    if scheme is not None and scheme.is_quantized:
+        raw["quantization_config"] = quantization_config(scheme)
+    else:
+        scheme = None
+    expected = model_tensors(meta_model(ModelConfig.from_hf(raw)), scheme)
+    return Source(Path(name), raw, {}, {"source": name, "kind": "dummy"}, DummyWeights(expected, seed))
+
+
+class DummyWeights:
+    """Random tensors in the names, shapes and dtypes of `expected`; bfloat16 where those leave the dtype open."""
+
+    def __init__(self, expected: Mapping[str, Expected], seed: int = 0) -> None:
+        self._expected = expected
+        generator = torch.Generator().manual_seed(seed)
+        self._bytes = torch.randint(0, 256, (POOL,), dtype=torch.uint8, generator=generator)
+        self._normal = torch.randn(POOL, generator=generator).to(torch.bfloat16)
+
+    def names(self) -> list[str]:
+        return list(self._expected)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._expected[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._expected[name].dtype or torch.bfloat16
+
+    def get(self, name: str) -> Tensor:
+        shape, dtype, part = self.shape(name), self.dtype(name), name.rpartition(".")[2]
+        if part == PERM:  # linears that share an input share its order: of one length, all do
+            return torch.randperm(shape[0], generator=torch.Generator().manual_seed(shape[0])).to(dtype)
+        if part == "weight_zero_point":
+            return torch.full(shape, 8, dtype=dtype)
+        if part.endswith("scale"):
+            return self._scale(part, shape, dtype)
+        if part in ("weight_packed", "outlier_weight") and dtype != torch.bfloat16:
+            return self._codes(shape, dtype)
+        if "norm" in name:
+            return torch.ones(shape, dtype=dtype)
+        if part == "bias":
+            return torch.zeros(shape, dtype=dtype)
+        return (self._cut(self._normal, shape) * 0.02).to(dtype)
+
+    def _scale(self, part: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Weights of about 0.02 for codes of a few units; of two levels, the outer one is the small one."""
+        outer = "weight_tensor_scale" in part or "weight_channel_scale" in part
+        if dtype == torch.uint8:  # an exponent, biased by 127
+            return torch.full(shape, 127 - 7, dtype=dtype)
+        if dtype.itemsize == 1:
+            return torch.ones(shape, dtype=dtype)
+        return torch.full(shape, 0.005 if outer or dtype == torch.bfloat16 else 0.0003, dtype=dtype)
+
+    def _codes(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        codes = self._cut(self._bytes, shape)
+        if dtype.is_floating_point:
+            return codes.masked_fill((codes & 0x7F) == 0x7F, 0).view(dtype)  # E4M3's NaNs
+        return codes.view(dtype) if dtype.itemsize == 1 else codes.to(dtype)
+
+    @staticmethod
+    def _cut(pool: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of this shape, out of the pool's elements over and over."""
+        size = 1
+        for length in shape:
+            size *= length
+        return pool.repeat(-(-size // POOL))[:size].view(shape)

@@ -1,0 +1,55 @@
+"""Dummy weights go through the loader as real ones do, in every scheme."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from atom.checkpoint import quantization_config
+from atom.errors import CheckpointError
+from atom.models.dummy import SHAPES, DummyWeights, dummy_source
+from atom.models.kv import DenseKV
+from atom.models.layout import Expected
+from atom.models.loader import load_source
+from atom.quant.presets import PRESETS, get_scheme
+
+
+@pytest.mark.parametrize("scheme", [None, *PRESETS, "w4a8+kv8"])
+def test_a_dummy_model_computes(scheme: str | None) -> None:
+    model = load_source(dummy_source("tiny", None if scheme is None else get_scheme(scheme)))
+    assert (model.scheme is None) == (scheme in (None, "bf16"))
+    kv = DenseKV.for_scheme(model.config, model.scheme)
+    with torch.inference_mode():
+        hidden = model(torch.arange(9), kv.positions(9), kv)
+    assert hidden.isfinite().all() and 0.5 < hidden.std() < 2  # after the norm
+    assert model.logits(hidden).std() > 0.05
+
+
+def test_shapes() -> None:
+    source = dummy_source("llama-3-8b", get_scheme("w4a8"))
+    assert source.shape("model.layers.31.mlp.down_proj.weight_packed") == (4096, 7168)
+    assert source.is_quantized and source.provenance["kind"] == "dummy"
+    parameters = dict.fromkeys(SHAPES, 0)
+    for name in SHAPES:
+        plain = dummy_source(name)
+        for tensor in plain.names():
+            parameters[name] += torch.Size(plain.shape(tensor)).numel()
+    # as published
+    assert round(parameters["llama-2-7b"] / 1e9, 2) == 6.74 and round(parameters["llama-2-13b"] / 1e9, 2) == 13.02
+    assert round(parameters["llama-3-8b"] / 1e9, 2) == 8.03 and round(parameters["llama-3-70b"] / 1e9, 2) == 70.55
+
+
+def test_a_directory_lends_its_shape_and_not_its_scheme(tmp_path: Path) -> None:
+    raw = {**SHAPES["tiny"], "quantization_config": quantization_config(get_scheme("w4a4"))}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert "model.layers.0.mlp.up_proj.weight" in dummy_source(tmp_path).names()
+    assert "model.layers.0.mlp.up_proj.weight_packed" in dummy_source(tmp_path, get_scheme("w8a8")).names()
+    with pytest.raises(CheckpointError, match="has no shape; dummy weights take tiny, llama-2-7b"):
+        dummy_source("llama-9")
+
+
+def test_e4m3_codes_are_numbers() -> None:
+    weights = DummyWeights({"x.weight_packed": Expected((64, 64), torch.float8_e4m3fn)})
+    values = weights.get("x.weight_packed").float()
+    assert values.isfinite().all() and values.abs().max() == 448 and values.std() > 50
