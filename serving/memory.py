@@ -1,0 +1,81 @@
+"""How many KV blocks there are: from kv_cache_bytes, or from what the GPU has left when the model has run once."""
+
+from dataclasses import dataclass
+
+import torch
+
+from atom.errors import UnsupportedError
+from atom.models.config import ModelConfig
+from atom.quant.schemes import Scheme
+
+from .engine_config import EngineConfig
+from .kv_pool import bytes_per_block
+
+CPU_CACHE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The KV cache that will be made.
+
+    num_blocks     that sequences may own
+    max_model_len  tokens of a sequence, prompt and output together
+    is_shortened   the model's context is longer than that: the cache cannot hold one such sequence
+    """
+
+    num_blocks: int
+    block_bytes: int
+    max_model_len: int
+    is_shortened: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+def plan_cache(
+    model: ModelConfig, scheme: Scheme | None, dtype: torch.dtype, options: EngineConfig, available: int
+) -> CachePlan:
+    """The cache in `available` bytes.
+
+    Raises UnsupportedError if those hold no block, and ValueError if max_model_len was asked for and is longer than the
+    model's context or the cache.
+    """
+    block_bytes = bytes_per_block(model, scheme, dtype, options.block_size)
+    num_blocks = available // block_bytes
+    if num_blocks < 1:
+        raise UnsupportedError(
+            f"{_amount(available)} are left for the KV cache and one block of {options.block_size} tokens takes "
+            f"{_amount(block_bytes)}; raise gpu_memory_utilization or kv_cache_bytes, or use a smaller model or cache "
+            "format."
+        )
+    held = num_blocks * options.block_size + 1  # the last token of a sequence is never stored
+    wanted = options.max_model_len
+    if wanted is not None and wanted > model.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len {wanted} was asked for and the model's context has {model.max_position_embeddings} tokens; "
+            "lower max_model_len or leave it out."
+        )
+    if wanted is not None and wanted > held:
+        raise ValueError(
+            f"max_model_len {wanted} was asked for and the KV cache of {_amount(available)} holds {held - 1} tokens; "
+            "lower max_model_len, raise gpu_memory_utilization or kv_cache_bytes, or use a smaller cache format."
+        )
+    longest = model.max_position_embeddings if wanted is None else wanted
+    return CachePlan(num_blocks, block_bytes, min(longest, held), longest > held)
+
+
+def gpu_cache_bytes(device: torch.device, utilization: float, peak_bytes: int) -> int:
+    """What is left for the cache of `utilization` of the GPU's memory.
+
+    peak_bytes  most that torch has allocated while the model ran its largest step
+    Everything that was in use on the device beside torch's own memory counts as used.
+    """
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return int(total * utilization) - others - peak_bytes
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,58 @@
+"""The engine's options: what they refuse, and the limits they become."""
+
+from typing import Any
+
+import pytest
+
+from atom.serving.engine_config import EngineConfig, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("amount", "size"),
+    [
+        (5, 5),
+        ("1073741824", 2**30),
+        ("4GiB", 2**32),
+        ("4Gi", 2**32),
+        ("25G", 25 * 10**9),
+        ("500 MB", 500 * 10**6),
+        ("1.5k", 1500),
+    ],
+)
+def test_amounts_of_memory(amount: int | str, size: int) -> None:
+    assert parse_bytes(amount) == size
+
+
+@pytest.mark.parametrize("amount", ["", "much", "-1", 0, "4 GiB of RAM", "GiB", True])
+def test_what_is_no_amount(amount: Any) -> None:
+    with pytest.raises(ValueError, match="is no amount of memory"):
+        parse_bytes(amount)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpu_memory_utilization": 0.0}, "above 0 and at most 1"),
+        ({"gpu_memory_utilization": 90}, "above 0 and at most 1, got 90; use 0.9"),
+        ({"watchdog_timeout": -1.0}, "must not be negative"),
+        ({"max_model_len": 0}, "max_model_len must be at least 1"),
+        ({"kv_cache_bytes": "lots"}, "is no amount of memory"),
+        ({"scheme": "w4a8"}, "a checkpoint, which says its own scheme"),
+        ({"max_num_seqs": 0, "max_num_batched_tokens": 8}, "max_num_seqs must be an integer of at least 1"),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "at least max_num_seqs = 64"),
+        ({"watermark": 1.0}, "watermark must be at least 0 and below 1"),
+        ({"block_size": 0}, "block_size must be an integer of at least 1"),
+    ],
+)
+def test_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**options)
+
+
+def test_limits() -> None:
+    options = EngineConfig(max_num_seqs=3000, enable_prefix_caching=False)
+    cpu, gpu = (options.limits(10, 20, 30, is_cpu) for is_cpu in (True, False))
+    assert (cpu.vocab_size, cpu.max_model_len, cpu.num_blocks, cpu.block_size) == (10, 20, 30, 16)
+    assert cpu.max_num_batched_tokens == 3000 and gpu.max_num_batched_tokens == 8192
+    assert not cpu.prefix_cache
+    assert EngineConfig(max_num_batched_tokens=512).limits(10, 20, 30, True).max_num_batched_tokens == 512
