@@ -1,0 +1,129 @@
+"""Decode steps in fixed batch sizes: buffers that stay where they are, and on a GPU one CUDA graph for each size.
+
+A decode step is padded to the next bucket with rows that live in a scratch block. Its arrays are copied into the
+buffers, then what was captured runs: input tokens, the model, the logits. Sampling follows outside, since it depends on
+what the requests ask for.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atom.models.model import Model
+
+from .batch import Batch
+from .kv_pool import DeviceArrays, PagedKV
+from .step_inputs import Staging, StepInputs, host_arrays, pad_decodes
+
+Replay = Callable[[], None]
+
+
+def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, then every eighth up to and with max_num_seqs; beyond 256 every thirty-second."""
+    sizes = [1, 2, 4, *range(8, min(max_num_seqs, 256) + 1, 8), *range(288, max_num_seqs + 1, 32)]
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+
+
+class DecodeBuckets:
+    """The model's decode step at each of `sizes`.
+
+    max_blocks  of one sequence
+    The pool behind `kv` has one block that no sequence owns, its last, for the rows that pad.
+    """
+
+    def __init__(
+        self, model: Model, kv: PagedKV, last_tokens: Tensor, sizes: tuple[int, ...], depth: int, max_blocks: int
+    ) -> None:
+        self.sizes = sizes
+        self.model = model
+        self.kv = kv
+        self._last_tokens = last_tokens
+        self._scratch_block = kv.pool.num_blocks - 1
+        device, largest = model.device, sizes[-1]
+        self._staging = Staging(device, depth)
+        self._words = torch.zeros(4, largest, dtype=torch.int64, device=device)  # tokens, sources, positions, slots
+        self._tables = torch.zeros(largest, max_blocks, dtype=torch.int32, device=device)
+        self._logits = torch.zeros(largest, model.config.vocab_size, dtype=model.dtype, device=device)
+        self._replays: dict[int, Replay] = {}
+        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def size_for(self, num_seqs: int) -> int | None:
+        """The smallest bucket that holds them; None if none does."""
+        return next((size for size in self.sizes if size >= num_seqs), None)
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Run (and on a GPU capture) every bucket, largest first, so that the smaller ones reuse its memory."""
+        for done, size in enumerate(reversed(self.sizes)):
+            self._prepare(size)
+            if progress is not None:
+                progress(done + 1, len(self.sizes))
+
+    def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [B, vocab_size] of a decode batch, valid until the next step runs, and its lanes int64 [B]."""
+        size = self.size_for(batch.num_seqs)
+        assert size is not None, f"{batch.num_seqs} sequences are more than the largest bucket"
+        lanes = self._load(pad_decodes(batch, size, self._scratch_block, self.kv.pool.block_size))
+        if size not in self._replays:
+            self._replays[size] = self._capture(size)
+        self._replays[size]()
+        return self._logits[: batch.num_seqs], lanes
+
+    def _load(self, padded: Batch) -> Tensor:
+        """Fill the buffers; returns the lanes that sample."""
+        size, width = padded.num_seqs, padded.block_tables.shape[1]
+        token_ids, sources, positions, slots, tables, _, lanes = host_arrays(padded)
+        words = np.stack((token_ids, sources, positions, slots))
+        on_device, table_rows, lane_ids = self._staging.upload([words, tables, lanes])
+        self._words[:, :size] = on_device
+        self._tables[:size, :width] = table_rows
+        self.kv.begin(padded, self._inputs(size).attention)
+        return lane_ids
+
+    def _inputs(self, size: int) -> StepInputs:
+        token_ids, sources, positions, slots = self._words[:, :size]
+        attention = DeviceArrays(slots, self._tables[:size])
+        empty = token_ids[:0]
+        return StepInputs(token_ids, sources, positions, attention, empty, empty)
+
+    def _compute(self, size: int) -> None:
+        inputs = self._inputs(size)
+        hidden = self.model(inputs.tokens(self._last_tokens), inputs.positions, self.kv)
+        self._logits[:size] = self.model.logits(hidden)
+
+    def _prepare(self, size: int) -> None:
+        self._load(_idle_batch(size, self._scratch_block, self.kv.pool.block_size))
+        self._compute(size)
+        self._replays[size] = self._capture(size)
+
+    def _capture(self, size: int) -> Replay:
+        """What computes a bucket's logits from the buffers."""
+        if self.model.device.type != "cuda":
+            return lambda: self._compute(size)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.model.device)
+        with torch.cuda.graph(graph, pool=self._memory):
+            self._compute(size)
+        return graph.replay
+
+
+def _idle_batch(size: int, scratch_block: int, block_size: int) -> Batch:
+    """A decode batch of nothing but padding rows."""
+    none = np.zeros(0, dtype=np.int32)
+    nobody = Batch(
+        token_ids=none,
+        pending=none,
+        pending_lanes=none,
+        positions=none,
+        slots=none.astype(np.int64),
+        cu_seqlens_q=np.zeros(1, dtype=np.int32),
+        seqlens_k=none,
+        block_tables=np.zeros((0, 1), dtype=np.int32),
+        lanes=none,
+        sample_rows=none,
+        sample_lanes=none,
+        masks_stop=none.astype(np.bool_),
+        num_decodes=0,
+    )
+    return pad_decodes(nobody, size, scratch_block, block_size)

@@ -1,0 +1,174 @@
+"""Steps on a real model: inputs up, one forward pass, tokens sampled on the device, results down; nothing waits.
+
+The device keeps, for every lane, the token that was sampled last, so that the next step can be launched before this
+one's tokens have come back. Decode steps run in buckets of fixed batch sizes (serving/decode_buckets.py), as CUDA
+graphs on a GPU. On a CPU `launch` computes at once and everything else is the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atom.kernels.registry import Kernels
+from atom.models.model import Model
+
+from .batch import Batch, Entry, Step
+from .decode_buckets import DecodeBuckets
+from .kv_pool import KVPool, PagedKV
+from .logprobs import Logprobs, prompt_logprobs, unpack
+from .result import StepResult, TokenLogprobs
+from .sampler import Sampled, Sampler
+from .step_inputs import Staging, is_decode, step_inputs
+
+
+@dataclass(frozen=True)
+class PromptPart:
+    """Prompt tokens of one entry whose logprobs are wanted: of tokens start + 1 ... of the entry's sequence."""
+
+    index: int  # of the entry
+    first_row: int  # among the step's tokens
+    token_ids: tuple[int, ...]
+    num_top: int
+
+
+class Runner:
+    """Executes steps in the order in which they are launched.
+
+    depth       steps under way at most
+    buckets     batch sizes of decode steps, ascending; none: every step runs as it is. With buckets the pool has one
+                block more than the scheduler knows of
+    max_blocks  of one sequence; buckets need it
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pool: KVPool,
+        sampler: Sampler,
+        num_lanes: int,
+        depth: int = 1,
+        kernels: Kernels = "auto",
+        buckets: tuple[int, ...] = (),
+        max_blocks: int = 0,
+    ) -> None:
+        self.model = model
+        self.depth = depth
+        self.device = model.device
+        self.kv = PagedKV(pool, kernels)
+        self._sampler = sampler
+        self._staging = Staging(self.device, depth)
+        self._last_tokens = torch.zeros(num_lanes, dtype=torch.int64, device=self.device)
+        self.buckets: DecodeBuckets | None = None
+        if buckets:
+            self.buckets = DecodeBuckets(model, self.kv, self._last_tokens, buckets, depth, max_blocks)
+
+    @torch.inference_mode()
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Make every decode bucket ready; progress(done, of)."""
+        if self.buckets is not None:
+            self.buckets.warm_up(progress)
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> "Launched":
+        """Enqueue a step on the device."""
+        for sequence in step.admitted:
+            assert sequence.lane is not None
+            self._sampler.admit(sequence.lane, sequence)
+        parts = prompt_parts(step)
+        logits, prompt, sample_lanes = self._forward(step.batch, parts)
+        if logits is None:
+            return Launched(self.device, parts, prompt, None, None)
+        sampled = self._sampler.sample(logits, step.batch.sample_lanes, step.batch.masks_stop)
+        self._last_tokens[sample_lanes] = sampled.tokens
+        return Launched(self.device, parts, prompt, sampled, sampled.for_host())
+
+    def reset(self) -> None:
+        """Wait until the device has nothing to do; raises if it is lost."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _forward(self, batch: Batch, parts: list[PromptPart]) -> tuple[Tensor | None, Logprobs | None, Tensor]:
+        """Logits [S, vocab_size] of the rows that sample (None if none does), prompt logprobs, and the lanes [S]."""
+        if self.buckets is not None and is_decode(batch) and self.buckets.size_for(batch.num_seqs) is not None:
+            logits, lanes = self.buckets.run(batch)
+            return logits, None, lanes
+        inputs = step_inputs(batch, self._staging)
+        self.kv.begin(batch, inputs.attention)
+        hidden = self.model(inputs.tokens(self._last_tokens), inputs.positions, self.kv)
+        prompt = self._prompt_logprobs(hidden, parts) if parts else None
+        logits = self.model.logits(hidden[inputs.sample_rows]) if len(batch.sample_rows) else None
+        return logits, prompt, inputs.sample_lanes
+
+    def _prompt_logprobs(self, hidden: Tensor, parts: list[PromptPart]) -> Logprobs:
+        rows = np.concatenate([np.arange(part.first_row, part.first_row + len(part.token_ids)) for part in parts])
+        tokens = np.array([token for part in parts for token in part.token_ids], dtype=np.int64)
+        on_device, wanted = Staging(self.device, 0).upload([rows, tokens])
+        return prompt_logprobs(self.model.logits, hidden[on_device], wanted, max(part.num_top for part in parts))
+
+
+class Launched:
+    """Results on their way to the host."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        parts: list[PromptPart],
+        prompt: Logprobs | None,
+        sampled: Sampled | None,
+        tokens: Tensor | None,
+    ) -> None:
+        self._parts = parts
+        self._num_logprobs = None if sampled is None else sampled.num_logprobs
+        self._tokens = _to_host(tokens)
+        self._logprobs = None if sampled is None or sampled.logprobs is None else _to_host(sampled.logprobs.packed)
+        self._prompt = None if prompt is None else _to_host(prompt.packed)
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(blocking=True)
+            self._event.record()
+
+    def result(self) -> StepResult:
+        """Wait until they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        token_ids = [] if self._tokens is None else self._tokens.tolist()
+        return StepResult(token_ids, self._sampled_logprobs(), self._of_prompts())
+
+    def _sampled_logprobs(self) -> list[TokenLogprobs | None] | None:
+        if self._logprobs is None or self._num_logprobs is None:
+            return None
+        wanted = self._num_logprobs
+        found = iter(unpack(self._logprobs, wanted[wanted >= 0].tolist()))
+        return [next(found) if has else None for has in (wanted >= 0).tolist()]
+
+    def _of_prompts(self) -> dict[int, list[TokenLogprobs]]:
+        if self._prompt is None:
+            return {}
+        widths = [part.num_top for part in self._parts for _ in part.token_ids]
+        found = iter(unpack(self._prompt, widths))
+        return {part.index: [next(found) for _ in part.token_ids] for part in self._parts}
+
+
+def prompt_parts(step: Step) -> list[PromptPart]:
+    """What a step computes of prompts whose logprobs are wanted."""
+    return [
+        PromptPart(index, int(step.batch.cu_seqlens_q[index]), tuple(tokens), wanted)
+        for index, entry in enumerate(step.entries)
+        if (wanted := entry.sequence.params.prompt_logprobs) is not None and (tokens := _prompt_tokens(entry))
+    ]
+
+
+def _prompt_tokens(entry: Entry) -> list[int]:
+    """The prompt tokens that an entry's rows predict."""
+    sequence = entry.sequence
+    if not sequence.computes_prompt:
+        return []
+    return sequence.token_ids[entry.start + 1 : min(entry.end + 1, sequence.num_prompt)]
+
+
+def _to_host(x: Tensor | None) -> Tensor | None:
+    """A copy that is under way, in page-locked memory; on a CPU the tensor itself."""
+    return None if x is None else x.to("cpu", non_blocking=True)
