@@ -1,0 +1,165 @@
+"""From a model's name to an engine that only needs to be started: the one way in, for LLM and for the server."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from atom.models.device import choose_device
+from atom.models.dummy import dummy_source
+from atom.models.loader import load_source, load_tokenizer, open_source
+from atom.models.model import Model
+from atom.quant.presets import KV_SUFFIXES, get_scheme, kv_name
+from atom.quant.schemes import Scheme
+
+from .config import SchedulerConfig
+from .decode_buckets import bucket_sizes
+from .engine import Engine
+from .engine_config import EngineConfig
+from .kv_pool import KVPool, bytes_per_block
+from .memory import CPU_CACHE_BYTES, CachePlan, gpu_cache_bytes, plan_cache
+from .profile_run import peak_bytes
+from .runner import Runner
+from .sampler import Sampler
+from .scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An engine that is made, and not started.
+
+    tokenizer  of transformers; None for dummy weights without one
+    facts      what runs here, for logs and records
+    """
+
+    engine: Engine
+    model: Model
+    tokenizer: Any
+    runner: Runner
+    limits: SchedulerConfig
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self.model.config.eos_token_ids
+
+
+def start_up(model: str, options: EngineConfig | None = None, progress: Progress | None = None) -> Ready:
+    """Load a model and its tokenizer, make the KV cache, warm up.
+
+    model     Atom checkpoint, directory, GGUF file, hub id or alias; with load_format="dummy" a shape
+    progress  called with what is being done, in a few words, again and again
+    Raises CheckpointError, UnsupportedError or ValueError, with what to do about it.
+    """
+    options = options or EngineConfig()
+    say = progress or (lambda text: None)
+    started = time.perf_counter()
+    device = choose_device(options.device)
+    dtype = _dtype(options.dtype, device)
+    say("loading the tokenizer")  # small, and missing more often than the weights
+    tokenizer = _tokenizer(model, options)
+    say("loading the weights")
+    loaded = _load(model, options, device, dtype)
+    weights_s = time.perf_counter() - started
+    scheme = cache_scheme(loaded.scheme, options.kv_cache_dtype)
+    say("sizing the KV cache")
+    plan = _plan(loaded, scheme, options)
+    limits = options.limits(loaded.config.vocab_size, plan.max_model_len, plan.num_blocks, device.type == "cpu")
+    runner = make_runner(loaded, scheme, options, limits)
+    runner.warm_up(lambda done, total: say(f"warming up: decode batch {done} of {total}"))
+    engine = Engine(runner, Scheduler(limits), options.watchdog_timeout or None)
+    facts = {
+        "model": model,
+        "scheme": "none" if loaded.scheme is None else loaded.scheme.name,
+        "kv": "bf16" if scheme is None else kv_name(scheme),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "kernels": kernels_of(loaded, runner),
+        "num_blocks": plan.num_blocks,
+        "block_size": options.block_size,
+        "kv_cache_bytes": plan.num_bytes,
+        "kv_cache_tokens": limits.cache_tokens,
+        "max_model_len": plan.max_model_len,
+        "max_num_seqs": limits.max_num_seqs,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
+        "decode_buckets": len(runner.buckets.sizes) if runner.buckets else 0,
+        "weights_s": round(weights_s, 2),
+        "start_up_s": round(time.perf_counter() - started, 2),
+    }
+    if plan.is_shortened:
+        logger.warning(
+            "max_model_len is %d: the KV cache holds no longer sequence; the model's context has %d tokens",
+            plan.max_model_len,
+            loaded.config.max_position_embeddings,
+        )
+    logger.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in facts.items()))
+    return Ready(engine, loaded, tokenizer, runner, limits, facts)
+
+
+def make_runner(model: Model, scheme: Scheme | None, options: EngineConfig, limits: SchedulerConfig) -> Runner:
+    """The runner with its KV cache, for these limits. On a GPU it decodes in buckets, unless enforce_eager."""
+    is_gpu = model.device.type == "cuda"
+    # the torch reference plans its work on the host, which no graph can repeat
+    has_graphs = is_gpu and not options.enforce_eager and options.kernels != "reference"
+    buckets = bucket_sizes(limits.max_num_seqs) if has_graphs else ()
+    num_blocks = limits.num_blocks + bool(buckets)  # padding rows write to a block of their own
+    pool = KVPool(model.config, scheme, num_blocks, limits.block_size, model.dtype, model.device)
+    sampler = Sampler(limits.max_num_seqs, limits.vocab_size, model.device, options.seed)
+    depth = 2 if is_gpu and options.async_scheduling else 1  # a CPU has nothing to overlap with
+    max_blocks = -(-limits.max_sequence_tokens // limits.block_size)
+    return Runner(model, pool, sampler, limits.max_num_seqs, depth, options.kernels, buckets, max_blocks)
+
+
+def cache_scheme(scheme: Scheme | None, kv_cache_dtype: str) -> Scheme | None:
+    """The scheme that the cache follows: the model's, unless another format was asked for."""
+    if kv_cache_dtype == "auto":
+        return scheme
+    base = get_scheme("bf16") if scheme is None else scheme
+    return replace(base, kv=KV_SUFFIXES[kv_cache_dtype])
+
+
+def kernels_of(model: Model, runner: Runner) -> dict[str, str]:
+    """Implementation by op, as they were chosen."""
+    found = {module.op: module.implementation for module in model.modules() if hasattr(module, "implementation")}
+    found.update({choice.op: choice.name for choice in runner.kv.choices})
+    return found
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES[name]
+
+
+def _tokenizer(model: str, options: EngineConfig) -> Any:
+    if options.load_format == "dummy":
+        return None if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    return load_tokenizer(options.tokenizer or model)
+
+
+def _load(model: str, options: EngineConfig, device: torch.device, dtype: torch.dtype) -> Model:
+    if options.load_format == "dummy":
+        source = dummy_source(model, None if options.scheme is None else get_scheme(options.scheme))
+    else:
+        source = open_source(model, options.revision)
+    return load_source(source, device, dtype, options.kernels)
+
+
+def _plan(model: Model, scheme: Scheme | None, options: EngineConfig) -> CachePlan:
+    available = options.cache_bytes
+    if available is None and model.device.type == "cpu":
+        available = CPU_CACHE_BYTES
+    if available is None:
+        peak = peak_bytes(model, scheme, options)
+        available = gpu_cache_bytes(model.device, options.gpu_memory_utilization, peak)
+        if not options.enforce_eager:  # the block for padding rows
+            available -= bytes_per_block(model.config, scheme, model.dtype, options.block_size)
+    return plan_cache(model.config, scheme, model.dtype, options, max(0, available))
