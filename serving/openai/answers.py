@@ -1,0 +1,50 @@
+"""The last step of an answer: JSON bytes, and errors that come when a stream has begun."""
+
+import logging
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from starlette.responses import Response
+
+from ..frontend import Chunk, Stream
+from .errors import ApiError, api_error
+from .sse import event, to_json
+
+logger = logging.getLogger(__name__)
+
+
+class JsonAnswer(Response):
+    """A dictionary as JSON."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
+def error_answer(error: ApiError) -> Response:
+    return JsonAnswer(error.body, error.status, error.headers)
+
+
+def internal_error(error: Exception) -> ApiError:
+    """A failure that nobody foresaw: logged in full, told in short."""
+    logger.error("internal error", exc_info=error)
+    return ApiError(500, f"internal error ({type(error).__name__}); the server's log has it.", code="internal_error")
+
+
+class ErrorEvents:
+    """Ends a stream at an error and says it: the status was sent long before."""
+
+    def __init__(self) -> None:
+        self.found: ApiError | None = None
+
+    async def catch(self, stream: Stream) -> AsyncIterator[Chunk]:
+        try:
+            async for chunk in stream:
+                yield chunk
+        except Exception as error:
+            self.found = api_error(error) or internal_error(error)
+
+    def events(self) -> Iterator[bytes]:
+        if self.found is not None:
+            yield event(self.found.body)

@@ -1,0 +1,63 @@
+"""A request's body: read up to a limit of bytes and of time, then parsed as strict JSON.
+
+Strict: no NaN or Infinity, no lone surrogates, nesting up to 200 levels; pydantic's parser refuses those itself.
+"""
+
+import asyncio
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.requests import Request
+
+from .errors import ApiError
+
+
+async def read_json(request: Request, max_bytes: int, timeout_s: float) -> Any:
+    """The body's JSON value.
+
+    Raises ApiError: 400 malformed, 408 too slow, 413 too large (before the rest is read), 415 not JSON by its header.
+    """
+    _check_headers(request)
+    _check_length(request, max_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            data = await _read(request, max_bytes)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {timeout_s:g} s; send it faster.") from None
+    try:
+        return from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body must be JSON: {error}; correct it.", code="malformed_json") from None
+
+
+def _check_headers(request: Request) -> None:
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, f"content-type must be application/json, got {kind[:80]!r}; set the header.")
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise ApiError(415, f"content-encoding must be identity, got {encoding[:80]!r}; send the body as it is.")
+
+
+def _check_length(request: Request, max_bytes: int) -> None:
+    length = request.headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit() and len(length) < 20):
+        raise ApiError(400, f"content-length must be a number of bytes, got {length[:80]!r}; correct it.")
+    if int(length) > max_bytes:
+        raise _too_large(max_bytes)
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:  # a chunked body says its length only as it comes
+            raise _too_large(max_bytes)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(
+        413, f"the body must have at most {max_bytes} bytes; send less, or serve with a larger --max-body-bytes."
+    )

@@ -1,0 +1,33 @@
+"""POST /tokenize and /detokenize, as vLLM answers them."""
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from ..errors import InvalidRequestError
+from .answers import JsonAnswer
+from .chat import render
+from .protocol import DetokenizeRequest, TokenizeRequest
+from .service import Service
+
+
+async def tokenize(service: Service, http: HttpRequest) -> Response:
+    body = await service.read(http, TokenizeRequest)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequestError("prompt", "tokenize takes either prompt or messages; send one of the two.")
+    field, adds = ("prompt", True) if body.messages is None else ("messages", False)
+    text = body.prompt if body.prompt is not None else await render(service, body)
+    tokenizer = service.frontend.tokenizer
+    ids = await tokenizer.encode(field, text, adds if body.add_special_tokens is None else body.add_special_tokens)
+    texts = [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
+    return JsonAnswer({"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids, "token_strs": texts})
+
+
+async def detokenize(service: Service, http: HttpRequest) -> Response:
+    body = await service.read(http, DetokenizeRequest)
+    vocab_size = service.frontend.engine.config.vocab_size
+    wrong = next((token for token in body.tokens if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise InvalidRequestError(
+            "tokens", f"tokens hold {wrong}, the vocabulary ends at {vocab_size - 1}; use this model's tokenizer."
+        )
+    return JsonAnswer({"prompt": service.frontend.tokenizer.decode(body.tokens)})
