@@ -122,7 +122,7 @@ class LLM:
         Raises InvalidRequestError before anything runs if one of them cannot be served; StepFailedError or
         EngineDeadError if the engine fails. Not for several threads at once.
         """
-        asked = [prompts] if _is_one(prompts) else list(prompts)
+        asked: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
         texts = [prompt if isinstance(prompt, str) else None for prompt in asked]
         tokens = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked]
         return self._run(texts, tokens, _spread(params, len(asked)), progress)

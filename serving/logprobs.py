@@ -19,23 +19,25 @@ CHUNK_BYTES = 2**27  # of float32 logits that are held at once for a prompt
 class Logprobs:
     """Of R tokens, on the device.
 
-    packed  int32 [R, 2 + 2K]: token id, its logprob's bits, K token ids, the bits of their K logprobs
+    packed  int32 [R, 3 + 2K]: token id, its rank, its logprob's bits, K token ids, the bits of their K logprobs
     """
 
     packed: Tensor
 
     @property
     def num_top(self) -> int:
-        return int(self.packed.shape[1] - 2) // 2
+        return int(self.packed.shape[1] - 3) // 2
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, num_top: int) -> Logprobs:
     """Logprobs of tokens int64 [R] and of each row's num_top best, from logits [R, V] of any float dtype."""
     logits = logits.float()
     norm = logits.logsumexp(-1, keepdim=True)  # [R, 1]
-    chosen = logits.gather(1, tokens[:, None]) - norm
+    chosen = logits.gather(1, tokens[:, None])
+    rank = 1 + (logits > chosen).sum(-1, keepdim=True)
+    chosen = chosen - norm
     top, ids = logits.topk(min(num_top, logits.shape[1]), dim=-1)
-    parts = [tokens[:, None].int(), chosen.view(torch.int32), ids.int(), (top - norm).view(torch.int32)]
+    parts = [tokens[:, None].int(), rank.int(), chosen.view(torch.int32), ids.int(), (top - norm).view(torch.int32)]
     return Logprobs(torch.cat(parts, dim=1))
 
 
@@ -53,11 +55,11 @@ def prompt_logprobs(logits: Callable[[Tensor], Tensor], hidden: Tensor, tokens: 
 
 
 def unpack(packed: Tensor, num_top: Iterable[int]) -> list[TokenLogprobs]:
-    """`Logprobs.packed` [R, 2 + 2K] on the host -> one value a row, row r with the first num_top[r] alternatives."""
-    width = (packed.shape[1] - 2) // 2
-    ids = packed[:, [0, *range(2, 2 + width)]].tolist()
-    values = packed[:, [1, *range(2 + width, 2 + 2 * width)]].contiguous().view(torch.float32).tolist()
+    """`Logprobs.packed` [R, 3 + 2K] on the host -> one value a row, row r with the first num_top[r] alternatives."""
+    width = (packed.shape[1] - 3) // 2
+    ids = packed[:, [0, 1, *range(3, 3 + width)]].tolist()
+    values = packed[:, [2, *range(3 + width, 3 + 2 * width)]].contiguous().view(torch.float32).tolist()
     return [
-        TokenLogprobs(tokens[0], logprobs[0], tuple(zip(tokens[1 : 1 + n], logprobs[1 : 1 + n], strict=True)))
-        for tokens, logprobs, n in zip(ids, values, num_top, strict=True)
+        TokenLogprobs(token, logprobs[0], tuple(zip(best[:n], logprobs[1 : 1 + n], strict=True)), rank)
+        for (token, rank, *best), logprobs, n in zip(ids, values, num_top, strict=True)
     ]

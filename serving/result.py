@@ -13,11 +13,13 @@ class TokenLogprobs(NamedTuple):
 
     logprob  natural logarithm of the probability, by the model's own distribution
     top      (token id, logprob) of the most likely tokens, best first, as many as were asked for
+    rank     1 where no token was likelier
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 1
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Runner:
             assert sequence.lane is not None
             self._sampler.admit(sequence.lane, sequence)
         parts = prompt_parts(step)
-        logits, prompt, sample_lanes = self._forward(step.batch, parts)
+        logits, sample_lanes, prompt = self._forward(step.batch, parts)
         if logits is None:
             return Launched(self.device, parts, prompt, None, None)
         sampled = self._sampler.sample(logits, step.batch.sample_lanes, step.batch.masks_stop)
@@ -90,17 +90,16 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _forward(self, batch: Batch, parts: list[PromptPart]) -> tuple[Tensor | None, Logprobs | None, Tensor]:
-        """Logits [S, vocab_size] of the rows that sample (None if none does), prompt logprobs, and the lanes [S]."""
+    def _forward(self, batch: Batch, parts: list[PromptPart]) -> tuple[Tensor | None, Tensor, Logprobs | None]:
+        """Logits [S, vocab_size] of the rows that sample (None if none does), their lanes [S], prompt logprobs."""
         if self.buckets is not None and is_decode(batch) and self.buckets.size_for(batch.num_seqs) is not None:
-            logits, lanes = self.buckets.run(batch)
-            return logits, None, lanes
+            return *self.buckets.run(batch), None
         inputs = step_inputs(batch, self._staging)
         self.kv.begin(batch, inputs.attention)
         hidden = self.model(inputs.tokens(self._last_tokens), inputs.positions, self.kv)
         prompt = self._prompt_logprobs(hidden, parts) if parts else None
         logits = self.model.logits(hidden[inputs.sample_rows]) if len(batch.sample_rows) else None
-        return logits, prompt, inputs.sample_lanes
+        return logits, inputs.sample_lanes, prompt
 
     def _prompt_logprobs(self, hidden: Tensor, parts: list[PromptPart]) -> Logprobs:
         rows = np.concatenate([np.arange(part.first_row, part.first_row + len(part.token_ids)) for part in parts])

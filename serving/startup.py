@@ -12,6 +12,7 @@ from atom.models.device import choose_device
 from atom.models.dummy import dummy_source
 from atom.models.loader import load_source, load_tokenizer, open_source
 from atom.models.model import Model
+from atom.models.quantized import Quantized
 from atom.quant.presets import KV_SUFFIXES, get_scheme, kv_name
 from atom.quant.schemes import Scheme
 
@@ -128,7 +129,7 @@ def cache_scheme(scheme: Scheme | None, kv_cache_dtype: str) -> Scheme | None:
 
 def kernels_of(model: Model, runner: Runner) -> dict[str, str]:
     """Implementation by op, as they were chosen."""
-    found = {module.op: module.implementation for module in model.modules() if hasattr(module, "implementation")}
+    found = {module.op: module.implementation for module in model.modules() if isinstance(module, Quantized)}
     found.update({choice.op: choice.name for choice in runner.kv.choices})
     return found
 

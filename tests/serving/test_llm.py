@@ -113,6 +113,7 @@ def test_logprobs_of_prompts_and_outputs(tiny: Tiny) -> None:
         for position, got in enumerate([*of_prompt, *of_output]):
             assert got.token_id == text[position + 1]
             assert got.logprob == pytest.approx(float(wanted[position, got.token_id]), abs=1e-4)
+            assert got.rank == 1 + int((wanted[position] > wanted[position, got.token_id]).sum())
             best = wanted[position].topk(3 if position + 1 < len(prompt) else 2)
             assert [token for token, _ in got.top] == best.indices.tolist()
             assert [value for _, value in got.top] == pytest.approx(best.values.tolist(), abs=1e-4)
