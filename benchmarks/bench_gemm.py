@@ -26,12 +26,12 @@ from .timing import COLD_BYTES, gemm_floor_us, keep, save, time_calls
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 TOKENS = (1, 16, 64, 128, 256, 1024, 8192)
-# scheme -> (scales, token scales, INT4 columns a unit or 0, outliers); w4a8-uint4: two-level integer weight scales
+# scheme -> (weight kind, token scales, INT4 columns a unit or 0, outliers); w4a8-uint4: two-level integer weight scales
 KINDS = {
-    "w4a4": ("group", "group", 128, 128),
-    "w4a8": ("group", "token", 128, 0),
-    "w4a8-uint4": ("channel", "token", 128, 0),
-    "w8a8": ("channel", "token", 0, 0),
+    "w4a4": ("int4", "group", 128, 128),
+    "w4a8": ("int4", "token", 128, 0),
+    "w4a8-uint4": ("int4_uint4", "token", 128, 0),
+    "w8a8": ("int4_uint4", "token", 0, 0),
 }
 SMALL = {"qkv": (4, 5), "o": (8,), "gate_up": (1,), "down": (8,)}  # splits that fill 132 SMs with tiles of 256 rows
 NARROW = {"qkv": (2,), "o": (4,), "gate_up": (1,), "down": (4,)}  # of 128 rows, two CTAs an SM
@@ -39,16 +39,16 @@ NARROW = {"qkv": (2,), "o": (4,), "gate_up": (1,), "down": (4,)}  # of 128 rows,
 
 def chosen(scheme: str, shape: str, M: int) -> Iterator[GemmConfig]:
     """The config that the product runs in one cell."""
-    scales, token_scales, int4, outliers = KINDS[scheme]
+    weight, token_scales, int4, outliers = KINDS[scheme]
     N, K = SHAPES[shape]
     units = (K - outliers) // 128 + outliers // 64 if int4 else K // 64
-    yield choose_config(scales, token_scales, min(M, 4096), N, units, bool(outliers) or not int4)
+    yield choose_config(weight, token_scales, min(M, 4096), N, units, bool(outliers) or not int4)
 
 
 def candidates(scheme: str, shape: str, M: int) -> Iterator[GemmConfig]:
     """The configs that compete in one cell."""
-    scales, token_scales, _, _ = KINDS[scheme]
-    make = partial(GemmConfig, scales, token_scales, int8_units=scheme in ("w4a4", "w8a8"))
+    weight, token_scales, _, _ = KINDS[scheme]
+    make = partial(GemmConfig, weight, token_scales, int8_units=scheme in ("w4a4", "w8a8"))
     if M <= 64:
         tile = 16 if M <= 16 else 64
         for split in SMALL[shape]:
@@ -64,10 +64,10 @@ def candidates(scheme: str, shape: str, M: int) -> Iterator[GemmConfig]:
         tiles = -(-SHAPES[shape][0] // 128) * -(-M // 128)
         for split in {max(1, min(4, 132 // tiles)), max(1, min(8, 132 // tiles))}:
             yield make(128, 2, split=split)
-        if scales == "channel":
+        if weight == "int4_uint4":
             tiles = -(-SHAPES[shape][0] // 256) * -(-M // 128)
             yield make(128, 4, split=max(1, min(8, 132 // tiles)))
-    if M >= 256 and scales == "channel":
+    if M >= 256 and weight == "int4_uint4":
         yield make(256, 2, split=2 if shape in ("o", "down") and M == 256 else 1)
         yield make(256, 2, multicast=2)
     elif M > 256:
@@ -167,7 +167,7 @@ def rotating(scheme: str, M: int, N: int, K: int) -> tuple[Tensor, Tensor, Tenso
     copies = max(2, -(-COLD_BYTES // (tiles * units * 4224)))
     weight = torch.randint(0, 256, (copies, tiles, units, 4224), dtype=torch.uint8, device="cuda")
     small = (torch.rand(copies, tiles, units, 64, device="cuda") * 1e-2).bfloat16().view(torch.uint8)
-    weight[..., 4096:] = small & 15 if KINDS[scheme][0] == "channel" else small
+    weight[..., 4096:] = small & 15 if KINDS[scheme][0] == "int4_uint4" else small
     high = 8 if scheme == "w4a4" else 128
     x = torch.randint(-high, high, (M, K), device="cuda", dtype=torch.int8)
     shape = (units, -(-M // 16) * 16) if token_scales == "group" else (1, M)

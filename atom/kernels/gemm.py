@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.granularity import Group
 from ..quant.mixed import MixedWeight
 from ..quant.rounding import Quantized
 from ..quant.schemes import LinearScheme
@@ -21,7 +20,16 @@ from .activation import Activation, QuantizedActivation
 from .cache import kernel_key, kernel_path, load_kernel
 from .gemm_choice import choose_config
 from .gemm_config import COUNTER_WORDS, GemmConfig
-from .gemm_pack import INT4_COLUMNS, PackedWeight, pack_channel_scaled, pack_group_scaled, pack_int8_units
+from .gemm_pack import (
+    INT4_COLUMNS,
+    PackedWeight,
+    pack_channel_scaled,
+    pack_group_scaled,
+    pack_int8_units,
+    pack_verbatim,
+)
+from .gemm_pack_bf16 import pack_group_of_16, pack_group_of_32, pack_row_scaled
+from .refusals_sm90 import weight_kind
 
 ARCH = "sm_90a"
 HERE = Path(__file__).parent
@@ -29,9 +37,13 @@ FILES = (
     "gemm_sm90.py",
     "gemm_mainloop_sm90.py",
     "gemm_epilogue_sm90.py",
+    "gemm_decode_sm90.py",
     "gemm_config.py",
+    "gemm_kinds.py",
     "gemm_pack.py",
+    "gemm_pack_bf16.py",
     "dsl/memory.py",
+    "dsl/arithmetic.py",
 )
 SOURCES = tuple(HERE / name for name in FILES)
 SCRATCH_WORDS = (
@@ -41,25 +53,41 @@ SCRATCH_WORDS = (
 
 def pack_weight(linear: LinearScheme, weight: MixedWeight) -> PackedWeight:
     """A quantized weight as the kernel reads it; on the weight's device."""
-    assert linear.weight is not None
-    scale = weight.normal.scale
-    if linear.weight.format == "int8":
-        return pack_int8_units(weight.normal.codes, scale.scale)
-    if linear.weight.outer == "channel":
+    spec, codes, scale, kind = linear.weight, weight.normal.codes, weight.normal.scale, weight_kind(linear)
+    assert spec is not None
+    if spec.format == "int8" and kind == "int4_uint4":
+        return pack_int8_units(codes, scale.scale)
+    if kind in ("int8", "e4m3"):
+        return pack_verbatim(codes, scale.scale, kind)
+    if kind == "int4_bf16":
+        return pack_row_scaled(codes, scale.scale)
+    if kind == "e2m1_g32":
+        return pack_group_of_32(codes, scale.scale)
+    if kind in ("int4_g16", "e2m1_g16"):
         assert scale.outer is not None
-        return pack_channel_scaled(weight.normal.codes, scale.scale.to(torch.uint8), scale.outer)
+        return pack_group_of_16(codes, scale.scale, scale.outer, is_float=spec.format == "e2m1")
+    if kind == "int4_uint4":
+        assert scale.outer is not None
+        return pack_channel_scaled(codes, scale.scale.to(torch.uint8), scale.outer)
     outlier = weight.outlier
     if outlier is None:
-        return pack_group_scaled(weight.normal.codes, scale.scale, None, None)
+        return pack_group_scaled(codes, scale.scale, None, None)
     assert isinstance(outlier, Quantized)
-    return pack_group_scaled(weight.normal.codes, scale.scale, outlier.codes, outlier.scale.scale)
+    return pack_group_scaled(codes, scale.scale, outlier.codes, outlier.scale.scale)
+
+
+def token_scales(linear: LinearScheme) -> str:
+    """Which scales an activation brings with it: "group", "token" or "none"."""
+    spec = linear.activation
+    if spec is None or (spec.outer is None and spec.scale_format == "e8m0"):
+        return "none"
+    return "group" if spec.group_size == INT4_COLUMNS else "token"
 
 
 def build_linear(linear: LinearScheme, weight: MixedWeight, bias: Tensor | None) -> Callable[[Activation], Tensor]:
     """Builder of QuantizedActivation of T tokens -> y bfloat16 [T, N]."""
-    by_group = linear.activation is not None and isinstance(linear.activation.granularity, Group)
     offset = None if bias is None else bias.to(torch.bfloat16).contiguous()
-    return LinearSm90(Gemm(pack_weight(linear, weight), "group" if by_group else "token", offset))
+    return LinearSm90(Gemm(pack_weight(linear, weight), token_scales(linear), offset))
 
 
 @dataclass(frozen=True)
@@ -91,7 +119,7 @@ class Gemm:
         """What runs with so many tokens."""
         weight = self.weight
         return choose_config(
-            scales="channel" if weight.channel_scale.numel() else "group",
+            weight=weight.kind,
             token_scales=self.token_scales,
             tokens=tokens,
             features=weight.features,
@@ -101,7 +129,7 @@ class Gemm:
         )
 
     def __call__(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """codes int8 [T, columns], scales float32 [units, padded T] or [1, T] -> bfloat16 [T, N]."""
+        """codes int8 [T, columns] or bfloat16 [T, K], scales float32 [units, padded T], [1, T] or any -> [T, N]."""
         tokens = codes.shape[0]
         y = torch.empty(tokens, self.weight.features, dtype=torch.bfloat16, device=codes.device)
         if tokens == 0:

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-UNIT_BYTES = 4096 + 128  # codes and row scales of one unit, see gemm_pack.py: whole 128-byte lines
+from .gemm_kinds import KINDS, WeightKind
+
 MOST_TILES = 256  # output tiles of a launch that splits K
 COUNTER_WORDS = 32 * MOST_TILES  # of scratch memory, before the partial sums
 SHARED_BYTES = 227 * 1024  # of one SM of sm_90, less what the driver keeps
@@ -12,9 +13,8 @@ SHARED_BYTES = 227 * 1024  # of one SM of sm_90, less what the driver keeps
 class GemmConfig:
     """Compile-time choices of one GEMM kernel.
 
-    scales        "group": a bfloat16 weight scale per row and unit, float32 promotion; "channel": an integer factor
-                  per row and group folded into the codes, one float32 scale per row
-    token_scales  "group": a float32 scale per token and unit; "token": one per token
+    weight        name of a WeightKind
+    token_scales  "group": a float32 scale per token and unit; "token": one per token; "none"
     tile_m        tokens of a tile (wgmma's N)
     warpgroups    consumer warpgroups: 64 rows (features) each
     stages        depth of the ring of shared-memory stages, one unit of K each
@@ -27,7 +27,7 @@ class GemmConfig:
     aligned       N is a multiple of 8: 16-byte stores
     """
 
-    scales: str
+    weight: str
     token_scales: str
     tile_m: int
     warpgroups: int
@@ -43,6 +43,19 @@ class GemmConfig:
     clustered: bool = True
 
     @property
+    def kind(self) -> WeightKind:
+        return KINDS[self.weight]
+
+    @property
+    def x_bytes(self) -> int:
+        """Activations of one stage: 128 columns of bytes, or twice 64 of bfloat16, for every token."""
+        return 128 * self.tile_m * self.kind.operand_bytes
+
+    @property
+    def w_bytes(self) -> int:
+        return self.warpgroups * self.kind.unit_bytes
+
+    @property
     def registers(self) -> int:
         """Registers of a consumer thread after rebalancing with the producer's warpgroup; 0: no rebalancing."""
         return {2: 240, 3: 160, 4: 112}[self.warpgroups] if self.tile_m >= 64 and self.ctas_per_sm == 1 else 0
@@ -50,7 +63,7 @@ class GemmConfig:
     @property
     def stage_bytes(self) -> int:
         scales = 4 * self.tile_m if self.token_scales == "group" else 0
-        return 128 * self.tile_m + self.warpgroups * UNIT_BYTES + scales
+        return self.x_bytes + self.w_bytes + scales
 
     @property
     def ring_bytes(self) -> int:

@@ -3,23 +3,24 @@
 from typing import Any
 
 import cutlass
-from cutlass import BFloat16, Float32, Int32, Int64, cute
+from cutlass import BFloat16, Float32, Int64, cute
 
 from .dsl.memory import atomic_increment, load_acquire, load_global_f32x4, pack_bf16x2, store_matrix_transposed
 from .gemm_config import COUNTER_WORDS, MOST_TILES, GemmConfig
+from .gemm_kinds import WeightKind
 
 
 class GemmEpilogue:
     """What follows the main loop of one tile; the kernel class adds the rest."""
 
     config: GemmConfig
-    integer: bool
+    kind: WeightKind
     consumers: int
     tile_m: int
     cluster_sync: Any
 
     @cute.jit
-    def store(self, pool, acc, out, mS, mC, mB, mY, thread, group, row_tile, token0, low, high):
+    def store(self, pool, sums, mS, mC, mB, mY, thread, group, row_tile, token0, low, high):
         """Scale, add the bias, transpose through this warpgroup's own staging, 16 tokens x 64 features at a time."""
         config = self.config
         features = mY.shape[1]
@@ -33,7 +34,7 @@ class GemmEpilogue:
             row_scale[r] = Float32(1.0)
             offset[r] = Float32(0.0)
             if row + 8 * r < features:
-                if cutlass.const_expr(self.integer):
+                if cutlass.const_expr(self.kind.channel_scaled):
                     row_scale[r] = mC[row + 8 * r]
                 if cutlass.const_expr(config.bias):
                     offset[r] = Float32(mB[row + 8 * r])
@@ -58,10 +59,10 @@ class GemmEpilogue:
                         for r in cutlass.range_constexpr(2):
                             for c in cutlass.range_constexpr(2):
                                 i = 4 * j + 2 * r + c
-                                value = Float32(acc[i]) if cutlass.const_expr(self.integer) else out[i]
+                                value = Float32(sums[i])
                                 if cutlass.const_expr(config.token_scales == "token"):
                                     value = value * scales[c]
-                                if cutlass.const_expr(self.integer):
+                                if cutlass.const_expr(self.kind.channel_scaled):
                                     value = value * row_scale[r]
                                 if cutlass.const_expr(config.bias):
                                     value = value + offset[r]
@@ -89,7 +90,7 @@ class GemmEpilogue:
                 cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
 
     @cute.jit
-    def exchange(self, mE, acc, out, tid, rank, tokens, item):
+    def exchange(self, mE, sums, tid, rank, tokens, item):
         """Add up the split's partial sums in registers, in rank order; each CTA does so for its share of the tokens.
 
         They travel through global memory (L2), in fragment order: [CTA, 8 tokens, thread, 4] words. Distributed
@@ -99,15 +100,13 @@ class GemmEpilogue:
         blocks = self.tile_m // 8
         share = -(-blocks // config.split)
         bx, _, _ = cute.arch.block_idx()
+        dtype = sums.element_type
         part = cute.make_rmem_tensor((4,), Float32)
-        part_int = cute.recast_tensor(part, Int32)
+        part_sums = cute.recast_tensor(part, dtype)
         for j in cutlass.range_constexpr(blocks):
             if 8 * j < tokens and rank != j // share:
                 for e in cutlass.range_constexpr(4):
-                    if cutlass.const_expr(self.integer):
-                        part_int[e] = acc[4 * j + e]
-                    else:
-                        part[e] = out[4 * j + e]
+                    part_sums[e] = sums[4 * j + e]
                 cute.autovec_copy(part, self.partial(mE, bx, j, tid))
         if cutlass.const_expr(config.clustered):
             cute.arch.fence_acq_rel_cluster()
@@ -116,11 +115,10 @@ class GemmEpilogue:
             self.meet(mE, tid, item)
         for j in cutlass.range_constexpr(blocks):
             if 8 * j < tokens and rank == j // share:
-                total = cute.make_rmem_tensor((4,), Float32)
-                total_int = cute.recast_tensor(total, Int32)
-                total.fill(0.0)
+                total = cute.make_rmem_tensor((4,), dtype)
+                total.fill(0)
                 parts = cute.make_rmem_tensor((4, config.split), Float32)
-                parts_int = cute.recast_tensor(parts, Int32)
+                parts_sums = cute.recast_tensor(parts, dtype)
                 for p in cutlass.range_constexpr(config.split):
                     if p != rank:
                         words = load_global_f32x4(self.partial(mE, bx - rank + p, j, tid).iterator)
@@ -128,21 +126,12 @@ class GemmEpilogue:
                             parts[e, p] = words[e]
                     else:
                         for e in cutlass.range_constexpr(4):
-                            if cutlass.const_expr(self.integer):
-                                parts_int[e, p] = acc[4 * j + e]
-                            else:
-                                parts[e, p] = out[4 * j + e]
+                            parts_sums[e, p] = sums[4 * j + e]
                 for p in cutlass.range_constexpr(config.split):
                     for e in cutlass.range_constexpr(4):
-                        if cutlass.const_expr(self.integer):
-                            total_int[e] = total_int[e] + parts_int[e, p]
-                        else:
-                            total[e] = total[e] + parts[e, p]
+                        total[e] = total[e] + parts_sums[e, p]
                 for e in cutlass.range_constexpr(4):
-                    if cutlass.const_expr(self.integer):
-                        acc[4 * j + e] = total_int[e]
-                    else:
-                        out[4 * j + e] = total[e]
+                    sums[4 * j + e] = total[e]
         return share * 8
 
     @cute.jit

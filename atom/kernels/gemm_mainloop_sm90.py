@@ -1,29 +1,48 @@
 """The consumers of the sm_90a GEMM: packed codes to registers, wgmma, promotion to float32. See gemm_sm90.py."""
 
+from typing import Any
+
 import cutlass
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Float32, Int8, Int32, Uint8, Uint32, cute
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int8, Int32, Uint32, cute
 from cutlass.cute.nvgpu import OperandMajorMode
 from cutlass.cute.nvgpu import warpgroup as wg
 
 from .dsl.memory import load_u32x4
 from .gemm_config import GemmConfig
-from .gemm_pack import CODE_BYTES
+from .gemm_kinds import WeightKind
+
+OPERANDS = {"int8": Int8, "e4m3": Float8E4M3FN, "bf16": BFloat16}
 
 
 class GemmMainloop:
     """One warpgroup's loop over the units of its rows; the kernel class adds the rest."""
 
     config: GemmConfig
-    integer: bool
+    kind: WeightKind
+    codec: Any
     tile_m: int
     unit_words: int
 
+    @property
+    def operand(self):
+        return OPERANDS[self.kind.operand]
+
+    @property
+    def sum_type(self):
+        """In which wgmma adds up."""
+        return Int32 if self.kind.operand == "int8" else Float32
+
     def tiled_mma(self) -> cute.TiledMma:
-        """INT8 wgmma, 64 x tile_m, A from registers. Built where it is used: its accumulate flag is traced state."""
-        major = OperandMajorMode.K
-        shape = (64, self.tile_m)
-        return sm90.make_trivial_tiled_mma(Int8, Int8, major, major, Int32, (1, 1, 1), shape, wg.OperandSource.RMEM)
+        """wgmma of 64 x tile_m, A from registers, or from shared memory where codes need no decoding.
+
+        Built where it is used: its accumulate flag is traced state.
+        """
+        source = wg.OperandSource.SMEM if self.kind.is_verbatim else wg.OperandSource.RMEM
+        shape, major = (64, self.tile_m), OperandMajorMode.K
+        return sm90.make_trivial_tiled_mma(
+            self.operand, self.operand, major, major, self.sum_type, (1, 1, 1), shape, source
+        )
 
     @cute.jit
     def consume(self, sX, sW, sS, acc, out, full, empty, thread, group, begin, end, int4_units, stage, phase):
@@ -35,19 +54,19 @@ class GemmMainloop:
         rA32 = cute.recast_tensor(rA, Uint32)
         raw = cute.make_rmem_tensor((8,), Uint32)
         codes = cute.make_rmem_tensor((8,), Uint32)
-        loaded = cute.make_rmem_tensor((2,), Float32)
-        scale = cute.make_rmem_tensor((2,), Float32)
+        loaded = cute.make_rmem_tensor((self.codec.scale_words,), self.codec.scale_type)
+        scale = cute.make_rmem_tensor((self.codec.scale_words,), self.codec.scale_type)
         raw.fill(0)
-        loaded.fill(0.0)
+        loaded.fill(0)
         middle = cutlass.min(cutlass.max(int4_units, begin), end)
         start = begin
         if cutlass.const_expr(config.pairs):
             # few tokens: two units at a time, so that the latencies of one hide those of the other
-            acc2 = cute.make_rmem_tensor(acc.shape, Int32)
+            acc2 = cute.make_rmem_tensor(acc.shape, self.sum_type)
             rA2 = tiled_mma.make_fragment_A(tiled_mma.partition_shape_A((64, 128)))
             raw2 = cute.make_rmem_tensor((8,), Uint32)
-            scale2 = cute.make_rmem_tensor((2,), Float32)
-            if cutlass.const_expr(self.integer):
+            scale2 = cute.make_rmem_tensor(scale.shape, self.codec.scale_type)
+            if cutlass.const_expr(not self.kind.promoted):
                 acc2.fill(0)
             for _ in cutlass.range((middle - begin) // 2, unroll=1):
                 first = stage
@@ -56,8 +75,8 @@ class GemmMainloop:
                 stage, phase = self.advance(stage, phase)
                 cute.arch.mbarrier_wait(full + stage, phase)
                 self.load_unit(sW, raw2, scale2, thread, group, stage)
-                self.decode_int4(raw, scale, rA32)
-                self.decode_int4(raw2, scale2, cute.recast_tensor(rA2, Uint32))
+                self.codec.decode(raw, scale, rA32)
+                self.codec.decode(raw2, scale2, cute.recast_tensor(rA2, Uint32))
                 self.multiply_pair(rA, rA2, tCrB, acc, acc2, first, stage)
                 self.promote(acc, out, sS, scale, thread, first)
                 self.release(empty, first)
@@ -65,7 +84,7 @@ class GemmMainloop:
                 self.release(empty, stage)
                 stage, phase = self.advance(stage, phase)
             start = begin + (middle - begin) // 2 * 2
-            if cutlass.const_expr(self.integer):
+            if cutlass.const_expr(not self.kind.promoted):
                 for i in cutlass.range_constexpr(cute.size(acc)):
                     acc[i] = acc[i] + acc2[i]
         if start < end:  # a CTA of a split may have no unit
@@ -82,8 +101,8 @@ class GemmMainloop:
             if unit + 1 < end:
                 cute.arch.mbarrier_wait(full + stage, phase)
                 self.load_unit(sW, raw, loaded, thread, group, stage)
-            self.decode_int4(codes, scale, rA32)
-            self.multiply(rA, tCrB, acc, this, 4)
+            self.codec.decode(codes, scale, rA32)
+            self.multiply(rA, tCrB, acc, this, self.kind.steps)
             self.promote(acc, out, sS, scale, thread, this)
             self.release(empty, this)
         if cutlass.const_expr(config.int8_units):
@@ -109,8 +128,8 @@ class GemmMainloop:
         two = self.tiled_mma()
         wg.fence()
         for k in cutlass.range_constexpr(4):
-            one.set(wg.Field.ACCUMULATE, self.integer or k != 0)
-            two.set(wg.Field.ACCUMULATE, self.integer or k != 0)
+            one.set(wg.Field.ACCUMULATE, not self.kind.promoted or k != 0)
+            two.set(wg.Field.ACCUMULATE, not self.kind.promoted or k != 0)
             cute.gemm(one, acc, rA[None, None, k], tCrB[None, None, k, stage], acc)
             cute.gemm(two, acc2, rA2[None, None, k], tCrB[None, None, k, stage2], acc2)
         wg.commit_group()
@@ -132,52 +151,48 @@ class GemmMainloop:
             words = load_u32x4(base + (h * 512 + thread * 4))
             for j in cutlass.range_constexpr(4):
                 raw[4 * h + j] = words[j]
-        row = (thread // 32) * 16 + (thread % 32) // 4
-        for r in cutlass.range_constexpr(2):
-            if cutlass.const_expr(self.integer):
-                factors = cute.make_tensor(cute.recast_ptr(base + CODE_BYTES // 4, dtype=Uint8), cute.make_layout(64))
-                scale[r] = cute.arch.inline_ptx(
-                    "mov.b32 {$w0}, {$r0};",
-                    write_only_types=[Float32],
-                    read_only_args=[Uint32(factors[row + 8 * r])],
-                )
-            else:
-                scales = cute.make_tensor(cute.recast_ptr(base + CODE_BYTES // 4, dtype=BFloat16), cute.make_layout(64))
-                scale[r] = Float32(scales[row + 8 * r])
-
-    @cute.jit
-    def decode_int4(self, raw, scale, rA32):
-        """8 packed words to the 16 register words of wgmma's A: low nibbles are row r, high nibbles row r + 8."""
-        if cutlass.const_expr(self.integer):
-            # code + 8 times an unsigned factor fits a byte; 128 - 8 * factor re-centres it: two instructions for
-            # four weights (the trick of LiquidGEMM, arXiv:2509.01229)
-            factor = cute.recast_tensor(scale, Uint32)
-            centre0 = Uint32(0x80808080) - factor[0] * Uint32(0x08080808)
-            centre1 = Uint32(0x80808080) - factor[1] * Uint32(0x08080808)
-            for j in cutlass.range_constexpr(8):
-                low = raw[j] & Uint32(0x0F0F0F0F)
-                high = (raw[j] >> 4) & Uint32(0x0F0F0F0F)
-                rA32[2 * j] = (low * factor[0] + centre0) ^ Uint32(0x80808080)
-                rA32[2 * j + 1] = (high * factor[1] + centre1) ^ Uint32(0x80808080)
-        else:  # the code stays in the byte's high half: 16 * code, the packed scale holds the 1/16
-            for j in cutlass.range_constexpr(8):
-                rA32[2 * j] = (raw[j] << 4) & Uint32(0xF0F0F0F0)
-                rA32[2 * j + 1] = raw[j] & Uint32(0xF0F0F0F0)
+        self.codec.load_scales(base, scale, thread)
 
     @cute.jit
     def multiply(self, rA, tCrB, acc, stage, steps: cutlass.Constexpr):
         tiled_mma = self.tiled_mma()
+        slabs = self.kind.operand_bytes  # 128 bytes of every token each
         wg.fence()
         for k in cutlass.range_constexpr(steps):
-            tiled_mma.set(wg.Field.ACCUMULATE, self.integer or k != 0)
-            cute.gemm(tiled_mma, acc, rA[None, None, k], tCrB[None, None, k, stage], acc)
+            tiled_mma.set(wg.Field.ACCUMULATE, not self.kind.promoted or k != 0)
+            at = stage if cutlass.const_expr(slabs == 1) else slabs * stage + k // 4
+            cute.gemm(tiled_mma, acc, rA[None, None, k], tCrB[None, None, k % 4, at], acc)
         wg.commit_group()
         wg.wait_group(0)
 
     @cute.jit
+    def consume_verbatim(self, sX, sA, acc, out, full, empty, thread, group, begin, end, stage, phase):
+        """One warpgroup, codes that are the operand: both sides straight from shared memory."""
+        tiled_mma = self.tiled_mma()
+        mma = tiled_mma.get_slice(thread)
+        tCrA = tiled_mma.make_fragment_A(mma.partition_A(sA))
+        tCrB = tiled_mma.make_fragment_B(mma.partition_B(sX))
+        for _ in cutlass.range(begin, end, unroll=1):
+            this = stage
+            cute.arch.mbarrier_wait(full + this, phase)
+            wg.fence()
+            for k in cutlass.range_constexpr(self.kind.steps):
+                tiled_mma.set(wg.Field.ACCUMULATE, not self.kind.promoted or k != 0)
+                at = this * self.config.warpgroups + group
+                cute.gemm(tiled_mma, acc, tCrA[None, None, k, at], tCrB[None, None, k, this], acc)
+            wg.commit_group()
+            wg.wait_group(0)
+            self.release(empty, this)
+            if cutlass.const_expr(self.kind.promoted):
+                for i in cutlass.range_constexpr(cute.size(acc)):
+                    out[i] = out[i] + acc[i]
+            stage, phase = self.advance(stage, phase)
+        return stage, phase
+
+    @cute.jit
     def promote(self, acc, out, sS, scale, thread, stage):
         """out += sum of the unit x weight scale (of the row) x token scale (of the column)."""
-        if cutlass.const_expr(not self.integer):
+        if cutlass.const_expr(self.kind.promoted):
             column = 2 * (thread % 4)
             for j in cutlass.range_constexpr(self.tile_m // 8):
                 for c in cutlass.range_constexpr(2):

@@ -1,8 +1,12 @@
-"""How weights are packed for the GEMM kernels: units in the order in which wgmma's registers want them.
+"""How weights are packed for the GEMM kernels: units in the order in which wgmma wants them.
 
-A unit covers 64 rows (output features) and one step of K: 128 columns of INT4 or 64 columns of INT8, 4096 bytes
-either way, followed by one scale for each of its rows. Word `j` of thread `t` (of a warpgroup's 128) holds, with
-`g = t % 32 // 4`, `q = t % 4` and `row = 16 * (t // 32) + g`:
+A unit covers 64 rows (output features) and one step of K, followed by its scales; gemm_kinds.py lists the kinds.
+Here stand those multiplied in INT8 and E4M3, in gemm_pack_bf16.py the others.
+
+Codes of 8 bits that are multiplied as they stand are [64 rows, 128 bytes], the 16-byte chunks of a row exchanged:
+chunk `c` of row `r` lies at `c ^ (r % 8)`, wgmma's 128-byte swizzle. Otherwise a unit holds 128 columns of INT4 or 64
+of INT8 outliers, 4096 bytes either way, and one scale for each of its rows. Word `j` of thread `t` (of a warpgroup's
+128) holds, with `g = t % 32 // 4`, `q = t % 4` and `row = 16 * (t // 32) + g`:
 
   INT4   byte b: low nibble row, high nibble row + 8; column 32 (j // 2) + 16 (j % 2) + 4 q + b
   INT8   byte b: row + 8 (j % 2); column 32 (j // 4) + 16 (j // 2 % 2) + 4 q + b
@@ -16,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNIT_ROWS = 64
+from .gemm_kinds import OUTLIER_COLUMNS, UNIT_ROWS
+
 INT4_COLUMNS = 128
-INT8_COLUMNS = 64
+INT8_COLUMNS = OUTLIER_COLUMNS
 CODE_BYTES = 4096
 SCALE_BYTES = 128  # whole 128-byte lines: units of 4160 bytes streamed 10 % slower (H200)
 
@@ -27,12 +32,14 @@ SCALE_BYTES = 128  # whole 128-byte lines: units of 4160 bytes streamed 10 % slo
 class PackedWeight:
     """A weight in units, and what the epilogue needs.
 
+    kind           name of a WeightKind
     units          uint8 [ceil(N / 64), units along K, unit bytes]
-    int4_units     how many of the units along K are INT4; the rest are INT8
-    channel_scale  float32 [N] where the units hold integer factors, else empty
+    int4_units     how many of the units along K are of that kind; the rest are INT8 outliers
+    channel_scale  float32 [N] where the kind has one, else empty
     features       N
     """
 
+    kind: str
     units: Tensor
     int4_units: int
     channel_scale: Tensor
@@ -65,17 +72,17 @@ def fragment_index(columns: int) -> tuple[Tensor, Tensor]:
 
 def pack_int4_codes(codes: Tensor, offset: int = 0) -> Tensor:
     """INT4 codes int8 [N, K] (-8 .. 7) as bytes uint8 [ceil(N / 64), ceil(K / 128), 4096]; nibble = code + offset."""
-    tiles = _tiles(codes, INT4_COLUMNS)
+    tiles = tiles_of(codes, INT4_COLUMNS)
     row, column = (index.to(codes.device) for index in fragment_index(INT4_COLUMNS))
     low = tiles[:, :, row, column] + offset
     high = tiles[:, :, row + 8, column] + offset
-    return _thread_order((low & 15) | (high & 15) << 4)
+    return thread_order((low & 15) | (high & 15) << 4)
 
 
 def pack_int8_codes(codes: Tensor) -> Tensor:
     """INT8 codes int8 [N, K] as bytes uint8 [ceil(N / 64), ceil(K / 64), 4096]."""
     row, column = (index.to(codes.device) for index in fragment_index(INT8_COLUMNS))
-    return _thread_order(_tiles(codes, INT8_COLUMNS)[:, :, row, column])
+    return thread_order(tiles_of(codes, INT8_COLUMNS)[:, :, row, column])
 
 
 def pack_group_scaled(
@@ -89,14 +96,14 @@ def pack_group_scaled(
     outlier_scale  [N, 1] or None
     """
     # the kernel leaves an INT4 code in the high half of its byte (16 x code): the power of two moves into the scale
-    parts = [_with_scales(pack_int4_codes(codes), scale.float().div(16).to(torch.bfloat16))]
+    parts = [with_scales(pack_int4_codes(codes), scale.float().div(16).to(torch.bfloat16))]
     if outliers is not None and outliers.shape[1]:
         assert outlier_scale is not None
         packed = pack_int8_codes(outliers)
         wide = outlier_scale.to(torch.bfloat16).expand(-1, packed.shape[1])
-        parts.append(_with_scales(packed, wide))
+        parts.append(with_scales(packed, wide))
     units = torch.cat(parts, dim=1).contiguous()
-    return PackedWeight(units, parts[0].shape[1], torch.empty(0, device=codes.device), codes.shape[0])
+    return PackedWeight("int4", units, parts[0].shape[1], torch.empty(0, device=codes.device), codes.shape[0])
 
 
 def pack_channel_scaled(codes: Tensor, factors: Tensor, channel_scale: Tensor) -> PackedWeight:
@@ -108,8 +115,8 @@ def pack_channel_scaled(codes: Tensor, factors: Tensor, channel_scale: Tensor) -
     """
     if int(factors.max()) > 15:
         raise ValueError(f"a group factor is at most 15, got {int(factors.max())}; use scale_format='uint4'")
-    units = _with_scales(pack_int4_codes(codes, offset=8), factors.to(torch.uint8))
-    return PackedWeight(units, units.shape[1], channel_scale.reshape(-1).float(), codes.shape[0])
+    units = with_scales(pack_int4_codes(codes, offset=8), factors.to(torch.uint8))
+    return PackedWeight("int4_uint4", units, units.shape[1], channel_scale.reshape(-1).float(), codes.shape[0])
 
 
 def pack_int8_units(codes: Tensor, channel_scale: Tensor) -> PackedWeight:
@@ -119,28 +126,44 @@ def pack_int8_units(codes: Tensor, channel_scale: Tensor) -> PackedWeight:
     channel_scale  float32 [N, 1]
     """
     packed = pack_int8_codes(codes)
-    units = _with_scales(packed, codes.new_zeros(codes.shape[0], packed.shape[1], dtype=torch.bfloat16))
-    return PackedWeight(units, 0, channel_scale.reshape(-1).float(), codes.shape[0])
+    units = with_scales(packed, codes.new_zeros(codes.shape[0], packed.shape[1], dtype=torch.bfloat16))
+    # the kernel of "int4_uint4" without a unit of its kind: what ran on a GPU before "int8" was written
+    return PackedWeight("int4_uint4", units, 0, channel_scale.reshape(-1).float(), codes.shape[0])
 
 
-def _tiles(codes: Tensor, columns: int) -> Tensor:
+def pack_verbatim(codes: Tensor, channel_scale: Tensor, kind: str) -> PackedWeight:
+    """Codes of 8 bits as wgmma reads them from shared memory ("int8", "e4m3") under one float32 scale per row.
+
+    codes          int8 or float8_e4m3fn [N, K]
+    channel_scale  float32 [N, 1]
+    """
+    rows, K = codes.shape
+    padded = torch.nn.functional.pad(codes.view(torch.uint8), (0, -K % 128, 0, -rows % UNIT_ROWS))
+    chunks = padded.view(padded.shape[0] // UNIT_ROWS, UNIT_ROWS, -1, 8, 16).transpose(1, 2)
+    place = torch.arange(8) ^ (torch.arange(UNIT_ROWS) % 8).unsqueeze(1)  # its own inverse
+    index = place.to(codes.device).view(1, 1, UNIT_ROWS, 8, 1).expand(chunks.shape)
+    units = chunks.gather(3, index).flatten(2)
+    return PackedWeight(kind, units.contiguous(), units.shape[1], channel_scale.reshape(-1).float(), rows)
+
+
+def tiles_of(codes: Tensor, columns: int) -> Tensor:
     """Zero-padded codes as int16 [row tiles, units, 64, columns]."""
     rows, K = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -K % columns, 0, -rows % UNIT_ROWS)).to(torch.int16)
     return padded.view(padded.shape[0] // UNIT_ROWS, UNIT_ROWS, -1, columns).transpose(1, 2)
 
 
-def _thread_order(words: Tensor) -> Tensor:
+def thread_order(words: Tensor) -> Tensor:
     """[tiles, units, 128 threads, 8 words, 4 bytes] to bytes: words 0-3 of every thread, then words 4-7."""
     tiles, units = words.shape[:2]
     halves = words.view(tiles, units, 128, 2, 16).transpose(2, 3)
     return (halves & 255).to(torch.uint8).reshape(tiles, units, CODE_BYTES)
 
 
-def _with_scales(packed: Tensor, scales: Tensor) -> Tensor:
+def with_scales(packed: Tensor, scales: Tensor, scale_bytes: int = SCALE_BYTES) -> Tensor:
     """Append each unit's 64 row scales ([N, units], any dtype) as bytes."""
     tiles, units = packed.shape[:2]
     padded = torch.nn.functional.pad(scales, (0, 0, 0, tiles * UNIT_ROWS - scales.shape[0]))
     by_unit = padded.view(tiles, UNIT_ROWS, units).transpose(1, 2).contiguous().view(torch.uint8)
-    spare = by_unit.new_zeros(tiles, units, SCALE_BYTES - by_unit.shape[2])
+    spare = by_unit.new_zeros(tiles, units, scale_bytes - by_unit.shape[2])
     return torch.cat([packed, by_unit, spare], dim=2)

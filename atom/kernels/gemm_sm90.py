@@ -1,16 +1,15 @@
 # ruff: noqa: SIM102  (an `if` of the compiler inside or around one of the GPU is not one condition)
 """Low-bit GEMM on Hopper (sm_90a), written in CuTe DSL: y[M, N] = x[M, K] @ w[N, K].T.
 
-One kernel for every packed weight format. The operands are swapped: weights stand on the 64-row side of wgmma and
-come from registers, tokens are wgmma's N. A producer warp streams *units* of packed weights (64 rows x 128 columns
-of INT4, or x 64 columns of INT8: the same number of bytes, `gemm_pack.py`) and tiles of activation codes through
-shared memory; each consumer warpgroup decodes the units of its own 64 rows.
+One kernel for every kind of packed weight (gemm_kinds.py). The operands are swapped: weights stand on the 64-row
+side of wgmma, tokens are wgmma's N. A producer warp streams *units* of packed weights (64 rows x 128 columns) and
+tiles of activations through shared memory; each consumer warpgroup decodes the units of its own 64 rows into
+registers, or multiplies them as they stand where they need no decoding.
 
-What a reader must know: `scales="group"` promotes the integer sum of every unit to float32 (weight scale x token
-scale); `scales="channel"` multiplies the INT4 code by an integer group scale while decoding, so that the whole sum
-over K stays one INT32 and there is nothing to promote. `split` CTAs share one output tile along K and add their
-partial sums in rank order: the same bits on every run. This file launches the kernel and feeds it; the consumers' main
-loop stands in gemm_mainloop_sm90.py, what follows it in gemm_epilogue_sm90.py.
+What a reader must know: a *promoted* kind adds the sum of every unit to a float32 sum (weight scale x token scale);
+the others leave the whole sum over K to wgmma and there is nothing to promote. `split` CTAs share one output tile
+along K and add their partial sums in rank order: the same bits on every run. This file launches the kernel and feeds
+it; the consumers' main loop stands in gemm_mainloop_sm90.py, what follows it in gemm_epilogue_sm90.py.
 """
 
 import cuda.bindings.driver as cuda
@@ -22,7 +21,8 @@ from cutlass.cute.nvgpu import warpgroup as wg
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from .dsl.memory import bulk_load
-from .gemm_config import UNIT_BYTES, GemmConfig
+from .gemm_config import GemmConfig
+from .gemm_decode_sm90 import decoder
 from .gemm_epilogue_sm90 import GemmEpilogue
 from .gemm_mainloop_sm90 import GemmMainloop
 
@@ -32,23 +32,26 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
 
     def __init__(self, config: GemmConfig) -> None:
         self.config = config
-        self.integer = config.scales == "channel"  # one INT32 sum over all of K
+        self.kind = config.kind
+        self.codec = None if config.kind.is_verbatim else decoder(config.weight)
         self.tile_m = config.tile_m
         self.rows = 64 * config.warpgroups
         self.consumers = 128 * config.warpgroups
         self.threads = self.consumers + (128 if config.registers else 32)  # one warp produces, alone or in a warpgroup
-        self.unit_words = UNIT_BYTES // 4
+        self.unit_words = config.kind.unit_bytes // 4
         self.cluster = config.multicast * (config.split if config.clustered else 1)
-        self.x_bytes = self.tile_m * 128
-        self.w_bytes = UNIT_BYTES * config.warpgroups
+        self.slabs = config.kind.operand_bytes  # 128 bytes of every token that one TMA box holds, in a stage
+        self.x_type = BFloat16 if config.kind.operand == "bf16" else Int8  # E4M3 travels as bytes
+        self.x_bytes = config.x_bytes
+        self.w_bytes = config.w_bytes
 
     @cute.jit
     def __call__(
         self,
         mW: cute.Tensor,  # [row tiles, units, unit bytes / 4] uint32
-        mX: cute.Tensor,  # [M, padded K] int8
+        mX: cute.Tensor,  # [M, padded K] of bytes, or [M, K] bfloat16
         mS: cute.Tensor,  # float32: [units, padded M] (token scales by group) or [1, M]
-        mC: cute.Tensor,  # [N] float32 channel scales (scales="channel")
+        mC: cute.Tensor,  # [N] float32 channel scales (of a channel-scaled kind)
         mB: cute.Tensor,  # [N] bfloat16 bias
         mY: cute.Tensor,  # [M, N] bfloat16
         mE: cute.Tensor,  # float32 scratch: CTAs x tile_m x 64 x warpgroups where K is split, else any
@@ -57,8 +60,9 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         stream: cuda.CUstream,
     ):
         config = self.config
-        atom = wg.make_smem_layout_atom(wg.SmemLayoutAtomKind.K_SW128, Int8)
-        x_layout = cute.tile_to_shape(atom, (self.tile_m, 128, config.stages), order=(0, 1, 2))
+        box = (self.tile_m, 128 // self.slabs)
+        atom = wg.make_smem_layout_atom(wg.SmemLayoutAtomKind.K_SW128, self.x_type)
+        x_layout = cute.tile_to_shape(atom, (*box, self.slabs * config.stages), order=(0, 1, 2))
         if cutlass.const_expr(config.multicast > 1):
             op = cpasync.CopyBulkTensorTileG2SMulticastOp()
         else:
@@ -67,7 +71,7 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             op,
             mX,
             cute.slice_(x_layout, (None, None, 0)),
-            (self.tile_m, 128),
+            box,
             num_multicast=config.multicast,
         )
         row_groups = cute.ceil_div(mY.shape[1], self.rows * config.multicast)
@@ -118,9 +122,15 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         full = smem.allocate_array(Int64, config.stages)
         empty = smem.allocate_array(Int64, config.stages)
         pool = smem.allocate(config.pool_bytes, 1024)
-        sX = cute.make_tensor(cute.recast_ptr(pool, x_layout.inner, Int8), x_layout.outer)
+        sX = cute.make_tensor(cute.recast_ptr(pool, x_layout.inner, self.x_type), x_layout.outer)
         w_words = cute.recast_ptr(pool + self.x_bytes * config.stages, dtype=Uint32)
         sW = cute.make_tensor(w_words, cute.make_layout((self.unit_words, config.warpgroups, config.stages)))
+        if cutlass.const_expr(self.kind.is_verbatim):  # both operands as wgmma takes them
+            w_atom = wg.make_smem_layout_atom(wg.SmemLayoutAtomKind.K_SW128, self.operand)
+            a_layout = cute.tile_to_shape(w_atom, (64, 128, config.warpgroups * config.stages), order=(0, 1, 2))
+            w_codes = cute.recast_ptr(pool + self.x_bytes * config.stages, a_layout.inner, self.operand)
+            sA = cute.make_tensor(w_codes, a_layout.outer)
+            sXm = cute.make_tensor(cute.recast_ptr(pool, x_layout.inner, self.operand), x_layout.outer)
         s_words = cute.recast_ptr(pool + (self.x_bytes + self.w_bytes) * config.stages, dtype=Float32)
         sS = cute.make_tensor(s_words, cute.make_layout((self.tile_m, config.stages)))
 
@@ -159,20 +169,23 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             thread = tid % 128
             group = cute.arch.make_warp_uniform(tid // 128)
             acc_shape = self.tiled_mma().partition_shape_C((64, self.tile_m))
-            acc = cute.make_rmem_tensor(acc_shape, Int32)
+            acc = cute.make_rmem_tensor(acc_shape, self.sum_type)
             out = cute.make_rmem_tensor(acc_shape, Float32)
+            sums = out if cutlass.const_expr(self.kind.promoted) else acc
             stage = Int32(0)
             phase = Int32(0)
             first = Int32(1)
             for item in cutlass.range(work, total, stride, unroll=1):
                 row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
-                if cutlass.const_expr(self.integer):
-                    acc.fill(0)
+                sums.fill(0)
+                if cutlass.const_expr(self.kind.is_verbatim):
+                    stage, phase = self.consume_verbatim(
+                        sXm, sA, acc, out, full, empty, thread, group, begin, end, stage, phase
+                    )
                 else:
-                    out.fill(0.0)
-                stage, phase = self.consume(
-                    sX, sW, sS, acc, out, full, empty, thread, group, begin, end, int4_units, stage, phase
-                )
+                    stage, phase = self.consume(
+                        sX, sW, sS, acc, out, full, empty, thread, group, begin, end, int4_units, stage, phase
+                    )
                 if cutlass.const_expr(config.pdl):
                     if first == 1:
                         cute.arch.griddepcontrol_wait()
@@ -180,10 +193,10 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
                 low = token0
                 high = cutlass.min(token0 + self.tile_m, mY.shape[0])
                 if cutlass.const_expr(config.split > 1):
-                    share = self.exchange(mE, acc, out, tid, split_rank, high - token0, item)
+                    share = self.exchange(mE, sums, tid, split_rank, high - token0, item)
                     low = token0 + split_rank * share
                     high = cutlass.min(low + share, high)
-                self.store(pool, acc, out, mS, mC, mB, mY, thread, group, row_tile, token0, low, high)
+                self.store(pool, sums, mS, mC, mB, mY, thread, group, row_tile, token0, low, high)
             if cutlass.const_expr(config.multicast > 1):
                 self.cluster_sync(self.cluster)  # peers may still write to or signal this CTA's shared memory
 
@@ -216,10 +229,10 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         scale_bytes = Int32(0)
         if cutlass.const_expr(config.token_scales == "group"):
             scale_bytes = cutlass.min(Int32(self.tile_m), mS.shape[1] - token0) * 4
-        # 64-column steps: an INT8 unit starts on any of them, an INT4 unit on every second
-        box = cute.domain_offset((token0, 0), mX)
-        gX = cute.local_tile(box, (self.tile_m, 128), (0, None))
-        half = cute.local_tile(cute.domain_offset((0, 64), box), (self.tile_m, 128), (0, None))
+        boxes = (self.tile_m, 128 // self.slabs)
+        tokens = cute.domain_offset((token0, 0), mX)
+        gX = cute.local_tile(tokens, boxes, (0, None))
+        half = cute.local_tile(cute.domain_offset((0, 64), tokens), boxes, (0, None))  # from column 64 on
         x_cta = rank % config.multicast
         x_ctas = cute.make_layout(config.multicast)
         s_group = cute.group_modes(sX, 0, 2)
@@ -240,11 +253,18 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             if i >= early:
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 self.load_weights(mW, sW, full, row_tile, last_tile, unit, stage, scale_bytes)
-            step = 2 * unit if unit < int4_units else int4_units + unit
-            if step % 2 == 0:
-                self.load_tokens(x_atom, tXgX[None, step // 2], tXsX[None, stage], full + stage, mask)
+            if cutlass.const_expr(self.kind.bits == 4 and self.slabs == 1):
+                # 64-column steps: an INT8 unit starts on any of them, an INT4 unit on every second
+                step = 2 * unit if unit < int4_units else int4_units + unit
+                if step % 2 == 0:
+                    self.load_tokens(x_atom, tXgX[None, step // 2], tXsX[None, stage], full + stage, mask)
+                else:
+                    self.load_tokens(x_atom, tXgH[None, step // 2], tXsX[None, stage], full + stage, mask)
             else:
-                self.load_tokens(x_atom, tXgH[None, step // 2], tXsX[None, stage], full + stage, mask)
+                for slab in cutlass.range_constexpr(self.slabs):
+                    at = self.slabs * unit + slab
+                    target = tXsX[None, self.slabs * stage + slab]
+                    self.load_tokens(x_atom, tXgX[None, at], target, full + stage, mask)
             if cutlass.const_expr(config.token_scales == "group"):
                 with cute.arch.elect_one():
                     source = mS.iterator + (Int64(unit) * mS.shape[1] + token0)
@@ -264,7 +284,7 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
                 tile = cutlass.min(row_tile * config.warpgroups + g, last_tile)  # rows past N: loaded, never stored
                 source = mW.iterator + (Int64(tile) * mW.shape[1] + unit) * self.unit_words
                 target = sW.iterator + (stage * config.warpgroups + g) * self.unit_words
-                bulk_load(target, source, Int32(UNIT_BYTES), full + stage)
+                bulk_load(target, source, Int32(self.kind.unit_bytes), full + stage)
 
     @cute.jit
     def load_tokens(self, x_atom, source, target, barrier, mask):
@@ -282,9 +302,10 @@ def compile_gemm(config: GemmConfig, options: str = "") -> object:
     """
     kernel = PackedWeightGemm(config)
     m, n, tiles, units, padded, channels, biases = (cute.sym_int() for _ in range(7))
+    columns = cute.sym_int(divisibility=8 if kernel.x_type is BFloat16 else 64)
     fakes = (
         make_fake_compact_tensor(Uint32, (tiles, units, kernel.unit_words), stride_order=(2, 1, 0), assumed_align=16),
-        make_fake_compact_tensor(Int8, (m, cute.sym_int(divisibility=64)), stride_order=(1, 0), assumed_align=16),
+        make_fake_compact_tensor(kernel.x_type, (m, columns), stride_order=(1, 0), assumed_align=16),
         make_fake_compact_tensor(Float32, (cute.sym_int(), padded), stride_order=(1, 0), assumed_align=16),
         make_fake_compact_tensor(Float32, (channels,), stride_order=(0,), assumed_align=4),
         make_fake_compact_tensor(BFloat16, (biases,), stride_order=(0,), assumed_align=2),

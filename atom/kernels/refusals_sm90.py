@@ -1,17 +1,23 @@
-"""What the sm_90 kernels refuse, and why. Imports no kernel, so that the ops can name it."""
+"""What the sm_90 kernels refuse, and why; which kind of packed weight a scheme takes. Imports no kernel, so that the
+ops can name it."""
 
-from ..quant.granularity import Channel, Group, Token
+from ..env import unverified_kernels
+from ..quant.granularity import Channel, Granularity, Group, Token
 from ..quant.schemes import LinearScheme, TensorSpec
 from .registry import Problem
 
 LARGEST_ROW = 48 * 1024  # float32 values of a row that fit in shared memory
+VERIFIED = ("int4", "int4_uint4")  # kinds that ran on an H200 and were exact there
+NOT_VERIFIED = "not yet verified on hardware; set ATOM_UNVERIFIED_KERNELS=1 to run it all the same"
 
 
 def refuses_linear(problem: Problem) -> str | None:
     """Why the sm_90a GEMM cannot run a linear, or None."""
     if problem.arch != "sm_90":
         return f"it is built for sm_90, this is {problem.arch}"
-    return refuses_scheme(problem.linear)
+    if problem.K % 8:
+        return f"inputs must be a multiple of 8 long, got {problem.K}"
+    return refuses_scheme(problem.linear) or refuses_unverified(problem.linear)
 
 
 def refuses_producer(problem: Problem) -> str | None:
@@ -22,38 +28,82 @@ def refuses_producer(problem: Problem) -> str | None:
         return f"rows must be a multiple of 8 long, got {problem.K}"
     if problem.K > LARGEST_ROW:
         return f"rows of {problem.K} do not fit in shared memory; at most {LARGEST_ROW}"
-    return refuses_scheme(problem.linear)
+    return refuses_scheme(problem.linear) or refuses_unverified(problem.linear)
+
+
+def refuses_unverified(linear: LinearScheme) -> str | None:
+    """A reason if the scheme's kernels have not run on a GPU yet and the user has not asked for such."""
+    return None if weight_kind(linear) in VERIFIED or unverified_kernels() else NOT_VERIFIED
+
+
+def weight_kind(linear: LinearScheme) -> str:
+    """The WeightKind of a scheme that `refuses_scheme` lets pass."""
+    weight, activation = linear.weight, linear.activation
+    assert weight is not None
+    if weight.format == "fp8_e4m3":
+        return "e4m3"
+    if weight.format == "int8":
+        return "int8" if unverified_kernels() else "int4_uint4"
+    if weight.group_size != 128:
+        return f"{weight.format}_g{weight.group_size}"
+    if activation is None or not _is_integer(activation):
+        return "int4_bf16"
+    return "int4_uint4" if weight.outer == "channel" else "int4"
 
 
 def refuses_scheme(linear: LinearScheme) -> str | None:
-    """Why INT8 wgmma cannot multiply this scheme exactly, or None."""
+    """Why wgmma cannot multiply this scheme exactly, or None."""
     weight, activation, outliers = linear.weight, linear.activation, linear.outliers
-    if weight is None or activation is None:
-        return "weights and activations must both be quantized"
+    if weight is None:
+        return "weights are not quantized"
     if linear.rotation is not None:
         return "a rotated input needs a producer that rotates"
-    if not weight.symmetric or not activation.symmetric:
+    if not weight.symmetric or (activation is not None and not activation.symmetric):
         return "asymmetric codes have no kernel yet"
+    if activation is not None and activation.clip == "mse":
+        return "a searched clip is too slow at run time"
     if outliers.count > 256 or (outliers.count and outliers.format != "int8"):
         return f"outliers must be at most 256 INT8 columns, got {outliers.count} in {outliers.format}"
-    by_token = _is(activation, "int8", Token()) and activation.outer is None
-    if weight.format == "int8" and isinstance(weight.granularity, Channel) and weight.outer is None:
-        return None if by_token and not outliers.count else "INT8 weights need INT8 activations per token, no outliers"
-    if weight.format not in ("int4", "int3") or weight.granularity != Group(128):
-        return f"weights in {weight} have no kernel yet"
+    by_group = activation is not None and _is_integer(activation) and activation.granularity == Group(128)
+    if outliers.count and not by_group:
+        return "outlier columns need INT4 activations in groups of 128"
+    if weight.format in ("int8", "fp8_e4m3"):
+        if not _plain(weight, weight.format, Channel()):
+            return f"weights in {weight} have no kernel yet"
+        by_token = activation is not None and _plain(activation, weight.format, Token())
+        return None if by_token else f"{weight.format} weights need {weight.format} activations per token"
+    if activation is None or _small_groups(activation):
+        known = _small_groups(weight) or _groups_of_128(weight)
+        return None if known else f"weights in {weight} have no kernel yet"
+    if weight.granularity != Group(128) or weight.format not in ("int4", "int3"):
+        return f"weights in {weight} have no kernel yet for activations in {activation}"
+    by_token = _plain(activation, "int8", Token())
     if weight.outer == "channel" and weight.scale_format == "uint4":
-        return (
-            None if by_token and not outliers.count else "integer scales need INT8 activations per token, no outliers"
-        )
-    if weight.outer is not None or weight.scale_format != "bf16":
+        return None if by_token else "integer scales need INT8 activations per token"
+    if not _groups_of_128(weight):
         return f"{weight.scale_format} weight scales under {weight.outer} have no kernel yet"
-    if by_token:
-        return None if not outliers.count else "outlier columns need INT4 activations in groups of 128"
-    by_group = any(_is(activation, name, Group(128)) for name in ("int4", "int3")) and activation.outer is None
-    if not by_group or activation.scale_format != "bf16":
-        return f"activations in {activation} have no kernel yet"
-    return None
+    if by_token or (by_group and activation.outer is None and activation.scale_format == "bf16"):
+        return None
+    return f"activations in {activation} have no kernel yet"
 
 
-def _is(spec: TensorSpec, name: str, granularity: object) -> bool:
-    return spec.format == name and spec.granularity == granularity
+def _plain(spec: TensorSpec, name: str, granularity: Granularity) -> bool:
+    return spec.format == name and spec.granularity == granularity and spec.outer is None
+
+
+def _is_integer(spec: TensorSpec) -> bool:
+    """INT8 per token, or INT4 in groups of 128: codes that INT8 wgmma multiplies."""
+    return spec.format in ("int3", "int4", "int8") and spec.group_size in (None, 128)
+
+
+def _groups_of_128(weight: TensorSpec) -> bool:
+    name = weight.format in ("int4", "int3")
+    return name and weight.granularity == Group(128) and weight.outer is None and weight.scale_format == "bf16"
+
+
+def _small_groups(spec: TensorSpec) -> bool:
+    """NVFP4, MXFP4 or NVINT4: value x scale is exact in bfloat16."""
+    if spec.format == "e2m1" and spec.granularity == Group(32):
+        return spec.scale_format == "e8m0"
+    outer = spec.outer is not None and (spec.outer == "token" if spec.dynamic else True)
+    return spec.format in ("e2m1", "int4") and spec.granularity == Group(16) and spec.scale_format == "e4m3" and outer

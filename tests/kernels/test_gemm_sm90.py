@@ -5,14 +5,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from atom.kernels.gemm import Gemm, build_linear, pack_weight
+from atom.kernels.gemm import Gemm, build_linear, pack_weight, token_scales
 from atom.kernels.gemm_choice import choose_config
 from atom.kernels.gemm_config import SHARED_BYTES, GemmConfig
+from atom.kernels.gemm_kinds import KINDS
 from atom.kernels.gemm_pack import (
     CODE_BYTES,
     UNIT_ROWS,
@@ -21,13 +23,17 @@ from atom.kernels.gemm_pack import (
     pack_group_scaled,
     pack_int4_codes,
     pack_int8_codes,
+    pack_verbatim,
 )
 from atom.kernels.producers import QuantizingProducer
-from atom.kernels.refusals_sm90 import refuses_scheme
+from atom.kernels.refusals_sm90 import refuses_linear, refuses_scheme, weight_kind
+from atom.kernels.registry import Problem
+from atom.quant.formats import get_format
 from atom.quant.granularity import Group
 from atom.quant.mixed import dequantize_weight, fake_quantize_activation, quantize_weight
-from atom.quant.presets import get_scheme
-from atom.quant.schemes import LinearScheme, TensorSpec
+from atom.quant.presets import PRESETS, get_scheme
+from atom.quant.rounding import code_values, expand_scale
+from atom.quant.schemes import LinearScheme, OutlierSpec, RotationSpec, TensorSpec
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
 
@@ -36,7 +42,7 @@ W4_INTEGER = TensorSpec("int4", Group(128), scale_format="uint4", outer="channel
 
 
 def schemes() -> dict[str, LinearScheme]:
-    linear = {name: get_scheme(name).for_linear("x") for name in ("w4a4", "w4a8", "w8a8", "w3a3")}
+    linear = {name: get_scheme(name).for_linear("x") for name in PRESETS if name != "bf16"}
     linear["w4a8-uint4"] = LinearScheme(W4_INTEGER, linear["w4a8"].activation)
     return linear
 
@@ -103,16 +109,44 @@ def test_presets_that_the_kernel_claims(name: str) -> None:
     assert refuses_scheme(schemes()[name]) is None
 
 
-@pytest.mark.parametrize("name", ["w4a16", "fp8", "nvfp4", "mxfp4", "nvint4", "bf16"])
-def test_presets_that_it_refuses_with_a_reason(name: str) -> None:
-    assert refuses_scheme(get_scheme(name).for_linear("x"))
+@pytest.mark.parametrize("name", schemes())
+def test_what_never_ran_on_a_gpu_is_refused_until_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem("sm_90", schemes()[name], 512, 512)
+    monkeypatch.delenv("ATOM_UNVERIFIED_KERNELS", raising=False)
+    verified = name in ("w4a4", "w4a8", "w4a8-uint4", "w8a8", "w3a3")
+    assert (refuses_linear(problem) is None) == verified
+    if not verified:
+        assert "ATOM_UNVERIFIED_KERNELS=1" in str(refuses_linear(problem))
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    assert refuses_linear(problem) is None
+
+
+def refused() -> dict[str, tuple[LinearScheme, str]]:
+    nvfp4, w4a4, fp8 = (get_scheme(name).for_linear("x") for name in ("nvfp4", "w4a4", "fp8"))
+    assert w4a4.activation is not None and nvfp4.weight is not None and fp8.weight is not None
+    return {
+        "full precision": (LinearScheme(), "not quantized"),
+        "rotated": (replace(nvfp4, rotation=RotationSpec("block_hadamard", 16)), "rotates"),
+        "fp8 weights, bf16 activations": (LinearScheme(fp8.weight), "fp8_e4m3 activations"),
+        "fp8 outliers": (replace(w4a4, outliers=OutlierSpec(128, "fp8_e4m3")), "INT8 columns"),
+        "nvfp4 with outliers": (replace(nvfp4, outliers=OutlierSpec(16), reorder=True), "INT4 activations"),
+        "groups of 32 under e4m3": (LinearScheme(replace(nvfp4.weight, granularity=Group(32))), "no kernel yet"),
+        "e2m1 in groups of 128": (LinearScheme(replace(nvfp4.weight, granularity=Group(128))), "no kernel yet"),
+        "small weight groups, INT4 tokens": (LinearScheme(nvfp4.weight, w4a4.activation), "no kernel yet"),
+    }
+
+
+@pytest.mark.parametrize("name", refused())
+def test_schemes_that_it_refuses_with_a_reason(name: str) -> None:
+    linear, reason = refused()[name]
+    assert reason in str(refuses_scheme(linear))
 
 
 @pytest.mark.parametrize("features,units", [(576, 5), (4096, 33), (28672, 33), (4096, 112), (896, 70), (64, 1)])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 128, 256, 1024, 4096])
-@pytest.mark.parametrize("scales", ["group", "channel"])
-def test_configs_fit_the_machine(scales: str, tokens: int, features: int, units: int) -> None:
-    config = choose_config(scales, "token", tokens, features, units)
+@pytest.mark.parametrize("weight", KINDS)
+def test_configs_fit_the_machine(weight: str, tokens: int, features: int, units: int) -> None:
+    config = choose_config(weight, "token", tokens, features, units)
     assert 2 <= config.stages <= 16
     assert config.ctas_per_sm * (config.pool_bytes + 2048) <= SHARED_BYTES + 2048
     assert config.split <= min(8, units), "a portable cluster, and a unit for every CTA of it"
@@ -120,46 +154,51 @@ def test_configs_fit_the_machine(scales: str, tokens: int, features: int, units:
 
 
 LLAMA = ((6144, 33), (4096, 33), (28672, 33), (4096, 113))  # features and units along K of Llama-3-8B, w4a4
+TOKEN_SCALES = {"int4": "group", "int4_bf16": "none", "e2m1_g32": "none"}  # of a kind; else "token"
 
 
 def chosen() -> list[GemmConfig]:
-    """Every config that the Llama-3-8B shapes run with, and some that only odd shapes or benchmarks meet."""
-    configs = [
-        choose_config(scales, token_scales, tokens, features, units, int8_units)
-        for scales, token_scales, int8_units in (
-            ("group", "group", True),
-            ("group", "token", False),
-            ("channel", "token", False),
-            ("channel", "token", True),
-        )
-        for features, units in LLAMA
-        for tokens in (16, 32, 64, 128, 256, 1024, 4096)
-    ]
+    """One config of each tile that the Llama-3-8B shapes run with, and some that only odd shapes or benchmarks meet."""
+    found: dict[object, GemmConfig] = {}
+    for weight in KINDS:
+        outliers = weight == "int4"
+        for tokens in (16, 64, 1024, 4096):
+            for features, units in LLAMA[:: 1 if weight in ("int4", "e4m3", "e2m1_g16") else 3]:
+                config = choose_config(weight, TOKEN_SCALES.get(weight, "token"), tokens, features, units, outliers)
+                found.setdefault((weight, config.tile_m, config.warpgroups, config.multicast), config)
     others = [
-        GemmConfig("group", "token", 64, 4, bias=True),
-        GemmConfig("group", "group", 128, 2, int8_units=True, aligned=False),
-        GemmConfig("channel", "token", 256, 2, multicast=2),
-        GemmConfig("group", "group", 16, 4, split=8, int8_units=True, clustered=False),
+        GemmConfig("int4", "token", 64, 4, bias=True),
+        GemmConfig("int4", "token", 16, 4, split=4, pairs=True),
+        GemmConfig("int4_uint4", "token", 16, 4, split=4, int8_units=True),  # w8a8
+        GemmConfig("int4_uint4", "token", 256, 2, int8_units=True),
+        GemmConfig("int4", "group", 128, 2, int8_units=True, aligned=False),
+        GemmConfig("int4_uint4", "token", 256, 2, multicast=2),
+        GemmConfig("int4", "group", 16, 4, split=8, int8_units=True, clustered=False),
     ]
-    return list(dict.fromkeys(configs + [config.with_most_stages() for config in others]))
+    return list(dict.fromkeys([*found.values(), *(config.with_most_stages() for config in others)]))
+
+
+OPERAND = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+WGMMA = {"int8": "IGMMA", "e4m3": "QGMMA", "bf16": "HGMMA"}
 
 
 def name_of(config: GemmConfig) -> str:
-    units = "-int8" if config.int8_units else ""
-    return f"{config.scales}-{config.token_scales}{units}-{config.tile_m}x{config.warpgroups}-split{config.split}"
+    units = "-outliers" if config.int8_units else ""
+    return f"{config.weight}-{config.token_scales}{units}-{config.tile_m}x{config.warpgroups}-split{config.split}"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
 @pytest.mark.parametrize("config", chosen(), ids=name_of)
 def test_machine_code(config: GemmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiles for sm_90a without a GPU; uses INT8 wgmma and bulk copies, spills nothing, serializes no wgmma."""
+    """Compiles for sm_90a without a GPU; uses its wgmma and bulk copies, spills nothing, serializes no wgmma."""
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.gemm_sm90 import compile_gemm
 
     compiled = compile_gemm(config, f"--keep-cubin --dump-dir {tmp_path}")
     sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]
-    assert "IGMMA" in sass and "UBLKCP" in sass and "UTMALDG" in sass
+    assert {op for op in WGMMA.values() if op in sass} == {WGMMA[config.kind.operand]}
+    assert "UBLKCP" in sass and "UTMALDG" in sass
     assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spilled"
     # one ARRIVE for each group of wgmmas: more mean that ptxas serialized them
     assert sass.count("WARPGROUP.ARRIVE") == sass.count("WARPGROUP.DEPBAR")
@@ -177,10 +216,11 @@ def overwritten_operands(sass: str) -> list[str]:
         if match is None:
             continue
         opcode, operands = match.groups()
-        if opcode.startswith("IGMMA"):
-            source = re.match(r"R\d+, R(\d+), gdesc", operands)
+        if opcode.startswith(("IGMMA", "HGMMA", "QGMMA")):
+            source = re.match(r"R\d+, (?:R(\d+), )?gdesc", operands)
             assert source is not None, line
-            reading |= set(range(int(source[1]), int(source[1]) + 4))
+            if source[1] is not None:  # else A comes from shared memory
+                reading |= set(range(int(source[1]), int(source[1]) + 4))
         elif opcode.startswith("WARPGROUP.DEPBAR"):
             reading = set()
         elif reading and (target := re.match(r"R(\d+)", operands)) and not opcode.startswith(("ST", "RED", "SYNCS")):
@@ -212,53 +252,68 @@ def disassemble(cubin: bytes, folder: Path) -> str:
     return subprocess.run([str(tools[0]), "-c", str(path)], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.fixture(params=[*schemes(), "w8a8-wide"])
+def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LinearScheme:
+    """Every scheme; INT8 in the units that ran first ("w8a8") and in those that replace them."""
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "0" if request.param == "w8a8" else "1")
+    return schemes()[request.param.removesuffix("-wide")]
+
+
 @GPU
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", schemes())
-def test_linear_on_the_gpu(name: str, shape: tuple[int, int], bias: bool) -> None:
+def test_linear_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int], bias: bool) -> None:
     """Producer and GEMM against float64 from the dequantized operands, fresh inputs, every element, twice the same."""
-    linear, (N, K) = schemes()[name], shape
+    N, K = shape
     weight = torch.randn(N, K, device="cuda") * 0.05
     weight[0, 0] = -2.0
-    mixed = quantize_weight(weight, linear)
-    dense = dequantize_weight(mixed, linear).double()
+    mixed = quantize_weight(weight, scheme)
+    dense = dequantize_weight(mixed, scheme).double()
     offset = torch.randn(N, device="cuda").bfloat16() if bias else None
-    run = build_linear(linear, mixed, offset)
+    run = build_linear(scheme, mixed, offset)
+    coarse = 1e-3 if weight_kind(scheme) == "e4m3" else 1e-4  # FP8 wgmma adds with some 14 bits
     for M in TOKENS:
         x = torch.randn(M, K, device="cuda").bfloat16()
-        perm = torch.randperm(K, device="cuda") if linear.reorder else None
-        activation = QuantizingProducer("plain", linear, perm, None, 0.0)(x)
+        perm = torch.randperm(K, device="cuda") if scheme.reorder else None
+        activation = QuantizingProducer("plain", scheme, perm, None, 0.0)(x)
         seen = x.float() if perm is None else x.float()[:, perm]
-        expected = fake_quantize_activation(seen, linear).double() @ dense.T
+        expected = fake_quantize_activation(seen, scheme).double() @ dense.T
         if offset is not None:
             expected = expected + offset.double()
         y = run(activation)
         assert y.shape == (M, N) and torch.equal(y, run(activation))
         error = (y.double() - expected).abs()
-        assert bool((error <= expected.abs() * 2**-8 + 1e-4 * expected.abs().mean()).all()), f"M={M}"
+        assert bool((error <= expected.abs() * 2**-8 + coarse * expected.abs().mean()).all()), f"M={M}"
 
 
 @GPU
-@pytest.mark.parametrize("name", ["w4a4", "w4a8", "w4a8-uint4", "w8a8"])
-def test_one_hot_rows_return_the_weights(name: str) -> None:
-    """x = scaled unit vectors: each output is one weight, exactly."""
-    linear = schemes()[name]
+def test_one_hot_rows_return_the_weights(scheme: LinearScheme) -> None:
+    """x = unit vectors: each output is one weight, exactly."""
     N, K = 200, 512
-    mixed = quantize_weight(torch.randn(N, K, device="cuda"), linear)
-    packed = pack_weight(linear, mixed)
-    by_group = name == "w4a4"
-    units = packed.units.shape[1]
-    columns = packed.columns
-    codes = torch.eye(K, columns, dtype=torch.int8, device="cuda")
-    scale = torch.ones((units, K) if by_group else (1, K), device="cuda")
-    y = Gemm(packed, "group" if by_group else "token")(codes, scale)
-    dense = dequantize_weight(mixed, linear)
-    if name == "w4a8-uint4":  # the kernel rounds (code x factor) x channel once
-        assert mixed.normal.scale.outer is not None
-        factors = mixed.normal.scale.scale.repeat_interleave(128, 1)
-        dense = mixed.normal.codes.float() * factors * mixed.normal.scale.outer
+    mixed = quantize_weight(torch.randn(N, K, device="cuda"), scheme)
+    packed, kind = pack_weight(scheme, mixed), KINDS[weight_kind(scheme)]
+    codes = torch.eye(K, packed.columns, device="cuda").to(OPERAND[kind.operand])
+    scales = token_scales(scheme)
+    scale = torch.ones((packed.units.shape[1], K) if scales == "group" else (1, K), device="cuda")
+    y = Gemm(packed, scales)(codes.view(torch.int8) if kind.operand == "e4m3" else codes, scale)
+    outer = mixed.normal.scale.outer
+    dense = dequantize_weight(mixed, scheme)
+    if outer is not None:  # the kernel rounds (code x scale) x outer once
+        assert scheme.weight is not None
+        inner = expand_scale(mixed.normal.scale.scale, K - scheme.outliers.count, scheme.weight)
+        dense = code_values(mixed.normal.codes, get_format(scheme.weight.format)) * inner * outer
     assert torch.equal(y, dense.T.bfloat16())
+
+
+@GPU
+def test_whole_numbers_add_up_exactly_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes up to 8 in E4M3: sums of 128 products stay within 14 bits, and longer ones are float32."""
+    M, N, K = 65, 200, 4096
+    w = torch.randint(-8, 9, (N, K), device="cuda")
+    x = torch.randint(-8, 9, (M, K), device="cuda")
+    packed = pack_verbatim(w.to(torch.float8_e4m3fn), torch.full((N, 1), 2.0**-6, device="cuda"), "e4m3")
+    y = Gemm(packed, "token")(x.to(torch.float8_e4m3fn).view(torch.int8), torch.ones(1, M, device="cuda"))
+    assert torch.equal(y, (x.double() @ w.double().T * 2**-6).float().bfloat16())
 
 
 def test_kernel_cache_key_changes_with_config() -> None:
@@ -277,7 +332,7 @@ def test_a_warm_start_imports_no_compiler(tmp_path: Path) -> None:
     """A second process loads the library from the cache without importing cutlass."""
     program = (
         "import sys; from atom.kernels.gemm import gemm_kernel; from atom.kernels.gemm_config import GemmConfig\n"
-        "gemm_kernel(GemmConfig('channel', 'token', 16, 2).with_most_stages()); print('cutlass' in sys.modules)"
+        "gemm_kernel(GemmConfig('int4_uint4', 'token', 16, 2).with_most_stages()); print('cutlass' in sys.modules)"
     )
     environment = {**os.environ, "ATOM_CACHE": str(tmp_path)}
     answers = [

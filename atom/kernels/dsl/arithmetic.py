@@ -31,3 +31,33 @@ def warp_sum(x: Any):
     for offset in (16, 8, 4, 2, 1):
         x = x + cute.arch.shuffle_sync_bfly(x, offset=offset)
     return x
+
+
+@cute.jit
+def multiply_bf16x2(a: Any, b: Any):
+    """Two products of bfloat16, subnormal numbers included. (The mov: mul takes no immediate operand, b may be one.)"""
+    return cute.arch.inline_ptx(
+        "{{ .reg .b32 t; mov.b32 t, {$r1}; mul.rn.bf16x2 {$w0}, {$r0}, t; }}",
+        write_only_types=[Uint32],
+        read_only_args=[a, b],
+    )
+
+
+@cute.jit
+def multiply_add_bf16x2(a: Any, b: Any, c: Any):
+    """Two of a * b + c in bfloat16, rounded once; b and c may be constants."""
+    return cute.arch.inline_ptx(
+        "{{ .reg .b32 t, u; mov.b32 t, {$r1}; mov.b32 u, {$r2}; fma.rn.bf16x2 {$w0}, {$r0}, t, u; }}",
+        write_only_types=[Uint32],
+        read_only_args=[a, b, c],
+    )
+
+
+@cute.jit
+def select_bytes(word: Any, selector: Any):
+    """prmt: each nibble of `selector`, the lowest first, names a byte of `word`, or 4 for a zero byte."""
+    return cute.arch.inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};",
+        write_only_types=[Uint32],
+        read_only_args=[word, Uint32(0), selector],
+    )

@@ -25,6 +25,14 @@ def load_u32x4(source: Any):
 
 
 @cute.jit
+def load_u32x2(source: Any):
+    """Two 32-bit words from 8-byte aligned shared memory."""
+    return cute.arch.inline_ptx(
+        "ld.shared.v2.b32 {{$w0}, {$w1}}, [{$r0}];", write_only_types=[Uint32] * 2, read_only_args=[source]
+    )
+
+
+@cute.jit
 def load_global_f32x4(source: Any):
     """Four floats from 16-byte aligned global memory, past L1: what another SM has just written."""
     return cute.arch.inline_ptx(

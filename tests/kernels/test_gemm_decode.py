@@ -1,0 +1,241 @@
+"""The kernel's own decoding code, run in numpy on packed weights: every code under every scale, exactly.
+
+The functions of gemm_decode_sm90.py are taken as they stand, without the compiler; the few instructions they use are
+replaced by numpy. Where a thread's values belong is taken from the DSL's description of wgmma, not from the packing.
+"""
+
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from atom.kernels.gemm import pack_weight
+from atom.kernels.gemm_kinds import KINDS
+from atom.kernels.gemm_pack import PackedWeight, pack_channel_scaled, pack_group_scaled, pack_verbatim
+from atom.kernels.gemm_pack_bf16 import pack_group_of_16, pack_group_of_32, pack_row_scaled
+from atom.quant.formats import E2M1
+from atom.quant.mixed import dequantize_weight, quantize_weight
+from atom.quant.presets import get_scheme
+from atom.quant.rounding import code_values
+
+HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
+needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
+
+Words = Any  # numpy uint32, one for each thread
+
+
+def as_floats(words: Words) -> tuple[np.ndarray, np.ndarray]:
+    """The two bfloat16 of each word, the low half first, as float64."""
+    low, high = (words << 16) & np.uint32(0xFFFF0000), words & np.uint32(0xFFFF0000)
+    return low.view(np.float32).astype(np.float64), high.view(np.float32).astype(np.float64)
+
+
+def as_words(low: np.ndarray, high: np.ndarray) -> Words:
+    """Two float64 arrays as words of bfloat16, which must hold them exactly."""
+    words = np.zeros(low.shape, np.uint32)
+    for values, shift in ((low, 16), (high, 0)):
+        bits = values.astype(np.float32).view(np.uint32)
+        assert not (bits & 0xFFFF).any() and (values.astype(np.float32) == values).all(), "not a bfloat16"
+        words |= bits >> np.uint32(shift)
+    return words
+
+
+def multiply_add(a: Words, b: Words, c: Words | None = None) -> Words:
+    a, b = np.broadcast_arrays(np.asarray(a, np.uint32), np.asarray(b, np.uint32))
+    pairs = [x * y for x, y in zip(as_floats(a.copy()), as_floats(b.copy()), strict=True)]
+    if c is not None:
+        wide = np.broadcast_to(np.asarray(c, np.uint32), a.shape).copy()
+        pairs = [x + z for x, z in zip(pairs, as_floats(wide), strict=True)]
+    return as_words(*pairs)
+
+
+def select_bytes(word: Words, selector: int) -> Words:
+    picked = np.zeros_like(word)
+    for place in range(4):
+        which = (int(selector) >> (4 * place)) & 15
+        byte = (word >> np.uint32(8 * which)) & np.uint32(255) if which < 4 else np.uint32(0)
+        picked |= byte << np.uint32(8 * place)
+    return picked
+
+
+@pytest.fixture
+def decode(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """decode(kind) -> its decoder, whose `decode` runs on numpy words."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels import gemm_decode_sm90 as module
+
+    for owner in (module, *(value for value in vars(module).values() if isinstance(value, type))):
+        for name, value in list(vars(owner).items()):
+            if hasattr(value, "__wrapped__") and getattr(value, "__module__", "") == module.__name__:
+                monkeypatch.setattr(owner, name, value.__wrapped__)
+    monkeypatch.setattr(module, "cutlass", SimpleNamespace(range_constexpr=range, const_expr=bool))
+    monkeypatch.setattr(module, "cute", SimpleNamespace(recast_tensor=lambda tensor, dtype: tensor))
+    monkeypatch.setattr(module, "Uint32", np.uint32)
+    monkeypatch.setattr(module, "multiply_bf16x2", multiply_add)
+    monkeypatch.setattr(module, "multiply_add_bf16x2", multiply_add)
+    monkeypatch.setattr(module, "select_bytes", select_bytes)
+    return module.decoder
+
+
+def registers(packed: PackedWeight, tile: int, unit: int, decode: Any) -> list[Words]:
+    """The A registers that the 128 threads of a warpgroup hold for one unit."""
+    codec = decode(packed.kind)
+    words = packed.units[tile, unit].contiguous().numpy().view(np.uint32)
+    thread = np.arange(128)
+    raw = [words[(j // 4) * 512 + thread * 4 + j % 4] for j in range(8)]  # two loads of 16 bytes
+    row = thread // 32 * 16 + thread % 32 // 4
+    if packed.kind == "int4_uint4":
+        factors = words[1024:].view(np.uint8)
+        scale = [factors[row + 8 * r].astype(np.uint32) for r in range(2)]
+    elif packed.kind in ("int4", "int4_bf16"):
+        scale = []  # the promotion multiplies with it
+    else:
+        at = 1024 + (thread // 32 * 8 + thread % 32 // 4) * codec.scale_words
+        scale = [words[at + i] for i in range(codec.scale_words)]
+    out: list[Words] = [None] * (16 if KINDS[packed.kind].operand == "int8" else 32)
+    codec.decode(raw, scale, out)
+    return out
+
+
+def matrix(words: list[Words], operand: str) -> np.ndarray:
+    """The 64 x 128 operand that wgmma reads: PTX ISA, matrix A of m64nNk16 (bf16) and m64nNk32 (s8)."""
+    found = np.full((64, 128), np.nan)
+    for t in range(128):
+        g, q = t % 32 // 4, t % 4
+        for i, word in enumerate(words):
+            step, r = divmod(i, 4)
+            row = 16 * (t // 32) + g + 8 * (r % 2)
+            if operand == "bf16":
+                column = 16 * step + 8 * (r // 2) + 2 * q
+                low, high = as_floats(word[t : t + 1].copy())
+                found[row, column : column + 2] = low[0], high[0]
+            else:
+                column = 32 * step + 16 * (r // 2) + 4 * q
+                found[row, column : column + 4] = word[t : t + 1].view(np.int8)
+    return found
+
+
+def operand_matrix(packed: PackedWeight, decode: Any) -> np.ndarray:
+    """The whole weight as wgmma reads it: [padded N, padded K]."""
+    tiles, units = packed.units.shape[:2]
+    kind = KINDS[packed.kind]
+    return np.block(
+        [[matrix(registers(packed, t, u, decode), kind.operand) for u in range(units)] for t in range(tiles)]
+    )
+
+
+def every_code(rows: int, columns: int, group: int, low: int) -> Tensor:
+    """All 16 codes in every group of 16 columns, in an order that differs by row and group."""
+    column = torch.arange(columns)
+    shift = torch.arange(rows).unsqueeze(1) + column // group
+    return ((column + shift) % 16 + low).to(torch.int8 if low else torch.uint8)
+
+
+def padded(dense: Tensor) -> np.ndarray:
+    N, K = dense.shape
+    return torch.nn.functional.pad(dense, (0, -K % 128, 0, -N % 64)).double().numpy()
+
+
+@needs_dsl
+@pytest.mark.parametrize("is_float", [True, False], ids=["e2m1", "int4"])
+def test_every_code_times_every_e4m3_scale(is_float: bool, decode: Any) -> None:
+    bytes_ = torch.arange(1, 127, dtype=torch.uint8)  # every positive finite E4M3
+    scale = bytes_.view(torch.float8_e4m3fn).float().unsqueeze(1).repeat(1, 11)
+    scale = torch.stack([scale[:, g].roll(g) for g in range(11)], 1)  # [126 rows, 11 groups: 176 columns]
+    codes = every_code(126, 176, 16, 0 if is_float else -8)
+    packed = pack_group_of_16(codes, scale, torch.full((1, 1), 0.5), is_float)
+    values = code_values(codes, E2M1) if is_float else codes.float()
+    wanted = padded(values * scale.repeat_interleave(16, 1))
+    assert (operand_matrix(packed, decode) * (256.0 if is_float else 1.0) == wanted).all()
+    assert packed.channel_scale.tolist() == [128.0 if is_float else 0.5] * 126
+
+
+@needs_dsl
+def test_every_code_times_powers_of_two(decode: Any) -> None:
+    exponent = torch.arange(-30, 34).float().unsqueeze(1) + torch.arange(5)  # [64 rows, 5 groups: 160 columns]
+    codes = every_code(64, 160, 32, 0)
+    packed = pack_group_of_32(codes, torch.exp2(exponent))
+    wanted = padded(code_values(codes, E2M1) * torch.exp2(exponent).repeat_interleave(32, 1))
+    assert (operand_matrix(packed, decode) * packed.channel_scale.double().unsqueeze(1).numpy() == wanted).all()
+
+
+def test_power_of_two_scales_without_room_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"2\^120.*rescale"):
+        pack_group_of_32(torch.zeros(64, 32, dtype=torch.uint8), torch.full((64, 1), 2.0**120))
+
+
+@needs_dsl
+def test_int4_becomes_bf16(decode: Any) -> None:
+    codes = every_code(70, 300, 128, -8)
+    packed = pack_row_scaled(codes, torch.rand(70, 3))
+    assert (operand_matrix(packed, decode) == padded(codes)).all()
+
+
+@needs_dsl
+def test_int4_in_the_high_half_of_a_byte(decode: Any) -> None:
+    codes = every_code(70, 300, 128, -8)
+    packed = pack_group_scaled(codes, torch.rand(70, 3), None, None)
+    assert (operand_matrix(packed, decode) == 16 * padded(codes)).all()
+
+
+@needs_dsl
+def test_every_code_times_every_integer_factor(decode: Any) -> None:
+    codes = every_code(64, 256, 128, -8)
+    factors = torch.stack([torch.arange(64) % 16, (torch.arange(64) + 7) % 16], 1).to(torch.uint8)
+    packed = pack_channel_scaled(codes, factors, torch.ones(64, 1))
+    wanted = padded(codes.float() * factors.repeat_interleave(128, 1))
+    assert (operand_matrix(packed, decode) == wanted).all()
+
+
+@needs_dsl
+@pytest.mark.parametrize("name", ["w4a16", "nvfp4", "mxfp4", "nvint4"])
+def test_presets_decode_to_their_weights(name: str, decode: Any) -> None:
+    """Random weights with a zero row and a huge value: operand x row scale is the dequantized weight."""
+    linear = get_scheme(name).for_linear("x")
+    weight = torch.randn(100, 176, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight[3] = 0
+    weight[5, 7] = 90.0
+    mixed = quantize_weight(weight, linear)
+    packed = pack_weight(linear, mixed)
+    found = operand_matrix(packed, decode)[:100, :176]
+    if name == "w4a16":
+        scale = mixed.normal.scale.scale.double().repeat_interleave(128, 1)[:, :176].numpy()
+    else:
+        scale = packed.channel_scale.double().unsqueeze(1).numpy()
+    wanted = dequantize_weight(mixed, linear).double().numpy()
+    assert np.abs(found * scale - wanted).max() <= 2**-23 * np.abs(wanted).max()
+
+
+def test_verbatim_codes_are_swizzled() -> None:
+    codes = torch.randint(0, 256, (100, 300), dtype=torch.uint8)
+    packed = pack_verbatim(codes.view(torch.int8), torch.ones(100, 1), "int8")
+    wide = torch.nn.functional.pad(codes, (0, 84, 0, 28))
+    row, column = torch.meshgrid(torch.arange(64), torch.arange(128), indexing="ij")
+    address = row * 128 + ((column // 16) ^ (row % 8)) * 16 + column % 16
+    assert packed.units.shape == (2, 3, 8192) and packed.columns == 384
+    for tile in range(2):
+        for unit in range(3):
+            wanted = wide[64 * tile : 64 * tile + 64, 128 * unit : 128 * unit + 128]
+            assert torch.equal(packed.units[tile, unit][address], wanted)
+
+
+@needs_dsl
+def test_the_dsl_agrees_on_fragments_and_swizzle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maps above, asked of the DSL itself: thread and value to element, row and column to byte."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from .dsl_layouts import fragment_of_a, swizzled_offsets
+
+    offsets = swizzled_offsets()
+    assert all(offsets[r][c] == r * 128 + ((c // 16) ^ (r % 8)) * 16 + c % 16 for r in range(64) for c in range(128))
+    for operand, per_word in (("bf16", 2), ("int8", 4)):
+        found = fragment_of_a(operand)
+        for t in range(128):
+            for value in range(4 * per_word):
+                r, part = divmod(value, per_word)
+                row = 16 * (t // 32) + t % 32 // 4 + 8 * (r % 2)
+                column = 4 * per_word * (r // 2) + per_word * (t % 4) + part
+                assert found[t][value] == (row, column)
