@@ -18,6 +18,7 @@ COMMANDS = {
     "quantize": "make a low-bit checkpoint from a model",
     "check": "what would run, how large, how long; before a weight is read",
     "eval": "perplexity and lm-eval tasks of a checkpoint or a model",
+    "serve": "serve a model over HTTP, as the OpenAI API",
     "chat": "talk to a model in the terminal, or answer one --prompt",
     "report": "draw a quantization report, or compare evaluation results",
 }

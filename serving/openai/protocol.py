@@ -4,7 +4,8 @@ null is the same as leaving a field out. Types are strict ("5" is no number), un
 few that change nothing here are accepted and ignored. Ranges are checked where the values are used (SamplingParams).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -53,6 +54,13 @@ class SamplingDefaults:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+
+    @classmethod
+    def read(cls, generation_config: Mapping[str, Any]) -> "SamplingDefaults":
+        """What a generation_config.json sets. ValueError (InvalidRequestError) for what cannot be sampled with."""
+        wishes = {f.name: generation_config[f.name] for f in fields(cls) if generation_config.get(f.name) is not None}
+        SamplingParams(**wishes)
+        return cls(**wishes)
 
 
 class Sampling(Body):

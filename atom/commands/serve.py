@@ -1,0 +1,33 @@
+"""Serve a model over HTTP, as the OpenAI API.
+
+Example: atom serve smollm2-w4a4 --port 8000
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+
+from atom.serving.engine_config import EngineConfig
+from atom.serving.server_config import ServerConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `atom serve`."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Atom checkpoint, model directory, hub id, GGUF file, or the alias smollm2."""
+
+    server: Annotated[ServerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=ServerConfig)
+    engine: Annotated[EngineConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=EngineConfig)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Serve until a signal comes. AtomError if the port is taken, the model cannot be served, or the engine died."""
+    from atom.serving.process import serve
+
+    from .console import progress_console
+
+    with progress_console.status("starting") as status:
+        return serve(options.model, options.engine, options.server, say=status.update, ready=status.stop)

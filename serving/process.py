@@ -1,0 +1,192 @@
+"""The life of a server process: take the port, start up, serve, drain, and end with a code that says how it went.
+
+The first SIGTERM or Ctrl-C drains and ends with 0, also during start-up; the second ends at once. If the engine dies,
+its clients are told, and the process fails.
+"""
+
+import asyncio
+import contextlib
+import errno
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+from atom.env import api_keys
+from atom.errors import AtomError
+from atom.models.source import read_config
+
+from .engine_config import EngineConfig
+from .errors import EngineDeadError
+from .frontend import Frontend
+from .metrics import Metrics
+from .middleware import JsonFormat, TextFormat
+from .openai.protocol import SamplingDefaults
+from .openai.service import Limits, Service
+from .openai.tools import detect_parser
+from .server import AppOptions, build_app
+from .server_config import ServerConfig
+from .startup import Ready, start_up
+from .tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+CLOSE_S = 5  # for answers to reach their clients once all requests have ended
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class PortError(AtomError):
+    """The address cannot be listened at."""
+
+
+def serve(
+    model: str,
+    engine: EngineConfig,
+    server: ServerConfig,
+    say: Callable[[str], None] = lambda text: None,
+    ready: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Serve `model` until a signal comes; what was served, for programs.
+
+    say    called with what start-up is doing
+    ready  called when it is done
+    Raises PortError, CheckpointError, UnsupportedError or ValueError before anything is served, EngineDeadError after.
+    """
+    set_up_logging(server)
+    with _ended_by_signals(), take_port(server.host, server.port) as listener:
+        made = start_up(model, engine, say)
+        service = make_service(model, made, engine, server)
+        ready()
+        host, port = listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        gc.collect()
+        gc.freeze()  # the model's objects stay: no need to look at them again and again
+        asyncio.run(_serve(service, server, listener, url))
+    return {"model": model, "url": url, **made.facts}
+
+
+def make_service(model: str, made: Ready, engine: EngineConfig, server: ServerConfig) -> Service:
+    """The served model with its names, template and defaults."""
+    template = None if server.chat_template is None else server.chat_template.read_text(encoding="utf-8")
+    tokenizer = Tokenizer(made.tokenizer, template)
+    names = server.served_model_name or (model,)
+    frontend = Frontend(made.engine, tokenizer, Metrics(made.engine.stats, names[0]))
+    parser: str | None = server.tool_call_parser
+    if parser == "auto":
+        parser = detect_parser(tokenizer.chat_template)
+    defaults = SamplingDefaults()
+    if server.generation_config == "auto" and engine.load_format == "auto":
+        defaults = SamplingDefaults.read(read_config(model, engine.revision)[1])
+    limits = Limits(server.max_body_bytes, server.body_timeout, made.limits.max_waiting_requests)
+    return Service(
+        frontend,
+        tuple(names),
+        root=model,
+        eos_token_ids=made.eos_token_ids,
+        defaults=defaults,
+        limits=limits,
+        tool_parser=None if parser == "none" else parser,
+    )
+
+
+@contextlib.contextmanager
+def take_port(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that is bound and does not listen yet: a taken port shows before the model is loaded. PortError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PortError(
+                    f"port {port} of {host} is in use; stop what has it, or choose another --port."
+                ) from None
+            raise PortError(
+                f"cannot listen at {host}:{port} ({error.strerror or error}); choose --host, --port."
+            ) from None
+        yield listener
+
+
+def set_up_logging(server: ServerConfig) -> None:
+    """Everything to stderr, in one format."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormat() if server.log_format == "json" else TextFormat())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("atom").setLevel(server.log_level.upper())
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """While the model is loaded: the first signal ends the process in good order, the second at once."""
+
+    def end(number: int, frame: object) -> None:
+        for each in SIGNALS:
+            signal.signal(each, lambda number, frame: os._exit(128 + number))
+        logger.warning("stopped by %s before the server was ready", signal.Signals(number).name)
+        raise SystemExit(0)
+
+    before = {each: signal.signal(each, end) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: uvicorn would not wait for streams, and would end with the signal's own code."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(service: Service, config: ServerConfig, listener: socket.socket, url: str) -> None:
+    keys = config.api_key or api_keys()
+    app = build_app(service, AppOptions(keys, config.allowed_origins))
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            server_header=False,
+            backlog=2048,
+            timeout_graceful_shutdown=CLOSE_S,
+        )
+    )
+    loop, frontend, ending = asyncio.get_running_loop(), service.frontend, set[asyncio.Task[None]]()
+    death: list[str] = []
+
+    def died(reason: str) -> None:
+        death.append(reason)
+        server.should_exit = True
+
+    async def drain(name: str) -> None:
+        count = frontend.num_open
+        logger.warning("%s: %d requests may end within %g s, new ones are refused", name, count, config.drain_timeout)
+        await frontend.drain(config.drain_timeout)
+        server.should_exit = True
+
+    def stop(number: signal.Signals) -> None:
+        if ending:
+            os._exit(128 + number)
+        ending.add(asyncio.ensure_future(drain(number.name)))
+
+    frontend.on_death = died
+    for number in SIGNALS:
+        loop.add_signal_handler(number, stop, number)
+    if not keys and config.host not in ("127.0.0.1", "localhost", "::1"):
+        logger.warning("other machines are let in without an API key; set ATOM_API_KEY to ask for one")
+    logger.info("serving %s at %s", service.names[0], url)
+    await server.serve([listener])
+    if death:
+        raise EngineDeadError(f"the engine died ({death[0]}) and the server ended; see the log, and start it again.")
+    logger.info("ended in good order")
