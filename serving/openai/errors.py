@@ -92,9 +92,14 @@ def from_pydantic(error: ValidationError) -> ApiError:
     return ApiError(400, message, param or None, code)
 
 
+_UNION_MEMBERS = ("str", "list[str]", "dict[str,any]")
+
+
 def field_path(parts: tuple[int | str, ...]) -> str:
-    """("messages", 0, "role") as messages[0].role."""
+    """("messages", 0, "role") as messages[0].role; pydantic's names for the members of a union are left out."""
     path = ""
     for part in parts:
+        if part in _UNION_MEMBERS:
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path

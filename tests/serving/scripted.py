@@ -16,7 +16,7 @@ from atom.serving.config import SchedulerConfig
 from atom.serving.engine import Engine
 from atom.serving.frontend import Frontend
 from atom.serving.metrics import Metrics
-from atom.serving.openai.service import Service
+from atom.serving.openai.service import Limits, Service
 from atom.serving.request import Request
 from atom.serving.result import StepResult, TokenLogprobs
 from atom.serving.scheduler import Scheduler
@@ -135,12 +135,21 @@ class Running:
             time.sleep(0.005)
 
 
-def scripted_service(runner: ScriptedRunner, tool_parser: str | None = "hermes", **limits: Any) -> Service:
+def scripted_service(
+    runner: ScriptedRunner, tool_parser: str | None = "hermes", limits_http: Limits | None = None, **limits: Any
+) -> Service:
     defaults = {"max_model_len": 1024, "num_blocks": 256, "block_size": 16, "max_num_seqs": 16}
     config = SchedulerConfig(len(HF), **(defaults | limits))
     engine = Engine(runner, Scheduler(config))
     frontend = Frontend(engine, Tokenizer(HF, TEMPLATE), Metrics(engine.stats, "tiny"))
-    return Service(frontend, ("tiny", "alias"), "somewhere/tiny", (EOS,), tool_parser=tool_parser)
+    return Service(
+        frontend,
+        ("tiny", "alias"),
+        "somewhere/tiny",
+        (EOS,),
+        limits=limits_http or Limits(),
+        tool_parser=tool_parser,
+    )
 
 
 @contextlib.contextmanager
