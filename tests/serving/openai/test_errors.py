@@ -53,7 +53,7 @@ def refused(answer: httpx.Response, status: int, param: str | None, match: str) 
         ({"prompt": "hi", "logit_bias": {"x": 1}}, "logit_bias", "token ids"),
         ({"prompt": "hi", "logit_bias": {"999999": 1}}, "logit_bias", "vocabulary"),
         ({"prompt": "hi", "stop": [""]}, "stop", "1 to 1024 characters"),
-        ({"prompt": "hi", "stop": [1]}, "stop[0]", "valid string"),
+        ({"prompt": "hi", "stop": [1]}, "stop", "valid string"),
         ({"prompt": "hi", "seed": -1}, "seed", "within 0"),
         ({"prompt": "hi", "priority": 1000}, "priority", "-100"),
         ({"prompt": "hi", "suffix": "x"}, "suffix", "leave it out"),
