@@ -132,9 +132,11 @@ class LaneTables:
 
     def build(self, entries: SequenceOf[Entry], num_decodes: int) -> Batch:
         """The arrays of a step; the tables of its lanes must be up to date."""
-        starts = np.array([e.start for e in entries], dtype=np.int32)
-        ends = np.array([e.end for e in entries], dtype=np.int32)
-        lanes = np.array([e.lane for e in entries], dtype=np.int32)
+        _, all_lanes, _, all_starts, all_ends, all_samples, all_masks = zip(*entries, strict=True)
+        starts = np.array(all_starts, dtype=np.int32)
+        ends = np.array(all_ends, dtype=np.int32)
+        lanes = np.array(all_lanes, dtype=np.int32)
+        samples = np.array(all_samples, dtype=np.bool_)
         counts = ends - starts
         cu_seqlens_q = np.zeros(len(entries) + 1, dtype=np.int32)
         np.cumsum(counts, out=cu_seqlens_q[1:])
@@ -145,7 +147,6 @@ class LaneTables:
         block_tables = self._tables[lanes, : num_blocks.max()]
         block_tables[np.arange(block_tables.shape[1]) >= num_blocks[:, None]] = 0  # a copy: lanes indexed it
         token_ids, pending = _tokens(entries, len(owner))
-        samples = np.array([e.samples for e in entries], dtype=np.bool_)
         return Batch(
             token_ids=token_ids,
             pending=pending,
@@ -158,7 +159,7 @@ class LaneTables:
             lanes=lanes,
             sample_rows=cu_seqlens_q[1:][samples] - 1,
             sample_lanes=lanes[samples],
-            masks_stop=np.array([e.masks_stop for e in entries if e.samples], dtype=np.bool_),
+            masks_stop=np.array(all_masks, dtype=np.bool_)[samples],
             num_decodes=num_decodes,
         )
 
@@ -168,12 +169,14 @@ def _tokens(entries: Iterable[Entry], total: int) -> tuple[Int32, Int32]:
     tokens: list[int] = []
     pending: list[int] = []
     for entry in entries:
-        known = entry.sequence.token_ids
-        if entry.end <= len(known):
-            tokens += known[entry.start : entry.end]
-        else:  # a decode whose input is being sampled
-            assert entry.num_tokens == 1
+        known, end = entry.sequence.token_ids, entry.end
+        if end > len(known):  # a decode whose input is being sampled
+            assert end - entry.start == 1
             pending.append(len(tokens))
             tokens.append(0)
+        elif end - entry.start == 1:
+            tokens.append(known[end - 1])
+        else:
+            tokens += known[entry.start : end]
     assert len(tokens) == total
     return np.array(tokens, dtype=np.int32), np.array(pending, dtype=np.int32)

@@ -9,14 +9,13 @@ A sequence lacks the steps for `length - scheduled` tokens, where length = len(t
 first, one token in decode, all of it again after a preemption.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .request import FinishReason, Request
 from .result import TokenLogprobs
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):  # made for every token
     """News of one sequence: what `Scheduler.update` hands to the front end.
 
     token_ids      new tokens, in order; an EOS or stop token that ended the sequence is among them
@@ -52,6 +51,8 @@ class Sequence:
         self.stop_token_ids = frozenset(self.params.stop_token_ids) | (
             frozenset() if self.params.ignore_eos else frozenset(request.eos_token_ids)
         )
+        self.max_length = self.num_prompt + max_tokens  # of the whole text
+        self.min_length = self.num_prompt + self.params.min_tokens  # before EOS and stop tokens count
         self.digests: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
         self.registered = 0  # leading blocks of the current table that were offered to the prefix cache
         self.pending = 0
@@ -93,7 +94,7 @@ class Sequence:
     @property
     def is_sampled_out(self) -> bool:
         """Scheduled steps sample its last token already."""
-        return self.length - self.num_prompt >= self.max_tokens
+        return self.length >= self.max_length
 
     @property
     def computes_prompt(self) -> bool:
@@ -102,10 +103,11 @@ class Sequence:
 
     def append(self, token: int) -> None:
         """Take a token that came back; sets `finish_reason` if it is the last."""
-        self.token_ids.append(token)
-        if token in self.stop_token_ids and self.num_output >= max(1, self.params.min_tokens):
+        token_ids = self.token_ids
+        token_ids.append(token)
+        if token in self.stop_token_ids and len(token_ids) >= self.min_length:
             self.finish_reason, self.stop_token = FinishReason.STOP, token
-        elif self.num_output >= self.max_tokens:
+        elif len(token_ids) >= self.max_length:
             self.finish_reason = FinishReason.LENGTH
 
     def output(self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None = None) -> Output:
