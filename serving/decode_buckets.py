@@ -15,7 +15,7 @@ from atom.models.model import Model
 
 from .batch import Batch
 from .kv_pool import DeviceArrays, PagedKV
-from .step_inputs import Staging, StepInputs, host_arrays, pad_decodes
+from .step_inputs import Staging, StepInputs, pad_decodes
 
 Replay = Callable[[], None]
 
@@ -72,10 +72,12 @@ class DecodeBuckets:
 
     def _load(self, padded: Batch) -> Tensor:
         """Fill the buffers; returns the lanes that sample."""
-        size, width = padded.num_seqs, padded.block_tables.shape[1]
-        token_ids, sources, positions, slots, tables, _, lanes = host_arrays(padded)
-        words = np.stack((token_ids, sources, positions, slots))
-        on_device, table_rows, lane_ids = self._staging.upload([words, tables, lanes])
+        size, width = padded.block_tables.shape
+        words = np.empty((4, size), dtype=np.int64)
+        words[0], words[1], words[2], words[3] = padded.token_ids, -1, padded.positions, padded.slots
+        words[1, padded.pending] = padded.pending_lanes
+        lanes = padded.sample_lanes.astype(np.int64)
+        on_device, table_rows, lane_ids = self._staging.upload([words, padded.block_tables, lanes])
         self._words[:, :size] = on_device
         self._tables[:size, :width] = table_rows
         self.kv.begin(padded, self._inputs(size).attention)

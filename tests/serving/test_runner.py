@@ -1,0 +1,182 @@
+"""The runner: steps that run ahead of their tokens, decode buckets, one upload a step."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from atom.models.loader import load_model, load_tokenizer
+from atom.serving.batch import Batch
+from atom.serving.config import SchedulerConfig
+from atom.serving.decode_buckets import bucket_sizes
+from atom.serving.engine import Engine
+from atom.serving.engine_config import EngineConfig
+from atom.serving.kv_pool import KVPool
+from atom.serving.llm import LLM
+from atom.serving.profile_run import run_largest_step
+from atom.serving.request import Request
+from atom.serving.runner import Runner
+from atom.serving.sampler import Sampler
+from atom.serving.sampling_params import SamplingParams
+from atom.serving.scheduler import Scheduler
+from atom.serving.startup import Ready, kernels_of
+from atom.serving.step_inputs import Staging, is_decode, pack, pad_decodes, step_inputs
+
+Tiny = Callable[[str], Path]
+DRAW = random.Random(11)
+PROMPTS = [[DRAW.randrange(256) for _ in range(length)] for length in (1, 3, 4, 5, 40, 21, 22, 9, 2)]
+
+
+def engine_on(
+    folder: Path, depth: int, buckets: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> LLM:
+    model = load_model(folder, device=device, dtype=dtype)
+    limits = SchedulerConfig(model.config.vocab_size, 128, 26, 4, 8, 24, patience_steps=8)
+    pool = KVPool(model.config, model.scheme, limits.num_blocks + 1, limits.block_size, dtype, device)
+    sampler = Sampler(limits.max_num_seqs, limits.vocab_size, device, seed=3)
+    runner = Runner(model, pool, sampler, limits.max_num_seqs, depth, buckets=buckets, max_blocks=32)
+    progress: list[tuple[int, int]] = []
+    runner.warm_up(lambda done, total: progress.append((done, total)))
+    assert progress == [(i + 1, len(buckets)) for i in range(len(buckets))]
+    return LLM.from_ready(Ready(Engine(runner, Scheduler(limits)), model, load_tokenizer(folder), runner, limits))
+
+
+def run(llm: LLM, seeded: bool) -> list[Any]:
+    """Greedy or seeded, some with logprobs and penalties, of lengths that leave the batch at different times."""
+    params = [
+        SamplingParams(
+            max_tokens=4 + 3 * index,
+            temperature=1.0 if seeded else 0.0,
+            seed=index if seeded else None,
+            min_tokens=3,
+            ignore_eos=True,
+            presence_penalty=0.5 * (index % 2),
+            logprobs=1 if index % 3 == 0 else None,
+            prompt_logprobs=0 if index == 4 else None,
+        )
+        for index in range(len(PROMPTS))
+    ]
+    found = llm.generate(PROMPTS, params)
+    assert llm.engine.stats().used_blocks == 0
+    assert [(c.prompt_logprobs is not None) for c in found] == [index == 4 for index in range(len(PROMPTS))]
+    return [completion.token_ids for completion in found]
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize(("depth", "buckets"), [(1, (1, 2, 4, 8)), (2, ()), (2, (1, 2, 4, 8)), (3, (3,))])
+def test_running_ahead_and_buckets_change_no_token(
+    tiny: Tiny, depth: int, buckets: tuple[int, ...], seeded: bool
+) -> None:
+    with engine_on(tiny("llama"), 1, ()) as plain:
+        wanted = run(plain, seeded)
+    with engine_on(tiny("llama"), depth, buckets) as llm:
+        replays: list[int] = []
+        if llm.ready.runner.buckets is not None:
+            compute = llm.ready.runner.buckets._compute
+            llm.ready.runner.buckets._compute = lambda size: (replays.append(size), compute(size))[1]  # type: ignore[method-assign, func-returns-value]
+        assert run(llm, seeded) == wanted
+        assert llm.engine.stats().num_preemptions > 0  # 26 blocks of 4 are not enough for all
+    assert set(replays) == set(buckets)  # decode steps went through every one of them
+
+
+def test_bucket_sizes() -> None:
+    assert bucket_sizes(1) == (1,)
+    assert bucket_sizes(5) == (1, 2, 4, 5)
+    assert bucket_sizes(24) == (1, 2, 4, 8, 16, 24)
+    assert bucket_sizes(300) == (1, 2, 4, *range(8, 257, 8), 288, 300)
+
+
+def decode_batch() -> Batch:
+    scheduler = Scheduler(SchedulerConfig(100, 64, 8, 4, 4, 16))
+    for index in range(3):
+        scheduler.add(Request(f"r{index}", (index + 1,) * 3))
+    first = scheduler.schedule()
+    step = scheduler.schedule()
+    assert first is not None and step is not None
+    assert not is_decode(first.batch) and is_decode(step.batch)
+    return step.batch
+
+
+def test_padding_rows_touch_the_scratch_block_alone() -> None:
+    batch = decode_batch()
+    padded = pad_decodes(batch, 5, scratch_block=9, block_size=4)
+    assert padded.num_tokens == padded.num_seqs == padded.num_decodes == 5
+    assert padded.slots.tolist()[3:] == [36, 36] and padded.block_tables[3:].tolist() == [[9], [9]]
+    assert padded.seqlens_k.tolist() == [4, 4, 4, 1, 1] and padded.cu_seqlens_q.tolist() == list(range(6))
+    assert padded.sample_rows is batch.sample_rows and padded.pending.tolist() == [0, 1, 2]
+    for name in ("token_ids", "positions", "slots", "seqlens_k", "lanes"):
+        old, new = getattr(batch, name), getattr(padded, name)
+        assert new.dtype == old.dtype and new[:3].tolist() == old.tolist()
+    assert pad_decodes(batch, 3, 9, 4) is batch
+
+
+def test_input_tokens_come_from_the_lanes_where_they_are_pending() -> None:
+    batch = decode_batch()
+    inputs = step_inputs(batch, Staging(torch.device("cpu"), 1))
+    last = torch.tensor([50, 60, 70, 80])
+    assert inputs.tokens(last).tolist() == last[torch.from_numpy(batch.lanes).long()].tolist()
+    assert inputs.positions.tolist() == [3, 3, 3]
+
+
+def test_packed_arrays_come_out_as_they_went_in() -> None:
+    arrays = [
+        np.arange(5, dtype=np.int64),
+        np.zeros(0, dtype=np.int32),
+        np.arange(6, dtype=np.int32).reshape(2, 3)[:, ::-1],
+        np.array([True, False, True]),
+    ]
+    packed, starts = pack(arrays, lambda size: torch.full((size,), 255, dtype=torch.uint8))
+    assert all(start % 16 == 0 for start in starts) and len(packed) == 96
+    for array, start in zip(arrays, starts, strict=True):
+        found = packed[start : start + array.nbytes].numpy().view(array.dtype).reshape(array.shape)
+        assert (found == array).all()
+    assert len(pack([], lambda size: torch.empty(size, dtype=torch.uint8))[0]) == 1
+
+
+def test_the_largest_step_runs(tiny: Tiny) -> None:
+    """What the memory profile runs: as many tokens and samples as the limits allow."""
+    model = load_model(tiny("llama"))
+    seen: list[tuple[int, int]] = []
+    forward, logits = model.forward, model.logits
+    model.forward = lambda t, p, kv: (seen.append((len(t), 0)), forward(t, p, kv))[1]  # type: ignore[method-assign]
+    model.logits = lambda h: (seen.append((0, len(h))), logits(h))[1]  # type: ignore[method-assign]
+    run_largest_step(model, None, EngineConfig(max_num_seqs=7, max_num_batched_tokens=100, block_size=4))
+    assert seen == [(100, 0), (0, 7)]
+
+
+def test_facts_name_the_implementations(tiny: Tiny) -> None:
+    with engine_on(tiny("llama"), 1, ()) as llm:
+        found = kernels_of(llm.ready.model, llm.ready.runner)
+    assert found == {"rope_append_kv": "reference", "paged_attention": "reference"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seeded", [False, True])
+def test_graphs_on_the_gpu_change_no_token(tiny: Tiny, seeded: bool) -> None:
+    """The same kernels in graphs and outside; rounding does not depend on how they are launched."""
+    with engine_on(tiny("llama"), 1, (), "cuda", torch.bfloat16) as plain:
+        wanted = run(plain, seeded)
+    with engine_on(tiny("llama"), 2, (1, 2, 4, 8), "cuda", torch.bfloat16) as llm:
+        assert run(llm, seeded) == wanted
+
+
+@pytest.mark.gpu
+def test_a_launch_does_not_wait_for_the_gpu(tiny: Tiny) -> None:
+    """Nothing in launch synchronises: torch raises where it would."""
+    with engine_on(tiny("llama"), 2, (1, 2, 4, 8), "cuda", torch.bfloat16) as llm:
+        run(llm, True)
+        launch = llm.ready.runner.launch
+
+        def watched(step: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return launch(step)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        llm.ready.runner.launch = watched  # type: ignore[method-assign]
+        run(llm, True)
