@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "perplexity and lm-eval tasks of a checkpoint or a model",
     "serve": "serve a model over HTTP, as the OpenAI API",
     "chat": "talk to a model in the terminal, or answer one --prompt",
+    "bench": "load a server, run the engine offline, sweep schemes, print bounds",
     "report": "draw a quantization report, or compare evaluation results",
 }
 
