@@ -20,6 +20,7 @@ from .activation import Activation, QuantizedActivation
 from .cache import kernel_key, kernel_path, load_kernel
 from .gemm_choice import choose_config
 from .gemm_config import COUNTER_WORDS, GemmConfig
+from .gemm_kinds import KINDS
 from .gemm_pack import (
     INT4_COLUMNS,
     PackedWeight,
@@ -82,6 +83,11 @@ def token_scales(linear: LinearScheme) -> str:
     if spec is None or (spec.outer is None and spec.scale_format == "e8m0"):
         return "none"
     return "group" if spec.group_size == INT4_COLUMNS else "token"
+
+
+def takes_bf16(linear: LinearScheme) -> bool:
+    """Whether activations arrive as bfloat16 values [T, K], not as bytes."""
+    return KINDS[weight_kind(linear)].operand == "bf16"
 
 
 def build_linear(linear: LinearScheme, weight: MixedWeight, bias: Tensor | None) -> Callable[[Activation], Tensor]:

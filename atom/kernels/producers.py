@@ -1,27 +1,34 @@
 """Producers as implementations of the ops rms_norm_quantize, gated_quantize and permute_quantize on sm_90.
 
-They write what gemm.py reads: codes in bytes [T, columns] (each group padded to 128 columns, outliers to 64) and
-float32 scales, [units, T padded to 16] by group or [1, T] by token.
+They write what gemm.py reads: codes in bytes [T, columns] (each group padded to 128 columns, outliers to 64) or
+bfloat16 values [T, K], and float32 scales, [units, T padded to 16] by group or [1, T] by token.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..quant.formats import get_format
-from ..quant.granularity import Group
-from ..quant.rounding import _largest_scale
 from ..quant.schemes import LinearScheme
 from .activation import Activation, QuantizedActivation
 from .cache import kernel_key, kernel_path, load_kernel
-from .gemm import ARCH, activation_columns
-from .producer_config import ProducerConfig
+from .gemm import ARCH, activation_columns, takes_bf16, token_scales
+from .producer_config import ProducerConfig, producer_config
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / name for name in ("producers_sm90.py", "producer_config.py", "dsl/arithmetic.py"))
+SOURCES = tuple(
+    HERE / name
+    for name in (
+        "producers_sm90.py",
+        "producer_encode_sm90.py",
+        "producer_config.py",
+        "dsl/arithmetic.py",
+        "dsl/memory.py",
+    )
+)
 
 
 class QuantizingProducer:
@@ -33,7 +40,7 @@ class QuantizingProducer:
         self.perm = None if perm is None else perm.to(torch.int32).contiguous()
         self.gain = None if gain is None else gain.float().contiguous()
         self.eps = eps
-        self.kernels: dict[tuple[torch.dtype, int], Any] = {}
+        self.kernels: dict[tuple[torch.dtype, int, bool], Any] = {}
 
     @property
     def features(self) -> int:
@@ -41,52 +48,46 @@ class QuantizingProducer:
         known = self.gain if self.gain is not None else self.perm
         return 0 if known is None else known.numel()
 
-    def config(self, dtype: torch.dtype, K: int) -> ProducerConfig:
-        spec = self.linear.activation
-        assert spec is not None
-        fmt = get_format(spec.format)
-        qmin, qmax = fmt.code_range(True)
-        levels = (2**fmt.bits - 1) / 2 if spec.scale_rule == "range" else fmt.max
-        assert spec.clip != "mse"
-        return ProducerConfig(
-            source=self.source,
-            granularity="group" if isinstance(spec.granularity, Group) else "token",
-            qmin=qmin,
-            qmax=qmax,
-            ratio=float(spec.clip) / levels,
-            bf16_scale=spec.scale_format == "bf16",
-            largest_scale=_largest_scale(fmt),
-            permuted=self.perm is not None,
-            outliers=self.linear.outliers.count > 0,
-            dtype=str(dtype).removeprefix("torch."),
-            max_columns=-(-K // 1024) * 1024,
-        )
+    def config(self, dtype: torch.dtype, K: int, strided: bool = False) -> ProducerConfig:
+        return producer_config(self.source, self.linear, dtype, K, self.perm is not None, strided)
 
-    def __call__(self, x: Tensor, up: Tensor | None = None) -> QuantizedActivation:
-        """x [T, K] (gate, with up) -> codes and scales."""
-        x = x.contiguous()
+    def __call__(self, x: Tensor, other: Tensor | None = None) -> QuantizedActivation:
+        """x [T, K] -> codes and scales.
+
+        x      what is rounded, or the gate, or what is added to the residual
+        other  up, or the residual, which is overwritten with the sum; a residual is contiguous
+        """
+        strided = x.shape[0] > 1 and any(t is not None and not t.is_contiguous() for t in (x, other))
+        if strided and self.source not in ("silu", "gelu_tanh"):
+            x, strided = x.contiguous(), False
         tokens, K = x.shape
-        columns, _, units = activation_columns(self.linear, K)
-        by_group = self.linear.activation is not None and isinstance(self.linear.activation.granularity, Group)
-        codes = torch.empty(tokens, columns, dtype=torch.int8, device=x.device)
-        shape = (units, -(-tokens // 16) * 16) if by_group else (1, tokens)
-        scales = torch.empty(shape, dtype=torch.float32, device=x.device)
+        codes, scales = self.outputs(tokens, K, x.device)
         if tokens:
-            key = (x.dtype, K)
+            key = (x.dtype, K, strided)
             if key not in self.kernels:
                 self.kernels[key] = producer_kernel(self.config(*key))
-            spare = scales.view(-1)
+            words = codes.view(torch.int32)
             self.kernels[key](
                 x,
-                x if up is None else up.contiguous(),
-                spare if self.gain is None else self.gain,
-                codes.view(torch.int32).view(-1) if self.perm is None else self.perm,
-                codes.view(torch.int32),
+                x if other is None else other,
+                scales.view(-1) if self.gain is None else self.gain,
+                words.view(-1) if self.perm is None else self.perm,
+                words,
                 scales,
                 K - self.linear.outliers.count,
                 self.eps,
             )
         return QuantizedActivation(codes, scales)
+
+    def outputs(self, tokens: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What the kernel fills: codes [tokens, columns] and scales, see atom/kernels/gemm.py."""
+        kind = token_scales(self.linear)
+        columns, _, units = activation_columns(self.linear, K)
+        shape = {"group": (units, -(-tokens // 16) * 16), "token": (1, tokens), "none": (1, 1)}[kind]
+        scales = torch.empty(shape, dtype=torch.float32, device=device)
+        if takes_bf16(self.linear):
+            return torch.empty(tokens, K, dtype=torch.bfloat16, device=device), scales
+        return torch.empty(tokens, columns, dtype=torch.int8, device=device), scales
 
 
 def producer_kernel(config: ProducerConfig) -> Any:
@@ -110,6 +111,23 @@ def build_rms_norm_quantize(
 ) -> Callable[[Tensor], Activation]:
     """Builder of x [T, K] -> quantize(rms_norm(x)[:, perm])."""
     return QuantizingProducer("norm", linear, perm, weight, eps)
+
+
+@dataclass(frozen=True)
+class AddingProducer:
+    """(residual, update) -> (their sum, quantize(rms_norm(sum)[:, perm])); the sum overwrites the residual."""
+
+    producer: QuantizingProducer
+
+    def __call__(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Activation]:
+        return residual, self.producer(update, residual)
+
+
+def build_add_rms_norm_quantize(
+    linear: LinearScheme, perm: Tensor | None, weight: Tensor, eps: float
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Activation]]:
+    """Builder of (residual, update) [T, K] each -> (residual + update, quantize(rms_norm(that)[:, perm]))."""
+    return AddingProducer(QuantizingProducer("add_norm", linear, perm, weight, eps))
 
 
 def build_gated_quantize(linear: LinearScheme, kind: str) -> Callable[[Tensor, Tensor], Activation]:

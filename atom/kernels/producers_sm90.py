@@ -1,42 +1,43 @@
 # ruff: noqa: SIM102  (an `if` of the compiler around one of the GPU is not one condition)
-"""Producers of quantized activations on Hopper (sm_90a), in CuTe DSL: (RMSNorm | gate x up | plain) -> codes.
+"""Producers of quantized activations on Hopper (sm_90a), in CuTe DSL: ([add] RMSNorm | gate x up | plain) -> codes.
 
-One CTA takes one token: it reads the row once into shared memory as float32 (squared sum or gated product on the
-way), then each warp gathers groups of 128 columns in permuted order, finds their maximum, and writes codes and scales
-in the layout that `gemm_sm90.py` reads. The rounding is that of atom/quant/rounding.py, instruction by instruction:
-maxima times a float32 constant, scales rounded to their storage format, values times the scale's reciprocal, ties to
-even.
+One CTA takes one token: it reads the row once into shared memory as float32 (residual add, squared sum or gated
+product on the way), then each warp gathers groups of 128 columns in permuted order, finds their maximum, and writes
+codes and scales, or bfloat16 values, in the layout that `gemm_sm90.py` reads. The rounding stands in
+producer_encode_sm90.py.
 """
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils as utils
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32, cute
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, cute
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from .dsl.arithmetic import reciprocal, round_to_int, warp_max, warp_sum
+from .dsl.arithmetic import reciprocal, warp_max, warp_sum
 from .producer_config import ProducerConfig
+from .producer_encode_sm90 import ProducerEncode
 
 THREADS = 256
 DTYPES = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32}
 
 
-class Producer:
+class Producer(ProducerEncode):
     """The compile-time choices of one kernel; see ProducerConfig."""
 
     def __init__(self, config: ProducerConfig) -> None:
         self.config = config
+        self.is_norm = config.source in ("norm", "add_norm")
         self.warps = THREADS // 32
 
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,  # [M, K] input, or the gate
-        mU: cute.Tensor,  # [M, K] up where the source is gated, else any
+        mX: cute.Tensor,  # [M, K] input, or the gate, or what is added to the residual
+        mU: cute.Tensor,  # [M, K] up where the source is gated, the residual (in and out) where it adds, else any
         mG: cute.Tensor,  # [K] float32 gain of the norm, else any
         mP: cute.Tensor,  # [K] int32 permutation, else any
-        mQ: cute.Tensor,  # [M, columns / 4] int32: codes, four to a word
-        mS: cute.Tensor,  # float32 [units, padded M] (groups) or [1, M] (token)
+        mQ: cute.Tensor,  # [M, words] int32: codes, four to a word, or bfloat16, two to a word
+        mS: cute.Tensor,  # float32 [units, padded M] (group), [1, M] (token, or small under an outer scale), else any
         normal: Int32,  # columns before the outliers
         eps: Float32,
         stream: cuda.CUstream,
@@ -62,12 +63,12 @@ class Producer:
 
         squares = self.read(mX, mU, sV, token, tid, K)
         factor = Float32(1.0)
-        if cutlass.const_expr(config.source == "norm"):
+        if cutlass.const_expr(self.is_norm):
             squares = warp_sum(squares)
             if lane == 0:
                 sR[warp] = squares
         cute.arch.sync_threads()
-        if cutlass.const_expr(config.source == "norm"):
+        if cutlass.const_expr(self.is_norm):
             total = Float32(0.0)
             for w in cutlass.range_constexpr(self.warps):
                 total = total + sR[w]
@@ -75,32 +76,58 @@ class Producer:
 
         groups = (normal + 127) // 128
         value = cute.make_rmem_tensor((4,), Float32)
-        if cutlass.const_expr(config.granularity == "group"):
+        if cutlass.const_expr(config.rounding == "group"):
             for g in cutlass.range(warp, groups, self.warps, unroll=1):
                 largest = self.gather(sV, mG, mP, value, 128 * g + 4 * lane, normal, factor)
-                scale = self.scale(warp_max(largest), config.ratio, config.bf16_scale)
-                self.encode(value, scale, config.qmin, config.qmax, mQ, token, 32 * g + lane)
+                scale = self.scale(warp_max(largest), config.ratio, config.scale_format == "bf16")
+                self.encode(value, scale, *config.code_range, mQ, token, 32 * g + lane)
                 if lane == 0:
                     mS[g, token] = scale
-        else:
-            largest = Float32(0.0)
-            for g in cutlass.range(warp, groups, self.warps, unroll=1):
-                largest = cute.arch.fmax(largest, self.gather(sV, mG, mP, value, 128 * g + 4 * lane, normal, factor))
-            largest = warp_max(largest)
-            if lane == 0:
-                sR[self.warps + warp] = largest
-            cute.arch.sync_threads()
-            for w in cutlass.range_constexpr(self.warps):
-                largest = cute.arch.fmax(largest, sR[self.warps + w])
-            scale = self.scale(largest, config.ratio, config.bf16_scale)
+        elif cutlass.const_expr(config.rounding == "token"):
+            largest = self.largest_of_row(sV, sR, mG, mP, value, tid, groups, normal, factor)
+            scale = self.scale(largest, config.ratio, config.scale_format == "bf16")
             for g in cutlass.range(warp, groups, self.warps, unroll=1):
                 self.gather(sV, mG, mP, value, 128 * g + 4 * lane, normal, factor)
-                self.encode(value, scale, config.qmin, config.qmax, mQ, token, 32 * g + lane)
+                if cutlass.const_expr(config.format == "fp8_e4m3"):
+                    self.encode_e4m3(value, scale, mQ, token, 32 * g + lane)
+                else:
+                    self.encode(value, scale, *config.code_range, mQ, token, 32 * g + lane)
             if tid == 0:
                 mS[0, token] = scale
+        else:
+            outer = Float32(1.0)
+            if cutlass.const_expr(config.scale_format == "e4m3"):
+                outer = self.outer_scale(self.largest_of_row(sV, sR, mG, mP, value, tid, groups, normal, factor))
+                if tid == 0:
+                    mS[0, token] = outer
+            inverse_outer = reciprocal(outer)
+            for g in cutlass.range(warp, groups, self.warps, unroll=1):
+                column = 128 * g + 4 * lane
+                largest = self.gather(sV, mG, mP, value, column, normal, factor)
+                if cutlass.const_expr(config.rounding == "small"):
+                    scale = self.small_scale(self.group_max(largest), inverse_outer)
+                    self.round_small(value, scale, scale * outer)
+                if column < normal:
+                    self.store_bf16(value, mQ, token, column)
         if cutlass.const_expr(config.outliers):
             if warp == self.warps - 1:
                 self.outliers(sV, mG, mP, mQ, mS, value, lane, token, normal, K, groups, factor)
+
+    @cute.jit
+    def largest_of_row(self, sV, sR, mG, mP, value, tid, groups, normal, factor):
+        """The largest magnitude of the normal columns, in every thread."""
+        warp = tid // 32
+        lane = tid % 32
+        largest = Float32(0.0)
+        for g in cutlass.range(warp, groups, self.warps, unroll=1):
+            largest = cute.arch.fmax(largest, self.gather(sV, mG, mP, value, 128 * g + 4 * lane, normal, factor))
+        largest = warp_max(largest)
+        if lane == 0:
+            sR[self.warps + warp] = largest
+        cute.arch.sync_threads()
+        for w in cutlass.range_constexpr(self.warps):
+            largest = cute.arch.fmax(largest, sR[self.warps + w])
+        return largest
 
     @cute.jit
     def read(self, mX, mU, sV, token, tid, K):
@@ -110,6 +137,8 @@ class Producer:
         squares = Float32(0.0)
         for i in cutlass.range(tid, K // 8, THREADS, unroll=1):
             at = Int64(token) * K + 8 * i
+            if cutlass.const_expr(config.strided):
+                at = Int64(token) * mX.stride[0] + 8 * i
             x = cute.make_rmem_tensor((8,), dtype)
             cute.autovec_copy(cute.make_tensor((mX.iterator + at).align(16), cute.make_layout(8)), x)
             v = cute.make_rmem_tensor((8,), Float32)
@@ -119,6 +148,14 @@ class Producer:
                 cute.autovec_copy(cute.make_tensor((mU.iterator + at).align(16), cute.make_layout(8)), u)
                 for e in cutlass.range_constexpr(8):
                     v[e] = self.activate(v[e]) * Float32(u[e])
+            if cutlass.const_expr(config.source == "add_norm"):
+                place = cute.make_tensor((mU.iterator + (Int64(token) * K + 8 * i)).align(16), cute.make_layout(8))
+                old = cute.make_rmem_tensor((8,), dtype)
+                cute.autovec_copy(place, old)
+                for e in cutlass.range_constexpr(8):
+                    old[e] = dtype(Float32(old[e]) + v[e])  # rounded as the residual stream is stored
+                    v[e] = Float32(old[e])
+                cute.autovec_copy(old, place)
             for e in cutlass.range_constexpr(8):
                 squares = squares + v[e] * v[e]
             cute.autovec_copy(v, cute.make_tensor((sV.iterator + 8 * i).align(16), cute.make_layout(8)))
@@ -144,31 +181,11 @@ class Producer:
                 if cutlass.const_expr(config.permuted):
                     source = mP[column + e]
                 x = sV[source]
-                if cutlass.const_expr(config.source == "norm"):
+                if cutlass.const_expr(self.is_norm):
                     x = x * factor * mG[source]
                 value[e] = x
             largest = cute.arch.fmax(largest, cute.arch.fmax(value[e], -value[e]))
         return largest
-
-    @cute.jit
-    def scale(self, largest, ratio: cutlass.Constexpr, bf16: cutlass.Constexpr):
-        """atom/quant/rounding.py: maximum x ratio, 1 for a zero maximum, on the storage format's grid."""
-        raw = cute.arch.fmin(largest * Float32(ratio), Float32(self.config.largest_scale))
-        if raw <= Float32(0.0):
-            raw = Float32(1.0)
-        raw = cute.arch.fmax(raw, Float32(2.0**-126))
-        if cutlass.const_expr(bf16):
-            raw = Float32(BFloat16(raw))
-        return raw
-
-    @cute.jit
-    def encode(self, value, scale, qmin: cutlass.Constexpr, qmax: cutlass.Constexpr, mQ, token, word):
-        inverse = reciprocal(scale)
-        packed = Uint32(0)
-        for e in cutlass.range_constexpr(4):
-            scaled = cute.arch.fmin(cute.arch.fmax(value[e] * inverse, Float32(qmin)), Float32(qmax))
-            packed = packed | ((round_to_int(scaled) & Uint32(255)) << (8 * e))
-        mQ[token, word] = Int32(packed)
 
     @cute.jit
     def outliers(self, sV, mG, mP, mQ, mS, value, lane, token, normal, K, groups, factor):
@@ -190,13 +207,20 @@ def compile_producer(config: ProducerConfig, options: str = "") -> object:
     """Compile one kernel for sm_90a; needs no GPU. Arguments as in Producer.__call__, on the current stream."""
     dtype = DTYPES[config.dtype]
     m, k, ku, gains, perms, padded = (cute.sym_int() for _ in range(6))
+    if config.strided:
+        pitch = cute.sym_int64(divisibility=8)
+        x, up = (make_fake_tensor(dtype, (m, k), (pitch, 1), assumed_align=16) for _ in range(2))
+    else:
+        x = make_fake_compact_tensor(dtype, (m, k), stride_order=(1, 0), assumed_align=16)
+        up = make_fake_compact_tensor(dtype, (cute.sym_int(), ku), stride_order=(1, 0), assumed_align=16)
+    words = cute.sym_int(divisibility=4 if config.writes_bf16 else 16)
     return cute.compile(
         Producer(config),
-        make_fake_compact_tensor(dtype, (m, k), stride_order=(1, 0), assumed_align=16),
-        make_fake_compact_tensor(dtype, (cute.sym_int(), ku), stride_order=(1, 0), assumed_align=16),
+        x,
+        up,
         make_fake_compact_tensor(Float32, (gains,), stride_order=(0,), assumed_align=4),
         make_fake_compact_tensor(Int32, (perms,), stride_order=(0,), assumed_align=4),
-        make_fake_compact_tensor(Int32, (m, cute.sym_int(divisibility=16)), stride_order=(1, 0), assumed_align=16),
+        make_fake_compact_tensor(Int32, (m, words), stride_order=(1, 0), assumed_align=16),
         make_fake_compact_tensor(Float32, (cute.sym_int(), padded), stride_order=(1, 0), assumed_align=4),
         Int32(1),
         Float32(1.0),

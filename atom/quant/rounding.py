@@ -169,10 +169,10 @@ def _choose(blocks: Tensor, spec: TensorSpec, clip: float, outer: Tensor | None 
     largest = _extreme(blocks.abs(), whole)
     if spec.scale_format == "e8m0":  # OCP MX: the exponent of the maximum less that of the format's largest value
         log2 = floor_log2(largest * clip) - (frexp(fmt.max)[1] - 1)
-        log2_cap = frexp(_largest_scale(fmt))[1] - 1
+        log2_cap = frexp(largest_scale(fmt))[1] - 1
         return Scale(torch.where(largest > 0, power_of_two(log2.clamp_max(log2_cap)), 1.0))
     levels = (2**fmt.bits - 1) / 2 if spec.scale_rule == "range" else fmt.max
-    raw = (largest * (clip / levels)).clamp_max(_largest_scale(fmt))
+    raw = (largest * (clip / levels)).clamp_max(largest_scale(fmt))
     if spec.outer is None:
         return Scale(round_scale(torch.where(raw > 0, raw, 1.0), spec.scale_format))
     if outer is None:
@@ -195,7 +195,7 @@ def _choose_asymmetric(blocks: Tensor, spec: TensorSpec, fmt: Format, clip: floa
 
 
 @lru_cache
-def _largest_scale(fmt: Format) -> float:
+def largest_scale(fmt: Format) -> float:
     """The largest bfloat16 that is finite in float32 times any code of a symmetric format; larger values saturate."""
     code = -fmt.code_range(symmetric=True)[0] if fmt.is_integer else fmt.max
     mantissa, exponent = frexp(torch.finfo(torch.float32).max / code)

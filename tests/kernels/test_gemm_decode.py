@@ -5,7 +5,6 @@ replaced by numpy. Where a thread's values belong is taken from the DSL's descri
 """
 
 import importlib.util
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from atom.quant.formats import E2M1
 from atom.quant.mixed import dequantize_weight, quantize_weight
 from atom.quant.presets import get_scheme
 from atom.quant.rounding import code_values
+
+from .uncompiled import uncompiled
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
 needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
@@ -65,19 +66,13 @@ def select_bytes(word: Words, selector: int) -> Words:
 @pytest.fixture
 def decode(monkeypatch: pytest.MonkeyPatch) -> Any:
     """decode(kind) -> its decoder, whose `decode` runs on numpy words."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
-    from atom.kernels import gemm_decode_sm90 as module
-
-    for owner in (module, *(value for value in vars(module).values() if isinstance(value, type))):
-        for name, value in list(vars(owner).items()):
-            if hasattr(value, "__wrapped__") and getattr(value, "__module__", "") == module.__name__:
-                monkeypatch.setattr(owner, name, value.__wrapped__)
-    monkeypatch.setattr(module, "cutlass", SimpleNamespace(range_constexpr=range, const_expr=bool))
-    monkeypatch.setattr(module, "cute", SimpleNamespace(recast_tensor=lambda tensor, dtype: tensor))
-    monkeypatch.setattr(module, "Uint32", np.uint32)
-    monkeypatch.setattr(module, "multiply_bf16x2", multiply_add)
-    monkeypatch.setattr(module, "multiply_add_bf16x2", multiply_add)
-    monkeypatch.setattr(module, "select_bytes", select_bytes)
+    module = uncompiled(
+        "gemm_decode_sm90",
+        monkeypatch,
+        multiply_bf16x2=multiply_add,
+        multiply_add_bf16x2=multiply_add,
+        select_bytes=select_bytes,
+    )
     return module.decoder
 
 

@@ -18,6 +18,46 @@ def round_to_int(x: Any):
 
 
 @cute.jit
+def round_to_whole(x: Any):
+    """The nearest whole number, ties to even, as float32."""
+    return cute.arch.inline_ptx("cvt.rni.f32.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+@cute.jit
+def pack_e4m3x2(low: Any, high: Any):
+    """Two floats as E4M3 in the low half of a word: ties to even, saturating."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b16 t; cvt.rn.satfinite.e4m3x2.f32 t, {$r1}, {$r0}; cvt.u32.u16 {$w0}, t; }",
+        write_only_types=[Uint32],
+        read_only_args=[low, high],
+    )
+
+
+@cute.jit
+def round_to_e4m3(x: Any):
+    """The nearest E4M3 value, as float32."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b16 t, u, v; .reg .b32 w; .reg .f32 z; mov.f32 z, 0f00000000;"
+        " cvt.rn.satfinite.e4m3x2.f32 t, z, {$r0}; cvt.rn.f16x2.e4m3x2 w, t;"
+        " mov.b32 {u, v}, w; cvt.f32.f16 {$w0}, u; }",
+        write_only_types=[Float32],
+        read_only_args=[x],
+    )
+
+
+@cute.jit
+def as_bits(x: Any):
+    """The bits of a float32."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Uint32], read_only_args=[x])
+
+
+@cute.jit
+def from_bits(x: Any):
+    """The float32 of such bits."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+@cute.jit
 def warp_max(x: Any):
     """The largest value of a warp, in every lane."""
     for offset in (16, 8, 4, 2, 1):
@@ -37,7 +77,7 @@ def warp_sum(x: Any):
 def multiply_bf16x2(a: Any, b: Any):
     """Two products of bfloat16, subnormal numbers included. (The mov: mul takes no immediate operand, b may be one.)"""
     return cute.arch.inline_ptx(
-        "{{ .reg .b32 t; mov.b32 t, {$r1}; mul.rn.bf16x2 {$w0}, {$r0}, t; }}",
+        "{ .reg .b32 t; mov.b32 t, {$r1}; mul.rn.bf16x2 {$w0}, {$r0}, t; }",
         write_only_types=[Uint32],
         read_only_args=[a, b],
     )
@@ -47,7 +87,7 @@ def multiply_bf16x2(a: Any, b: Any):
 def multiply_add_bf16x2(a: Any, b: Any, c: Any):
     """Two of a * b + c in bfloat16, rounded once; b and c may be constants."""
     return cute.arch.inline_ptx(
-        "{{ .reg .b32 t, u; mov.b32 t, {$r1}; mov.b32 u, {$r2}; fma.rn.bf16x2 {$w0}, {$r0}, t, u; }}",
+        "{ .reg .b32 t, u; mov.b32 t, {$r1}; mov.b32 u, {$r2}; fma.rn.bf16x2 {$w0}, {$r0}, t, u; }",
         write_only_types=[Uint32],
         read_only_args=[a, b, c],
     )

@@ -1,0 +1,121 @@
+"""The producers' own rounding code, run in numpy on rows of values, against atom/quant bit for bit."""
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from atom.kernels.producer_config import producer_config
+from atom.quant.formats import get_format
+from atom.quant.presets import get_scheme
+from atom.quant.rounding import code_values, quantize
+from atom.quant.schemes import TensorSpec
+
+from .uncompiled import uncompiled
+
+HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
+pytestmark = [
+    pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy tells of overflow
+]
+
+
+def as_e4m3(x: Any) -> Tensor:
+    """cvt.rn.satfinite.e4m3x2.f32"""
+    return torch.tensor(float(x), dtype=torch.float32).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def encoder(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The ProducerEncode of a preset's activation, without the compiler; `group_max` is the caller's business."""
+    module = uncompiled(
+        "producer_encode_sm90",
+        monkeypatch,
+        BFloat16=lambda x: torch.tensor(float(x)).bfloat16().item(),
+        reciprocal=lambda x: np.float32(1.0) / x,
+        round_to_int=lambda x: np.int32(np.rint(x)).view(np.uint32),
+        round_to_whole=np.rint,
+        round_to_e4m3=lambda x: np.float32(as_e4m3(x).float().item()),
+        pack_e4m3x2=lambda low, high: np.uint32(int(bits(low)) | int(bits(high)) << 8),
+        as_bits=lambda x: np.float32(x).view(np.uint32),
+        from_bits=lambda x: np.uint32(x).view(np.float32),
+    )
+    linear = get_scheme(name).for_linear("x")
+    made = module.ProducerEncode()
+    made.config = producer_config("plain", linear, torch.bfloat16, 128, linear.reorder, False)
+    return made
+
+
+def bits(x: Any) -> int:
+    return int(as_e4m3(x).view(torch.uint8).item())
+
+
+def rows() -> Tensor:
+    """Rows of 128 with what rounding can stumble over: ties, zeros, one huge value, the ends of the range."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(10, 128, generator=generator)
+    x[1] = 0
+    x[2] = torch.arange(128) / 16 - 4  # many ties
+    x[3, ::7] *= 1e4
+    x[4] *= 1e-30
+    x[5] *= 1e36
+    x[6, 16:] = 0
+    x[7] = x[7].bfloat16().float()
+    x[8] = torch.tensor([6.0, -0.25, 0.25, 0.75, 1.25, 2.5, 3.5, 5.0]).repeat(16)
+    x[9] *= torch.exp2(torch.arange(-127.0, -123.0)).repeat_interleave(32)  # scales at the end of their range
+    return x
+
+
+def as_numbers(row: Tensor) -> list[Any]:
+    return [np.float32(v) for v in row.tolist()]
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "nvint4"])
+def test_small_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written as bfloat16 is code x group scale; what is written as the token's scale is the outer one."""
+    made = encoder(name, monkeypatch)
+    spec = get_scheme(name).activation
+    assert spec is not None and spec.group_size is not None
+    x = rows()
+    wanted = quantize(x, spec)
+    size, fmt = spec.group_size, get_format(spec.format)
+    values = code_values(wanted.codes, fmt) * wanted.scale.scale.repeat_interleave(size, 1)
+    assert torch.equal(values.bfloat16().float(), values), "value x scale is exact in bfloat16"
+    for row in range(x.shape[0]):
+        numbers = as_numbers(x[row])
+        outer = np.float32(1.0)
+        if spec.scale_format == "e4m3":
+            outer = made.outer_scale(max(abs(v) for v in numbers))
+            assert wanted.scale.outer is not None and outer == wanted.scale.outer[row].item()
+        for g in range(128 // size):
+            group = numbers[size * g : size * (g + 1)]
+            scale = made.small_scale(max(abs(v) for v in group), np.float32(1.0) / outer)
+            assert scale == wanted.scale.scale[row, g].item(), (row, g)
+            for at in range(0, size, 4):
+                four = group[at : at + 4]
+                made.round_small(four, scale, scale * outer)
+                assert [float(v) for v in four] == values[row, size * g + at : size * g + at + 4].tolist()
+
+
+@pytest.mark.parametrize("name", ["fp8", "w8a8", "w4a4"])
+def test_codes_in_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = encoder(name, monkeypatch)
+    spec = get_scheme(name).activation
+    assert isinstance(spec, TensorSpec)
+    x = rows()
+    wanted = quantize(x, spec)
+    for row in range(x.shape[0]):
+        numbers = as_numbers(x[row])
+        scale = made.scale(max(abs(v) for v in numbers), made.config.ratio, spec.scale_format == "bf16")
+        assert scale == wanted.scale.scale[row, 0].item()
+        words: dict[tuple[int, int], Any] = {}
+        for word in range(32):
+            four = numbers[4 * word : 4 * word + 4]
+            if spec.format == "fp8_e4m3":
+                made.encode_e4m3(four, np.float32(scale), words, 0, word)
+            else:
+                made.encode(four, np.float32(scale), *made.config.code_range, words, 0, word)
+        found = np.array([words[0, w] for w in range(32)]).astype(np.int32).view(np.uint8)
+        assert found.tolist() == wanted.codes[row].view(torch.uint8).tolist()
