@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from atom.calibration.config import CalibrationConfig
+from atom.calibration.config import CalibrationConfig, Clip
 from atom.calibration.ladder import ladder, scaled_outliers
 from atom.calibration.stream import quantize_model
 from atom.eval.load import Loaded, load
@@ -142,12 +142,12 @@ class Runner:
             device=options.device,
         )
 
-    def loaded(self, scheme: Scheme, gptq: bool, folder: Path) -> tuple[Loaded, float]:
+    def loaded(self, scheme: Scheme, gptq: bool, folder: Path, clip: Clip = "measured") -> tuple[Loaded, float]:
         """The model under `scheme`, from a checkpoint that this makes, and the seconds that took."""
         if not scheme.is_quantized:
             return load(self.options.model, self.options.device, "float32", "reference"), 0.0
         out = folder / "checkpoint"
-        report = quantize_model(self.options.model, scheme, out, replace(self.calibration, gptq=gptq))
+        report = quantize_model(self.options.model, scheme, out, replace(self.calibration, gptq=gptq, clip=clip))
         return load(str(out), self.options.device, "float32", "reference"), float(report.totals["seconds"])
 
     def perplexity(self, loaded: Loaded, text: Text) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class Runner:
             if self.part.has("quality-ladder", {**key, "text": self.texts[0].name}):
                 continue
             with scratch(self.options.scratch) as folder:
-                loaded, seconds = self.loaded(step.scheme, step.gptq, folder)
+                loaded, seconds = self.loaded(step.scheme, step.gptq, folder, step.clip)
                 for text in self.texts if step.name in ("fp", "kv4") else self.texts[:1]:
                     row = {"model": self.options.name, "text": text.name, "step": step.name, "outliers": count}
                     row |= self.perplexity(loaded, text) | self.bits(loaded, step.scheme)

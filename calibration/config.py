@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 Offload = Literal["auto", "on", "off"]
 Precision = Literal["highest", "high"]
+Clip = Literal["measured", "constant"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class CalibrationConfig:
     damping: float = 0.01
     """GPTQ: share of the Hessian's mean diagonal that is added to the diagonal."""
 
+    clip: Clip = "measured"
+    """Activation clips: measured for each kind of input by what they do to predictions, or the scheme's constant."""
+
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto: cuda where there is one."""
 
@@ -54,6 +58,8 @@ class CalibrationConfig:
             raise ValueError(f"window_length must be at least 2 tokens, got {self.window_length}; use 512 or 2048")
         if not 0.0 < self.damping < 1.0:
             raise ValueError(f"damping is a share between 0 and 1, got {self.damping}; use 0.01")
+        if self.clip not in ("measured", "constant"):
+            raise ValueError(f"clip must be measured or constant, got {self.clip!r}; use measured")
         if self.offload not in ("auto", "on", "off"):
             raise ValueError(f"offload must be auto, on or off, got {self.offload!r}; use auto")
         if self.matmul_precision not in ("highest", "high"):

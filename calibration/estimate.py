@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from atom.models.model import Model
+from atom.quant.rounding import MSE_RATIOS
 from atom.quant.schemes import Scheme
 
+from .clips import CANDIDATES, measured_groups, probe_tokens
 from .config import CalibrationConfig
 
 PASSES = 3  # energies, Hessians, propagation
@@ -61,7 +63,10 @@ def measure_machine(device: torch.device | str = "cpu") -> Machine:
 def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: Machine) -> Estimate:
     """Time and peak memory of calibrating `model` (on the meta device) under `scheme`."""
     tokens = config.windows * config.window_length
-    seconds = 0.0
+    groups = measured_groups(model, scheme) if config.clip == "measured" else ()
+    variants = 2 + len(groups) * (len(CANDIDATES) - 1) if groups else 0
+    probed = probe_tokens(config.windows, config.window_length)
+    seconds = 2 * variants * probed * model.config.hidden_size * model.config.vocab_size / machine.flops
     largest_layer = largest_hessians = widest = 0
     for layer in model.model.decoder_layers():
         weights = sum(p.numel() for p in layer.parameters())
@@ -70,12 +75,15 @@ def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: M
             for group in model.family.groups
         }
         attention = 4 * tokens * config.window_length * model.config.num_heads * model.config.head_dim
-        flops = PASSES * (2 * weights * tokens + attention)
+        flops = PASSES * (2 * weights * tokens + attention) + variants * 2 * weights * probed
         moved = columns = hessians = 0
         for shapes in inputs.values():
             N, K = sum(shape[0] for shape in shapes), shapes[0][1]
             # Reading, rounding and writing activations: a dozen float32 passes where they are rounded, a few elsewhere.
             moved += 4 * tokens * (K * (12 * (PASSES - 1) + 4 * PASSES) + N * 3 * PASSES)
+            moved += 4 * max(0, variants - 1) * probed * K * 12
+            if scheme.weight is not None and scheme.weight.clip == "mse":
+                moved += 4 * N * K * 13 * len(MSE_RATIOS)
             if config.gptq:
                 flops += 2 * K * K * tokens + K**3 * 2 + 2 * N * K * K
                 moved += 4 * N * K * 10

@@ -39,6 +39,10 @@ class HiddenStates:
         part = self._part(number)
         part.copy_(tokens.view(part.shape))
 
+    def copy(self) -> "HiddenStates":
+        """The same states in memory of their own."""
+        return HiddenStates(self._states.clone(), self._batch, self._device)
+
     def windows_in(self, number: int) -> int:
         return self._part(number).shape[0]
 

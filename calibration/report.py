@@ -20,6 +20,8 @@ class Report:
     layers       one entry a decoder layer: relative errors of weights and outputs, statistics of the inputs,
                  seconds by phase, peak memory; empty where nothing was calibrated
     totals       seconds by phase and in all, bytes written, peak memory
+    clips        the activation clips that were chosen for each kind of input, the divergence of all candidates, the
+                 tokens it was measured on, seconds; None where the scheme's constants were taken
     """
 
     provenance: dict[str, Any]
@@ -27,6 +29,7 @@ class Report:
     config: dict[str, Any]
     layers: list[dict[str, Any]] = field(default_factory=list)
     totals: dict[str, Any] = field(default_factory=dict)
+    clips: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -8,7 +8,7 @@ loses at most the layer it was in. A resumed run keeps no activations: it runs t
 import logging
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from atom.checkpoint import CheckpointWriter, check_output, quantization_config,
 from atom.errors import CheckpointError, UnsupportedError
 from atom.models.config import ModelConfig
 from atom.models.device import choose_device
+from atom.models.layers import DecoderLayer
 from atom.models.layout import check_source, is_ignored, layer_prefix, model_tensors
 from atom.models.loader import meta_model
 from atom.models.model import Model
@@ -29,6 +30,7 @@ from atom.models.source import Source, load_tokenizer, open_source
 from atom.quant.schemes import Scheme
 from atom.records import current_commit
 
+from .clips import ClipProbe, Measured, measured_groups, probe_windows
 from .clock import Clock
 from .config import CalibrationConfig
 from .data import SELF, Windows, load_windows
@@ -104,12 +106,15 @@ def quantize_source(
     with torch.no_grad(), _MatmulPrecision(config), progress:
         if not writer.has_shard(1):
             writer.write_shard(1, _outside(source, model))
+        clips: dict[str, Any] | None = None
         if windows is None:
             layers = _copy_layers(source, model, writer, progress)
         else:
+            if config.clip == "measured":
+                scheme, clips = _measure_clips(source, model, scheme, config, windows, writer, progress)
             layers = _quantize_layers(source, model, scheme, config, windows, writer, progress)
         written = sum(writer.shard_path(n).stat().st_size for n in range(1, writer.num_shards + 1))
-        report = Report(provenance, scheme.to_dict(), config.to_dict(), layers)
+        report = Report(provenance, scheme.to_dict(), config.to_dict(), layers, clips=clips)
         report.totals = total(layers, time.perf_counter() - started, written)
         files = [f for f in [*source.tokenizer_files(), source.path / GENERATION_FILE] if f.is_file()]
         writer.finish(_config(source, scheme), report.to_dict(), files)
@@ -128,6 +133,39 @@ def is_calibrated(source: Source, scheme: Scheme) -> bool:
     )
 
 
+def _measure_clips(
+    source: Source,
+    model: Model,
+    scheme: Scheme,
+    config: CalibrationConfig,
+    windows: Windows,
+    writer: CheckpointWriter,
+    progress: Progress,
+) -> tuple[Scheme, dict[str, Any] | None]:
+    """`scheme` with the clips that fit this model, and the report's entry; a resumed run takes those of the first."""
+    groups = measured_groups(model, scheme)
+    if not groups:
+        return scheme, None
+    record = writer.noted("clips")
+    if record is None:
+        start = time.perf_counter()
+        device = torch.device(config.device)
+        quantizer = LayerQuantizer(source, model, scheme, config, device, Clock(device))
+        tokens = probe_windows(windows.tokens)
+        hidden = _embed(source, model, replace(config, offload="off"), tokens, device)
+
+        def layers() -> Iterator[DecoderLayer]:
+            for index in range(model.config.num_layers):
+                progress.layer(index, model.config.num_layers, "measuring clips")
+                yield quantizer.load(index)
+
+        probe = ClipProbe(source, model, scheme, quantizer.runner, device)
+        record = {**probe.measure(hidden, layers()).to_dict(), "seconds": round(time.perf_counter() - start, 3)}
+        writer.note("clips", record)
+    found = Measured(record["chosen"], record["divergence"], record["tokens"])
+    return found.apply(scheme, groups), record
+
+
 def _quantize_layers(
     source: Source,
     model: Model,
@@ -138,7 +176,7 @@ def _quantize_layers(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     device = torch.device(config.device)
-    hidden = _embed(source, model, config, windows, device)
+    hidden = _embed(source, model, config, windows.tokens, device)
     clock = Clock(device)
     quantizer = LayerQuantizer(source, model, scheme, config, device, clock)
     records = []
@@ -187,11 +225,11 @@ def _outside(source: Source, model: Model) -> dict[str, Tensor]:
 
 
 def _embed(
-    source: Source, model: Model, config: CalibrationConfig, windows: Windows, device: torch.device
+    source: Source, model: Model, config: CalibrationConfig, tokens: Tensor, device: torch.device
 ) -> HiddenStates:
-    """The hidden states that enter the first layer."""
+    """The hidden states that enter the first layer, of tokens [windows, length]."""
     scale = model.config.embedding_scale
-    embedding, tokens = source.get(EMBEDDING), windows.tokens
+    embedding = source.get(EMBEDDING)
     offload = config.offload == "on"
     if config.offload == "auto" and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

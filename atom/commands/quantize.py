@@ -3,7 +3,7 @@
 Example: atom quantize smollm2 --scheme w4a4 --calib text.txt --windows 16 --window-length 512 --output smollm2-w4a4
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +46,12 @@ class Options:
         return self.switches.apply(get_scheme(self.scheme), self.calibration.gptq)
 
     @property
+    def config(self) -> CalibrationConfig:
+        """The options of calibration; a clip that was given is not measured."""
+        given = self.switches.activation_clip is not None
+        return replace(self.calibration, clip="constant") if given else self.calibration
+
+    @property
     def directory(self) -> Path:
         stem = Path(self.model).name.removesuffix(".gguf")
         return self.output or Path(f"{stem}-{self.scheme.replace('+', '-')}")
@@ -62,7 +68,7 @@ def run(options: Options) -> dict[str, Any]:
         options.model,
         options.build_scheme(),
         options.directory,
-        options.calibration,
+        options.config,
         options.resume,
         Bar(),
         options.revision,

@@ -11,10 +11,13 @@ KVFP8 = TensorSpec("fp8_e4m3", Head(), dynamic=True)
 KV_SUFFIXES: dict[str, TensorSpec | None] = {"kv4": KV4, "kv8": KV8, "kvfp8": KVFP8, "kv16": None}
 
 
-def _group_int(bits: int, clip_weight: float, clip_activation: float) -> tuple[TensorSpec, TensorSpec]:
-    """Atom's weights (GPTQ's grid) and activations: groups of 128, bf16 scales."""
-    weight = TensorSpec(f"int{bits}", Group(128), clip=clip_weight, scale_rule="range")
-    return weight, TensorSpec(f"int{bits}", Group(128), dynamic=True, clip=clip_activation)
+def _group_int(bits: int) -> tuple[TensorSpec, TensorSpec]:
+    """Atom's weights (GPTQ's grid, its reach searched) and activations: groups of 128, bf16 scales.
+
+    0.9 is the paper's clip of activations; calibration replaces it by what it measures unless told not to.
+    """
+    weight = TensorSpec(f"int{bits}", Group(128), clip="mse", scale_rule="range")
+    return weight, TensorSpec(f"int{bits}", Group(128), dynamic=True, clip=0.9)
 
 
 def _small_groups(fmt: str, size: int, scale_format: str, outer: bool) -> tuple[TensorSpec, TensorSpec]:
@@ -23,8 +26,8 @@ def _small_groups(fmt: str, size: int, scale_format: str, outer: bool) -> tuple[
     return weight, replace(weight, dynamic=True, outer="token" if outer else None)
 
 
-_W4, _A4 = _group_int(4, 0.85, 0.9)
-_W3, _A3 = _group_int(3, 0.85, 0.9)
+_W4, _A4 = _group_int(4)
+_W3, _A3 = _group_int(3)
 _A8 = TensorSpec("int8", Token(), dynamic=True, scale_format="fp32")
 _W8 = TensorSpec("int8", Channel(), scale_format="fp32")
 _FP8_W = TensorSpec("fp8_e4m3", Channel(), scale_format="fp32")

@@ -27,7 +27,7 @@ class Switches:
     """Share of the maximum that the weight grid reaches, or mse to search it."""
 
     activation_clip: float | None = None
-    """Share of the maximum that the activation grid reaches."""
+    """Share of the maximum that the activation grid reaches, for all layers; without it calibration measures it."""
 
     rotation: Literal["hadamard", "block_hadamard"] | None = None
     """Rotate the normal columns of every linear's input and weight."""

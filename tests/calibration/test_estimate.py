@@ -11,6 +11,7 @@ from atom.models.config import ModelConfig
 from atom.models.loader import meta_model
 from atom.models.model import Model
 from atom.quant.presets import get_scheme
+from atom.quant.switches import Switches
 from atom.records import read_record
 
 LLAMA_8B: dict[str, Any] = {
@@ -43,7 +44,7 @@ def test_within_1_5_of_the_measured_8b_run() -> None:
 
 
 def test_grows_with_text_and_layers_and_with_gptq() -> None:
-    config = CalibrationConfig(windows=16, window_length=512)
+    config = CalibrationConfig(windows=16, window_length=512, clip="constant")
     base = estimate(model(SMALL), get_scheme("w4a4"), config, MACHINE)
     twice = estimate(model(SMALL), get_scheme("w4a4"), replace(config, windows=32), MACHINE)
     deeper = estimate(model({**SMALL, "num_hidden_layers": 4}), get_scheme("w4a4"), config, MACHINE)
@@ -52,6 +53,19 @@ def test_grows_with_text_and_layers_and_with_gptq() -> None:
     assert deeper.seconds == pytest.approx(base.seconds * 2)
     assert rounded.seconds < base.seconds and rounded.peak_bytes < base.peak_bytes
     assert deeper.peak_bytes == base.peak_bytes  # one layer at a time
+
+
+def test_measuring_clips_and_searching_them_take_time() -> None:
+    config = CalibrationConfig(windows=64, window_length=2048)
+    measured, constant = (
+        estimate(model(SMALL), get_scheme("w4a4"), c, MACHINE).seconds
+        for c in (config, replace(config, clip="constant"))
+    )
+    assert constant < measured < 1.5 * constant  # ten runs of 2048 tokens beside three of 131,072, and ten heads
+    plain = Switches(weight_clip=0.85).apply(get_scheme("w4a4"))
+    assert estimate(model(SMALL), plain, config, MACHINE).seconds < measured
+    unclipped = estimate(model(SMALL), get_scheme("w8a8"), config, MACHINE)
+    assert unclipped == estimate(model(SMALL), get_scheme("w8a8"), replace(config, clip="constant"), MACHINE)
 
 
 def test_rates_of_this_machine_are_plausible() -> None:

@@ -1,0 +1,175 @@
+"""Activation clips measured by what they do to predictions."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from atom.calibration.clips import CANDIDATES, Measured, measured_groups, probe_windows
+from atom.calibration.config import CalibrationConfig
+from atom.calibration.data import load_windows
+from atom.calibration.stream import quantize_model
+from atom.commands.quantize import Options
+from atom.models.config import ModelConfig
+from atom.models.generate import scheme_cache
+from atom.models.loader import load_model, meta_model
+from atom.models.source import load_tokenizer, open_source
+from atom.quant.permutation import energy_order
+from atom.quant.presets import PRESETS, get_scheme
+from atom.quant.rounding import fake_quantize
+from atom.quant.schemes import LinearScheme, OutlierSpec, Override, Scheme
+from atom.quant.switches import Switches
+
+Tiny = Callable[[str], Path]
+W4A4 = replace(get_scheme("w4a4"), outliers=OutlierSpec(32))
+KINDS = ["attention_input", "o_input", "mlp_input", "down_input"]
+
+
+def clip_of(scheme: Scheme, name: str) -> object:
+    activation = scheme.for_linear(name).activation
+    return None if activation is None else activation.clip
+
+
+def divergence(folder: Path, tokens: Tensor, kind: str, clip: float) -> float:
+    """KL of a model whose activations are rounded in plain hooks, unclipped but for one kind, from the model itself."""
+    exact, rounded = load_model(folder), load_model(folder)
+    assert W4A4.activation is not None
+    count, length = tokens.shape
+
+    def logits(model: torch.nn.Module) -> Tensor:
+        kv = scheme_cache(exact, count, length)  # type: ignore[arg-type]
+        hidden: Tensor = model(tokens.flatten(), kv.positions(length), kv)
+        scores: Tensor = model.logits(hidden)  # type: ignore[operator]
+        return scores.log_softmax(-1)
+
+    seen: dict[tuple[int, str], Tensor] = {}
+    for index, (plain, layer) in enumerate(
+        zip(exact.model.decoder_layers(), rounded.model.decoder_layers(), strict=True)
+    ):
+        for group in exact.family.groups:
+            key = (index, group.name)
+            spec = replace(W4A4.activation, clip=clip if group.name == kind else 1.0)
+
+            def watch(module: object, args: object, x: Tensor, key: tuple[int, str] = key) -> None:
+                seen[key] = x
+
+            def spoil(
+                module: object, args: object, x: Tensor, key: tuple[int, str] = key, spec: object = spec
+            ) -> Tensor:
+                order = energy_order(seen[key].square().mean(0))
+                last = W4A4.outliers.spec(spec.granularity, True)  # type: ignore[attr-defined]
+                normal = fake_quantize(x[:, order[:-32]], spec)  # type: ignore[arg-type]
+                assert last is not None
+                out = torch.empty_like(x)
+                out[:, order] = torch.cat((normal, fake_quantize(x[:, order[-32:]], last)), 1)
+                return out
+
+            plain.get_submodule(group.producer).register_forward_hook(watch)
+            layer.get_submodule(group.producer).register_forward_hook(spoil)
+    with torch.no_grad():
+        wanted, found = logits(exact), logits(rounded)
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+def test_divergence_is_what_plain_hooks_find_and_the_least_is_taken(
+    tiny: Tiny, quick: CalibrationConfig, tmp_path: Path
+) -> None:
+    report = quantize_model(tiny("qwen2"), W4A4, tmp_path / "out", replace(quick, gptq=False))
+    assert report.clips is not None and list(report.clips["chosen"]) == KINDS
+    windows = load_windows(quick.calib, load_tokenizer(tiny("qwen2")), 10, 48, 0)
+    tokens = probe_windows(windows.tokens)
+    assert report.clips["tokens"] == tokens.numel() == 48
+    for kind, clip in (("down_input", 0.8), ("attention_input", 0.9), ("o_input", 1.0)):
+        expected = divergence(tiny("qwen2"), tokens, kind, clip)
+        assert report.clips["divergence"][kind][str(clip)] == pytest.approx(expected, rel=1e-3)
+    for kind, found in report.clips["divergence"].items():
+        assert list(found) == [str(c) for c in CANDIDATES]
+        assert found[str(report.clips["chosen"][kind])] == min(found.values()) > 0.0
+
+
+def test_the_checkpoint_runs_what_was_chosen(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    report = quantize_model(tiny("llama"), W4A4, tmp_path / "out", quick)
+    assert report.clips is not None
+    model = load_model(tmp_path / "out")
+    assert model.scheme is not None and model.scheme.to_dict() == report.scheme
+    assert len(set(report.clips["chosen"].values())) > 1  # else nothing is shown below
+    for index in range(3):
+        for group in model.family.groups:
+            for linear in group.linears:
+                name = f"model.layers.{index}.{linear}"
+                assert clip_of(model.scheme, name) == report.clips["chosen"][group.name]
+                module = model.get_submodule(name)
+                assert module.scheme == model.scheme.for_linear(name)
+
+
+def test_a_constant_is_left_alone(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    report = quantize_model(tiny("llama"), W4A4, tmp_path / "out", replace(quick, clip="constant"))
+    assert report.clips is None and report.scheme == W4A4.to_dict()
+    with pytest.raises(ValueError, match="clip must be measured or constant, got 'guessed'"):
+        CalibrationConfig(clip="guessed")  # type: ignore[arg-type]
+
+
+def test_a_clip_that_is_given_is_not_measured() -> None:
+    assert Options("m").config.clip == "measured"
+    assert Options("m", switches=Switches(activation_clip=0.9)).config.clip == "constant"
+    assert Options("m", switches=Switches(weight_clip=0.85)).config.clip == "measured"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_only_schemes_that_clip_are_measured(name: str, tiny: Tiny) -> None:
+    model = meta_model(ModelConfig.from_hf(open_source(tiny("llama")).config))
+    found = [group.name for group in measured_groups(model, get_scheme(name))]
+    assert found == (KINDS if name in ("w4a4", "w3a3") else [])
+
+
+def test_own_overrides_stay(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    """A kind of input that an override touches keeps its clips; the others are measured around it."""
+    own = Override("model.layers.1.mlp.down_proj", LinearScheme())
+    report = quantize_model(tiny("llama"), replace(W4A4, overrides=(own,)), tmp_path / "out", quick)
+    assert report.clips is not None and list(report.clips["chosen"]) == KINDS[:3]
+    scheme = load_model(tmp_path / "out").scheme
+    assert scheme is not None and scheme.overrides[0] == own
+    assert clip_of(scheme, "model.layers.0.mlp.down_proj") == 0.9
+
+
+def test_overrides_are_written_only_where_they_differ(tiny: Tiny) -> None:
+    model = meta_model(ModelConfig.from_hf(open_source(tiny("llama")).config))
+    chosen = {"attention_input": 0.9, "o_input": 0.8, "mlp_input": 0.9, "down_input": 1.0}
+    scheme = Measured(chosen, {}, 1).apply(W4A4, model.family.groups)
+    assert [o.pattern for o in scheme.overrides] == ["*.self_attn.o_proj", "*.mlp.down_proj"]
+    assert clip_of(scheme, "model.layers.2.mlp.down_proj") == 1.0
+    assert Scheme.from_dict(scheme.to_dict()) == scheme
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((128, 2048), (1, 2048)),
+        ((16, 512), (2, 512)),
+        ((64, 1024), (2, 1024)),
+        ((1, 8), (1, 8)),
+        ((4, 8192), (1, 2048)),
+    ],
+)
+def test_probe_windows(shape: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert tuple(probe_windows(torch.zeros(shape)).shape) == expected
+
+
+def test_a_resumed_run_measures_once(
+    tiny: Tiny, quick: CalibrationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from atom.calibration import layer
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.LayerQuantizer, "quantize", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_model(tiny("llama"), W4A4, tmp_path / "out", quick)
+    monkeypatch.setattr("atom.calibration.clips.ClipProbe.measure", interrupt)
+    report = quantize_model(tiny("llama"), W4A4, tmp_path / "out", quick, resume=True)
+    assert report.clips is not None and report.clips["seconds"] > 0
