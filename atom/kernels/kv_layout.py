@@ -130,7 +130,7 @@ def encode_rows(x: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     fmt = get_format(spec.format)
     scale = choose_scale(x, spec)
     codes = encode(x, scale, spec)
-    zero = torch.zeros_like(scale.scale) if scale.zero_point is None else scale.zero_point
+    zero = torch.zeros_like(scale.scale) if scale.zero_point is None else scale.zero_point + 0.0  # no minus zero
     if fmt.is_integer and spec.symmetric:
         half = 1 << (fmt.bits - 1)
         codes, zero = (codes.to(torch.int16) + half).to(torch.uint8), zero + half

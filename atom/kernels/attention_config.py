@@ -1,0 +1,184 @@
+"""The compile-time choices of the attention kernels and what follows from them: no GPU, no cutlass."""
+
+from dataclasses import dataclass
+
+CODE_BITS = {"int4": 4, "int8": 8, "fp8_e4m3": 8, "bf16": 16}
+SHARED_BYTES = 227 * 1024  # of one SM of sm_90, less what the driver keeps
+MOST_QUERIES = 16  # query heads of one KV head: two column tiles of mma
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Compile-time choices of one decode kernel; one block of shared memory geometry for producer and consumers.
+
+    kv            "int4", "int8" (both unsigned under a zero point), "fp8_e4m3" or "bf16"
+    queries       query heads of one KV head, 1 to 16
+    has_window    the layer has a sliding window
+    has_cap       scores are capped
+    warps         that consume: each takes every `warps`-th stage of a segment
+    ctas_per_sm   resident at once
+    """
+
+    kv: str
+    head_dim: int
+    queries: int
+    block_size: int = 16
+    has_window: bool = False
+    has_cap: bool = False
+    warps: int = 4
+    ctas_per_sm: int = 3
+
+    @property
+    def code_bits(self) -> int:
+        return CODE_BITS[self.kv]
+
+    @property
+    def codes_per_word(self) -> int:
+        """Of 32 bits."""
+        return 32 // self.code_bits
+
+    @property
+    def row_bytes(self) -> int:
+        return self.head_dim * self.code_bits // 8
+
+    @property
+    def row_words(self) -> int:
+        return self.row_bytes // 4
+
+    @property
+    def word_bytes(self) -> int:
+        return 0 if self.kv == "bf16" else 4
+
+    @property
+    def tile_bytes(self) -> int:
+        """KVLayout.tile_bytes."""
+        return -(-2 * self.block_size * (self.word_bytes + self.row_bytes) // 128) * 128
+
+    @property
+    def stage_blocks(self) -> int:
+        """Blocks of one stage: 32 tokens at least, so that the cost of a softmax step is shared."""
+        return max(1, 32 // self.block_size)
+
+    @property
+    def stage_tokens(self) -> int:
+        return self.stage_blocks * self.block_size
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.stage_blocks * self.tile_bytes
+
+    @property
+    def column_tiles(self) -> int:
+        """Tiles of 8 query heads."""
+        return -(-self.queries // 8)
+
+    @property
+    def key_words(self) -> int:
+        """Words of a key row that one of the four lanes of its quad reads; past the row's end they repeat the last."""
+        return -(-self.row_words // 4)
+
+    @property
+    def value_words(self) -> int:
+        """Words of a value row that one of its eight lanes reads; past the row's end they repeat the last."""
+        return -(-self.row_words // 8)
+
+    @property
+    def channel_tiles(self) -> int:
+        """Tiles of 16 value channels, those past the row's end included."""
+        return self.value_words * self.codes_per_word // 2
+
+    @property
+    def merge_bytes(self) -> int:
+        """Where the warps of a CTA put their results together: output, maximum and sum of each warp and head."""
+        return 4 * self.warps * (self.queries * self.head_dim + 2 * 8 * self.column_tiles)
+
+    @property
+    def stages(self) -> int:
+        """A power of two, so that a ring position is a mask."""
+        room = SHARED_BYTES // self.ctas_per_sm - 1024 - self.merge_bytes - 512
+        most = room // self.stage_bytes
+        return min(16, 1 << (most.bit_length() - 1)) if most >= 1 else 0
+
+    @property
+    def threads(self) -> int:
+        """The consumers and one warp that fetches."""
+        return 32 * (self.warps + 1)
+
+
+def choose_decode(
+    kv: str, head_dim: int, queries: int, block_size: int, has_window: bool, has_cap: bool
+) -> DecodeConfig:
+    """The config of a problem: as many CTAs on an SM as registers and shared memory allow. Not tuned on a GPU yet."""
+    columns = -(-queries // 8)
+    ctas = 3 if head_dim * columns <= 128 else 2
+    for count in range(ctas, 0, -1):
+        config = DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, ctas_per_sm=count)
+        if config.stages * config.stage_bytes >= 40_000 // count and config.stages >= 4:
+            return config
+    return DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, ctas_per_sm=1)
+
+
+def word_index(sharers: int, words: int, row_words: int, sharer: int, word: int) -> int:
+    """Which word of a row is the `word`-th of one of the lanes that share it.
+
+    Neighbours where the row divides evenly (vector loads), else every `sharers`-th; past the end the last one.
+    """
+    if row_words % sharers == 0:
+        return words * sharer + word
+    return min(sharers * word + sharer, row_words - 1)
+
+
+def row_token(row: int) -> int:
+    """The token (of 16) that stands in row `row` of an mma tile.
+
+    Any order is right as long as keys, scales and values agree; in this one the four lanes of a quad read values of
+    neighbouring tokens, half as many bank conflicts as in the natural order.
+    """
+    return (row & 8) + ((row & 7) >> 1) + 4 * (row & 1)
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Compile-time choices of the kernel that merges the partial results of split rows."""
+
+    head_dim: int
+    queries: int
+    threads: int = 256
+
+    @property
+    def quads(self) -> int:
+        """Groups of four channels, one a thread."""
+        return self.head_dim // 4
+
+    @property
+    def groups(self) -> int:
+        """Groups of threads, each of which takes every `groups`-th partial result."""
+        return self.threads // self.quads
+
+
+@dataclass(frozen=True)
+class AppendConfig:
+    """Compile-time choices of the kernel that turns, rounds and writes.
+
+    clip          TensorSpec.clip
+    has_offset    keys are rounded less their offset
+    rows          heads that a warp takes at once: several hide latency in prefill, one spreads few tokens wide
+    """
+
+    kv: str
+    head_dim: int
+    block_size: int
+    clip: float = 1.0
+    has_offset: bool = False
+    rows: int = 1
+    warps: int = 8
+
+    @property
+    def cache(self) -> DecodeConfig:
+        """Where things stand in a tile."""
+        return DecodeConfig(self.kv, self.head_dim, 1, self.block_size)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of channels (i, i + head_dim / 2) that one lane turns."""
+        return 2 if self.head_dim <= 128 else 4

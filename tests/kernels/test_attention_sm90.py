@@ -1,0 +1,189 @@
+"""The sm_90a attention kernels: their PTX run on a CPU, their machine code without a GPU, their numbers on one."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from atom.kernels.attention_config import (
+    SHARED_BYTES,
+    DecodeConfig,
+    MergeConfig,
+    choose_decode,
+    row_token,
+    word_index,
+)
+from atom.kernels.attention_plan import AttentionPlan, plan_balanced, plan_fixed
+from atom.kernels.dense_attention import AttentionSpec
+from atom.quant.presets import KV4, KV8, KVFP8
+from atom.quant.schemes import TensorSpec
+
+from .ptx_emulator import Kernel
+from .ptx_emulator import Tensor as Argument
+from .test_gemm_sm90 import disassemble
+from .test_paged_attention import Case, expected, make_case
+
+HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
+needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
+SPECS: dict[str, TensorSpec | None] = {"int4": KV4, "int8": KV8, "fp8_e4m3": KVFP8, "bf16": None}
+
+
+@pytest.mark.parametrize("kv", SPECS)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("queries", [1, 4, 8, 16])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_configs_fit_the_machine(kv: str, dim: int, queries: int, block_size: int) -> None:
+    config = choose_decode(kv, dim, queries, block_size, False, False)
+    shared = config.stages * (config.stage_bytes + 16) + config.merge_bytes
+    assert config.stages >= 2 and config.ctas_per_sm * (shared + 1024) <= SHARED_BYTES + 1024
+    assert config.ctas_per_sm * config.stages * config.stage_bytes >= 33_000, "what hides a microsecond of latency"
+    layout = make_case(SPECS[kv], (1,), (1,), queries, 1, dim, block_size, dtype=torch.bfloat16).layout
+    assert (config.tile_bytes, config.row_bytes, config.word_bytes) == (
+        layout.tile_bytes,
+        layout.row_bytes,
+        layout.word_bytes,
+    )
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("kv", SPECS)
+def test_lanes_share_a_row(kv: str, dim: int) -> None:
+    """Every word of a row is read, keys by 4 lanes, values by 8; what is read twice stands past the row's end."""
+    config = DecodeConfig(kv, dim, 1)
+    for sharers, words in ((4, config.key_words), (8, config.value_words)):
+        found = [word_index(sharers, words, config.row_words, s, w) for s in range(sharers) for w in range(words)]
+        assert set(found) == set(range(config.row_words)) and len(found) - config.row_words < sharers
+    assert sorted(row_token(r) for r in range(16)) == list(range(16))
+
+
+def emulate_decode(
+    case: Case, spec: AttentionSpec, plan: AttentionPlan, config: DecodeConfig, kernels: tuple[Kernel, Kernel]
+) -> Tensor:
+    """The decode and merge kernels over `case`, whose sequences have one query each; bfloat16 [T, heads, dim]."""
+    tokens, heads, dim = case.q.shape
+    kv_heads = case.layout.num_kv_heads
+    out = np.full((tokens, heads, dim), 0x7FFF, dtype=np.uint16)
+    slots = max(1, plan.num_slots)
+    partial = np.full((slots, config.queries, dim), np.nan, dtype=np.float32)
+    lse = np.full((slots, config.queries), np.nan, dtype=np.float32)
+    rows = np.arange(tokens, dtype=np.int32)
+    cap = spec.soft_cap
+    decode, merge = kernels
+    decode.launch(
+        (len(plan.work) - 1, 1),
+        config.threads,
+        [
+            Argument(case.q.view(torch.int32).numpy(), (2,)),
+            Argument(case.layer.numpy(), (2,)),
+            Argument(np.ascontiguousarray(case.step.tables)),
+            Argument(case.step.seqlens_k.astype(np.int32)),
+            Argument(rows),
+            Argument(plan.work),
+            Argument(plan.segments, (1,)),
+            Argument(out, (2,)),
+            Argument(partial, (1, 2)),
+            Argument(lse, (1,)),
+            float(spec.scale if cap is None else spec.scale / cap),
+            float(1.0 if cap is None else cap),
+            spec.window or 0,
+        ],
+        SHARED_BYTES // config.ctas_per_sm,
+    )
+    merge.launch(
+        (len(plan.merges), config.queries),
+        256,
+        [
+            Argument(plan.merges, (1,)),
+            Argument(rows),
+            Argument(partial, (1, 2)),
+            Argument(lse, (1,)),
+            Argument(out, (2,)),
+            kv_heads,
+        ],
+    )
+    return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+
+
+def ptx(compiled: object) -> Kernel:
+    return Kernel(compiled.__ptx__)  # type: ignore[attr-defined]
+
+
+def decode_kernels(config: DecodeConfig, folder: Path) -> tuple[Kernel, Kernel]:
+    from atom.kernels.merge_partials_sm90 import compile_merge
+    from atom.kernels.paged_decode_sm90 import compile_decode
+
+    options = f"--keep-ptx --dump-dir {folder}"
+    merge = MergeConfig(config.head_dim, config.queries)
+    return ptx(compile_decode(config, options)), ptx(compile_merge(merge, options))
+
+
+# kv, head_dim, query heads, KV heads, block size, window, cap, CTAs, fixed split in blocks
+DECODES = [
+    ("int4", 128, 8, 2, 16, None, None, 7, None),
+    ("int4", 64, 3, 3, 32, 70, None, 7, None),
+    ("int4", 80, 12, 1, 64, None, 3.0, 5, None),
+    ("int4", 256, 4, 1, 16, 33, None, 3, 2),
+    ("int8", 128, 4, 1, 16, None, None, 7, None),
+    ("fp8_e4m3", 96, 4, 2, 16, 40, None, 3, 2),
+    ("bf16", 128, 4, 1, 16, None, None, 7, None),
+]
+
+
+@needs_dsl
+@pytest.mark.slow
+@pytest.mark.parametrize("kv,dim,heads,kv_heads,block_size,window,cap,ctas,split", DECODES, ids=lambda v: str(v))
+def test_decode_on_a_model_of_the_machine(
+    kv: str,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    block_size: int,
+    window: int | None,
+    cap: float | None,
+    ctas: int,
+    split: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its PTX, instruction by instruction: ragged lengths over a poisoned pool, rows split and whole."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    lengths = (1, block_size, block_size + 1, 95, 2 * block_size - 1, 300)
+    case = make_case(SPECS[kv], lengths, (1,) * 6, heads, kv_heads, dim, block_size, dtype=torch.bfloat16)
+    spec = AttentionSpec(dim**-0.5 * 2, window, cap)
+    config = choose_decode(kv, dim, heads // kv_heads, block_size, window is not None, cap is not None)
+    if split is None:
+        plan = plan_balanced(np.array(lengths), block_size, kv_heads, ctas, window, config.stage_blocks)
+    else:
+        plan = plan_fixed(np.array(lengths), block_size, kv_heads, ctas, split, window)
+    assert plan.num_slots and (plan.segments[:, 4] < 0).any(), (
+        "the test wants rows that are split and rows that are not"
+    )
+    found = emulate_decode(case, spec, plan, config, decode_kernels(config, tmp_path))
+    exact = expected(case, spec)
+    assert float((found.double() - exact).abs().max()) < 2e-2
+    assert float((found.double() - exact).norm() / exact.norm()) < 5e-3
+
+
+@needs_dsl
+@pytest.mark.slow
+@pytest.mark.parametrize("kv,dim,queries", [("int4", 128, 4), ("int4", 256, 16), ("int8", 128, 4), ("bf16", 64, 8)])
+def test_machine_code(kv: str, dim: int, queries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spills nothing; bulk copies, tensor cores and vector loads are where they should be; a code costs little."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels.paged_decode_sm90 import compile_decode
+
+    config = choose_decode(kv, dim, queries, 16, True, True)
+    compiled = compile_decode(config, f"--keep-cubin --dump-dir {tmp_path}")
+    sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]
+    assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spilled"
+    assert "UBLKCP" in sass and "LDS.128" in sass
+    multiplied = len(re.findall(r"HMMA\.16816\.F32\.BF16", sass))
+    assert multiplied == config.stage_tokens // 16 * config.column_tiles * (dim // 16) * 2
+    if kv == "int4":
+        assert not re.findall(r"\bI2F", sass)
+        words = config.stage_tokens * config.row_words * 2 // 32  # that a lane reads of a stage
+        assert len(re.findall(r"\bLOP3", sass)) < 5.5 * words + 100, "four of eight codes, one instruction a pair"

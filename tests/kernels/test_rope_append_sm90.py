@@ -1,0 +1,114 @@
+"""The sm_90a rope_append_kv kernel: its PTX run on a CPU, its machine code without a GPU, its bytes on one."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from atom.kernels.attention_config import AppendConfig
+from atom.kernels.kv_layout import KVLayout
+from atom.kernels.rope_append import rope_append_kv_reference
+from atom.quant.formats import get_format
+from atom.quant.rounding import largest_scale
+
+from .ptx_emulator import Tensor as Argument
+from .test_attention_sm90 import SPECS, needs_dsl, ptx
+from .test_gemm_sm90 import disassemble
+
+# kv, head_dim, query heads, KV heads, block size, offset, rows a warp
+APPENDS = [
+    ("int4", 128, 4, 2, 16, True, 1),
+    ("int4", 64, 3, 1, 32, False, 4),
+    ("int4", 256, 2, 1, 16, False, 2),
+    ("int8", 80, 4, 2, 64, True, 2),
+    ("fp8_e4m3", 96, 2, 2, 16, False, 1),
+    ("bf16", 128, 4, 1, 16, False, 4),
+]
+
+
+def inputs(dim: int, heads: int, kv_heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v (with zeros, one loud channel, one sign alone), cos and sin."""
+    generator = torch.Generator().manual_seed(dim)
+    q = torch.randn(tokens, heads, dim, generator=generator).bfloat16()
+    k, v = torch.randn(2, tokens, kv_heads, dim, generator=generator).bfloat16()
+    v[0] = 0
+    v[1] = v[1].abs()
+    v[2, ..., 3] *= 1000
+    k[3] = 0
+    angles = torch.rand(tokens, dim // 2, generator=generator) * 1000
+    return q, k, v, angles.cos(), angles.sin()
+
+
+def offset_for(kv_heads: int, dim: int) -> Tensor:
+    return torch.randn(kv_heads, dim, generator=torch.Generator().manual_seed(1)) * 5
+
+
+@needs_dsl
+@pytest.mark.slow
+@pytest.mark.parametrize("kv,dim,heads,kv_heads,block_size,has_offset,rows", APPENDS, ids=lambda v: str(v))
+def test_bytes_on_a_model_of_the_machine(
+    kv: str,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    block_size: int,
+    has_offset: bool,
+    rows: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Equal to the reference's bit for bit; a token without a slot writes nothing."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels.rope_append_sm90 import compile_append
+
+    tokens = 5
+    q, k, v, cos, sin = inputs(dim, heads, kv_heads, tokens)
+    layout = KVLayout(SPECS[kv], torch.bfloat16, kv_heads, dim, block_size)
+    slots = torch.tensor([block_size - 1, 2 * block_size, 3 * block_size + 7, 5, -1])
+    offset = offset_for(kv_heads, dim) if has_offset else None
+    wanted = torch.full(layout.shape(4), 255, dtype=torch.uint8)
+    append = rope_append_kv_reference(layout)
+    append(q[:4], k[:4], v[:4], cos[:4], sin[:4], slots[:4], wanted, offset)
+    turned = append(q, k, v, cos, sin, slots.clamp(min=0), wanted.clone(), offset)
+
+    config = AppendConfig(kv, dim, block_size, 1.0, has_offset, rows)
+    kernel = ptx(compile_append(config, f"--keep-ptx --dump-dir {tmp_path}"))
+    found = np.full(layout.shape(4), 255, dtype=np.uint8)
+    out = np.zeros((tokens, heads, dim // 2), dtype=np.int32)
+    words = [x.view(torch.int32).numpy() for x in (q, k, v)]
+    offsets = (torch.zeros(1, dim) if offset is None else offset).bfloat16().view(torch.int32).numpy()
+    spec = SPECS[kv]
+    kernel.launch(
+        (tokens, -(-(heads + 2 * kv_heads) // (rows * config.warps))),
+        32 * config.warps,
+        [
+            *(Argument(x, (2,)) for x in words),
+            Argument(cos.numpy(), (1,)),
+            Argument(sin.numpy(), (1,)),
+            Argument(slots.numpy()),
+            Argument(offsets, (1,)),
+            Argument(found, (2,)),
+            Argument(out, (2,)),
+            1.0 if spec is None else largest_scale(get_format(spec.format)),
+        ],
+    )
+    assert torch.equal(torch.from_numpy(out).view(torch.bfloat16), turned)
+    assert torch.equal(torch.from_numpy(found), wanted)
+
+
+@needs_dsl
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", SPECS)
+def test_machine_code(kv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spills nothing, and no product is fused with a sum: each is rounded by itself, as torch rounds it."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels.rope_append_sm90 import compile_append
+
+    config = AppendConfig(kv, 128, 16, rows=4)
+    compiled = compile_append(config, f"--keep-cubin --dump-dir {tmp_path}")
+    sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]
+    assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spilled"
+    assert not re.findall(r"\bH(?:FMA|MUL|ADD)2\.BF16", sass), "bfloat16 arithmetic may be fused"
