@@ -118,6 +118,11 @@ SCHEMAS: dict[str, RecordSchema] = {
     "engine-latency": RecordSchema(
         ("shape", "scheme", "kv", "batch", "context", "ms", "sol_ms", "host_ms", "idle"), (), _KV
     ),
+    "engine-host": RecordSchema(
+        ("batch", "context", "sampling", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),
+        (),
+        {"sampling": ("greedy", "top_p")},
+    ),
     "throughput": RecordSchema(
         (
             *("experiment", "shape", "scheme", "kv", "memory_gb", "batch_mode", "batch", "input", "output"),

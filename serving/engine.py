@@ -13,7 +13,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Protocol
 
 from .admission import check_room
@@ -144,8 +143,7 @@ class Engine:
     def stats(self) -> Stats:
         """The numbers as of the last step, and what was submitted since."""
         with self._changed:
-            return replace(
-                self._stats,
+            return self._stats._replace(
                 waiting=self._stats.waiting + self._queued_seqs,
                 waiting_new=self._stats.waiting_new + self._queued_seqs,
                 waiting_tokens=self._stats.waiting_tokens + self._queued_tokens,
@@ -297,7 +295,7 @@ class Engine:
         self._runner.reset()
 
     def _publish(self) -> None:
-        self._stats = replace(self._scheduler.stats(), num_failures=self._num_failures)
+        self._stats = self._scheduler.stats()._replace(num_failures=self._num_failures)
 
     def _emit(self, outputs: list[Output]) -> None:
         with self._changed:
