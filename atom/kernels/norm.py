@@ -8,7 +8,7 @@ from torch import Tensor
 from ..quant.mixed import fake_quantize_activation
 from ..quant.schemes import LinearScheme
 from .activation import Activation
-from .refusals_sm90 import refuses_producer
+from .refusals_sm90 import refuses_adding_producer, refuses_producer
 from .registry import Implementation, Op
 
 
@@ -35,11 +35,33 @@ def rms_norm_quantize_reference(
     return run
 
 
+def add_rms_norm_quantize_reference(
+    linear: LinearScheme, perm: Tensor | None, weight: Tensor, eps: float
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Activation]]:
+    """(residual, update) [T, K] each, in one dtype -> (residual + update, rounded norm of that)."""
+    norm = rms_norm_quantize_reference(linear, perm, weight, eps)
+
+    def run(residual: Tensor, update: Tensor) -> tuple[Tensor, Activation]:
+        total = residual + update
+        return total, norm(total)
+
+    return run
+
+
 RMS_NORM_QUANTIZE = Op(
     name="rms_norm_quantize",
     formula="quantize(rms_norm(x, weight)[:, perm])",
     reference=rms_norm_quantize_reference,
     implementations=(
         Implementation("producers_sm90", "atom.kernels.producers:build_rms_norm_quantize", refuses_producer),
+    ),
+)
+
+ADD_RMS_NORM_QUANTIZE = Op(
+    name="add_rms_norm_quantize",
+    formula="h = residual + update; quantize(rms_norm(h, weight)[:, perm]) and h",
+    reference=add_rms_norm_quantize_reference,
+    implementations=(
+        Implementation("producers_sm90", "atom.kernels.producers:build_add_rms_norm_quantize", refuses_adding_producer),
     ),
 )

@@ -54,12 +54,12 @@ class QuantizingProducer:
     def __call__(self, x: Tensor, other: Tensor | None = None) -> QuantizedActivation:
         """x [T, K] -> codes and scales.
 
-        x      what is rounded, or the gate, or what is added to the residual
-        other  up, or the residual, which is overwritten with the sum; a residual is contiguous
+        x      what is rounded, or the gate, or what is added to the residual, and is overwritten with their sum
+        other  up, or the residual
         """
         strided = x.shape[0] > 1 and any(t is not None and not t.is_contiguous() for t in (x, other))
         if strided and self.source not in ("silu", "gelu_tanh"):
-            x, strided = x.contiguous(), False
+            x, other, strided = x.contiguous(), None if other is None else other.contiguous(), False
         tokens, K = x.shape
         codes, scales = self.outputs(tokens, K, x.device)
         if tokens:
@@ -115,12 +115,13 @@ def build_rms_norm_quantize(
 
 @dataclass(frozen=True)
 class AddingProducer:
-    """(residual, update) -> (their sum, quantize(rms_norm(sum)[:, perm])); the sum overwrites the residual."""
+    """(residual, update) -> (their sum, quantize(rms_norm(sum)[:, perm])); the sum takes the place of the update."""
 
     producer: QuantizingProducer
 
     def __call__(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Activation]:
-        return residual, self.producer(update, residual)
+        total = update.contiguous()
+        return total, self.producer(total, residual)
 
 
 def build_add_rms_norm_quantize(

@@ -32,8 +32,8 @@ class Producer(ProducerEncode):
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,  # [M, K] input, or the gate, or what is added to the residual
-        mU: cute.Tensor,  # [M, K] up where the source is gated, the residual (in and out) where it adds, else any
+        mX: cute.Tensor,  # [M, K] input, or the gate, or what is added to the residual, and then their sum
+        mU: cute.Tensor,  # [M, K] up where the source is gated, the residual where it adds, else any
         mG: cute.Tensor,  # [K] float32 gain of the norm, else any
         mP: cute.Tensor,  # [K] int32 permutation, else any
         mQ: cute.Tensor,  # [M, words] int32: codes, four to a word, or bfloat16, two to a word
@@ -149,13 +149,12 @@ class Producer(ProducerEncode):
                 for e in cutlass.range_constexpr(8):
                     v[e] = self.activate(v[e]) * Float32(u[e])
             if cutlass.const_expr(config.source == "add_norm"):
-                place = cute.make_tensor((mU.iterator + (Int64(token) * K + 8 * i)).align(16), cute.make_layout(8))
                 old = cute.make_rmem_tensor((8,), dtype)
-                cute.autovec_copy(place, old)
+                cute.autovec_copy(cute.make_tensor((mU.iterator + at).align(16), cute.make_layout(8)), old)
                 for e in cutlass.range_constexpr(8):
-                    old[e] = dtype(Float32(old[e]) + v[e])  # rounded as the residual stream is stored
-                    v[e] = Float32(old[e])
-                cute.autovec_copy(old, place)
+                    x[e] = dtype(Float32(old[e]) + v[e])  # rounded as the residual stream is stored
+                    v[e] = Float32(x[e])
+                cute.autovec_copy(x, cute.make_tensor((mX.iterator + at).align(16), cute.make_layout(8)))
             for e in cutlass.range_constexpr(8):
                 squares = squares + v[e] * v[e]
             cute.autovec_copy(v, cute.make_tensor((sV.iterator + 8 * i).align(16), cute.make_layout(8)))

@@ -31,9 +31,19 @@ def refuses_producer(problem: Problem) -> str | None:
     return refuses_scheme(problem.linear) or refuses_unverified(problem.linear)
 
 
+def refuses_adding_producer(problem: Problem) -> str | None:
+    """Why the sm_90a producer that adds to the residual first cannot feed a linear, or None."""
+    return refuses_producer(problem) or (None if unverified_kernels() else NOT_VERIFIED)
+
+
 def refuses_unverified(linear: LinearScheme) -> str | None:
     """A reason if the scheme's kernels have not run on a GPU yet and the user has not asked for such."""
     return None if weight_kind(linear) in VERIFIED or unverified_kernels() else NOT_VERIFIED
+
+
+def fuses_rows(problem: Problem) -> bool:
+    """Whether linears that share an input run as one GEMM: not before what reads its output in parts is verified."""
+    return refuses_linear(problem) is None and unverified_kernels()
 
 
 def weight_kind(linear: LinearScheme) -> str:

@@ -13,6 +13,7 @@ from .config import ModelConfig
 from .kv import KV
 from .norm import RMSNorm
 from .rope import Rotation
+from .together import run_together
 
 
 class Attention(nn.Module):
@@ -38,10 +39,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, kv: KV) -> Tensor:
         """x, what the norm before produces for T tokens -> [T, hidden_size]."""
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # [T, num_heads, head_dim]
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # [T, num_kv_heads, head_dim]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        out = kv.attend(self.index, q, k, v, rotation, self._spec())
+        projected = run_together((self.q_proj, self.k_proj, self.v_proj), x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # [T, num_heads or num_kv_heads, head_dim]
+        out = kv.attend(self.index, self.q_norm(q), self.k_norm(k), v, rotation, self._spec())
         y: Tensor = self.o_proj(self.o_input(out.flatten(1)))
         return y
 

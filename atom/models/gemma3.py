@@ -26,12 +26,12 @@ class Gemma3DecoderLayer(DecoderLayer):
         self.pre_feedforward_layernorm = norm(config)
         self.post_feedforward_layernorm = norm(config)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, kv: KV) -> Tensor:
-        """See DecoderLayer.forward."""
-        attended = self.self_attn(self.input_layernorm(hidden), rotation, kv)
-        hidden = hidden + self.post_attention_layernorm(attended)
-        updated: Tensor = hidden + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
-        return updated
+    def step(self, hidden: Tensor, update: Tensor | None, rotation: Rotation, kv: KV) -> tuple[Tensor, Tensor]:
+        """See DecoderLayer.step."""
+        hidden, x = self.input_layernorm.after(hidden, update)
+        attended = self.post_attention_layernorm(self.self_attn(x, rotation, kv))
+        hidden, x = self.pre_feedforward_layernorm.after(hidden, attended)
+        return hidden, self.post_feedforward_layernorm(self.mlp(x))
 
 
 def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:

@@ -14,6 +14,7 @@ from .config import ModelConfig
 from .kv import KV
 from .norm import RMSNorm
 from .rope import Rope, Rotation
+from .together import run_together
 
 
 class GatedActivation(nn.Module):
@@ -52,7 +53,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x, what the norm before produces for T tokens -> [T, hidden_size]."""
-        y: Tensor = self.down_proj(self.act(self.gate_proj(x), self.up_proj(x)))
+        y: Tensor = self.down_proj(self.act(*run_together((self.gate_proj, self.up_proj), x)))
         return y
 
 
@@ -69,9 +70,18 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, rotation: Rotation, kv: KV) -> Tensor:
         """hidden [T, hidden_size] -> the same; `rotation` is `self.rope(positions)`, shared by like layers."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, kv)
-        updated: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return updated
+        hidden, update = self.step(hidden, None, rotation, kv)
+        return hidden + update
+
+    def step(self, hidden: Tensor, update: Tensor | None, rotation: Rotation, kv: KV) -> tuple[Tensor, Tensor]:
+        """The layer with its adds put off: each norm adds what the half layer before it returned.
+
+        hidden, update  the residual stream [T, hidden_size] is their sum; None before the first layer
+        returns         the same of what the layer returns
+        """
+        hidden, x = self.input_layernorm.after(hidden, update)
+        hidden, x = self.post_attention_layernorm.after(hidden, self.self_attn(x, rotation, kv))
+        return hidden, self.mlp(x)
 
 
 def norm(config: ModelConfig) -> RMSNorm:

@@ -42,13 +42,14 @@ class Decoder(nn.Module):
 
     def forward(self, token_ids: Tensor, positions: Tensor, kv: KV) -> Tensor:
         hidden = self.embed(token_ids)
+        update: Tensor | None = None  # of the last half layer, not added yet
         rotations: dict[RopeConfig, Rotation] = {}
         for layer in self.decoder_layers():
             config = layer.rope.config
             if config not in rotations:
                 rotations[config] = layer.rope(positions)
-            hidden = layer(hidden, rotations[config], kv)
-        normed: Tensor = self.norm(hidden)
+            hidden, update = layer.step(hidden, update, rotations[config], kv)
+        normed: Tensor = self.norm.after(hidden, update)[1]
         return normed
 
 

@@ -1,12 +1,24 @@
 """Root-mean-square norm (arXiv:1910.07467), computed in float32 whatever the model's dtype."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..kernels.norm import normalize, rms_norm
 
 
-class RMSNorm(nn.Module):
+class Norm(nn.Module):
+    """A norm before half a layer, which may take the residual add along."""
+
+    def after(self, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Any]:
+        """(hidden + update, its norm); `update` is None where nothing is to be added yet."""
+        if update is not None:
+            hidden = hidden + update
+        return hidden, self(hidden)
+
+
+class RMSNorm(Norm):
     """x / sqrt(mean(x^2) + eps) * (weight + offset); offset 0 for most families, 1 for Gemma.
 
     Rounding to a narrower dtype follows the families' own code: before the weight where offset is 0, after it

@@ -1,21 +1,14 @@
-"""The quantized twins of a decoder layer's modules, and the swap that puts them in.
-
-A producer (norm, o_input, gated activation) permutes and rounds what its linears take; a QuantizedLinear multiplies
-it with a low-bit weight. Each twin chooses its implementation from the op registry once, when it is made, and runs it
-from then on. The layer's `forward` is the same as in full precision.
-"""
+"""The swap that puts quantized twins into a decoder layer, and the checks of the tensors they are made of."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..kernels.activation import PERMUTE_QUANTIZE, Activation
-from ..kernels.gated import GATED_QUANTIZE
-from ..kernels.linear import LINEAR
-from ..kernels.norm import RMS_NORM_QUANTIZE
-from ..kernels.registry import Kernels, Problem, device_arch
+from ..kernels.refusals_sm90 import fuses_rows
+from ..kernels.registry import REFERENCE, Kernels, Problem, device_arch
 from ..quant.mixed import MixedWeight
 from ..quant.permutation import check_permutation
 from ..quant.schemes import LinearScheme, Scheme
@@ -25,106 +18,10 @@ from .layers import GatedActivation
 from .layout import KEY_OFFSET, PERM, Expected, check_tensor, group_scheme, key_offset_tensor, linear_tensors
 from .norm import RMSNorm
 from .shards import some
-
-
-class Quantized(nn.Module):
-    """What all twins say of themselves: the op, and the implementation that runs it."""
-
-    def __init__(self, op: str, implementation: str, detail: str) -> None:
-        super().__init__()
-        self.op = op
-        self.implementation = implementation
-        self.detail = detail
-
-    def extra_repr(self) -> str:
-        return f"{self.detail}, {self.op}: {self.implementation}"
-
-
-class QuantizedLinear(Quantized):
-    """x @ w.T + bias for a weight in low-bit columns; x comes from a producer of the same scheme."""
-
-    def __init__(
-        self,
-        scheme: LinearScheme,
-        weight: MixedWeight,
-        bias: Tensor | None,
-        shape: tuple[int, int],
-        dtype: torch.dtype = torch.float32,
-        kernels: Kernels = "auto",
-    ) -> None:
-        out_features, in_features = shape
-        problem = Problem(device_arch(weight.normal.codes.device), scheme, out_features, in_features)
-        choice = LINEAR.choose(problem, kernels)
-        super().__init__(LINEAR.name, choice.name, f"{in_features} -> {out_features}, {scheme.weight}")
-        self.scheme = scheme
-        self.in_features = in_features
-        self.out_features = out_features
-        self.dtype = dtype
-        self.bias = bias
-        self._run = choice.build(scheme, weight, bias)
-
-    def forward(self, x: Activation) -> Tensor:
-        """[T, in_features] as its producer hands it on -> [T, out_features] in the model's dtype."""
-        y: Tensor = self._run(x)
-        return y.to(self.dtype)
-
-
-class QuantizingRMSNorm(Quantized):
-    """RMSNorm, permutation and rounding."""
-
-    def __init__(self, norm: RMSNorm, scheme: LinearScheme, perm: Tensor | None, kernels: Kernels = "auto") -> None:
-        gain = norm.gain().detach()
-        problem = Problem(device_arch(gain.device), scheme, K=gain.numel())
-        choice = RMS_NORM_QUANTIZE.choose(problem, kernels)
-        super().__init__(RMS_NORM_QUANTIZE.name, choice.name, f"{gain.numel()}")
-        self._run = choice.build(scheme, perm, gain, norm.eps)
-
-    def forward(self, x: Tensor) -> Activation:
-        """x [T, K] -> what the linears behind this norm take."""
-        y: Activation = self._run(x)
-        return y
-
-
-class PermuteQuantize(Quantized):
-    """Permutation and rounding of what attention returns."""
-
-    def __init__(
-        self,
-        size: int,
-        scheme: LinearScheme,
-        perm: Tensor | None,
-        device: torch.device | str = "cpu",
-        kernels: Kernels = "auto",
-    ) -> None:
-        choice = PERMUTE_QUANTIZE.choose(Problem(device_arch(device), scheme, K=size), kernels)
-        super().__init__(PERMUTE_QUANTIZE.name, choice.name, f"{size}")
-        self._run = choice.build(scheme, perm)
-
-    def forward(self, x: Tensor) -> Activation:
-        """x [T, K] -> what o_proj takes."""
-        y: Activation = self._run(x)
-        return y
-
-
-class QuantizingGatedActivation(Quantized):
-    """act(gate) * up and rounding; the order is already that of the rows of gate and up."""
-
-    def __init__(
-        self,
-        kind: str,
-        size: int,
-        scheme: LinearScheme,
-        device: torch.device | str = "cpu",
-        kernels: Kernels = "auto",
-    ) -> None:
-        choice = GATED_QUANTIZE.choose(Problem(device_arch(device), scheme, K=size), kernels)
-        super().__init__(GATED_QUANTIZE.name, choice.name, f"{size}, {kind}")
-        self._run = choice.build(scheme, kind)
-
-    def forward(self, gate: Tensor, up: Tensor) -> Activation:
-        """gate, up [T, K] -> what down_proj takes."""
-        y: Activation = self._run(gate, up)
-        return y
+from .together import LinearPart, stack_biases, stack_rows
+from .twins import PermuteQuantize, QuantizingGatedActivation, QuantizingRMSNorm
+from .twins import Quantized as Quantized
+from .twins import QuantizedLinear as QuantizedLinear
 
 
 @torch.no_grad()
@@ -153,6 +50,7 @@ def quantize_layer_(
         if shared.weight is None:
             continue
         perms: list[Tensor | None] = []
+        parts: list[_Part] = []
         size = 0
         for name in group.linears:
             linear = layer.get_submodule(name)
@@ -164,11 +62,42 @@ def quantize_layer_(
             bias = found.pop("bias", None)
             shape = (linear.out_features, linear.in_features)
             weight = load_weight(found, linear.in_features, own)
-            layer.set_submodule(name, QuantizedLinear(own, weight, bias, shape, dtype, kernels))
+            parts.append(_Part(name, own, weight, bias, shape))
+        _place_linears(layer, parts, dtype, kernels)
         perm = _shared_perm(perms, group, prefix)
         layer.set_submodule(group.producer, _producer(layer, group, shared, perm, size, device, kernels))
     if offset is not None:
         layer.get_submodule("self_attn").key_offset = _key_offset(offset, tensors, prefix, device)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One linear of a group, loaded."""
+
+    name: str
+    scheme: LinearScheme
+    weight: MixedWeight
+    bias: Tensor | None
+    shape: tuple[int, int]
+
+
+def _place_linears(layer: nn.Module, parts: list[_Part], dtype: torch.dtype, kernels: Kernels) -> None:
+    """Put the linears of one group into the layer: each on its own, or as parts of one where its kernel allows it."""
+    first = parts[0]
+    N, K = sum(part.shape[0] for part in parts), first.shape[1]
+    problem = Problem(device_arch(first.weight.normal.codes.device), first.scheme, N, K)
+    is_one = len(parts) > 1 and kernels != REFERENCE and all(part.scheme == first.scheme for part in parts)
+    if not is_one or not fuses_rows(problem):
+        for part in parts:
+            linear = QuantizedLinear(part.scheme, part.weight, part.bias, part.shape, dtype, kernels)
+            layer.set_submodule(part.name, linear)
+        return
+    bias = stack_biases([part.bias for part in parts], [part.shape[0] for part in parts])
+    whole = QuantizedLinear(first.scheme, stack_rows([part.weight for part in parts]), bias, (N, K), dtype, kernels)
+    start = 0
+    for part in parts:
+        layer.set_submodule(part.name, LinearPart(whole, start, part.shape[0], part.bias))
+        start += part.shape[0]
 
 
 def _key_offset(expected: Expected, tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> Tensor:

@@ -98,7 +98,7 @@ def test_codes_and_scales(name: str, source: str, K: int) -> None:
         values = before(run, source, x, other)
         found = run(x) if source in ("plain", "norm") else run(x, other)
         if source == "add_norm":
-            assert torch.equal(other, total), "the sum replaces the residual"
+            assert torch.equal(x, total), "the sum takes the place of the update"
         spec = scheme.activation
         if spec is None:
             check_close(found.packed.float(), values.bfloat16().float(), exact=source == "plain")
