@@ -16,6 +16,8 @@ from typing import Any
 
 from .engine_config import EngineConfig
 from .errors import EngineDeadError, InvalidRequestError, QueueFullError, StepFailedError
+from .guidance import Guide, GuideCompiler
+from .guidance_spec import GuidanceSpec
 from .request import FinishReason, Request
 from .result import TokenLogprobs
 from .sampling_params import SamplingParams
@@ -94,6 +96,7 @@ class LLM:
         self.engine = ready.engine
         self.tokenizer = ready.tokenizer
         self._numbers = itertools.count()
+        self._guides: GuideCompiler | None = None  # made for the first request that needs it
         self._news = threading.Condition()
         self._outputs: list[Output] = []
         self.engine.start(self._listen)
@@ -107,6 +110,8 @@ class LLM:
     def close(self) -> None:
         """Stop the engine; may be called again."""
         self.engine.shutdown()
+        if self._guides is not None:
+            self._guides.close()
 
     def generate(
         self,
@@ -185,7 +190,15 @@ class LLM:
 
     def _request(self, tokens: SequenceOf[int], params: SamplingParams) -> Request:
         eos = self.ready.eos_token_ids
-        return Request(f"llm-{next(self._numbers)}", tuple(tokens), params, eos_token_ids=eos)
+        guide = None if params.guidance is None else self._guide(params.guidance)
+        return Request(f"llm-{next(self._numbers)}", tuple(tokens), params, eos_token_ids=eos, guide=guide)
+
+    def _guide(self, spec: GuidanceSpec) -> Guide:
+        if self.tokenizer is None:
+            raise spec.wrong("left out for a model without a tokenizer", spec.kind, "add the tokenizer's files")
+        if self._guides is None:
+            self._guides = GuideCompiler(self.tokenizer, self.ready.limits.vocab_size, self.ready.eos_token_ids)
+        return self._guides.compile(spec)
 
     def _feed(self, waiting: "deque[_Run]", open_: dict[str, "_Run"]) -> None:
         """Submit what the engine's queue has room for; it always has for the first."""

@@ -3,10 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from .config import MAX_PRIORITY, SchedulerConfig
 from .errors import InvalidRequestError
 from .sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # llguidance is optional
+    from .guidance import Guide
 
 
 class FinishReason(StrEnum):
@@ -24,6 +28,7 @@ class Request:
 
     priority    lower is sooner, within [-100, 100]; it shifts a request in the queue and never starves another
     cache_salt  requests share cached prefixes only with those of the same salt
+    guide       params.guidance, compiled for this model's tokenizer
     """
 
     request_id: str
@@ -32,6 +37,7 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     priority: int = 0
     cache_salt: str | None = None
+    guide: "Guide | None" = None
 
     def max_tokens(self, config: SchedulerConfig) -> int:
         """Tokens to generate at most, of each sample.
@@ -47,6 +53,8 @@ class Request:
         _check_vocabulary("prompt", self.prompt_token_ids, config.vocab_size)
         _check_vocabulary("stop_token_ids", self.params.stop_token_ids, config.vocab_size)
         _check_vocabulary("logit_bias", (token for token, _ in self.params.logit_bias), config.vocab_size)
+        if self.params.guidance is not None and self.guide is None:
+            raise self.params.guidance.wrong("compiled", "no guide", "give the request a guide of GuideCompiler")
         if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
             span = f"within {-MAX_PRIORITY} and {MAX_PRIORITY}"
             raise InvalidRequestError("priority", f"priority must be {span}, got {self.priority}; use 0.")

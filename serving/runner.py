@@ -17,6 +17,7 @@ from atom.models.model import Model
 
 from .batch import Batch, Entry, Step
 from .decode_buckets import DecodeBuckets
+from .guided_lanes import GuidedLanes
 from .kv_pool import KVPool, PagedKV
 from .logprobs import Logprobs, prompt_logprobs, unpack
 from .result import StepResult, TokenLogprobs
@@ -59,6 +60,7 @@ class Runner:
         self.device = model.device
         self.kv = PagedKV(pool, kernels)
         self._sampler = sampler
+        self._guided = GuidedLanes(model.config.vocab_size)
         self._staging = Staging(self.device, depth)
         self._last_tokens = torch.zeros(num_lanes, dtype=torch.int64, device=self.device)
         self.buckets: DecodeBuckets | None = None
@@ -73,20 +75,26 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, step: Step) -> "Launched":
-        """Enqueue a step on the device."""
+        """Enqueue a step on the device. If it samples for guided sequences, wait for the steps before it on the way."""
         for sequence in step.admitted:
             assert sequence.lane is not None
             self._sampler.admit(sequence.lane, sequence)
+            self._guided.admit(sequence.lane, sequence)
         parts = prompt_parts(step)
         logits, sample_lanes, prompt = self._forward(step.batch, parts)
         if logits is None:
-            return Launched(self.device, parts, prompt, None, None)
-        sampled = self._sampler.sample(logits, step.batch.sample_lanes, step.batch.masks_stop)
+            return Launched(self.device, parts, prompt, None)
+        lanes = step.batch.sample_lanes
+        mask, masks_stop = self._guided.mask(lanes, step.batch.masks_stop)  # may wait for the step before, not for this
+        sampled = self._sampler.sample(logits, lanes, masks_stop, mask)
         self._last_tokens[sample_lanes] = sampled.tokens
-        return Launched(self.device, parts, prompt, sampled, sampled.for_host())
+        launched = Launched(self.device, parts, prompt, sampled)
+        self._guided.follow(lanes, launched.tokens)
+        return launched
 
     def reset(self) -> None:
         """Wait until the device has nothing to do; raises if it is lost."""
+        self._guided.reset()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -117,11 +125,10 @@ class Launched:
         parts: list[PromptPart],
         prompt: Logprobs | None,
         sampled: Sampled | None,
-        tokens: Tensor | None,
     ) -> None:
         self._parts = parts
         self._num_logprobs = None if sampled is None else sampled.num_logprobs
-        self._tokens = _to_host(tokens)
+        self._tokens = None if sampled is None else _to_host(sampled.for_host())
         self._logprobs = None if sampled is None or sampled.logprobs is None else _to_host(sampled.logprobs.packed)
         self._prompt = None if prompt is None else _to_host(prompt.packed)
         self._event: torch.cuda.Event | None = None
@@ -131,10 +138,14 @@ class Launched:
 
     def result(self) -> StepResult:
         """Wait until they are there."""
+        return StepResult(self.tokens(), self._sampled_logprobs(), self._of_prompts())
+
+    def tokens(self) -> list[int]:
+        """Wait for the sampled tokens; they can be asked for again."""
         if self._event is not None:
             self._event.synchronize()
-        token_ids = [] if self._tokens is None else self._tokens.tolist()
-        return StepResult(token_ids, self._sampled_logprobs(), self._of_prompts())
+        found: list[int] = [] if self._tokens is None else self._tokens.tolist()
+        return found
 
     def _sampled_logprobs(self) -> list[TokenLogprobs | None] | None:
         if self._logprobs is None or self._num_logprobs is None:
@@ -169,6 +180,6 @@ def _prompt_tokens(entry: Entry) -> list[int]:
     return sequence.token_ids[entry.start + 1 : min(entry.end + 1, sequence.num_prompt)]
 
 
-def _to_host(x: Tensor | None) -> Tensor | None:
+def _to_host(x: Tensor) -> Tensor:
     """A copy that is under way, in page-locked memory; on a CPU the tensor itself."""
-    return None if x is None else x.to("cpu", non_blocking=True)
+    return x.to("cpu", non_blocking=True)

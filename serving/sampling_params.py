@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import InvalidRequestError
+from .guidance_spec import GuidanceSpec
 
 MAX_N = 128  # samples of one request; each is a sequence of its own
 MAX_STOP = 64  # stop strings, and stop token ids
@@ -27,6 +28,7 @@ class SamplingParams:
     seed            with one, the tokens are the same alone and in any batch; None draws a seed
     logprobs        alternatives to report for each token, 0 is the chosen one alone; None is off
     n               samples of the prompt, numbered 0 ... n - 1
+    guidance        what the text must look like: JSON, a regular expression, ...; the request then brings its guide
     stop            strings that end the text; found by the detokenizer, not by the scheduler
 
     Raises InvalidRequestError, whose `field` is the name of the first field that is wrong.
@@ -49,6 +51,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    guidance: GuidanceSpec | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -69,6 +72,8 @@ class SamplingParams:
         _integer("n", self.n, 1, MAX_N, "send further samples as requests of their own")
         if not isinstance(self.ignore_eos, bool):
             raise _wrong("ignore_eos", self.ignore_eos, "true or false", "send a boolean")
+        if self.guidance is not None and not isinstance(self.guidance, GuidanceSpec):
+            raise _wrong("guidance", self.guidance, "a GuidanceSpec", "make one with the functions of guidance_spec.py")
         _items("stop", self.stop, MAX_STOP, _is_stop_string, f"a string of 1 to {MAX_STOP_LENGTH} characters")
         _items("stop_token_ids", self.stop_token_ids, MAX_STOP, _is_token_id, "a token id, 0 or above")
         _items("logit_bias", self.logit_bias, MAX_LOGIT_BIAS, _is_bias, "a token id and a bias within [-100, 100]")

@@ -51,6 +51,8 @@ class Sequence:
         self.stop_token_ids = frozenset(self.params.stop_token_ids) | (
             frozenset() if self.params.ignore_eos else frozenset(request.eos_token_ids)
         )
+        # a guide allows EOS where the text fits, and forces it where nothing else may follow: then it ends in any case
+        self.guided_ends = frozenset(request.eos_token_ids) if request.guide is not None else frozenset()
         self.max_length = self.num_prompt + max_tokens  # of the whole text
         self.min_length = self.num_prompt + self.params.min_tokens  # before EOS and stop tokens count
         self.digests: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
@@ -105,7 +107,7 @@ class Sequence:
         """Take a token that came back; sets `finish_reason` if it is the last."""
         token_ids = self.token_ids
         token_ids.append(token)
-        if token in self.stop_token_ids and len(token_ids) >= self.min_length:
+        if (token in self.stop_token_ids and len(token_ids) >= self.min_length) or token in self.guided_ends:
             self.finish_reason, self.stop_token = FinishReason.STOP, token
         elif len(token_ids) >= self.max_length:
             self.finish_reason = FinishReason.LENGTH

@@ -45,6 +45,7 @@ WRONG: list[tuple[str, Any]] = [
     ("logit_bias", ((1, math.nan),)),
     ("logit_bias", tuple((i, 0.0) for i in range(MAX_LOGIT_BIAS + 1))),
     ("ignore_eos", 1),
+    ("guidance", {"type": "object"}),
 ]
 
 

@@ -1,0 +1,220 @@
+"""Structured output: a specification compiled for a tokenizer, and per sequence the tokens that may come next.
+
+The automata are llguidance's. A specification comes from a client, so compiling it is done with care: it is tried in a
+process that can be killed (guidance_check.py), then compiled in a thread of its own, and what was compiled is kept for
+the next request that asks for it. While text is generated, limits bound the work and the memory of one token; what
+meets them has an empty mask, which ends its sequence with an error.
+"""
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checker import Checker
+from .errors import InvalidRequestError
+from .guidance_spec import GuidanceSpec
+
+logger = logging.getLogger(__name__)
+
+MAX_GUIDES = 64  # compiled specifications that are kept
+COMPILE_S = 5.0  # a specification that takes longer to check is refused
+FIRST_MASK_S = 0.5  # likewise one whose first mask takes longer
+LIMITS = {
+    "initial_lexer_fuel": 500_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 10_000,  # 1 to 2 KB each, for every sequence
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
+# between the parts of a JSON text: without a bound, a model may write spaces for ever
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+_STACK_BYTES = 2**26  # four times that of the process in which specifications are tried
+_PUNCTUATION = frozenset(r"\.+*?()|[]{}^$#&-~/")
+
+
+class Guide:
+    """A compiled specification, for one tokenizer. Immutable: sequences take matchers of it from any thread."""
+
+    def __init__(self, template: Any, vocab_size: int) -> None:
+        self._template = template
+        self.vocab_size = vocab_size
+
+    def start(self, token_ids: Sequence[int] = ()) -> "Matcher":
+        """A matcher for one sequence that has these output tokens already."""
+        matcher = Matcher(self._template.deep_copy())
+        for token in token_ids:
+            matcher.accept(token)
+        return matcher
+
+
+class Matcher:
+    """How far one sequence has come. Used by one thread at a time."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    @property
+    def error(self) -> str:
+        """Why nothing may follow; empty while something may."""
+        return str(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+    @property
+    def is_complete(self) -> bool:
+        """The text fits as it is; EOS may come."""
+        return bool(self._matcher.is_accepting())
+
+    @property
+    def is_stopped(self) -> bool:
+        """Nothing but EOS may follow, or nothing at all after an error."""
+        return bool(self._matcher.is_stopped())
+
+    def accept(self, token: int) -> None:
+        """Take the sequence's next token. After the end of the text tokens are ignored."""
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
+
+    def fill(self, row: NDArray[np.int32]) -> None:
+        """Set the bits of the tokens that may come next, in a row of `mask_words` words; none after an error."""
+        if not self._matcher.is_error():
+            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._matcher.is_error():
+            logger.warning("structured output ends with an error: %s", self.error[:200])
+            row[:] = 0
+
+
+class GuideCompiler:
+    """Compiles specifications for a model's tokenizer; all of it may be used from any thread.
+
+    tokenizer      a fast tokenizer of transformers
+    vocab_size     of the model's logits; tokens beyond the tokenizer's are never allowed
+    eos_token_ids  of which one ends a text
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self.vocab_size = vocab_size
+        self._hf = tokenizer
+        self._eos = list(eos_token_ids)
+        self._tokenizer: Any = None
+        self._guides: OrderedDict[GuidanceSpec, Guide] = OrderedDict()
+        self._lock = threading.Lock()
+        self._checker = Checker(COMPILE_S)
+        self._executor = _executor()
+
+    def compile(self, spec: GuidanceSpec) -> Guide:
+        """The guide for a specification. May take seconds.
+
+        Raises InvalidRequestError, with the specification's field, if there is none: it is malformed, uses what is not
+        supported, cannot be satisfied, or takes too long.
+        """
+        return self._known(spec) or self._executor.submit(self._compile, spec).result()
+
+    async def compile_async(self, spec: GuidanceSpec) -> Guide:
+        """`compile`, while the event loop goes on."""
+        known = self._known(spec)
+        if known is not None:
+            return known
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._compile, spec)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._checker.close()
+
+    def _known(self, spec: GuidanceSpec) -> Guide | None:
+        with self._lock:
+            guide = self._guides.get(spec)
+            if guide is not None:
+                self._guides.move_to_end(spec)
+            return guide
+
+    def _compile(self, spec: GuidanceSpec) -> Guide:
+        known = self._known(spec)
+        if known is not None:
+            return known
+        from llguidance import LLMatcher, LLParserLimits
+
+        if not self._eos:
+            raise spec.wrong("left out for a model without EOS token, which could not end its text", spec.kind, "do so")
+        grammar = grammar_of(spec)
+        error = self._checker.check(grammar, LIMITS)
+        if error is not None:
+            raise _refused(spec, error)
+        if self._tokenizer is None:  # takes a second
+            from llguidance.hf import from_tokenizer
+
+            self._tokenizer = from_tokenizer(self._hf, n_vocab=self.vocab_size, eos_token=self._eos)
+        template = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+        row = np.zeros(mask_words(self.vocab_size), dtype=np.int32)
+        start = time.monotonic()
+        Matcher(first := template.deep_copy()).fill(row)
+        if time.monotonic() - start > FIRST_MASK_S:
+            raise _refused(spec, f"a mask of it takes {time.monotonic() - start:.1f} s")
+        if template.is_error() or not row.any():
+            raise _refused(spec, template.get_error() or first.get_error() or "no text fits")
+        guide = Guide(template, self.vocab_size)
+        with self._lock:
+            self._guides[spec] = guide
+            while len(self._guides) > MAX_GUIDES:
+                self._guides.popitem(last=False)
+        return guide
+
+
+def mask_words(vocab_size: int) -> int:
+    """int32 words of a row of a mask."""
+    return -(-vocab_size // 32)
+
+
+def grammar_of(spec: GuidanceSpec) -> str:
+    """The specification in llguidance's own terms. Raises InvalidRequestError if it cannot be read."""
+    from llguidance import LLMatcher
+
+    if spec.kind in ("json_schema", "json_object"):
+        schema = json.loads(spec.value) if spec.kind == "json_schema" else {"type": "object"}
+        if isinstance(schema, bool):  # true allows anything, false nothing
+            schema = {} if schema else {"enum": []}
+        return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE}))
+    if spec.kind == "regex":
+        return str(LLMatcher.grammar_from_regex(spec.value))
+    if spec.kind == "choice":
+        return str(LLMatcher.grammar_from_regex("|".join(map(_escaped, spec.value.split("\0")))))
+    if "::=" not in spec.value:
+        return str(LLMatcher.grammar_from_lark(spec.value))
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return str(LLMatcher.grammar_from_lark(gbnf_to_lark(spec.value)))
+    except Exception as error:  # the converter raises whatever its parser stumbles over
+        raise _refused(spec, f"this GBNF cannot be read: {error}") from error
+
+
+def _refused(spec: GuidanceSpec, reason: str) -> InvalidRequestError:
+    what = {"json_schema": "this JSON schema", "json_object": "a JSON object", "regex": "this regular expression"}
+    name = what.get(spec.kind, f"this {spec.kind}")
+    reason = " ".join(reason.split("<state>")[0].split())[:300].rstrip(".")
+    return InvalidRequestError(
+        spec.field, f"{spec.field}: {name} cannot be followed: {reason}; correct or simplify it."
+    )
+
+
+def _escaped(text: str) -> str:
+    return "".join("\\" + c if c in _PUNCTUATION else c for c in text)
+
+
+def _executor() -> ThreadPoolExecutor:
+    """One thread with a stack for whatever passed the check."""
+    before = threading.stack_size(_STACK_BYTES)
+    try:
+        executor = ThreadPoolExecutor(1, "guidance")
+        executor.submit(int).result()  # the thread starts with its first work
+    finally:
+        threading.stack_size(before)
+    return executor
