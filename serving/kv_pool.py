@@ -35,6 +35,11 @@ def bytes_per_block(config: ModelConfig, scheme: Scheme | None, dtype: torch.dty
     return config.num_layers * kv_layout(config, scheme, dtype, block_size).block_bytes
 
 
+def _has_key_offset(config: ModelConfig, scheme: Scheme | None) -> bool:
+    """Some layer's keys have an offset: the stored mean, or their projection's bias with no norm behind it."""
+    return scheme is not None and (scheme.kv_offset == "mean" or (config.qkv_bias and not config.qk_norm))
+
+
 class KVPool:
     """The keys and values of all layers in `num_blocks` blocks of `block_size` tokens, in one allocation.
 
@@ -102,9 +107,12 @@ class PagedKV:
 
     What is stored equals DenseKV's bit for bit, and attention to float rounding. Raises UnsupportedError when it is
     made if no implementation runs the cache's format there.
+
+    split_tokens  long sequences are attended over in parts of so many tokens, whatever else is in the batch: results
+                  do not depend on it. None: as is fastest (on a CPU they never depend on it)
     """
 
-    def __init__(self, pool: KVPool, kernels: Kernels = "auto") -> None:
+    def __init__(self, pool: KVPool, kernels: Kernels = "auto", split_tokens: int | None = None) -> None:
         config, scheme = pool.config, pool.scheme
         self.pool = pool
         self.pre_rope = scheme is not None and scheme.kv is not None and scheme.kv_pre_rope
@@ -120,10 +128,14 @@ class PagedKV:
             head_dim=config.head_dim,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
+            block_size=pool.block_size,
             kv_pre_rope=self.pre_rope,
+            has_key_offset=self.offset_apart and _has_key_offset(config, scheme),
+            dtype=str(pool.dtype).removeprefix("torch."),
         )
         self.choices = (ROPE_APPEND_KV.choose(problem, kernels), PAGED_ATTENTION.choose(problem, kernels))
-        self._append, self._attend = (choice.build(pool.layout, self.pre_rope) for choice in self.choices)
+        self._append = self.choices[0].build(pool.layout, self.pre_rope)
+        self._attend = self.choices[1].build(pool.layout, self.pre_rope, split_tokens)
         self._step: PagedStep | None = None
         self._tables: dict[RopeConfig, RopeTable] = {}
 
@@ -133,6 +145,7 @@ class PagedKV:
         self._step = PagedStep(
             batch.cu_seqlens_q, batch.seqlens_k, batch.block_tables, arrays.slots, arrays.block_tables
         )
+        self._attend.prepare(self._step, self.pool.config.windows, self.pool.config.queries_per_kv)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
         """See KV.attend; the T tokens are those of the batch that `begin` took."""

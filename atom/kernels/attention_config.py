@@ -109,8 +109,8 @@ def choose_decode(
     kv: str, head_dim: int, queries: int, block_size: int, has_window: bool, has_cap: bool
 ) -> DecodeConfig:
     """The config of a problem: as many CTAs on an SM as registers and shared memory allow. Not tuned on a GPU yet."""
-    columns = -(-queries // 8)
-    ctas = 3 if head_dim * columns <= 128 else 2
+    size = head_dim * -(-queries // 8)
+    ctas = 3 if size <= 128 else 2 if size < 256 or (size == 256 and kv in ("int4", "fp8_e4m3")) else 1
     for count in range(ctas, 0, -1):
         config = DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, ctas_per_sm=count)
         if config.stages * config.stage_bytes >= 40_000 // count and config.stages >= 4:

@@ -5,7 +5,7 @@ keys are padded to a length that follows from each sequence's own, so a decode's
 batch. Places beyond a sequence's last token are read (they are in its own last block) and replaced by zeros.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .attention_refusals_sm90 import refuses_attention
 from .dense_attention import AttentionSpec, attend_capped, attend_dense
 from .kv_layout import KVLayout
 from .paged_step import Ints, PagedStep
-from .registry import Op
+from .registry import Implementation, Op
 from .rotate import rotate
 
-Attend = Callable[..., Tensor]
 GATHER_ELEMENTS = 1 << 23  # keys that the reference reads at a time: 32 MB in float32
 
 
@@ -82,36 +82,53 @@ def decode_groups(step: PagedStep, window: int | None, layout: KVLayout) -> list
     return groups
 
 
-def paged_attention_reference(layout: KVLayout, pre_rope: bool = False) -> Attend:
-    """Builder of the op; its function takes
+class PagedAttentionReference:
+    """The op in torch, on any device. `split_tokens` changes nothing: its results never depend on the batch."""
 
-    q       [T, num_heads, head_dim]   turned
-    layer   uint8, KVLayout.shape: this step's keys and values are in it
-    step    PagedStep
-    spec    AttentionSpec; key_offset (before RoPE) is what was taken off the stored keys, or None
-    table   RopeTable over all positions of the step, where keys or offsets are turned on reading; else None
-    returns [T, num_heads, head_dim]
-    """
+    def __init__(self, layout: KVLayout, pre_rope: bool = False, split_tokens: int | None = None) -> None:
+        self.layout = layout
+        self.pre_rope = pre_rope
 
-    def run(q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None = None) -> Tensor:
+    def prepare(self, step: PagedStep, windows: Iterable[int | None], queries: int) -> None:
+        """Nothing to do before the first layer."""
+
+    def __call__(
+        self, q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None = None
+    ) -> Tensor:
+        """Attention of a step's queries.
+
+        q       [T, num_heads, head_dim]   turned
+        layer   uint8, KVLayout.shape: this step's keys and values are in it
+        spec    key_offset (before RoPE) is what was taken off the stored keys, or None
+        table   over all positions of the step, where keys or offsets are turned on reading; else None
+        returns [T, num_heads, head_dim]
+        """
         out = torch.empty_like(q)
-        for group in step.derive(("groups", spec.window), lambda: decode_groups(step, spec.window, layout)):
-            out[group.rows] = _decode(q[group.rows], layer, group, spec, table)
+        for group in step.derive(("groups", spec.window), lambda: decode_groups(step, spec.window, self.layout)):
+            out[group.rows] = self._decode(q[group.rows], layer, group, spec, table)
+        self.attend_chunks(q, layer, step, spec, table, out)
+        return out
+
+    def attend_chunks(
+        self, q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None, out: Tensor
+    ) -> None:
+        """The part of sequences with several queries, into `out`."""
         for index in np.flatnonzero(step.counts > 1):
             start, end = int(step.cu_seqlens_q[index]), int(step.cu_seqlens_q[index + 1])
             length = int(step.seqlens_k[index])
-            out[start:end] = _chunk(q[start:end], layer, step.block_tables[index], length, spec, table)
-        return out
+            out[start:end] = self._chunk(q[start:end], layer, step.block_tables[index], length, spec, table)
 
-    def _decode(q: Tensor, layer: Tensor, group: DecodeGroup, spec: AttentionSpec, table: RopeTable | None) -> Tensor:
+    def _decode(
+        self, q: Tensor, layer: Tensor, group: DecodeGroup, spec: AttentionSpec, table: RopeTable | None
+    ) -> Tensor:
+        layout = self.layout
         tiles = layer.transpose(0, 1)[:, group.blocks]  # [num_kv_heads, B, n, tile_bytes]
         keys, values = (layout.read(tiles, part).flatten(2, 3) for part in (0, 1))  # [num_kv_heads, B, L, head_dim]
-        visible = group.visible
-        keys = keys.masked_fill(~visible[..., None], 0.0)
-        values = values.masked_fill(~visible[..., None], 0.0)
-        keys = _finish(keys.movedim(0, 2), group.positions, spec.key_offset, table).movedim(2, 0)
+        hidden = ~group.visible[..., None]
+        keys, values = keys.masked_fill(hidden, 0.0), values.masked_fill(hidden, 0.0)
+        keys = self._finish(keys.movedim(0, 2), group.positions, spec.key_offset, table).movedim(2, 0)
         heads = q.unflatten(1, (layout.num_kv_heads, -1)).transpose(0, 1)  # [num_kv_heads, B, queries per KV head, D]
-        seen = visible[:, None]  # [B, 1, L]
+        seen = group.visible[:, None]  # [B, 1, L]
         if spec.soft_cap is not None:
             out = attend_capped(heads, keys, values, spec.scale, spec.soft_cap, seen)
         else:
@@ -119,34 +136,35 @@ def paged_attention_reference(layout: KVLayout, pre_rope: bool = False) -> Atten
         return out.transpose(0, 1).flatten(1, 2)
 
     def _chunk(
-        q: Tensor, layer: Tensor, blocks: Tensor, length: int, spec: AttentionSpec, table: RopeTable | None
+        self, q: Tensor, layer: Tensor, blocks: Tensor, length: int, spec: AttentionSpec, table: RopeTable | None
     ) -> Tensor:
-        size = layout.block_size
+        layout, size = self.layout, self.layout.block_size
         first = 0 if spec.window is None else max(0, length - q.shape[0] - spec.window + 1) // size
         tiles = layer.transpose(0, 1)[:, blocks[first : -(-length // size)].long()]  # [num_kv_heads, n, tile_bytes]
         keys, values = (layout.read(tiles, part).flatten(1, 2)[:, : length - first * size] for part in (0, 1))
         positions = torch.arange(first * size, length, device=q.device)
-        keys = _finish(keys.transpose(0, 1), positions, spec.key_offset, table).transpose(0, 1)
+        keys = self._finish(keys.transpose(0, 1), positions, spec.key_offset, table).transpose(0, 1)
         return attend_dense(q.transpose(0, 1)[None], keys[None], values[None], spec)[0].transpose(0, 1)
 
-    def _finish(keys: Tensor, positions: Tensor, offset: Tensor | None, table: RopeTable | None) -> Tensor:
+    def _finish(self, keys: Tensor, positions: Tensor, offset: Tensor | None, table: RopeTable | None) -> Tensor:
         """Stored keys [..., L, num_kv_heads, head_dim] at `positions` [..., L] -> turned, the offset in them."""
-        if offset is None and not pre_rope:
+        if offset is None and not self.pre_rope:
             return keys
         assert table is not None, "keys or offsets that are turned on reading need a table"
         cos, sin = table.cos[positions], table.sin[positions]
         if offset is None:
             return rotate(keys, cos, sin)
         offset = offset.to(keys.dtype)
-        if pre_rope:
+        if self.pre_rope:
             return rotate(keys + offset, cos, sin)
         return keys + rotate(offset.expand(keys.shape), cos, sin)
-
-    return run
 
 
 PAGED_ATTENTION = Op(
     name="paged_attention",
     formula="softmax(soft_cap(scale * q @ (keys + rope(offset)).T)) @ values, causal, over each sequence's blocks",
-    reference=paged_attention_reference,
+    reference=PagedAttentionReference,
+    implementations=(
+        Implementation("paged_decode_sm90", "atom.kernels.attention_sm90:PagedAttentionSm90", refuses_attention),
+    ),
 )

@@ -23,8 +23,9 @@ class Problem:
     arch     "cpu", or "sm_90" for compute capability 9.0
     linear   the scheme of the linears fed or run, for GEMMs and producers
     N, K     out and in features (0 where they do not matter)
-    kv       the cache's format (None: the model's own), its head_dim, query and KV heads, and whether its keys are
-             stored before RoPE, for attention
+
+    For attention: the cache's format (None: the model's own), its head_dim, query and KV heads, tokens of a block,
+    whether keys are stored before RoPE or less an offset, and the model's dtype.
     """
 
     arch: str
@@ -35,7 +36,10 @@ class Problem:
     head_dim: int = 0
     num_heads: int = 0
     num_kv_heads: int = 0
+    block_size: int = 16
     kv_pre_rope: bool = False
+    has_key_offset: bool = False
+    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)

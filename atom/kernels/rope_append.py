@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .attention_refusals_sm90 import refuses_attention
 from .kv_layout import KVLayout
-from .registry import Op
+from .registry import Implementation, Op
 from .rotate import rotate
 
 Append = Callable[..., Tensor]
@@ -51,4 +52,7 @@ ROPE_APPEND_KV = Op(
     name="rope_append_kv",
     formula="blocks[slots] = quantize(rope(k - offset)), quantize(v); returns rope(q)",
     reference=rope_append_kv_reference,
+    implementations=(
+        Implementation("rope_append_sm90", "atom.kernels.attention_sm90:RopeAppendSm90", refuses_attention),
+    ),
 )

@@ -14,7 +14,7 @@ from atom.kernels.paged_attention import (
     RopeTable,
     decode_groups,
     padded_blocks,
-    paged_attention_reference,
+    PagedAttentionReference,
 )
 from atom.kernels.paged_step import PagedStep
 from atom.kernels.registry import Problem
@@ -102,7 +102,7 @@ def expected(case: Case, spec: AttentionSpec) -> Tensor:
 
 
 def check(case: Case, spec: AttentionSpec) -> None:
-    run = paged_attention_reference(case.layout)
+    run = PagedAttentionReference(case.layout)
     found = run(case.q, case.layer, case.step, spec)
     error = (found.double() - expected(case, spec)).abs().max() if len(found) else torch.tensor(0.0)
     assert float(error) < (1e-5 if case.layout.dtype == torch.float32 else 2e-2)
@@ -159,7 +159,7 @@ def test_keys_are_stored_turned_and_the_offset_comes_back() -> None:
         assert torch.equal(turned, rotate(q, cos, sin))
         rest = fake_quantize(k - offset if pre_rope else rotate(k - offset, cos, sin), KV4)
         read = rotate(rest + offset, cos, sin) if pre_rope else rest + rotate(offset.expand(20, 2, 64), cos, sin)
-        attend = paged_attention_reference(layout, pre_rope)
+        attend = PagedAttentionReference(layout, pre_rope)
         found = attend(turned, layer, step, spec, RopeTable(cos, sin))
         heads = [x.repeat_interleave(2, 1).transpose(0, 1) for x in (read, fake_quantize(v, KV4))]
         exact = torch.nn.functional.scaled_dot_product_attention(

@@ -1,0 +1,222 @@
+"""The sm_90a attention kernels as implementations of rope_append_kv and paged_attention: plans, buffers, launches.
+
+Decodes (sequences with one query) run the split decode kernel and the merge; prefill chunks read their prefix into
+dense memory and run torch's attention, as the reference does. What changes from step to step lies in buffers that keep
+their place, so that a CUDA graph captured over one step replays any other of the same batch size: `prepare` fills them.
+
+The kernels have run on no GPU yet: see attention_refusals_sm90.py.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..quant.formats import get_format
+from ..quant.rounding import largest_scale
+from .attention_config import AppendConfig, DecodeConfig, MergeConfig, choose_decode
+from .attention_plan import SEGMENT_FIELDS, AttentionPlan, most_segments, plan_balanced, plan_fixed
+from .cache import load_kernel
+from .dense_attention import AttentionSpec
+from .kv_layout import KVLayout
+from .paged_attention import PagedAttentionReference, RopeTable
+from .paged_step import PagedStep
+
+ARCH = "sm_90a"
+HERE = Path(__file__).parent
+SHARED = ("attention_config.py", "dsl/tensor_core.py", "dsl/memory.py", "dsl/arithmetic.py")
+SOURCES = {
+    name: tuple(HERE / file for file in (*files, *SHARED))
+    for name, files in {
+        "paged_decode_sm90": ("paged_decode_sm90.py", "decode_codes_sm90.py"),
+        "merge_partials_sm90": ("merge_partials_sm90.py",),
+        "rope_append_sm90": ("rope_append_sm90.py",),
+    }.items()
+}
+PINNED_COPIES = 4  # steps that may be under way before a host buffer is written again
+FEW_TOKENS = 512  # up to which a warp of the append kernel takes one head
+
+
+class StepBuffers:
+    """The int32 arrays of a step on the device, in one allocation that keeps its place, filled by one copy.
+
+    lengths, rows  [B], work [CTAs + 1], segments [S, 8], merges [B * KV heads, 2]: see PagedDecode and AttentionPlan
+    partial        float32 [S, queries, head_dim], and lse [S, queries]: what the kernels hand each other
+    """
+
+    def __init__(self, seqs: int, ctas: int, segments: int, config: DecodeConfig, kv_heads: int, device: Any) -> None:
+        self.most_segments = segments
+        sizes = (seqs, seqs, ctas + 1, segments * SEGMENT_FIELDS, seqs * kv_heads * 2)
+        ends = np.cumsum([-(-size // 32) * 32 for size in sizes])  # each begins on a line
+        starts = [0, *ends[:-1].tolist()]
+        self.places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        is_cuda = torch.device(device).type == "cuda"
+        self.host = [torch.zeros(int(ends[-1]), dtype=torch.int32, pin_memory=is_cuda) for _ in range(PINNED_COPIES)]
+        self.turn = 0
+        self.device = torch.zeros(int(ends[-1]), dtype=torch.int32, device=device)
+        parts = [self.device[place] for place in self.places]
+        self.lengths, self.rows, self.work = parts[:3]
+        self.segments, self.merges = parts[3].view(-1, SEGMENT_FIELDS), parts[4].view(-1, 2)
+        self.partial = torch.empty(segments, config.queries, config.head_dim, device=device)
+        self.lse = torch.empty(segments, config.queries, device=device)
+
+    def fill(self, lengths: np.ndarray, rows: np.ndarray, plan: AttentionPlan) -> None:
+        assert len(plan.segments) <= self.most_segments, "a plan has more segments than its bound"
+        self.turn = (self.turn + 1) % PINNED_COPIES
+        host = self.host[self.turn].numpy()
+        for place, array in zip(self.places, (lengths, rows, plan.work, plan.segments, plan.merges), strict=True):
+            host[place.start : place.start + array.size] = array.reshape(-1)
+        self.device.copy_(self.host[self.turn], non_blocking=True)
+
+
+class PagedAttentionSm90:
+    """paged_attention on Hopper; called as paged_attention_reference's function is.
+
+    split_tokens  cut every sequence there, so that results do not depend on the batch; None: as fast as possible
+    """
+
+    def __init__(self, layout: KVLayout, pre_rope: bool = False, split_tokens: int | None = None) -> None:
+        assert not pre_rope
+        self.layout = layout
+        self.split_blocks = None if split_tokens is None else max(2, -(-split_tokens // layout.block_size) // 2 * 2)
+        self.reference = PagedAttentionReference(layout)
+        self.kernels: dict[DecodeConfig, tuple[Any, Any]] = {}
+        self.buffers: dict[tuple[int, int | None], StepBuffers] = {}
+
+    def prepare(self, step: PagedStep, windows: Iterable[int | None], queries: int) -> None:
+        """Plan the step for layers of each window and bring the plans to the device; before a graph is replayed too."""
+        for window in dict.fromkeys(windows):
+            self._ready(step, window, queries)
+
+    def __call__(
+        self, q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None = None
+    ) -> Tensor:
+        """See PagedAttentionReference."""
+        queries, cap = q.shape[1] // self.layout.num_kv_heads, spec.soft_cap
+        buffers = self._ready(step, spec.window, queries)
+        q = q.contiguous()
+        out = torch.empty_like(q)
+        if buffers is not None:
+            decode, merge = self._kernels(self._config(queries, spec.window is not None, cap is not None))
+            decode(
+                _words(q), layer, step.block_tables, buffers.lengths, buffers.rows, buffers.work, buffers.segments, out,
+                buffers.partial, buffers.lse, spec.scale if cap is None else spec.scale / cap,
+                1.0 if cap is None else cap, spec.window or 0,
+            )  # fmt: skip
+            merge(buffers.merges, buffers.rows, buffers.partial, buffers.lse, out, self.layout.num_kv_heads)
+        self.reference.attend_chunks(q, layer, step, spec, table, out)
+        return out
+
+    def _config(self, queries: int, has_window: bool, has_cap: bool) -> DecodeConfig:
+        layout = self.layout
+        kv = "bf16" if layout.spec is None else layout.spec.format
+        return choose_decode(kv, layout.head_dim, queries, layout.block_size, has_window, has_cap)
+
+    def _kernels(self, config: DecodeConfig) -> tuple[Any, Any]:
+        if config not in self.kernels:
+            self.kernels[config] = decode_kernel(config), merge_kernel(MergeConfig(config.head_dim, config.queries))
+        return self.kernels[config]
+
+    def _ready(self, step: PagedStep, window: int | None, queries: int) -> StepBuffers | None:
+        """The step's plan on the device; None if no sequence decodes."""
+        return step.derive(("plan", window), lambda: self._plan(step, window, queries))
+
+    def _plan(self, step: PagedStep, window: int | None, queries: int) -> StepBuffers | None:
+        is_decode = step.counts == 1
+        if not is_decode.any():
+            return None
+        config = self._config(queries, window is not None, False)
+        lengths = np.where(is_decode, step.seqlens_k, 0)
+        ctas = config.ctas_per_sm * multiprocessors(step.slots.device)
+        heads, size = self.layout.num_kv_heads, self.layout.block_size
+        if self.split_blocks is None:
+            plan = plan_balanced(lengths, size, heads, ctas, window, config.stage_blocks)
+            most = most_segments(len(lengths), heads, ctas)
+        else:
+            plan = plan_fixed(lengths, size, heads, ctas, self.split_blocks, window)
+            most = 1 << max(10, (len(plan.segments) - 1).bit_length())
+        key = (len(lengths), window)
+        if key not in self.buffers or self.buffers[key].most_segments < most:
+            self.buffers[key] = StepBuffers(len(lengths), ctas, most, config, heads, step.slots.device)
+        self.buffers[key].fill(lengths, step.cu_seqlens_q[:-1], plan)
+        return self.buffers[key]
+
+
+class RopeAppendSm90:
+    """rope_append_kv on Hopper; called as rope_append_kv_reference's function is. Negative slots store nothing."""
+
+    def __init__(self, layout: KVLayout, pre_rope: bool = False) -> None:
+        assert not pre_rope
+        self.layout = layout
+        spec = layout.spec
+        self.kv = "bf16" if spec is None else spec.format
+        self.clip = 1.0 if spec is None else float(spec.clip)
+        self.largest = 1.0 if spec is None else largest_scale(get_format(spec.format))
+        self.kernels: dict[AppendConfig, Any] = {}
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, layer: Tensor,
+        offset: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if not len(q):
+            return out
+        rows = 1 if len(q) <= FEW_TOKENS else 4
+        config = AppendConfig(
+            self.kv, self.layout.head_dim, self.layout.block_size, self.clip, offset is not None, rows
+        )
+        if config not in self.kernels:
+            self.kernels[config] = append_kernel(config)
+        any_words = _words(out).view(-1, self.layout.head_dim // 2)
+        self.kernels[config](
+            _words(q), _words(k), _words(v), cos.contiguous(), sin.contiguous(), slots,
+            any_words if offset is None else _words(offset.to(q.dtype)), layer, _words(out), self.largest,
+        )  # fmt: skip
+        return out
+
+
+def _words(x: Tensor) -> Tensor:
+    """bfloat16 [..., n] as uint32 [..., n / 2]."""
+    return x.contiguous().view(torch.int32).view(torch.uint32)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def decode_kernel(config: DecodeConfig) -> Any:
+    """The compiled kernel of a config, from memory, disk or compiled now."""
+
+    def compile() -> Any:
+        from .paged_decode_sm90 import compile_decode
+
+        return compile_decode(config)
+
+    return _load("paged_decode_sm90", config, compile)
+
+
+def merge_kernel(config: MergeConfig) -> Any:
+    def compile() -> Any:
+        from .merge_partials_sm90 import compile_merge
+
+        return compile_merge(config)
+
+    return _load("merge_partials_sm90", config, compile)
+
+
+def append_kernel(config: AppendConfig) -> Any:
+    def compile() -> Any:
+        from .rope_append_sm90 import compile_append
+
+        return compile_append(config)
+
+    return _load("rope_append_sm90", config, compile)
+
+
+def _load(name: str, config: object, compile: Callable[[], Any]) -> Any:
+    return load_kernel(name, config, SOURCES[name], compile, ARCH)

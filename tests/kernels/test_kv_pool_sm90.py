@@ -1,0 +1,168 @@
+"""A model over the paged cache with the sm_90a kernels, run as PTX on a CPU: host code, plans, buffers and kernels."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from atom.env import unverified_kernels
+from atom.errors import UnsupportedError
+from atom.kernels import attention_sm90
+from atom.kernels.attention_config import SHARED_BYTES, AppendConfig, DecodeConfig, MergeConfig
+from atom.kernels.attention_refusals_sm90 import refuses_attention
+from atom.kernels.paged_attention import PAGED_ATTENTION
+from atom.kernels.registry import Problem
+from atom.quant.presets import KV4
+from atom.serving.kv_pool import KVPool, PagedKV
+
+from ..serving.test_kv_pool import RAW, SCHEMES, Cache, chunked, small_model
+from .ptx_emulator import Kernel
+from .ptx_emulator import Tensor as Argument
+from .test_attention_sm90 import needs_dsl
+
+DECODE_STATIC = {0: (2,), 1: (2,), 6: (1,), 7: (2,), 8: (1, 2), 9: (1,)}
+MERGE_STATIC = {0: (1,), 2: (1, 2), 3: (1,), 4: (2,)}
+APPEND_STATIC = {0: (2,), 1: (2,), 2: (2,), 3: (1,), 4: (1,), 6: (1,), 7: (2,), 8: (2,)}
+
+
+def emulated(kernel: Kernel, static: dict[int, tuple[int, ...]], shape: Callable[..., Any]) -> Callable[..., None]:
+    """A compiled kernel's stand-in: takes its arguments, runs its PTX, writes into the tensors."""
+
+    def run(*arguments: Any) -> None:
+        grid, threads, shared = shape(*arguments)
+        passed = []
+        for index, argument in enumerate(arguments):
+            if isinstance(argument, torch.Tensor):
+                signed = argument.view(torch.int32) if argument.dtype == torch.uint32 else argument
+                signed = signed.view(torch.int16) if signed.dtype == torch.bfloat16 else signed
+                assert signed.is_contiguous()
+                passed.append(Argument(signed.numpy(), static.get(index, ())))
+            else:
+                passed.append(argument)
+        kernel.launch(grid, threads, passed, shared)
+
+    return run
+
+
+@pytest.fixture
+def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled as ever, and their PTX is run."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels.merge_partials_sm90 import compile_merge
+    from atom.kernels.paged_decode_sm90 import compile_decode
+    from atom.kernels.rope_append_sm90 import compile_append
+
+    options = f"--keep-ptx --dump-dir {tmp_path}"
+
+    @lru_cache
+    def decode(config: DecodeConfig) -> Callable[..., None]:
+        kernel = Kernel(compile_decode(config, options).__ptx__)  # type: ignore[attr-defined]
+        shared = SHARED_BYTES // config.ctas_per_sm
+        return emulated(kernel, DECODE_STATIC, lambda *a: ((len(a[5]) - 1, 1), config.threads, shared))
+
+    @lru_cache
+    def merge(config: MergeConfig) -> Callable[..., None]:
+        kernel = Kernel(compile_merge(config, options).__ptx__)  # type: ignore[attr-defined]
+        return emulated(kernel, MERGE_STATIC, lambda *a: ((len(a[0]), config.queries), config.threads, 48 * 1024))
+
+    @lru_cache
+    def append(config: AppendConfig) -> Callable[..., None]:
+        kernel = Kernel(compile_append(config, options).__ptx__)  # type: ignore[attr-defined]
+        threads = 32 * config.warps
+
+        def shape(*a: Any) -> Any:
+            rows = a[0].shape[1] + 2 * a[1].shape[1]
+            return (len(a[0]), -(-rows // (config.rows * config.warps))), threads, 1024
+
+        return emulated(kernel, APPEND_STATIC, shape)
+
+    monkeypatch.setattr(attention_sm90, "decode_kernel", decode)
+    monkeypatch.setattr(attention_sm90, "merge_kernel", merge)
+    monkeypatch.setattr(attention_sm90, "append_kernel", append)
+    monkeypatch.setattr(attention_sm90, "multiprocessors", lambda device: 2)  # six CTAs: rows are split
+
+
+@needs_dsl
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme,split_tokens", [("int4", None), ("16 bits", 32)])
+def test_a_model_with_the_kernels(emulator: None, scheme: str, split_tokens: int | None) -> None:
+    """Chunks and decodes in one batch, window and full layers; logits as with the references, to rounding."""
+    RAW["gemma-64"] = {**RAW["gemma3"], "head_dim": 64, "sliding_window": 20}
+    try:
+        model = small_model("gemma-64", SCHEMES[scheme]).bfloat16()
+    finally:
+        del RAW["gemma-64"]
+    steps = (((0, 40), (1, 15)), ((0, 1), (1, 1), (2, 3)), ((2, 1), (0, 1), (1, 1)))
+    wanted = chunked(Cache(model, 16), steps)
+    cache = Cache(model, 16)
+    cache.kv._append = attention_sm90.RopeAppendSm90(cache.pool.layout)
+    cache.kv._attend = attention_sm90.PagedAttentionSm90(cache.pool.layout, False, split_tokens)
+    found = chunked(cache, steps)
+    for sequence, logits in wanted.items():
+        error = (found[sequence] - logits).float().norm() / logits.float().norm()
+        assert float(error) < 0.03, f"sequence {sequence}"
+    assert len(cache.kv._attend.buffers) == 2, "one batch size that decodes, two windows: buffers keep their places"
+
+
+def problem(**changes: Any) -> Problem:
+    return Problem(**{"arch": "sm_90", "kv": KV4, "head_dim": 128, "num_heads": 32, "num_kv_heads": 8, **changes})
+
+
+def test_nothing_unverified_runs_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATOM_UNVERIFIED_KERNELS", raising=False)
+    assert not unverified_kernels()
+    with pytest.raises(UnsupportedError, match="not been verified on hardware yet; set ATOM_UNVERIFIED_KERNELS=1"):
+        PAGED_ATTENTION.choose(problem())
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    assert PAGED_ATTENTION.choose(problem()).name == "paged_decode_sm90"
+
+
+@pytest.mark.parametrize(
+    "changes,reason",
+    [
+        ({"arch": "sm_100"}, "built for sm_90"),
+        ({"head_dim": 72}, "multiple of 16"),
+        ({"num_kv_heads": 1}, "at most 16 query heads"),
+        ({"kv_pre_rope": True}, "before RoPE"),
+        ({"dtype": "float16"}, "must be bfloat16"),
+        ({"block_size": 8}, "16, 32 or 64"),
+    ],
+)
+def test_refusals_say_why(changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    assert reason in (refuses_attention(problem(**changes)) or "")
+
+
+def test_buffers_keep_their_place_from_step_to_step() -> None:
+    config = DecodeConfig("int4", 64, 1)
+    buffers = attention_sm90.StepBuffers(3, 4, 20, config, 2, "cpu")
+    places = [t.data_ptr() for t in (buffers.lengths, buffers.rows, buffers.work, buffers.segments, buffers.merges)]
+    assert all(place % 128 == places[0] % 128 for place in places)
+    for lengths in ([5, 0, 40], [6, 1, 41]):
+        plan = attention_sm90.plan_balanced(np.array(lengths), 16, 2, 4)
+        buffers.fill(np.array(lengths), np.arange(3), plan)
+        assert buffers.lengths.tolist() == lengths and buffers.rows.tolist() == [0, 1, 2]
+        assert np.array_equal(buffers.work.numpy(), plan.work)
+        assert np.array_equal(buffers.segments[: len(plan.segments)].numpy(), plan.segments)
+        assert np.array_equal(buffers.merges.numpy(), plan.merges)
+    assert places[3] == buffers.segments.data_ptr()
+
+
+def test_the_pool_says_whether_keys_have_an_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches the registry: qwen2's biased keys do, llama's do not."""
+    asked: list[Problem] = []
+    choose = type(PAGED_ATTENTION).choose
+    monkeypatch.setattr(
+        type(PAGED_ATTENTION),
+        "choose",
+        lambda op, problem, kernels: asked.append(problem) or choose(op, problem, kernels),
+    )
+    for name in ("llama", "qwen2", "qwen3"):
+        model = small_model(name, SCHEMES["int4"])
+        PagedKV(KVPool(model.config, model.scheme, 2))
+    assert [p.has_key_offset for p in asked] == [False, False, True, True, False, False]
+    assert asked[0].block_size == 16 and asked[0].dtype == "float32"
