@@ -1,11 +1,13 @@
 """How far activation grids reach, chosen for the model at hand by what clipping does to its predictions.
 
-The constants of the paper fit Llama. On other models some inputs want a closer grid and some none at all, and the
-error of the linears behind them does not tell which: on Qwen2.5-Coder-0.5B a clip of 0.85 lowers the output error of
-every down_proj by a fifth, and raises perplexity by 3 % (docs/accuracy.md). So the whole model is asked. A few windows
-run through it several times at once, layer by layer, weights in full precision: once as they are, once with all
-activations rounded and unclipped, and once for each kind of input and each smaller clip with that kind clipped. What
-counts is the divergence of the next token's distribution from full precision.
+The constants of the paper fit Llama. Here the whole model is asked, one kind of input at a time: some text runs through
+it several times at once, layer by layer, weights and other inputs in full precision, with the inputs of one kind
+rounded at one of the candidate clips. What counts is the divergence of the next token's distribution from full
+precision.
+
+Two things keep chance small. Only one kind is rounded at a time: with all of them rounded, the noise of the others
+drowns the difference. And the text is cut into many short windows: an error in a window's first token, on which all
+others attend, is shared by the whole window, so that windows count and not tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,9 +34,10 @@ from .stats import EnergyAccumulator
 
 CANDIDATES = (1.0, 0.9, 0.8)
 PROBE_TOKENS = 2048  # at most, and no more than about a sixth of the calibration text
+PROBE_LENGTH = 128  # of a window, at most
 LOGITS_BYTES = 128 * 2**20  # of one chunk of float32 logits
 
-Clips = dict[str, float]  # by the name of an input group; groups that are not in it are not clipped
+Variant = tuple[str, float]  # the input group that is rounded, and at which clip
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,11 @@ class Measured:
     """What was chosen, and from what.
 
     chosen       the clip of each input group
-    divergence   mean KL(full precision || rounded) in nats a token, for each group and candidate
+    divergence   mean KL(full precision || that group rounded at that clip) in nats a token
     tokens       that it is a mean over
     """
 
-    chosen: Clips
+    chosen: dict[str, float]
     divergence: dict[str, dict[str, float]]
     tokens: int
 
@@ -81,9 +84,14 @@ def measured_groups(model: Model, scheme: Scheme) -> tuple[InputGroup, ...]:
 
 
 def probe_windows(tokens: Tensor) -> Tensor:
-    """The first windows [n, length] of the calibration text: as many as PROBE_TOKENS allow, at least one."""
+    """The first windows of the calibration text, cut up: at least one window, at most PROBE_TOKENS tokens.
+
+    tokens [windows, length] -> [n, PROBE_LENGTH or what is left of shorter windows]
+    """
     count, length = tokens.shape
-    return tokens[: max(1, min(PROBE_TOKENS, count * length // 6) // length), :PROBE_TOKENS]
+    short = min(length, PROBE_LENGTH)
+    pieces = tokens[:, : length // short * short].reshape(-1, short)
+    return pieces[: max(1, min(PROBE_TOKENS, count * length // 6) // short)]
 
 
 def probe_tokens(windows: int, window_length: int) -> int:
@@ -106,11 +114,11 @@ class ClipProbe:
     runner: LayerRunner
     device: torch.device
     groups: tuple[InputGroup, ...] = field(init=False)
-    variants: list[Clips] = field(init=False)
+    variants: list[Variant] = field(init=False)
 
     def __post_init__(self) -> None:
         self.groups = measured_groups(self.model, self.scheme)
-        self.variants = [{}, *({g.name: clip} for g in self.groups for clip in CANDIDATES[1:])]
+        self.variants = [(group.name, clip) for group in self.groups for clip in CANDIDATES]
 
     def measure(self, hidden: HiddenStates, layers: Iterator[DecoderLayer]) -> Measured:
         """The clips for `hidden`, the embedded probe windows, run through the full-precision `layers`."""
@@ -118,8 +126,9 @@ class ClipProbe:
         for index, layer in enumerate(layers):
             plans = plan_layer(self.model.family, self.scheme, index)
             self._run_exact(layer, index, plans, hidden)
-            for clips, state in zip(self.variants, states, strict=True):
-                with hooked({p.group.producer: _round(p, clips, self.groups) for p in plans if _rounds(p)}, layer):
+            by_name = {plan.group.name: plan for plan in plans}
+            for (name, clip), state in zip(self.variants, states, strict=True):
+                with hooked({by_name[name].group.producer: _round(by_name[name], clip)}, layer):
                     self._run(layer, state)
         return self._choose(hidden, states)
 
@@ -160,11 +169,8 @@ class ClipProbe:
                     found = logits(state.get(number)[part]).log_softmax(-1)
                     totals[variant] += float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
             tokens += len(wanted)
-        means = [total / tokens for total in totals]
-        divergence = {
-            group.name: {str(clip): means[self.variants.index(_variant(group, clip))] for clip in CANDIDATES}
-            for group in self.groups
-        }
+        means = {variant: total / tokens for variant, total in zip(self.variants, totals, strict=True)}
+        divergence = {g.name: {str(clip): means[g.name, clip] for clip in CANDIDATES} for g in self.groups}
         chosen = {name: float(min(found, key=found.__getitem__)) for name, found in divergence.items()}
         rounded = {name: {k: float(f"{v:.5g}") for k, v in found.items()} for name, found in divergence.items()}
         return Measured(chosen, rounded, tokens)
@@ -184,23 +190,14 @@ class ClipProbe:
         return logits
 
 
-def _variant(group: InputGroup, clip: float) -> Clips:
-    return {} if clip == CANDIDATES[0] else {group.name: clip}
-
-
-def _rounds(plan: InputPlan) -> bool:
-    return plan.is_quantized and plan.linear.activation is not None
-
-
 def _clipped(linear: LinearScheme, clip: float) -> LinearScheme:
     assert linear.activation is not None
     return replace(linear, activation=replace(linear.activation, clip=clip))
 
 
-def _round(plan: InputPlan, clips: Clips, groups: tuple[InputGroup, ...]) -> Hook:
-    """Round what the plan's producer gives, at a measured group's clip in this variant, and put it back in order."""
-    own = plan.group in groups
-    linear = _clipped(plan.linear, clips.get(plan.group.name, CANDIDATES[0])) if own else plan.linear
+def _round(plan: InputPlan, clip: float) -> Hook:
+    """Round what the plan's producer gives, and put it back in order."""
+    linear = _clipped(plan.linear, clip)
     perm = plan.perm
     inverse = None if perm is None else torch.argsort(perm)
 

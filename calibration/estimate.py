@@ -64,7 +64,7 @@ def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: M
     """Time and peak memory of calibrating `model` (on the meta device) under `scheme`."""
     tokens = config.windows * config.window_length
     groups = measured_groups(model, scheme) if config.clip == "measured" else ()
-    variants = 2 + len(groups) * (len(CANDIDATES) - 1) if groups else 0
+    variants = 1 + len(groups) * len(CANDIDATES) if groups else 0
     probed = probe_tokens(config.windows, config.window_length)
     seconds = 2 * variants * probed * model.config.hidden_size * model.config.vocab_size / machine.flops
     largest_layer = largest_hessians = widest = 0
@@ -81,7 +81,7 @@ def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: M
             N, K = sum(shape[0] for shape in shapes), shapes[0][1]
             # Reading, rounding and writing activations: a dozen float32 passes where they are rounded, a few elsewhere.
             moved += 4 * tokens * (K * (12 * (PASSES - 1) + 4 * PASSES) + N * 3 * PASSES)
-            moved += 4 * max(0, variants - 1) * probed * K * 12
+            moved += 4 * len(groups and CANDIDATES) * probed * K * 12
             if scheme.weight is not None and scheme.weight.clip == "mse":
                 moved += 4 * N * K * 13 * len(MSE_RATIOS)
             if config.gptq:
