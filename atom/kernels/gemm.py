@@ -119,7 +119,8 @@ class Gemm:
         self.has_bias = bias is not None
         self.channel = weight.channel_scale if weight.channel_scale.numel() else torch.empty(1, device=device)
         self.ctas = 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
-        self.chosen: dict[int, tuple[GemmConfig, Any]] = {}
+        self.device = device
+        self.chosen: dict[int, tuple[Any, Tensor, int]] = {}  # tokens -> kernel, scratch memory, CTAs of an SM
 
     def config(self, tokens: int) -> GemmConfig:
         """What runs with so many tokens."""
@@ -137,16 +138,16 @@ class Gemm:
     def __call__(self, codes: Tensor, scales: Tensor) -> Tensor:
         """codes int8 [T, columns] or bfloat16 [T, K], scales float32 [units, padded T], [1, T] or any -> [T, N]."""
         tokens = codes.shape[0]
-        y = torch.empty(tokens, self.weight.features, dtype=torch.bfloat16, device=codes.device)
+        y = torch.empty((tokens, self.weight.features), dtype=torch.bfloat16, device=self.device)
         if tokens == 0:
             return y
         bucket = token_bucket(tokens)
-        if bucket not in self.chosen:
+        launch = self.chosen.get(bucket)
+        if launch is None:
             config = self.config(bucket)
-            self.chosen[bucket] = (config, gemm_kernel(config))
-        config, kernel = self.chosen[bucket]
-        scratch = scratch_words(codes.device)
-        limit = self.ctas * config.ctas_per_sm
+            launch = self.chosen[bucket] = (gemm_kernel(config), scratch_words(self.device), config.ctas_per_sm)
+        kernel, scratch, ctas_per_sm = launch
+        limit = self.ctas * ctas_per_sm
         kernel(self.units, codes, scales, self.channel, self.bias, y, scratch, self.weight.int4_units, limit)
         return y
 

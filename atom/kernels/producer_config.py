@@ -1,13 +1,13 @@
 """Which producer kernel a scheme's activation runs with: pure arithmetic, no GPU, no cutlass."""
 
 from dataclasses import dataclass
+from functools import partial
 from math import frexp
 from typing import Literal
 
 import torch
 
 from ..quant.formats import get_format
-from ..quant.granularity import Group
 from ..quant.rounding import largest_scale
 from ..quant.scales import LARGEST
 from ..quant.schemes import LinearScheme
@@ -69,28 +69,26 @@ def producer_config(
 ) -> ProducerConfig:
     """The kernel of an activation; `linear` is one that refusals_sm90.py lets pass."""
     spec = linear.activation
-    shared = {
-        "source": source,
-        "permuted": permuted,
-        "outliers": linear.outliers.count > 0,
-        "strided": strided,
-        "dtype": str(dtype).removeprefix("torch."),
-        "max_columns": -(-K // 1024) * 1024,
-    }
+    make = partial(
+        ProducerConfig,
+        source=source,
+        permuted=permuted,
+        outliers=linear.outliers.count > 0,
+        strided=strided,
+        dtype=str(dtype).removeprefix("torch."),
+        max_columns=-(-K // 1024) * 1024,
+    )
     if spec is None:
-        return ProducerConfig(
-            rounding="none", format="bf16", ratio=1.0, scale_format="fp32", largest_scale=1.0, group_size=0, **shared
-        )
+        return make(rounding="none", format="bf16", ratio=1.0, scale_format="fp32", largest_scale=1.0, group_size=0)
     fmt = get_format(spec.format)
     levels = (2**fmt.bits - 1) / 2 if spec.scale_rule == "range" else fmt.max
     assert spec.clip != "mse"
-    size = spec.granularity.size if isinstance(spec.granularity, Group) else 0
-    return ProducerConfig(
+    size = spec.group_size or 0
+    return make(
         rounding="token" if not size else "group" if size == 128 else "small",
         format=spec.format,
         ratio=float(spec.clip) if spec.scale_format == "e8m0" else float(spec.clip) / levels,
         scale_format=spec.scale_format,
         largest_scale=largest_scale(fmt),
         group_size=size,
-        **shared,
     )

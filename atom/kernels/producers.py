@@ -31,6 +31,30 @@ SOURCES = tuple(
 )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What one launch of a producer needs to know, found out once for a dtype and width.
+
+    words   32-bit words of a row of codes
+    dtype   of the codes as the GEMM takes them
+    scales  "group", "token" or "none", see gemm.token_scales
+    units   along K
+    normal  columns before the outliers
+    """
+
+    kernel: Any
+    words: int
+    dtype: torch.dtype
+    scales: str
+    units: int
+    normal: int
+
+    def scales_shape(self, tokens: int) -> tuple[int, int]:
+        if self.scales == "group":
+            return self.units, -(-tokens // 16) * 16
+        return (1, tokens) if self.scales == "token" else (1, 1)
+
+
 class QuantizingProducer:
     """One producer of one scheme and permutation."""
 
@@ -40,7 +64,7 @@ class QuantizingProducer:
         self.perm = None if perm is None else perm.to(torch.int32).contiguous()
         self.gain = None if gain is None else gain.float().contiguous()
         self.eps = eps
-        self.kernels: dict[tuple[torch.dtype, int, bool], Any] = {}
+        self.plans: dict[tuple[torch.dtype, int, bool], Plan] = {}
 
     @property
     def features(self) -> int:
@@ -52,42 +76,38 @@ class QuantizingProducer:
         return producer_config(self.source, self.linear, dtype, K, self.perm is not None, strided)
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> QuantizedActivation:
-        """x [T, K] -> codes and scales.
+        """x [T, K] -> codes and scales, as atom/kernels/gemm.py takes them.
 
         x      what is rounded, or the gate, or what is added to the residual, and is overwritten with their sum
         other  up, or the residual
         """
-        strided = x.shape[0] > 1 and any(t is not None and not t.is_contiguous() for t in (x, other))
+        strided = not (x.is_contiguous() and (other is None or other.is_contiguous()))
         if strided and self.source not in ("silu", "gelu_tanh"):
             x, other, strided = x.contiguous(), None if other is None else other.contiguous(), False
         tokens, K = x.shape
-        codes, scales = self.outputs(tokens, K, x.device)
+        key = (x.dtype, K, strided)
+        plan = self.plans.get(key)
+        if plan is None:
+            plan = self.plans[key] = self.plan(*key)
+        words = torch.empty((tokens, plan.words), dtype=torch.int32, device=x.device)
+        scales = torch.empty(plan.scales_shape(tokens), dtype=torch.float32, device=x.device)
         if tokens:
-            key = (x.dtype, K, strided)
-            if key not in self.kernels:
-                self.kernels[key] = producer_kernel(self.config(*key))
-            words = codes.view(torch.int32)
-            self.kernels[key](
-                x,
-                x if other is None else other,
-                scales.view(-1) if self.gain is None else self.gain,
-                words.view(-1) if self.perm is None else self.perm,
-                words,
-                scales,
-                K - self.linear.outliers.count,
-                self.eps,
-            )
-        return QuantizedActivation(codes, scales)
+            gain = scales.view(-1) if self.gain is None else self.gain
+            perm = words.view(-1) if self.perm is None else self.perm
+            plan.kernel(x, x if other is None else other, gain, perm, words, scales, plan.normal, self.eps)
+        return QuantizedActivation(words.view(plan.dtype), scales)
 
-    def outputs(self, tokens: int, K: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What the kernel fills: codes [tokens, columns] and scales, see atom/kernels/gemm.py."""
-        kind = token_scales(self.linear)
+    def plan(self, dtype: torch.dtype, K: int, strided: bool) -> Plan:
         columns, _, units = activation_columns(self.linear, K)
-        shape = {"group": (units, -(-tokens // 16) * 16), "token": (1, tokens), "none": (1, 1)}[kind]
-        scales = torch.empty(shape, dtype=torch.float32, device=device)
-        if takes_bf16(self.linear):
-            return torch.empty(tokens, K, dtype=torch.bfloat16, device=device), scales
-        return torch.empty(tokens, columns, dtype=torch.int8, device=device), scales
+        is_bf16 = takes_bf16(self.linear)
+        return Plan(
+            kernel=producer_kernel(self.config(dtype, K, strided)),
+            words=K // 2 if is_bf16 else columns // 4,
+            dtype=torch.bfloat16 if is_bf16 else torch.int8,
+            scales=token_scales(self.linear),
+            units=units,
+            normal=K - self.linear.outliers.count,
+        )
 
 
 def producer_kernel(config: ProducerConfig) -> Any:

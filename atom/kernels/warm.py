@@ -1,53 +1,65 @@
 """Compile all kernels that a model will run before it runs, in parallel: a warm start finds them and does nothing."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..env import unverified_kernels
 from .cache import compile_together
 from .gemm import LinearSm90, gemm_kernel, gemm_path, token_bucket
-from .producers import QuantizingProducer, producer_kernel, producer_path
+from .producers import AddingProducer, QuantizingProducer, producer_kernel, producer_path
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Where a compiled kernel is kept, and the picklable job that puts it there."""
+
+    path: Path
+    compile: Callable[[], Any]
+
 
 DEFAULT_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def missing_kernels(
-    model: nn.Module, dtype: torch.dtype, tokens: Iterable[int] = DEFAULT_TOKENS
-) -> list[Callable[[], Any]]:
-    """Jobs for compile_together: one for each kernel of `model` that is not in the cache yet.
-
-    A gated producer learns its width from its first input, so its kernel (a second) is compiled then.
+def model_kernels(model: nn.Module, dtype: torch.dtype, tokens: Iterable[int] = DEFAULT_TOKENS) -> list[Kernel]:
+    """Every GEMM and producer kernel that `model` runs, each once.
 
     dtype   of the hidden states
     tokens  batch sizes that will occur
     """
-    jobs: dict[Any, Callable[[], Any]] = {}
+    found: dict[Any, Kernel] = {}
     buckets = sorted({token_bucket(count) for count in tokens})
+    fused = unverified_kernels()  # when refusals_sm90.fuses_rows lets linears be stacked
     for module in model.modules():
-        run = getattr(module, "_run", None)
-        if isinstance(run, LinearSm90):
-            for config in {run.gemm.config(bucket) for bucket in buckets}:
-                if not gemm_path(config).exists():
-                    jobs[config] = partial(gemm_kernel, config)
-        elif isinstance(run, QuantizingProducer):
-            features = run.features
-            if features and not producer_path(run.config(dtype, features)).exists():
-                jobs[run.config(dtype, features)] = partial(producer_kernel, run.config(dtype, features))
-    return list(jobs.values())
+        for run in (getattr(module, "_run", None), getattr(module, "_add_run", None)):
+            if isinstance(run, AddingProducer):
+                run = run.producer
+            if isinstance(run, LinearSm90):
+                for gemm in {run.gemm.config(bucket) for bucket in buckets}:
+                    found[gemm] = Kernel(gemm_path(gemm), partial(gemm_kernel, gemm))
+            elif isinstance(run, QuantizingProducer):
+                gated = run.source in ("silu", "gelu_tanh")  # reads halves of one tensor where its linears are fused
+                for strided in {False, gated and fused}:
+                    config = run.config(dtype, run.features or module.size, strided)
+                    found[config] = Kernel(producer_path(config), partial(producer_kernel, config))
+    return list(found.values())
 
 
 def warm_up(
     model: nn.Module, dtype: torch.dtype, tokens: Iterable[int] = DEFAULT_TOKENS, workers: int | None = None
 ) -> int:
-    """Compile what is missing, with a progress bar; returns how many kernels that were."""
-    jobs = missing_kernels(model, dtype, tokens)
+    """Compile what is missing, with a progress bar on stderr; returns how many kernels that were."""
+    jobs = [kernel.compile for kernel in model_kernels(model, dtype, tokens) if not kernel.path.exists()]
     if jobs:
+        from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(transient=True) as progress:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("compiling GPU kernels", total=len(jobs))
             compile_together(jobs, workers, lambda count: progress.update(bar, completed=count))
     return len(jobs)

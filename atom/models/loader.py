@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import read_scheme
 from ..kernels.registry import Kernels
+from ..kernels.warm import warm_up
 from .config import ModelConfig
 from .device import choose_device
 from .layers import DecoderLayer
@@ -57,6 +58,8 @@ def load_source(
     _load_tensors(model, source, {name: name for name in outside}, device, dtype)
     for index, layer in enumerate(model.model.decoder_layers()):
         load_layer_(layer, model, source, index, device, dtype, kernels)
+    if torch.device(device).type == "cuda":
+        warm_up(model, dtype)
     return model.eval().requires_grad_(False)
 
 

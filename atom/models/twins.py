@@ -100,6 +100,7 @@ class PermuteQuantize(Quantized):
     ) -> None:
         choice = PERMUTE_QUANTIZE.choose(Problem(device_arch(device), scheme, K=size), kernels)
         super().__init__(PERMUTE_QUANTIZE.name, choice.name, f"{size}")
+        self.size = size
         self._run = choice.build(scheme, perm)
 
     def forward(self, x: Tensor) -> Activation:
@@ -121,6 +122,7 @@ class QuantizingGatedActivation(Quantized):
     ) -> None:
         choice = GATED_QUANTIZE.choose(Problem(device_arch(device), scheme, K=size), kernels)
         super().__init__(GATED_QUANTIZE.name, choice.name, f"{size}, {kind}")
+        self.size = size
         self._run = choice.build(scheme, kind)
 
     def forward(self, gate: Tensor, up: Tensor) -> Activation:

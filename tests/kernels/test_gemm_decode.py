@@ -13,114 +13,22 @@ import torch
 from torch import Tensor
 
 from atom.kernels.gemm import pack_weight
-from atom.kernels.gemm_kinds import KINDS
-from atom.kernels.gemm_pack import PackedWeight, pack_channel_scaled, pack_group_scaled, pack_verbatim
+from atom.kernels.gemm_pack import pack_channel_scaled, pack_group_scaled, pack_verbatim
 from atom.kernels.gemm_pack_bf16 import pack_group_of_16, pack_group_of_32, pack_row_scaled
 from atom.quant.formats import E2M1
 from atom.quant.mixed import dequantize_weight, quantize_weight
 from atom.quant.presets import get_scheme
 from atom.quant.rounding import code_values
 
-from .uncompiled import uncompiled
+from .emulated import decoder, operand_matrix
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
 needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
 
-Words = Any  # numpy uint32, one for each thread
-
-
-def as_floats(words: Words) -> tuple[np.ndarray, np.ndarray]:
-    """The two bfloat16 of each word, the low half first, as float64."""
-    low, high = (words << 16) & np.uint32(0xFFFF0000), words & np.uint32(0xFFFF0000)
-    return low.view(np.float32).astype(np.float64), high.view(np.float32).astype(np.float64)
-
-
-def as_words(low: np.ndarray, high: np.ndarray) -> Words:
-    """Two float64 arrays as words of bfloat16, which must hold them exactly."""
-    words = np.zeros(low.shape, np.uint32)
-    for values, shift in ((low, 16), (high, 0)):
-        bits = values.astype(np.float32).view(np.uint32)
-        assert not (bits & 0xFFFF).any() and (values.astype(np.float32) == values).all(), "not a bfloat16"
-        words |= bits >> np.uint32(shift)
-    return words
-
-
-def multiply_add(a: Words, b: Words, c: Words | None = None) -> Words:
-    a, b = np.broadcast_arrays(np.asarray(a, np.uint32), np.asarray(b, np.uint32))
-    pairs = [x * y for x, y in zip(as_floats(a.copy()), as_floats(b.copy()), strict=True)]
-    if c is not None:
-        wide = np.broadcast_to(np.asarray(c, np.uint32), a.shape).copy()
-        pairs = [x + z for x, z in zip(pairs, as_floats(wide), strict=True)]
-    return as_words(*pairs)
-
-
-def select_bytes(word: Words, selector: int) -> Words:
-    picked = np.zeros_like(word)
-    for place in range(4):
-        which = (int(selector) >> (4 * place)) & 15
-        byte = (word >> np.uint32(8 * which)) & np.uint32(255) if which < 4 else np.uint32(0)
-        picked |= byte << np.uint32(8 * place)
-    return picked
-
 
 @pytest.fixture
 def decode(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """decode(kind) -> its decoder, whose `decode` runs on numpy words."""
-    module = uncompiled(
-        "gemm_decode_sm90",
-        monkeypatch,
-        multiply_bf16x2=multiply_add,
-        multiply_add_bf16x2=multiply_add,
-        select_bytes=select_bytes,
-    )
-    return module.decoder
-
-
-def registers(packed: PackedWeight, tile: int, unit: int, decode: Any) -> list[Words]:
-    """The A registers that the 128 threads of a warpgroup hold for one unit."""
-    codec = decode(packed.kind)
-    words = packed.units[tile, unit].contiguous().numpy().view(np.uint32)
-    thread = np.arange(128)
-    raw = [words[(j // 4) * 512 + thread * 4 + j % 4] for j in range(8)]  # two loads of 16 bytes
-    row = thread // 32 * 16 + thread % 32 // 4
-    if packed.kind == "int4_uint4":
-        factors = words[1024:].view(np.uint8)
-        scale = [factors[row + 8 * r].astype(np.uint32) for r in range(2)]
-    elif packed.kind in ("int4", "int4_bf16"):
-        scale = []  # the promotion multiplies with it
-    else:
-        at = 1024 + (thread // 32 * 8 + thread % 32 // 4) * codec.scale_words
-        scale = [words[at + i] for i in range(codec.scale_words)]
-    out: list[Words] = [None] * (16 if KINDS[packed.kind].operand == "int8" else 32)
-    codec.decode(raw, scale, out)
-    return out
-
-
-def matrix(words: list[Words], operand: str) -> np.ndarray:
-    """The 64 x 128 operand that wgmma reads: PTX ISA, matrix A of m64nNk16 (bf16) and m64nNk32 (s8)."""
-    found = np.full((64, 128), np.nan)
-    for t in range(128):
-        g, q = t % 32 // 4, t % 4
-        for i, word in enumerate(words):
-            step, r = divmod(i, 4)
-            row = 16 * (t // 32) + g + 8 * (r % 2)
-            if operand == "bf16":
-                column = 16 * step + 8 * (r // 2) + 2 * q
-                low, high = as_floats(word[t : t + 1].copy())
-                found[row, column : column + 2] = low[0], high[0]
-            else:
-                column = 32 * step + 16 * (r // 2) + 4 * q
-                found[row, column : column + 4] = word[t : t + 1].view(np.int8)
-    return found
-
-
-def operand_matrix(packed: PackedWeight, decode: Any) -> np.ndarray:
-    """The whole weight as wgmma reads it: [padded N, padded K]."""
-    tiles, units = packed.units.shape[:2]
-    kind = KINDS[packed.kind]
-    return np.block(
-        [[matrix(registers(packed, t, u, decode), kind.operand) for u in range(units)] for t in range(tiles)]
-    )
+    return decoder(monkeypatch)
 
 
 def every_code(rows: int, columns: int, group: int, low: int) -> Tensor:
