@@ -21,7 +21,10 @@ Int64 = NDArray[np.int64]
 
 
 class Entry(NamedTuple):  # made for every sequence and step: a named tuple takes a third of a frozen dataclass's time
-    """One sequence's part of a step: the tokens at positions start ... end - 1."""
+    """One sequence's part of a step: the tokens at positions start ... end - 1.
+
+    With drafts, start is the sequence's last token, they come after it, and each of these tokens is sampled from.
+    """
 
     sequence: Sequence
     lane: int
@@ -30,6 +33,7 @@ class Entry(NamedTuple):  # made for every sequence and step: a named tuple take
     end: int
     samples: bool  # its last token's logits give the sequence's next token
     masks_stop: bool  # EOS and stop token ids must not be sampled yet
+    drafts: tuple[int, ...] = ()  # guessed tokens; what is sampled from the one before says which of them are right
 
     @property
     def num_tokens(self) -> int:
@@ -49,10 +53,11 @@ class Batch:
     seqlens_k      int32 [B]       tokens to attend over, this step's included
     block_tables   int32 [B, max blocks]   rows are filled with 0 beyond ceil(seqlens_k / block_size)
     lanes          int32 [B]
-    sample_rows    int32 [S]       indices into the T tokens, in the order in which results are handed back
+    sample_rows    int32 [S]       indices into the T tokens, in the order in which results are handed back: of each
+                                   entry that samples its last row, and with d drafts its last d + 1 rows
     sample_lanes   int32 [S]
     masks_stop     bool  [S]       the lane's EOS and stop token ids must not be sampled yet
-    num_decodes    leading sequences that have one token each, a sampled one
+    num_decodes    leading sequences that have one token each, a sampled one, and no drafts
     """
 
     token_ids: Int32
@@ -132,7 +137,7 @@ class LaneTables:
 
     def build(self, entries: SequenceOf[Entry], num_decodes: int) -> Batch:
         """The arrays of a step; the tables of its lanes must be up to date."""
-        _, all_lanes, _, all_starts, all_ends, all_samples, all_masks = zip(*entries, strict=True)
+        _, all_lanes, _, all_starts, all_ends, all_samples, all_masks, all_drafts = zip(*entries, strict=True)
         starts = np.array(all_starts, dtype=np.int32)
         ends = np.array(all_ends, dtype=np.int32)
         lanes = np.array(all_lanes, dtype=np.int32)
@@ -147,6 +152,13 @@ class LaneTables:
         block_tables = self._tables[lanes, : num_blocks.max()]
         block_tables[np.arange(block_tables.shape[1]) >= num_blocks[:, None]] = 0  # a copy: lanes indexed it
         token_ids, pending = _tokens(entries, len(owner))
+        rows, masks_stop = cu_seqlens_q[1:][samples] - 1, np.array(all_masks, dtype=np.bool_)[samples]
+        sample_lanes = lanes[samples]
+        if any(all_drafts):
+            counts = np.array([1 + len(drafts) for drafts in all_drafts], dtype=np.int32)[samples]
+            last = np.cumsum(counts)
+            rows = np.repeat(rows - last + 1, counts) + np.arange(last[-1], dtype=np.int32)
+            sample_lanes, masks_stop = np.repeat(sample_lanes, counts), np.repeat(masks_stop, counts)
         return Batch(
             token_ids=token_ids,
             pending=pending,
@@ -157,9 +169,9 @@ class LaneTables:
             seqlens_k=ends,
             block_tables=block_tables,
             lanes=lanes,
-            sample_rows=cu_seqlens_q[1:][samples] - 1,
-            sample_lanes=lanes[samples],
-            masks_stop=np.array(all_masks, dtype=np.bool_)[samples],
+            sample_rows=rows.astype(np.int32, copy=False),
+            sample_lanes=sample_lanes,
+            masks_stop=masks_stop,
             num_decodes=num_decodes,
         )
 
@@ -170,7 +182,10 @@ def _tokens(entries: Iterable[Entry], total: int) -> tuple[Int32, Int32]:
     pending: list[int] = []
     for entry in entries:
         known, end = entry.sequence.token_ids, entry.end
-        if end > len(known):  # a decode whose input is being sampled
+        if entry.drafts:
+            tokens.append(known[entry.start])
+            tokens += entry.drafts
+        elif end > len(known):  # a decode whose input is being sampled
             assert end - entry.start == 1
             pending.append(len(tokens))
             tokens.append(0)

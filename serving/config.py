@@ -30,6 +30,12 @@ class SchedulerConfig:
     """Share of the blocks that stays free when a sequence is admitted beside others, for those to grow into."""
     patience_steps: int = 256
     """Steps that one level of priority is worth: a request never waits for later ones beyond this."""
+    num_speculative_tokens: int = 0
+    """Draft tokens of a greedy sequence that one step checks at most; 0: no speculative decoding."""
+    prompt_lookup_min: int = 2
+    """Tokens that must repeat for a draft."""
+    prompt_lookup_max: int = 4
+    """Longest run of tokens that is looked up."""
     max_waiting_requests: int = 1024
     """Requests that may wait for their first step; further ones are refused for now."""
     max_waiting_tokens: int = 2**21
@@ -38,10 +44,16 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}; raise it.")
+            least = 0 if field.name == "num_speculative_tokens" else 1
+            if field.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{field.name} must be an integer of at least {least}, got {value!r}; raise it.")
         if not 0 <= self.watermark < 1:
             raise ValueError(f"watermark must be at least 0 and below 1, got {self.watermark}; use 0.01.")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min must be at most prompt_lookup_max = {self.prompt_lookup_max}, got "
+                f"{self.prompt_lookup_min}; lower it."
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens must be at least max_num_seqs = {self.max_num_seqs}, so that every running "

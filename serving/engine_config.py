@@ -74,6 +74,15 @@ class EngineConfig:
     max_waiting_tokens: int = 2**21
     """Prompt tokens of those requests together."""
 
+    num_speculative_tokens: int = 0
+    """Draft tokens, looked up in the text so far, that one step checks; the output stays the same. 0: off."""
+
+    prompt_lookup_min: int = 2
+    """Tokens that must repeat for a draft."""
+
+    prompt_lookup_max: int = 4
+    """Longest run of tokens that is looked up."""
+
     seed: int | None = None
     """Makes the sampling of requests without a seed repeatable."""
 
@@ -128,6 +137,9 @@ class EngineConfig:
             prefix_cache=self.enable_prefix_caching,
             watermark=self.watermark,
             patience_steps=self.patience_steps,
+            num_speculative_tokens=self.num_speculative_tokens,
+            prompt_lookup_min=self.prompt_lookup_min,
+            prompt_lookup_max=self.prompt_lookup_max,
             max_waiting_requests=self.max_waiting_requests,
             max_waiting_tokens=self.max_waiting_tokens,
         )

@@ -24,9 +24,10 @@ from .batch import Entry, LaneTables, Step
 from .block_manager import BlockManager
 from .config import SchedulerConfig
 from .errors import InvalidRequestError
+from .ngram import NgramIndex, can_speculate
 from .prefix import PrefixHasher
 from .request import FinishReason, Request
-from .result import FAULTY, StepResult
+from .result import FAULTY, StepResult, TokenLogprobs
 from .sequence import Output, Sequence
 from .stats import Stats
 
@@ -34,9 +35,11 @@ _order = attrgetter("order")
 _new_tuple = tuple.__new__
 
 
-def _entry(sequence: Sequence, lane: int, start: int, end: int, samples: bool, masks_stop: bool) -> Entry:
+def _entry(
+    sequence: Sequence, lane: int, start: int, end: int, samples: bool, masks_stop: bool, drafts: tuple[int, ...] = ()
+) -> Entry:
     """Entry(...), in half the time."""
-    return _new_tuple(Entry, (sequence, lane, sequence.epoch, start, end, samples, masks_stop))
+    return _new_tuple(Entry, (sequence, lane, sequence.epoch, start, end, samples, masks_stop, drafts))
 
 
 class Scheduler:
@@ -64,6 +67,8 @@ class Scheduler:
         self._finished = 0
         self._prompt_tokens = 0
         self._output_tokens = 0
+        self._drafts = 0
+        self._accepted = 0
         self._prefix_queries = 0
         self._prefix_hits = 0
 
@@ -94,6 +99,8 @@ class Scheduler:
         for index in range(n):
             sequence = Sequence(self._arrivals, request, index, max_tokens, (arrival, self._arrivals))
             self._arrivals += 1
+            if self.config.num_speculative_tokens and can_speculate(request):
+                sequence.ngrams = NgramIndex(self.config.prompt_lookup_min, self.config.prompt_lookup_max)
             sequences.append(sequence)
             insort(self._waiting, sequence, key=_order)
         self._requests[request.request_id] = sequences
@@ -123,9 +130,10 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step; None if there is nothing to compute before an update, or at all."""
         preemptions = self._preemptions
-        entries, prefills = self._plan_running()
+        entries, drafted, prefills = self._plan_running()
         num_decodes = len(entries)
-        budget = self.config.max_num_batched_tokens - num_decodes
+        entries += drafted
+        budget = self.config.max_num_batched_tokens - num_decodes - sum(entry.num_tokens for entry in drafted)
         chunks = []
         for sequence in prefills:
             if budget:
@@ -157,7 +165,7 @@ class Scheduler:
         if not self._in_flight or step.number < self._in_flight[0].number:
             return []  # forgotten by fail()
         assert self._in_flight.popleft() is step, "steps must be updated in the order in which they were scheduled"
-        assert len(result.token_ids) == len(step.batch.sample_rows), "one token for each sequence that samples"
+        assert len(result.token_ids) == len(step.batch.sample_rows), "one token for each row that is sampled"
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(step, result)
         tokens, logprobs = iter(result.token_ids), iter(result.logprobs or repeat(None))
@@ -165,10 +173,16 @@ class Scheduler:
         outputs = []
         for entry in step.entries:
             sequence, epoch, end = entry.sequence, entry.epoch, entry.end
+            if entry.drafts:
+                found = [(next(tokens), next(logprobs)) for _ in range(1 + len(entry.drafts))]
+                if sequence.finish_reason is None:
+                    outputs.append(self._verify(entry, found))
+                continue
             token, logprob = (next(tokens), next(logprobs)) if entry.samples else (None, None)
             if sequence.finish_reason is not None:
                 continue
             if token == FAULTY:
+                self._output_tokens -= 1
                 outputs.append(self._end(sequence, FinishReason.ERROR))
                 continue
             if token is not None:
@@ -182,7 +196,7 @@ class Scheduler:
                 outputs.append(sequence.output((token,), None if logprob is None else (logprob,)))
                 if sequence.finish_reason is not None:
                     self._remove(sequence)
-        self._output_tokens += len(step.batch.sample_rows)
+        self._output_tokens += len(outputs)
         return outputs
 
     def stats(self) -> Stats:
@@ -203,6 +217,8 @@ class Scheduler:
             num_prompt_tokens=self._prompt_tokens,
             num_output_tokens=self._output_tokens,
             waiting_new=self._new_seqs,
+            num_draft_tokens=self._drafts,
+            num_accepted_tokens=self._accepted,
         )
 
     def check(self) -> None:
@@ -235,26 +251,80 @@ class Scheduler:
             if kept:  # not handed out already
                 kept[start : start + len(found)] = found
 
-    def _plan_running(self) -> tuple[list[Entry], list[Sequence]]:
-        """The entries of the sequences that decode in this step, and the sequences with a prompt under way.
+    def _plan_running(self) -> tuple[list[Entry], list[Entry], list[Sequence]]:
+        """The entries of the sequences that decode in this step, without and with drafts, and those still in a prompt.
 
         Preempts to get there. It runs for every sequence and step, so the questions that Sequence answers (is_decode,
         is_sampled_out, length) are written out.
         """
         decodes: list[Entry] = []
+        drafted: list[Entry] = []
         prefills: list[Sequence] = []
         size = self.config.block_size
+        spare = self.config.max_num_batched_tokens - len(self._running)  # tokens of a step that may be drafts
         for sequence in tuple(self._running):
             start, length = sequence.scheduled, len(sequence.token_ids) + sequence.pending
             if sequence.lane is None or length >= sequence.max_length:  # preempted just now, or nothing left to compute
                 continue
             if length - start != 1 or length == sequence.num_prompt:
                 prefills.append(sequence)
+            elif sequence.ngrams is not None and sequence.pending:  # drafts follow the last token, so it must be known
+                continue
             elif start % size or self._grow(sequence):
-                decodes.append(_entry(sequence, sequence.lane, start, length, True, length + 1 < sequence.min_length))
+                masks = length + 1 < sequence.min_length
+                if sequence.ngrams is not None and not masks and (drafts := self._draft(sequence, spare)):
+                    end = length + len(drafts)
+                    spare -= len(drafts)
+                    drafted.append(_entry(sequence, sequence.lane, start, end, True, False, drafts))
+                else:
+                    decodes.append(_entry(sequence, sequence.lane, start, length, True, masks))
                 sequence.scheduled = length
                 sequence.pending += 1
-        return decodes, prefills
+        return decodes, drafted, prefills
+
+    def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:
+        """Guesses at what follows a sequence's last token, with blocks for them; nobody is preempted for a guess."""
+        assert sequence.ngrams is not None
+        length = sequence.length
+        most = min(self.config.num_speculative_tokens, spare, sequence.max_length - length - 1)
+        drafts = sequence.ngrams.propose(sequence.token_ids, most)
+        if not drafts:
+            return ()
+        blocks = self.blocks
+        if blocks.num_free > self.config.watermark_blocks and blocks.append(sequence.sequence_id, length + len(drafts)):
+            self._extend_lane(sequence)
+        return drafts[: len(blocks.table(sequence.sequence_id)) * self.config.block_size - length]
+
+    def _verify(self, entry: Entry, found: list[tuple[int, TokenLogprobs | None]]) -> Output:
+        """Take what was sampled from a sequence's last token and from its drafts, as far as the drafts were right.
+
+        found  a token and its logprobs of each row
+        """
+        sequence, drafts = entry.sequence, entry.drafts
+        right = 0
+        while right < len(drafts) and found[right][0] == drafts[right]:
+            right += 1
+        found = found[: right + 1]
+        if any(token == FAULTY for token, _ in found):
+            self._output_tokens -= 1
+            return self._end(sequence, FinishReason.ERROR)
+        sequence.pending -= 1
+        taken = 0
+        while taken < len(found) and not sequence.is_finished:
+            sequence.append(found[taken][0])
+            taken += 1
+        self._output_tokens += taken - 1
+        self._drafts += len(drafts)
+        self._accepted += taken - 1
+        if sequence.lane is not None and sequence.epoch == entry.epoch:  # not preempted since
+            sequence.scheduled = sequence.computed = entry.start + taken  # what follows was computed for wrong tokens
+            if self.config.prefix_cache and sequence.computed // self.config.block_size > sequence.registered:
+                self._register(sequence, sequence.computed // self.config.block_size)
+        logprobs = tuple(each for _, each in found[:taken] if each is not None)
+        output = sequence.output(tuple(token for token, _ in found[:taken]), logprobs or None)
+        if sequence.is_finished:
+            self._remove(sequence)
+        return output
 
     def _grow(self, sequence: Sequence) -> bool:
         """Have a block for a decode's token; False if only the sequence itself was left to preempt for it."""

@@ -11,6 +11,7 @@ first, one token in decode, all of it again after a preemption.
 
 from typing import NamedTuple
 
+from .ngram import NgramIndex
 from .request import FinishReason, Request
 from .result import TokenLogprobs
 
@@ -55,6 +56,7 @@ class Sequence:
         self.guided_ends = frozenset(request.eos_token_ids) if request.guide is not None else frozenset()
         self.max_length = self.num_prompt + max_tokens  # of the whole text
         self.min_length = self.num_prompt + self.params.min_tokens  # before EOS and stop tokens count
+        self.ngrams: NgramIndex | None = None  # where drafts come from, if its tokens are guessed at all
         self.digests: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
         self.registered = 0  # leading blocks of the current table that were offered to the prefix cache
         self.pending = 0

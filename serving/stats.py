@@ -21,5 +21,7 @@ class Stats(NamedTuple):  # taken several times a step
     num_prefix_hits: int  # tokens that were found there, or shared with another sample
     num_finished: int  # sequences, for any reason
     num_prompt_tokens: int  # of admitted sequences, cached ones included
-    num_output_tokens: int  # that were sampled
+    num_output_tokens: int  # that were handed out
+    num_draft_tokens: int  # guessed by speculative decoding
+    num_accepted_tokens: int  # those of them that were right
     num_failures: int = 0  # failed steps

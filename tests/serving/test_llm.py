@@ -81,6 +81,23 @@ def test_limits_change_no_token(tiny: Tiny, limits: dict[str, Any], happens: str
         assert (llm.engine.stats().num_preemptions > 0) == (happens == "preemption")
 
 
+def test_speculation_changes_no_token(tiny: Tiny) -> None:
+    """Prompts that repeat themselves, with logprobs, beside sequences that are drawn."""
+    prompts = [prompt * 3 for prompt in PROMPTS[:4]] + [[5, 6, 7] * 12]
+    params = [SamplingParams(max_tokens=40, temperature=0, logprobs=1, ignore_eos=True)] * 4
+    params.append(SamplingParams(max_tokens=40, seed=1, presence_penalty=0.5, ignore_eos=True))
+    found = []
+    for drafts in (0, 3):
+        with LLM(str(tiny("llama")), **SMALL, num_speculative_tokens=drafts, prompt_lookup_min=1) as llm:
+            found.append(llm.generate(prompts, params))
+            stats = llm.engine.stats()
+    assert [c.token_ids for c in found[0]] == [c.token_ids for c in found[1]]
+    for plain, guessed in zip(*found, strict=True):
+        logprobs = [[each.logprob for each in c.samples[0].logprobs or ()] for c in (plain, guessed)]
+        assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+    assert stats.num_accepted_tokens > 0 and stats.used_blocks == 0
+
+
 def test_samples_with_a_seed_are_the_same_alone_and_in_any_batch(tiny: Tiny) -> None:
     params = [SamplingParams(max_tokens=10, seed=seed, temperature=1.0, n=3, ignore_eos=True) for seed in range(7)]
 

@@ -19,7 +19,7 @@ SIZE = 2
 prompts = st.builds(lambda a, b: (1,) * a + (2,) * b, st.integers(1, 10), st.integers(0, 4))  # many common prefixes
 picks = st.integers(0, 31)
 configs = st.builds(
-    lambda blocks, seqs, tokens, cache, watermark: SchedulerConfig(
+    lambda blocks, seqs, tokens, cache, watermark, drafts: SchedulerConfig(
         vocab_size=VOCAB,
         max_model_len=24,
         num_blocks=blocks,
@@ -31,12 +31,15 @@ configs = st.builds(
         patience_steps=4,
         max_waiting_requests=12,
         max_waiting_tokens=100,
+        num_speculative_tokens=drafts,
+        prompt_lookup_min=1,
     ),
     st.integers(5, 14),
     st.integers(1, 5),
     st.integers(0, 9),
     st.booleans(),
     st.sampled_from([0.0, 0.2]),
+    st.sampled_from([0, 0, 1, 4]),
 )
 
 
@@ -67,7 +70,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     ) -> None:
         least = data.draw(st.integers(0, min(3, max_tokens or 3)))
         wants = data.draw(st.sampled_from([None, None, None, 0]))
-        params = SamplingParams(max_tokens, least, n=n, ignore_eos=data.draw(st.booleans()), prompt_logprobs=wants)
+        temperature = data.draw(st.sampled_from([0.0, 1.0]))  # to the fake model it is all the same
+        params = SamplingParams(
+            max_tokens, least, temperature, n=n, ignore_eos=data.draw(st.booleans()), prompt_logprobs=wants
+        )
         request = Request(
             f"r{self.requests}", prompt, params, tuple(eos), priority, data.draw(st.sampled_from([None, "s"]))
         )
