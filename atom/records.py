@@ -128,7 +128,10 @@ SCHEMAS: dict[str, RecordSchema] = {
             *("experiment", "shape", "scheme", "kv", "memory_gb", "batch_mode", "batch", "input", "output"),
             *("out_tok_s", "tpot_target_ms", "tpot_ms_p50", "tpot_ms_p99", "ttft_ms_p50"),
         ),
-        (),
+        (
+            *("workload", "requests", "rate", "steady_tok_s", "overall_tok_s", "bound_tok_s", "ttft_ms_p99", "errors"),
+            *("weight_gb", "kv_gb", "kv_tokens"),
+        ),
         {"experiment": ("paper", "offline", "trace:"), "batch_mode": ("best", "equal"), **_KV},
     ),
 }

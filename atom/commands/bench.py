@@ -7,21 +7,34 @@ from typing import Annotated, Any
 
 import tyro
 
+from atom.errors import AtomError
 from atom.serving.bench.bounds import BoundsConfig
 from atom.serving.bench.config import ServeBenchConfig
+from atom.serving.bench.offline_config import LatencyConfig, ThroughputConfig
+from atom.serving.bench.sweep import SweepConfig
 
-from .console import console
+from .console import console, progress_console
 
 Options = (
-    Annotated[ServeBenchConfig, tyro.conf.subcommand("serve")] | Annotated[BoundsConfig, tyro.conf.subcommand("bounds")]
+    Annotated[ServeBenchConfig, tyro.conf.subcommand("serve")]
+    | Annotated[ThroughputConfig, tyro.conf.subcommand("throughput")]
+    | Annotated[LatencyConfig, tyro.conf.subcommand("latency")]
+    | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
+    | Annotated[BoundsConfig, tyro.conf.subcommand("bounds")]
 )
 
 
-def run(options: ServeBenchConfig | BoundsConfig) -> dict[str, Any]:
+def run(options: Any) -> dict[str, Any]:
     """Print what was measured; return it as numbers."""
-    if isinstance(options, ServeBenchConfig):
-        return _serve(options)
-    return _bounds(options)
+    runs = {
+        ServeBenchConfig: _serve,
+        ThroughputConfig: _throughput,
+        LatencyConfig: _latency,
+        SweepConfig: _sweep,
+        BoundsConfig: _bounds,
+    }
+    found: dict[str, Any] = runs[type(options)](options)
+    return found
 
 
 def _serve(config: ServeBenchConfig) -> dict[str, Any]:
@@ -39,6 +52,53 @@ def _serve(config: ServeBenchConfig) -> dict[str, Any]:
     if not result.is_complete:
         raise KeyboardInterrupt
     return result.to_dict(with_samples=False)
+
+
+def _throughput(config: ThroughputConfig) -> dict[str, Any]:
+    from atom.serving.bench.offline import bench_throughput
+    from atom.serving.bench.offline_tables import points_table
+
+    with progress_console.status("starting") as status:
+        points = bench_throughput(config, status.update)
+    _print(points_table(config, points))
+    return {"points": [point.to_dict() for point in points]}
+
+
+def _latency(config: LatencyConfig) -> dict[str, Any]:
+    from atom.serving.bench.offline import bench_latency, latency_rows
+    from atom.serving.bench.offline_tables import latency_table
+
+    with progress_console.status("starting") as status:
+        found, facts = bench_latency(config, status.update)
+    _print(latency_table(config, found, facts))
+    return {"rows": latency_rows(config, found, facts), "engine": facts}
+
+
+def _sweep(config: SweepConfig) -> dict[str, Any]:
+    from atom.records import write_record
+    from atom.serving.bench.offline_tables import rows_table
+    from atom.serving.bench.sweep import run_sweep, throughput_rows
+
+    entries = run_sweep(config, lambda text: progress_console.print(text, highlight=False, markup=False))
+    failures = [entry for entry in entries if "error" in entry]
+    rows = throughput_rows(config, entries)
+    _print(rows_table(rows))
+    for failure in failures:
+        _print(f"failed: {failure['model']} {failure['scheme']} {failure['memory_gb']:g} GiB:\n{failure['error']}")
+    result = {"rows": rows, "failures": failures}
+    if rows and config.machine is not None and not failures:
+        _print(f"wrote {write_record('throughput', rows, config.machine)}")
+    if rows:
+        from atom.serving.bench.report_data import write_rows
+
+        _print(f"wrote {write_rows(config.output / 'throughput.json', rows)}")
+    if failures:
+        raise RunFailedError(f"{len(failures)} engines failed; what they said is above; run the same command to go on")
+    return result
+
+
+class RunFailedError(AtomError):
+    """A part of a sweep failed; the rest was kept."""
 
 
 def _bounds(config: BoundsConfig) -> dict[str, Any]:

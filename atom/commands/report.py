@@ -1,6 +1,6 @@
-"""Draw a quantization report, or compare two evaluations.
+"""Draw a quantization report, compare two evaluations, or report throughput.
 
-Example: atom report quant smollm2-w4a4        atom report eval fp.json w4a4.json
+Example: atom report quant smollm2-w4a4        atom report eval fp.json w4a4.json        atom report bench sweep/
 """
 
 from dataclasses import dataclass
@@ -34,12 +34,49 @@ class Eval:
     """Result to compare with it."""
 
 
-Options = Annotated[Quant, tyro.conf.subcommand("quant")] | Annotated[Eval, tyro.conf.subcommand("eval")]
+@dataclass(frozen=True)
+class Bench:
+    """Throughput measurements as Markdown, JSON, plots, and one HTML file that holds them all."""
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of atom bench sweep, records named throughput.json, and results of atom bench serve --output."""
+
+    output: Path = Path("bench-report")
+    """Folder for report.md, report.json, report.html and the plots."""
+
+    title: str = "Serving throughput"
+    """Heading."""
+
+    plots: bool = True
+    """Draw plots; they need matplotlib."""
 
 
-def run(options: Quant | Eval) -> dict[str, Any]:
+Options = (
+    Annotated[Quant, tyro.conf.subcommand("quant")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+)
+
+
+def run(options: Quant | Eval | Bench) -> dict[str, Any]:
     """Print the report; return it as numbers."""
+    if isinstance(options, Bench):
+        return _bench(options)
     return _quant(options) if isinstance(options, Quant) else _eval(options)
+
+
+def _bench(options: Bench) -> dict[str, Any]:
+    from atom.serving.bench.report import write_report
+    from atom.serving.bench.report_data import read_bench
+
+    if not options.files:
+        raise ValueError("no file to report on; name what atom bench sweep or atom bench serve --output wrote")
+    data = read_bench(options.files)
+    paths = write_report(data, options.output, options.title, options.plots)
+    console.print(paths[0].read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
+    for path in paths:
+        console.print(f"wrote {path}")
+    return {"rows": data.rows, "loads": data.loads, "files": [str(path) for path in paths]}
 
 
 def _quant(options: Quant) -> dict[str, Any]:

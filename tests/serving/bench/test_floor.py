@@ -1,5 +1,7 @@
 """Bounds against hand arithmetic."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from atom.serving.bench.bounds import BoundsConfig, bound_rows, bounds_table, go
 from atom.serving.bench.floor import GIB, Mix, ModelFloor, model_floor
 from atom.serving.bench.goals import Case, Goal, paper_case
 from atom.serving.bench.lengths import parse_workload
-from atom.serving.bench.shapes import SHAPES, read_shape, shape_config, write_shape
+from atom.serving.bench.shapes import SHAPES, read_shape, shape_config
 
 H200 = GPUS["h200"]
 BANDWIDTH, RATE_16, RATE_8 = 4.38e12, 900e12, 1656e12
@@ -84,10 +86,10 @@ def test_sliding_windows_read_less() -> None:
     plain = model_floor("tiny", "bf16", H200)
     assert slides.attention_us(4, 100) == plain.attention_us(4, 100)
     assert slides.attention_us(4, 5000) == slides.attention_us(4, 100)
-    width = 256
-    pairs = 2 * (100 * 101 / 2 + 400 * 100)
+    width, layers = 192, 2
+    pairs = layers * (100 * 101 / 2 + 400 * 100)
     difference = slides.prefill_us(np.array([500.0])) - slides._prefill_token_us * 500
-    assert difference == pytest.approx(1e6 * (4 * width * pairs + 2 * 512 * 256) / RATE_16)
+    assert difference == pytest.approx(1e6 * (4 * width * pairs + 2 * 258 * 192) / RATE_16)
 
 
 def test_bound_of_a_steady_state() -> None:
@@ -139,17 +141,19 @@ def test_tables() -> None:
     assert rows[1]["share"] == pytest.approx(0.5, abs=0.001) and rows[0]["share"] is None and rows[1]["ratio"] > 5
     text = bounds_table(rows)
     assert "24 GiB" in text and "equal batch" in text and "does not fit" not in text
-    small = BoundsConfig(schemes=("bf16",), memory_gb=(13,), batches=())
+    small = BoundsConfig(schemes=("bf16",), memory_gb=(12,), batches=())
     assert "no batch" in bounds_table(bound_rows(small, []))
     goals = goals_table(goal_rows("h200", []))
     assert "w4a4 over bf16" in goals and "20,000" in goals
 
 
-def test_shapes(tmp_path: Any) -> None:
+def test_shapes(tmp_path: Path) -> None:
     for name in SHAPES:
         assert shape_config(name).num_layers > 0
-    folder = write_shape("llama-3-8b", tmp_path / "somewhere")
-    assert read_shape(str(folder)) == ("somewhere", SHAPES["llama-3-8b"])
+    for file in (tmp_path / "somewhere" / "config.json", tmp_path / "somewhere.json"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(SHAPES["llama-3-8b"]))
+        assert read_shape(str(file)) == ("somewhere", SHAPES["llama-3-8b"])
     with pytest.raises(ValueError, match="no shape 'llama-9'; use one of llama-2-7b"):
         read_shape("llama-9")
     with pytest.raises(ValueError, match="unknown --gpu 'tpu'"):

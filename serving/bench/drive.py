@@ -1,0 +1,159 @@
+"""Load on an engine in process: submits planned requests, and notes when each step's tokens came out.
+
+The same samples as a load over HTTP, without the HTTP. The engine calls back once a step on its own thread; the time is
+read there, once, so that a batch of any size costs one clock reading.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from atom.errors import AtomError
+
+from ..engine import Engine
+from ..errors import QueueFullError
+from ..request import FinishReason, Request
+from ..sampling_params import SamplingParams
+from ..sequence import Output
+from .sample import Sample
+from .workload import WorkItem
+
+PAUSE_S = 0.01  # after the engine's queue was full
+
+Progress = Callable[[int, int, int], None]  # (requests done, in all, tokens so far)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One call from the engine: when, with how many sequences' tokens, and how many tokens."""
+
+    at_s: float
+    sequences: int
+    tokens: int
+
+
+class Driver:
+    """Owns the outputs of one engine. `start` it, `run` plans one after the other, shut the engine down yourself."""
+
+    def __init__(self, engine: Engine, draw: Callable[[WorkItem, int], list[int]], temperature: float = 0.0) -> None:
+        self._engine = engine
+        self._draw = draw
+        self._temperature = temperature
+        self._changed = threading.Condition()
+        self._open: dict[str, Sample] = {}
+        self._runs = 0
+        self._start = 0.0
+        self._tokens = 0
+        self._death: str | None = None
+        self.steps: list[StepTime] = []
+
+    def start(self) -> None:
+        self._engine.start(self._listen, self._on_death)
+
+    def run(
+        self,
+        items: Sequence[WorkItem],
+        seed: int = 0,
+        concurrency: int | None = None,
+        due_s: Sequence[float] | None = None,
+        progress: Progress = lambda done, total, tokens: None,
+    ) -> list[Sample]:
+        """Run the items and return a sample for each; `steps` has the engine's steps of this run.
+
+        concurrency  requests handed to the engine at once; None: all, and the engine chooses
+        due_s        when each arrives, ascending; None: as soon as concurrency allows
+        Raises InvalidRequestError for an item that the engine can never serve, and AtomError if it dies.
+        """
+        prompts = [tuple(self._draw(item, seed)) for item in items]
+        self._runs += 1
+        self._tokens = 0
+        self.steps = []
+        samples: list[Sample] = []
+        self._start = time.perf_counter()
+        try:
+            for index, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
+                due = self._wait_for_turn(concurrency, None if due_s is None else due_s[index])
+                sample = Sample(index, item.prompt_tokens, item.output_tokens, due, free_s=due)
+                samples.append(sample)
+                self._submit(sample, prompt)
+                progress(index + 1 - len(self._open), len(items), self._tokens)
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._open or self._death, timeout=0.2)
+                    self._check_alive()
+                    if not self._open:
+                        break
+                progress(len(items) - len(self._open), len(items), self._tokens)
+        finally:  # an error, or the user's Ctrl-C
+            for request_id in list(self._open):
+                self._engine.abort(request_id)
+        return samples
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._start
+
+    def _wait_for_turn(self, concurrency: int | None, due: float | None) -> float:
+        """Wait until a request may go; returns when it was due."""
+        if due is not None:
+            time.sleep(max(0.0, due - self._now()))
+        with self._changed:
+            self._changed.wait_for(lambda: concurrency is None or len(self._open) < concurrency or bool(self._death))
+            self._check_alive()
+        if due is not None:
+            return due
+        return 0.0 if concurrency is None else self._now()  # all at once are due at once
+
+    def _submit(self, sample: Sample, prompt: tuple[int, ...]) -> None:
+        name = f"bench-{self._runs}-{sample.index}"
+        params = SamplingParams(max_tokens=sample.asked_output, temperature=self._temperature, ignore_eos=True)
+        with self._changed:
+            self._open[name] = sample
+        while True:
+            sample.sent_s = self._now()
+            try:
+                return self._engine.submit(Request(name, prompt, params))
+            except QueueFullError:
+                with self._changed:
+                    self._changed.wait(PAUSE_S)
+                    self._check_alive()
+            except AtomError:
+                with self._changed:
+                    del self._open[name]
+                raise
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise AtomError(f"the engine died during the run: {self._death}; its log says more")
+
+    def _on_death(self, reason: str) -> None:
+        with self._changed:
+            self._death = reason
+            self._changed.notify()
+
+    def _listen(self, outputs: list[Output]) -> None:  # on the engine's thread
+        now = self._now()
+        tokens = finished = sequences = 0
+        for output in outputs:
+            sample = self._open.get(output.request_id)
+            if sample is None:  # of a run that was left
+                continue
+            if output.token_ids:
+                sample.token_s.append(now)
+                sample.output_tokens = (sample.output_tokens or 0) + len(output.token_ids)
+                sample.cached_tokens = output.cached_tokens
+                tokens += len(output.token_ids)
+                sequences += 1
+            if output.finish_reason is not None:
+                sample.end_s, sample.finish_reason = now, output.finish_reason.value
+                if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                    sample.error = f"engine {output.finish_reason.value}"
+                finished += 1
+                with self._changed:
+                    del self._open[output.request_id]
+        self._tokens += tokens
+        if sequences:
+            self.steps.append(StepTime(now, sequences, tokens))
+        if finished:
+            with self._changed:
+                self._changed.notify()

@@ -1,0 +1,267 @@
+"""Plots of measured throughput: one figure a question, each from rows of record `throughput`.
+
+A group is what compares: one experiment, shape and workload. Within it a scheme keeps its colour in every figure.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atom.errors import UnsupportedError
+
+Row = dict[str, Any]
+
+ORDER = ("bf16", "w8a8", "fp8", "w4a16", "w4a8", "w4a4", "nvint4", "nvfp4", "mxfp4", "w3a3")
+COLOURS = {
+    "bf16": "#7f7f7f",
+    "w8a8": "#1f77b4",
+    "fp8": "#17becf",
+    "w4a16": "#bcbd22",
+    "w4a8": "#ff7f0e",
+    "w4a4": "#d62728",
+    "nvint4": "#9467bd",
+    "nvfp4": "#8c564b",
+    "mxfp4": "#e377c2",
+    "w3a3": "#2ca02c",
+}
+
+
+def group_rows(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """(experiment, shape, workload) -> its rows, in the order of their first appearance."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        workload = row.get("workload") or f"{row['input']}/{row['output']}"
+        groups.setdefault((row["experiment"], row["shape"], workload), []).append(row)
+    return groups
+
+
+def label_of(row: Row) -> str:
+    """Scheme and cache, w4a8+kv4 say; a 16-bit scheme's 16-bit cache goes without saying."""
+    if row["scheme"] in ("bf16", "w4a16") and row["kv"] == "bf16":
+        return str(row["scheme"])
+    kv = {"int4": "kv4", "int8": "kv8", "fp8": "kvfp8", "bf16": "kv16"}[row["kv"]]
+    return f"{row['scheme']}+{kv}"
+
+
+def in_order(rows: Sequence[Row]) -> list[str]:
+    """Labels of the rows, by scheme, then by cache from wide to narrow."""
+    caches = ("bf16", "fp8", "int8", "int4")
+    keys = {(_rank(row["scheme"]), caches.index(row["kv"]), label_of(row)) for row in rows}
+    return [label for _, _, label in sorted(keys)]
+
+
+def _rank(scheme: str) -> int:
+    return ORDER.index(scheme) if scheme in ORDER else len(ORDER)
+
+
+def memory_text(memory_gb: float) -> str:
+    return f"{memory_gb:g} GiB" if memory_gb else "whole GPU"
+
+
+def _style(label: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Colour by scheme; where one scheme stands there with several caches, the wider ones are dashed."""
+    scheme = label.partition("+")[0]
+    siblings = [other for other in in_order(rows) if other.partition("+")[0] == scheme]
+    dashes = ("-", "--", ":", "-.")
+    place = len(siblings) - 1 - siblings.index(label)
+    return {"color": COLOURS.get(scheme, "black"), "linestyle": dashes[place % len(dashes)]}
+
+
+def draw_group(rows: Sequence[Row], title: str, folder: Path, stem: str) -> list[Path]:
+    """All figures that a group's rows allow, as PNG files; returns their paths.
+
+    Raises UnsupportedError where matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UnsupportedError(
+            "plots are drawn with the package matplotlib, which is not installed; pip install 'atom-serving[report]', "
+            "or use --no-plots"
+        ) from None
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"batch": _by_batch, "frontier": _frontier, "speedup": _speedups, "memory": _memory}
+    found = []
+    for name, draw in figures.items():
+        path = folder / f"{stem}-{name}.png"
+        if draw(rows, title, path):
+            found.append(path)
+    return found
+
+
+def _curves(rows: Sequence[Row]) -> dict[float, dict[str, list[Row]]]:
+    """memory -> label -> its equal-batch rows by batch; labels of one point only are kept, as a dot."""
+    found: dict[float, dict[str, list[Row]]] = {}
+    for memory in dict.fromkeys(row["memory_gb"] for row in rows):
+        mine = [r for r in rows if r["memory_gb"] == memory and r["batch_mode"] == "equal" and r["out_tok_s"]]
+        curves = {x: sorted((r for r in mine if label_of(r) == x), key=lambda r: r["batch"]) for x in in_order(mine)}
+        if curves:
+            found[memory] = curves
+    return found
+
+
+def _panels(count: int, title: str, width: float = 6.4, sharey: bool = True) -> tuple[Any, list[Any]]:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, count, figsize=(width * count, 4.4), squeeze=False, sharey=sharey)
+    figure.suptitle(title, fontsize=11)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, color="0.92", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, list(axes[0])
+
+
+def _save(figure: Any, path: Path) -> bool:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
+    return True
+
+
+def _by_batch(rows: Sequence[Row], title: str, path: Path) -> bool:
+    """Output tokens a second against the batch; what the GPU allows, where known, as thin lines of the same colour."""
+    panels = _curves(rows)
+    if not panels or max(len(points) for curves in panels.values() for points in curves.values()) < 2:
+        return False
+    figure, axes = _panels(len(panels), f"Throughput by batch: {title}")
+    for axis, (memory, curves) in zip(axes, panels.items(), strict=True):
+        for label, points in curves.items():
+            style = _style(label, rows)
+            batches = [p["batch"] for p in points]
+            axis.plot(batches, [p["out_tok_s"] for p in points], marker="o", markersize=4, label=label, **style)
+            bounds = [(p["batch"], p["bound_tok_s"]) for p in points if p.get("bound_tok_s")]
+            if len(bounds) > 1:
+                axis.plot(*zip(*bounds, strict=True), color=style["color"], linewidth=0.7, alpha=0.6)
+        axis.set_xscale("log", base=2)
+        ticks = sorted({p["batch"] for points in curves.values() for p in points})
+        axis.set_xticks(_spaced(ticks), [str(t) for t in _spaced(ticks)])
+        axis.minorticks_off()
+        axis.set(xlabel="requests under way", title=memory_text(memory))
+    axes[0].set_ylim(0, None)
+    axes[0].set_ylabel("output tokens/s")
+    has_bounds = any(row.get("bound_tok_s") for row in rows)
+    _legend(axes[-1], "thin: what the GPU allows" if has_bounds else None)
+    return _save(figure, path)
+
+
+def _frontier(rows: Sequence[Row], title: str, path: Path) -> bool:
+    """Output tokens a second against the time per output token that clients saw; up and to the left is better."""
+    panels = {
+        memory: {label: [p for p in points if p["tpot_ms_p50"]] for label, points in curves.items()}
+        for memory, curves in _curves(rows).items()
+    }
+    if not any(points for curves in panels.values() for points in curves.values()):
+        return False
+    figure, axes = _panels(len(panels), f"Throughput against latency: {title}")
+    targets = sorted({row["tpot_target_ms"] for row in rows if row["tpot_target_ms"] is not None})
+    for axis, (memory, curves) in zip(axes, panels.items(), strict=True):
+        for label, points in curves.items():
+            x, y = [p["tpot_ms_p50"] for p in points], [p["out_tok_s"] for p in points]
+            axis.plot(x, y, marker="o", markersize=4, label=label, **_style(label, rows))
+        longest = max((p["tpot_ms_p50"] for points in curves.values() for p in points), default=0)
+        for target in targets:
+            if target <= 1.5 * longest:  # one far beyond all that was measured would squeeze it into a corner
+                axis.axvline(target, color="0.4", linewidth=0.8, linestyle=(0, (2, 2)))
+                axis.text(target, 1.0, f" {target:g} ms", transform=axis.get_xaxis_transform(), fontsize=8, va="bottom")
+        axis.set(xlabel="time per output token, median (ms)", xlim=(0, None))
+        axis.set_title(memory_text(memory), pad=14)
+    axes[0].set_ylim(0, None)
+    axes[0].set_ylabel("output tokens/s")
+    _legend(axes[-1])
+    return _save(figure, path)
+
+
+def _speedups(rows: Sequence[Row], title: str, path: Path) -> bool:
+    """Each scheme's best against that of the first, in the same memory under the same target."""
+    best = [row for row in rows if row["batch_mode"] == "best" and row["out_tok_s"]]
+    labels = in_order(best)
+    settings = list(dict.fromkeys((row["memory_gb"], row["tpot_target_ms"]) for row in best))
+    if len(labels) < 2:
+        return False
+    figure, (axis,) = _panels(1, f"Speed-up over {labels[0]} at the best batch: {title}", 2.2 + 1.15 * len(labels))
+    groups = {s: {label_of(r): r for r in best if (r["memory_gb"], r["tpot_target_ms"]) == s} for s in settings}
+    with_base = [setting for setting in settings if labels[0] in groups[setting]]
+    width = 0.8 / max(1, len(with_base))
+    for setting in settings:
+        memory, target = setting
+        text = memory_text(memory) + ("" if target is None else f", TPOT at most {target:g} ms")
+        if setting not in with_base:
+            axis.bar([0], [0], color="none", label=f"{text}: {labels[0]} meets it at no batch")
+            continue
+        index, rates, base = with_base.index(setting), groups[setting], groups[setting][labels[0]]
+        places = [i + (index - (len(with_base) - 1) / 2) * width for i, label in enumerate(labels) if label in rates]
+        heights = [rates[label]["out_tok_s"] / base["out_tok_s"] for label in labels if label in rates]
+        shades = [COLOURS.get(label.partition("+")[0], "black") for label in labels if label in rates]
+        alpha = 1.0 - 0.6 * index / max(1, len(with_base) - 1)
+        bars = axis.bar(places, heights, width * 0.92, color=shades, alpha=alpha)
+        axis.bar_label(bars, [f"{h:.2f}" for h in heights], fontsize=8, padding=2)
+        axis.bar([0], [0], color="0.3", alpha=alpha, label=text)  # the legend's key, in grey
+    axis.axhline(1, color="0.3", linewidth=0.8)
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set(ylabel="times as many output tokens/s")
+    axis.margins(y=0.12)
+    axis.grid(False, axis="x")
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    return _save(figure, path)
+
+
+def _memory(rows: Sequence[Row], title: str, path: Path) -> bool:
+    """What the memory holds: weights, and the KV cache that is left, with the tokens that this holds."""
+    known = [row for row in rows if row.get("weight_gb") and row.get("kv_gb")]
+    panels = {}
+    for memory in dict.fromkeys(row["memory_gb"] for row in known):
+        mine = {label_of(row): row for row in known if row["memory_gb"] == memory}
+        panels[memory] = [(label, mine[label]) for label in in_order(list(mine.values()))]
+    if not panels:
+        return False
+    figure, axes = _panels(len(panels), f"Memory: {title}", 5.6, sharey=False)
+    for axis, (memory, bars) in zip(axes, panels.items(), strict=True):
+        names = [label for label, _ in bars]
+        weights, caches = ([row[key] / 1.073741824 for _, row in bars] for key in ("weight_gb", "kv_gb"))
+        axis.bar(names, weights, color="#4c72b0", label="weights")
+        axis.bar(names, caches, bottom=weights, color="#dd8452", label="KV cache")
+        if memory:
+            axis.axhline(memory, color="0.3", linewidth=0.9, linestyle="--", label="budget")
+        for place, (w, c) in enumerate(zip(weights, caches, strict=True)):
+            share = max(w + c, 1e-9)
+            tokens = bars[place][1].get("kv_tokens")
+            held = f"\n{_thousands(tokens)}\ntokens" if tokens else ""
+            for height, middle, text in ((w, w / 2, f"{w:.3g}"), (c, w + c / 2, f"{c:.3g}{held}")):
+                if height > 0.05 * share:
+                    axis.text(place, middle, text, ha="center", va="center", fontsize=8, color="white")
+        axis.set_title(memory_text(memory))
+        axis.margins(y=0.1)
+        axis.tick_params(axis="x", rotation=30)
+        axis.grid(False, axis="x")
+    axes[0].set_ylabel("GiB")
+    _legend(axes[-1])
+    return _save(figure, path)
+
+
+def _thousands(count: int) -> str:
+    return f"{count / 1e6:.2f}M" if count >= 999_500 else f"{count / 1e3:.0f}k"
+
+
+def _spaced(ticks: list[int]) -> list[int]:
+    """Those of ascending ticks that do not run into each other on a logarithmic axis."""
+    kept: list[int] = []
+    for tick in ticks:
+        if not kept or tick >= 1.35 * kept[-1]:
+            kept.append(tick)
+    return kept
+
+
+def _legend(axis: Any, title: str | None = None) -> None:
+    """Beside the last panel, not over the curves."""
+    axis.legend(
+        fontsize=8,
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        title=title,
+        title_fontsize=7,
+    )

@@ -1,0 +1,180 @@
+"""`atom report bench`: measured throughput as Markdown, JSON, plots, and one HTML file that needs nothing beside it."""
+
+import base64
+import html
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .plots import draw_group, group_rows, in_order, label_of, memory_text
+from .report_data import BenchData
+from .tables import cell, markdown_table
+
+Row = dict[str, Any]
+Part = tuple[str, str, Any]  # (kind, heading or alt text, content): kinds are heading, text, table, plot
+
+
+def write_report(data: BenchData, folder: Path, title: str, plots: bool = True) -> list[Path]:
+    """Write report.md, report.json, report.html and the plots into `folder`; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = report_parts(data, folder if plots else None)
+    text, page, raw = folder / "report.md", folder / "report.html", folder / "report.json"
+    text.write_text(to_markdown(title, parts), encoding="utf-8")
+    page.write_text(to_html(title, parts), encoding="utf-8")
+    found = {"title": title, "rows": data.rows, "loads": data.loads, "sources": data.sources}
+    found["speedups"] = [row for rows in group_rows(data.rows).values() for row in speedup_rows(rows)]
+    raw.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return [text, page, raw, *(content for kind, _, content in parts if kind == "plot")]
+
+
+def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
+    """The report's content in order. Raises ValueError if there is none."""
+    if not data.rows and not data.loads:
+        raise ValueError("the files hold no measurement; run atom bench sweep or atom bench serve --output first")
+    parts: list[Part] = []
+    for (experiment, shape, workload), rows in group_rows(data.rows).items():
+        name = f"{shape}, {workload} ({experiment})"
+        parts.append(("heading", name, None))
+        if any(row["batch_mode"] == "best" for row in rows):
+            parts.append(("table", "Best batch of each scheme", best_table(rows)))
+        if any(row["batch_mode"] == "equal" for row in rows):
+            parts.append(("table", "Equal batches: output tokens/s", batch_table(rows)))
+        if plots is not None:
+            stem = re.sub(r"[^a-z0-9]+", "-", f"{experiment}-{shape}-{workload}".lower()).strip("-")
+            for path in draw_group(rows, f"{shape}, {workload}", plots, stem):
+                parts.append(("plot", path.stem, path))
+        bad = sum(row.get("errors") or 0 for row in rows if row["batch_mode"] == "equal")
+        if bad:
+            parts.append(("text", "", f"{bad} requests failed in these runs; they count as errors, not as answers."))
+    if data.loads:
+        parts.append(("heading", "Over HTTP", None))
+        parts.append(("table", "Latencies in milliseconds, as clients saw them", loads_table(data.loads)))
+        parts += [("text", "", f"{x['file']}: {note}.") for x in data.loads for note in x["notes"]]
+    parts.append(("heading", "Where the numbers come from", None))
+    titles = ("file", "date", "commit", "machine", "command")
+    body = [
+        [s["file"], str(s["date"])[:10], s["commit"], _machine(s["machine"]), f"`{s['command']}`"] for s in data.sources
+    ]
+    parts.append(("table", "", (titles, body)))
+    return parts
+
+
+def speedup_rows(rows: Sequence[Row]) -> list[Row]:
+    """Best-batch rows with `speedup` over the first scheme's, and `batch_ratio`, in the same memory and target."""
+    best = [row for row in rows if row["batch_mode"] == "best"]
+    labels = in_order(best)
+    found = []
+    for row in best:
+        base = next((r for r in best if label_of(r) == labels[0] and _setting(r) == _setting(row)), None)
+        ratio = None if base is None or not base["out_tok_s"] else round(row["out_tok_s"] / base["out_tok_s"], 3)
+        found.append({**row, "label": label_of(row), "over": labels[0], "speedup": ratio})
+    order = {label: place for place, label in enumerate(labels)}
+    return sorted(found, key=lambda r: (r["memory_gb"], -(r["tpot_target_ms"] or 1e9), order[r["label"]]))
+
+
+def _setting(row: Row) -> tuple[Any, Any]:
+    return row["memory_gb"], row["tpot_target_ms"]
+
+
+Table = tuple[Sequence[str], list[list[Any]]]
+
+
+def best_table(rows: Sequence[Row]) -> Table:
+    found = speedup_rows(rows)
+    titles = ("scheme", "memory", "TPOT target ms", "batch", "output tok/s", f"over {found[0]['over']}")
+    titles = (*titles, "TPOT p50 ms", "TPOT p99 ms", "TTFT p50 ms", "of what the GPU allows")
+    body = []
+    for row in found:
+        bound = row.get("bound_tok_s")
+        share = f"{100 * row['out_tok_s'] / bound:.0f} %" if bound else None
+        target = "none" if row["tpot_target_ms"] is None else f"{row['tpot_target_ms']:g}"
+        times = (row["tpot_ms_p50"], row["tpot_ms_p99"], row["ttft_ms_p50"])
+        start = (row["label"], memory_text(row["memory_gb"]), target, row["batch"], row["out_tok_s"])
+        body.append([*start, row["speedup"], *times, share])
+    return titles, body
+
+
+def batch_table(rows: Sequence[Row]) -> Table:
+    """Schemes down, batches across."""
+    equal = [row for row in rows if row["batch_mode"] == "equal"]
+    batches = sorted({row["batch"] for row in equal})
+    settings = list(dict.fromkeys((label_of(row), row["memory_gb"]) for row in equal))
+    order = in_order(equal)
+    body: list[list[Any]] = []
+    for label, memory in sorted(settings, key=lambda s: (s[1], order.index(s[0]))):
+        rates = {r["batch"]: r["out_tok_s"] for r in equal if (label_of(r), r["memory_gb"]) == (label, memory)}
+        body.append([label, memory_text(memory), *(rates.get(batch) for batch in batches)])
+    return ("scheme", "memory", *(str(batch) for batch in batches)), body
+
+
+def loads_table(loads: Sequence[Row]) -> Table:
+    titles = ("file", "model", "workload", "load", "requests", "errors", "output tok/s", "goodput/s")
+    titles = (*titles, "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "complete")
+    body = []
+    for load in loads:
+        s, config = load["summary"], load["config"]
+        times = [None if s[m] is None else s[m][p] for m in ("ttft", "tpot") for p in ("p50", "p99")]
+        start = (load["file"], config["model"], config["workload"], config["arrivals"], s["requests"])
+        rest = (sum(s["errors"].values()), s["out_tok_s"], s["goodput_s"])
+        body.append([*start, *rest, *times, "yes" if load["is_complete"] else "no, stopped"])
+    return titles, body
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    return str(machine.get("gpu") or machine.get("cpu") or machine.get("name") or "")
+
+
+def to_markdown(title: str, parts: Sequence[Part]) -> str:
+    lines = [f"# {title}", ""]
+    for kind, name, content in parts:
+        if kind == "heading":
+            lines += [f"## {name}", ""]
+        elif kind == "text":
+            lines += [content, ""]
+        elif kind == "table":
+            lines += ([f"{name}:", ""] if name else []) + [markdown_table(*content), ""]
+        else:
+            lines += [f"![{name}]({content.name})", ""]
+    return "\n".join(lines)
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; font-size: 13px; margin: .5em 0 1.5em; display: block; overflow-x: auto; }
+th, td { padding: .3em .7em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { background: #f5f5f5; }
+td.words { text-align: left; } img { max-width: 100%; display: block; margin: 1em 0; }
+h2 { border-bottom: 2px solid #eee; padding-bottom: .2em; margin-top: 2em; } code { white-space: pre-wrap; }
+"""
+
+
+def to_html(title: str, parts: Sequence[Part]) -> str:
+    """One page, its plots inside it."""
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    for kind, name, content in parts:
+        if kind == "heading":
+            body.append(f"<h2>{html.escape(name)}</h2>")
+        elif kind == "text":
+            body.append(f"<p>{html.escape(content)}</p>")
+        elif kind == "table":
+            body.append((f"<p>{html.escape(name)}:</p>" if name else "") + _html_table(*content))
+        else:
+            data = base64.b64encode(content.read_bytes()).decode()
+            body.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
+
+
+def _html_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    lines = "".join("<tr>" + "".join(_html_cell(value) for value in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{lines}</table>"
+
+
+def _html_cell(value: Any) -> str:
+    text = cell(value)
+    if isinstance(value, str) and text.startswith("`"):
+        return f'<td class="words"><code>{html.escape(text.strip("`"))}</code></td>'
+    return f"<td>{html.escape(text)}</td>"

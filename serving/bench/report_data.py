@@ -1,0 +1,55 @@
+"""What `atom report bench` reads: rows of record `throughput` from records and sweeps, and results of load runs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from atom.records import check_rows, circumstances, current_commit
+
+from .result import KIND
+
+
+@dataclass(frozen=True)
+class BenchData:
+    """Everything a report shows. sources: file -> date, commit and command."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    loads: list[dict[str, Any]] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write rows of record `throughput` with their circumstances; returns the path."""
+    check_rows("throughput", rows)
+    data = {"name": "throughput", **circumstances("cpu"), "commit": current_commit(), "rows": list(rows)}
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def read_bench(paths: Sequence[Path]) -> BenchData:
+    """Read records or sweeps of `throughput`, folders of a sweep, and results of `atom bench serve`.
+
+    Raises ValueError for a file that is none of these.
+    """
+    data = BenchData()
+    for path in paths:
+        file = path / "throughput.json" if path.is_dir() else path
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON ({error}); give results of atom bench sweep or serve") from None
+        if isinstance(found, dict) and found.get("name") == "throughput":
+            check_rows("throughput", found["rows"])
+            data.rows.extend(found["rows"])
+        elif isinstance(found, dict) and found.get("kind") == KIND:
+            data.loads.append({**found, "file": file.name, "samples": None})
+        else:
+            raise ValueError(
+                f"{file} is neither a record `throughput` nor a result of atom bench serve; give files that atom bench "
+                "sweep or atom bench serve --output wrote"
+            )
+        facts = {key: found.get(key) for key in ("date", "commit", "command")}
+        data.sources.append({"file": file.name, **facts, "machine": found.get("machine", {})})
+    return data

@@ -1,0 +1,215 @@
+"""Sweeps go on where they stopped and keep failures apart; reports hold every number and need nothing beside them."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from atom.errors import UnsupportedError
+from atom.records import check_rows
+from atom.serving.bench.plots import draw_group, in_order, label_of
+from atom.serving.bench.report import speedup_rows, write_report
+from atom.serving.bench.report_data import read_bench, write_rows
+from atom.serving.bench.result import ServeResult
+from atom.serving.bench.sample import Sample
+from atom.serving.bench.summary import summarize
+from atom.serving.bench.sweep import SweepConfig, pending_jobs, read_points, run_sweep, throughput_rows
+
+SPEED = {"bf16": 1.0, "w8a8": 2.0, "w4a8": 4.0}
+
+
+def option(command: list[str], name: str) -> list[str]:
+    """The values after an option."""
+    if name not in command:
+        return []
+    rest = command[command.index(name) + 1 :]
+    return rest[: next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))]
+
+
+class FakeRuns:
+    """Stands for the processes: writes points as `atom bench throughput` does; some schemes fail after their first."""
+
+    def __init__(self, failing: tuple[str, ...] = ()) -> None:
+        self.commands: list[list[str]] = []
+        self.failing = failing
+
+    def __call__(self, command: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+        self.commands.append(command)
+        (scheme,), (memory,) = option(command, "--scheme"), option(command, "--memory-gb") or ["0"]
+        runs = [(int(c), None) for c in option(command, "--concurrency")]
+        runs += [(0, float(r)) for r in option(command, "--rate")]
+        lines = [json.dumps(point(scheme, float(memory), c, r, option(command, "--workload")[0])) for c, r in runs]
+        if scheme in self.failing:
+            lines = [lines[0], lines[0][:40]]  # it died while it wrote
+        Path(option(command, "--points")[0]).write_text("\n".join(lines) + "\n")
+        return subprocess.CompletedProcess(command, int(scheme in self.failing), "", "CUDA out of memory\n")
+
+
+def point(scheme: str, memory: float, concurrency: int, rate: float | None, workload: str) -> dict[str, Any]:
+    name, batch = scheme.partition("+")[0], concurrency or 100
+    tokens = SPEED[name] * 100 * batch / (1 + batch / 64)
+    spread = {"p50": 1e3 * batch / tokens, "p99": 1.5e3 * batch / tokens}
+    return {
+        "scheme": name, "kv": "int4", "memory_gb": memory, "workload": workload, "concurrency": concurrency,
+        "rate": rate, "requests": 64, "too_long": 0, "batch": batch, "input": 24.0, "output": 980.5,
+        "bound_tok_s": 2 * tokens, "steady_tok_s": tokens, "weight_bytes": int(8e9 / SPEED[name]), "seconds": 1.0,
+        "summary": {"out_tok_s": tokens * 0.9, "tpot": spread, "ttft": spread, "errors": {}},
+        "engine": {"kv_cache_bytes": 9_000_000_000, "kv_cache_tokens": 70_000},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
+    fake = FakeRuns()
+    stands_in = SimpleNamespace(run=fake, PIPE=None, DEVNULL=None)
+    monkeypatch.setattr("atom.serving.bench.sweep.subprocess", stands_in)
+    return fake
+
+
+def config(folder: Path, **options: Any) -> SweepConfig:
+    chosen: dict[str, Any] = {"schemes": ("bf16", "w8a8+kv16", "w8a8", "w4a8"), "concurrency": (8, 64, 0)} | options
+    return SweepConfig(("llama-2-7b",), folder, **chosen)
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, runs: FakeRuns) -> None:
+    sweep = config(tmp_path / "sweep", memory_gb=(24.0, 0.0), tpot_ms=(100.0, 12.0))
+    runs.failing = ("w8a8",)
+    entries = run_sweep(sweep)
+    assert len(runs.commands) == 8
+    failures = [entry for entry in entries if "error" in entry]
+    assert [f["scheme"] for f in failures] == ["w8a8", "w8a8"] and "out of memory" in failures[0]["error"]
+    assert len(read_points(sweep.points_file)) == 3 * 6 + 2, "what was measured before the failure is kept"
+
+    runs.commands, runs.failing = [], ()
+    assert [job.concurrency for job in pending_jobs(sweep, read_points(sweep.points_file))] == [(64, 0)] * 2
+    entries = run_sweep(sweep)
+    assert len(runs.commands) == 2 and option(runs.commands[0], "--concurrency") == ["64", "0"]
+    assert not [entry for entry in entries if "error" in entry]
+    assert option(runs.commands[0], "--memory-gb") == ["24"] and not option(runs.commands[1], "--memory-gb")
+    assert run_sweep(sweep) == entries and len(runs.commands) == 2, "nothing is left to do"
+
+
+def test_rows_of_the_record(tmp_path: Path, runs: FakeRuns) -> None:
+    sweep = config(tmp_path, tpot_ms=(100.0, 12.0), workload=("paper", "512/256"))
+    rows = throughput_rows(sweep, run_sweep(sweep))
+    check_rows("throughput", rows)
+    equal = [row for row in rows if row["batch_mode"] == "equal"]
+    assert len(equal) == 4 * 3 * 2 and {row["experiment"] for row in equal} == {"paper", "offline"}
+    assert {row["kv"] for row in equal if row["scheme"] == "w8a8"} == {"bf16", "int8"}
+    paper = next(row for row in equal if row["experiment"] == "paper")
+    offline = next(row for row in equal if row["experiment"] == "offline")
+    assert paper["out_tok_s"] == paper["steady_tok_s"] and paper["workload"] == "paper:2048"
+    assert offline["out_tok_s"] == offline["overall_tok_s"] == round(0.9 * offline["steady_tok_s"], 1)
+    best = {
+        (row["tpot_target_ms"], row["scheme"], row["kv"]): row["batch"]
+        for row in rows
+        if row["batch_mode"] == "best" and row["experiment"] == "paper"
+    }
+    assert best[100.0, "bf16", "bf16"] == 100
+    assert (12.0, "bf16", "bf16") in best and best[12.0, "bf16", "bf16"] == 8, "the largest within the target"
+    assert best[12.0, "w4a8", "int4"] == 100
+
+
+def test_rates_are_swept_too(tmp_path: Path, runs: FakeRuns) -> None:
+    sweep = config(tmp_path, schemes=("bf16",), rate=(1.0, 2.5))
+    entries = run_sweep(sweep)
+    assert [entry["rate"] for entry in entries] == [1.0, 2.5] and "--concurrency" not in runs.commands[0]
+    assert not list(pending_jobs(sweep, entries)) and list(pending_jobs(replace(sweep, rate=(4.0,)), entries))
+
+
+def test_options(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name a shape"):
+        SweepConfig((), tmp_path)
+    with pytest.raises(ValueError, match="paper, offline or trace:NAME"):
+        config(tmp_path, experiment="mine")
+
+
+@pytest.fixture
+def measured(tmp_path: Path, runs: FakeRuns) -> Path:
+    """A finished sweep's folder."""
+    sweep = config(tmp_path / "sweep", tpot_ms=(100.0, 12.0), memory_gb=(24.0, 0.0), workload=("paper",))
+    rows = throughput_rows(sweep, run_sweep(sweep))
+    write_rows(sweep.output / "throughput.json", rows)
+    return sweep.output
+
+
+def load_result(path: Path) -> Path:
+    samples = [Sample(i, 10, 2, 0.0, 0.0, 0.001, [0.1, 0.2], 0.2) for i in range(3)]
+    options = {"model": "m<1>", "workload": "10/2", "arrivals": "closed loop of 3", "slo": None}
+    provenance = {
+        "date": "2026-01-01T00:00:00",
+        "command": "atom bench serve",
+        "commit": "abc",
+        "machine": {"cpu": "x"},
+    }
+    result = ServeResult(False, options, summarize(samples), {}, provenance, ("2 requests were not sent",), [])
+    assert "INCOMPLETE" in result.table() and "closed loop of 3" in result.table()
+    result.write(path)
+    return path
+
+
+def test_report_holds_the_numbers(tmp_path: Path, measured: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
+    data = read_bench([measured, load_result(tmp_path / "load.json")])
+    paths = write_report(data, tmp_path / "report", "A & B")
+    text, page, raw, *plots = paths
+    assert len(plots) == 4 and all(path.stat().st_size > 10_000 for path in plots)
+    markdown, html = text.read_text(), page.read_text()
+    best = next(r for r in data.rows if r["batch_mode"] == "best" and r["scheme"] == "w4a8")
+    number = f"{best['out_tok_s']:,.0f}"
+    assert number in markdown and number in html
+    assert "| w8a8+kv16 |" in markdown and "no, stopped" in markdown and "2 requests were not sent" in markdown
+    assert all(f"({path.name})" in markdown for path in plots)
+    assert html.count("data:image/png;base64,") == 4 and "A &amp; B" in html and "m&lt;1&gt;" in html
+    assert not re.search(r'(src|href)="(?!data:)', html), "nothing is fetched from elsewhere"
+    found = json.loads(raw.read_text())
+    assert len(found["rows"]) == len(data.rows) and found["loads"][0]["summary"]["requests"] == 3
+    assert {row["speedup"] for row in found["speedups"] if row["scheme"] == "bf16"} == {1.0}
+
+
+def test_speedups_compare_like_with_like(measured: Path) -> None:
+    rows = read_bench([measured]).rows
+    found = {(r["memory_gb"], r["tpot_target_ms"], r["label"]): r["speedup"] for r in speedup_rows(rows)}
+    assert found[24, 100.0, "w4a8+kv4"] == 4.0 and found[0, 12.0, "bf16"] == 1.0
+    tight = {(r["tpot_target_ms"], r["label"]): r for r in speedup_rows(rows)}
+    assert found[24, 12.0, "w4a8+kv4"] == pytest.approx(
+        tight[12.0, "w4a8+kv4"]["out_tok_s"] / tight[12.0, "bf16"]["out_tok_s"], rel=1e-3
+    )
+    assert in_order(rows) == ["bf16", "w8a8+kv16", "w8a8+kv8", "w4a8+kv4"]
+    without = [row for row in rows if row["scheme"] != "bf16" or row["tpot_target_ms"] != 12.0]
+    missing = {(r["tpot_target_ms"], r["label"]): r["speedup"] for r in speedup_rows(without)}
+    assert missing[12.0, "w4a8+kv4"] is None, "no ratio to something that was not measured"
+
+
+def test_without_matplotlib(tmp_path: Path, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    data = read_bench([measured])
+    with pytest.raises(UnsupportedError, match="matplotlib, which is not installed"):
+        draw_group(data.rows, "x", tmp_path, "x")
+    assert len(write_report(data, tmp_path / "plain", "x", plots=False)) == 3
+
+
+def test_files_that_are_no_measurement(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    for text, message in (
+        ("{", "is not JSON"),
+        ('{"name": "gemm"}', "neither a record `throughput`"),
+        ("[]", "neither"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_bench([file])
+    with pytest.raises(ValueError, match="hold no measurement"):
+        write_report(read_bench([]), tmp_path, "x")
+
+
+def test_labels() -> None:
+    assert label_of({"scheme": "bf16", "kv": "bf16"}) == "bf16"
+    assert label_of({"scheme": "bf16", "kv": "int4"}) == "bf16+kv4"
+    assert label_of({"scheme": "fp8", "kv": "fp8"}) == "fp8+kvfp8"
