@@ -9,14 +9,15 @@ A sequence lacks the steps for `length - scheduled` tokens, where length = len(t
 first, one token in decode, all of it again after a preemption.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from .ngram import NgramIndex
 from .request import FinishReason, Request
 from .result import TokenLogprobs
 
 
-class Output(NamedTuple):  # made for every token
+@dataclass(slots=True)  # not frozen: made for every token, and that would triple the time
+class Output:
     """News of one sequence: what `Scheduler.update` hands to the front end.
 
     token_ids      new tokens, in order; an EOS or stop token that ended the sequence is among them
