@@ -51,7 +51,8 @@ def _serve(config: ServeBenchConfig) -> dict[str, Any]:
         _print(f"wrote {config.output}")
     if not result.is_complete:
         raise KeyboardInterrupt
-    return result.to_dict(with_samples=False)
+    summary: dict[str, Any] = result.to_dict(with_samples=False)
+    return summary
 
 
 def _throughput(config: ThroughputConfig) -> dict[str, Any]:

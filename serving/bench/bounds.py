@@ -113,8 +113,8 @@ def goal_rows(gpu: str, measured: Sequence[dict[str, Any]]) -> list[dict[str, An
 def bounds_table(rows: Sequence[dict[str, Any]]) -> str:
     """For people."""
     keys = ("batch", "weight_gb", "kv_gb", "step_ms", "tpot_ms", "out_tok_s", "ratio", "measured", "share")
-    titles = ("scheme", "kv", "memory", "TPOT target", *keys[:1], "weights GB", "KV GB", "step ms", "TPOT ms")
-    titles = (*titles, "out tok/s", "ratio", "measured", "share")
+    titles = ["scheme", "kv", "memory", "TPOT target", "batch", "weights GB", "KV GB", "step ms", "TPOT ms"]
+    titles += ["out tok/s", "ratio", "measured", "share"]
     body = []
     for row in rows:
         memory = f"{row['memory_gb']} GiB" if row["memory_gb"] else "whole GPU"

@@ -88,6 +88,10 @@ async def _measure_lag(progress: Progress) -> None:
         progress.loop_lags_s.append(time.perf_counter() - wanted)
 
 
+def _make_all(make: Callable[[WorkItem], bytes], items: Sequence[WorkItem]) -> list[bytes]:
+    return [make(item) for item in items]
+
+
 class _Run:
     """One run under way: the queue of bodies ahead of it, and the two ways of sending them."""
 
@@ -117,7 +121,7 @@ class _Run:
         items, make = self._plan.items, self._plan.make_body
         for first in range(0, len(items), BATCH):
             try:
-                made = await asyncio.to_thread(lambda f=first: [make(item) for item in items[f : f + BATCH]])
+                made = await asyncio.to_thread(_make_all, make, items[first : first + BATCH])
             except Exception as error:
                 return await self._bodies.put(error)
             for body in made:

@@ -14,6 +14,7 @@ import torch
 from atom.errors import AtomError, UnsupportedError
 from atom.kernels.bounds import GPUS, Gpu
 from atom.models.device import choose_device
+from atom.models.dummy import SHAPES
 from atom.quant.presets import get_scheme
 
 from ..engine_config import EngineConfig
@@ -25,7 +26,6 @@ from .lengths import parse_workload
 from .offline_config import LatencyConfig, ModelChoice, ThroughputConfig
 from .prompts import Vocabulary
 from .sample import Sample
-from .shapes import SHAPES
 from .summary import Summary, summarize
 from .workload import Segment, WorkItem, drop_long
 

@@ -20,8 +20,8 @@ def points_table(config: ThroughputConfig, points: Sequence[Point]) -> str:
         tail = None if s.tpot is None else s.tpot.p99
         rates = (s.out_tok_s, point.steady_tok_s, s.total_tok_s)
         body.append([load, point.batch, s.completed, *rates, *times, tail, share, sum(s.errors.values())])
-    titles = ("load", "batch", "requests", "out tok/s", "at full batch", "tok/s with prompts")
-    titles = (*titles, "TTFT p50 ms", "TPOT p50 ms", "TPOT p99 ms", "of bound", "errors")
+    titles = ["load", "batch", "requests", "out tok/s", "at full batch", "tok/s with prompts"]
+    titles += ["TTFT p50 ms", "TPOT p50 ms", "TPOT p99 ms", "of bound", "errors"]
     return "\n".join([_headline(config.is_dummy, facts), points[0].workload, "", text_table(titles, body)])
 
 
@@ -37,8 +37,8 @@ def latency_table(config: LatencyConfig, found: Sequence[StepLatency], facts: di
 
 def rows_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of record `throughput`."""
-    keys = ("experiment", "shape", "scheme", "kv", "memory_gb", "batch_mode", "batch", "out_tok_s", "tpot_target_ms")
-    keys = (*keys, "tpot_ms_p50", "ttft_ms_p50", "bound_tok_s")
+    keys = ["experiment", "shape", "scheme", "kv", "memory_gb", "batch_mode", "batch", "out_tok_s", "tpot_target_ms"]
+    keys += ["tpot_ms_p50", "ttft_ms_p50", "bound_tok_s"]
     return text_table(keys, [[row.get(key) for key in keys] for row in rows])
 
 

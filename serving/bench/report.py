@@ -83,8 +83,8 @@ Table = tuple[Sequence[str], list[list[Any]]]
 
 def best_table(rows: Sequence[Row]) -> Table:
     found = speedup_rows(rows)
-    titles = ("scheme", "memory", "TPOT target ms", "batch", "output tok/s", f"over {found[0]['over']}")
-    titles = (*titles, "TPOT p50 ms", "TPOT p99 ms", "TTFT p50 ms", "of what the GPU allows")
+    titles = ["scheme", "memory", "TPOT target ms", "batch", "output tok/s", f"over {found[0]['over']}"]
+    titles += ["TPOT p50 ms", "TPOT p99 ms", "TTFT p50 ms", "of what the GPU allows"]
     body = []
     for row in found:
         bound = row.get("bound_tok_s")
@@ -110,8 +110,8 @@ def batch_table(rows: Sequence[Row]) -> Table:
 
 
 def loads_table(loads: Sequence[Row]) -> Table:
-    titles = ("file", "model", "workload", "load", "requests", "errors", "output tok/s", "goodput/s")
-    titles = (*titles, "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "complete")
+    titles = ["file", "model", "workload", "load", "requests", "errors", "output tok/s", "goodput/s"]
+    titles += ["TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "complete"]
     body = []
     for load in loads:
         s, config = load["summary"], load["config"]

@@ -79,7 +79,8 @@ def read_trace(path: str | Path, all_turns: bool = False) -> Trace:
         if name != "sharegpt":
             raise ValueError(f"{path.name} is an {name} trace, only sharegpt has turns; use trace:{path.name}")
         read = _conversations
-    requests, skipped = [], 0
+    requests: list[WorkItem] = []
+    skipped = 0
     rows = read(text)
     while True:
         try:
