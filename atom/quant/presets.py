@@ -27,6 +27,8 @@ def _small_groups(fmt: str, size: int, scale_format: str, outer: bool) -> tuple[
 
 
 _W4, _A4 = _group_int(4)
+# Whole factors 1 to 15 under one float32 a row: a GEMM with 8-bit activations sums all of K in INT32 (docs/kernels/gemm.md)
+_W4_FACTORS = replace(_W4, scale_format="uint4", outer="channel")
 _W3, _A3 = _group_int(3)
 _A8 = TensorSpec("int8", Token(), dynamic=True, scale_format="fp32")
 _W8 = TensorSpec("int8", Channel(), scale_format="fp32")
@@ -46,7 +48,7 @@ PRESETS: dict[str, Scheme] = {
     s.name: _with_cache(s, s.kv)
     for s in (
         Scheme("w4a4", _W4, _A4, KV4, OutlierSpec(128), reorder=True),
-        Scheme("w4a8", _W4, _A8, KV4),
+        Scheme("w4a8", _W4_FACTORS, _A8, KV4),
         Scheme("w4a16", _W4),
         Scheme("w8a8", _W8, _A8, KV8),
         Scheme("fp8", _FP8_W, _FP8_A, KVFP8),

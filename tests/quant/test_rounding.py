@@ -199,8 +199,9 @@ def test_searched_clip_is_never_worse(searched_spec: str) -> None:
         x = INPUTS[name]
         searched = (fake_quantize(x, spec) - x).square()
         plain = (fake_quantize(x, replace(spec, clip=1.0)) - x).square()
-        short = -x.shape[-1] % 16
-        by_group = [torch.nn.functional.pad(e, (0, short)).unflatten(-1, (-1, 16)).sum(-1) for e in (searched, plain)]
+        size = spec.group_size or x.shape[-1]
+        short = -x.shape[-1] % size
+        by_group = [torch.nn.functional.pad(e, (0, short)).unflatten(-1, (-1, size)).sum(-1) for e in (searched, plain)]
         assert (by_group[0] <= by_group[1] * (1 + 1e-6)).all(), name
 
 

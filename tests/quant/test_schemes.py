@@ -127,7 +127,7 @@ def test_atoms_bits_are_the_published_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "weight", "activation", "kv"),
     [
-        ("w4a8", 4.125, 8 + 32 / 4096, 4.25),
+        ("w4a8", 4 + 4 / 128 + 32 / 4096, 8 + 32 / 4096, 4.25),
         ("w4a16", 4.125, 16, 16),
         ("w8a8", 8 + 32 / 4096, 8 + 32 / 4096, 8.25),
         ("fp8", 8 + 32 / 4096, 8 + 32 / 4096, 8.125),
