@@ -27,7 +27,7 @@ def _small_groups(fmt: str, size: int, scale_format: str, outer: bool) -> tuple[
 
 
 _W4, _A4 = _group_int(4)
-# Whole factors 1 to 15 under one float32 a row: a GEMM with 8-bit activations sums all of K in INT32 (docs/kernels/gemm.md)
+# Whole factors 1 to 15 under one float32 a row: a GEMM with 8-bit activations sums all of K in INT32.
 _W4_FACTORS = replace(_W4, scale_format="uint4", outer="channel")
 _W3, _A3 = _group_int(3)
 _A8 = TensorSpec("int8", Token(), dynamic=True, scale_format="fp32")
