@@ -23,6 +23,7 @@ import tyro
 from atom.calibration.config import CalibrationConfig, Clip
 from atom.calibration.ladder import ladder, scaled_outliers
 from atom.calibration.stream import quantize_model
+from atom.errors import UnsupportedError
 from atom.eval.load import Loaded, load
 from atom.eval.perplexity import Bos, measure_perplexity
 from atom.eval.texts import Text, load_text
@@ -78,6 +79,9 @@ class Measure:
 
     what: tuple[Literal["ladder", "presets", "kv-rope", "scaled"], ...] = ("ladder", "presets", "kv-rope", "scaled")
     """What to measure; scaled is the full recipe with the outlier count that is 128's share of 4096 channels."""
+
+    kernels: bool = False
+    """Measure the presets that have GPU kernels through these as well, in bfloat16: rows of their own."""
 
     device: str = "auto"
     """cpu or cuda."""
@@ -217,6 +221,19 @@ class Runner:
                 row |= {"ppl_fp": full[self.texts[0].name], **self.bits(loaded, scheme), **self.tasks(loaded)}
                 self.part.add("quality-presets", row | self.common(seconds, gptq))
                 del loaded
+                if self.options.kernels and scheme.weight is not None:
+                    self.add_kernels_row(folder, row, self.common(seconds, gptq))
+
+    def add_kernels_row(self, folder: Path, reference: dict[str, Any], common: dict[str, Any]) -> None:
+        """The same checkpoint and text through the kernels, if they run it here."""
+        try:
+            loaded = load(str(folder / "checkpoint"), self.options.device, "bfloat16", "auto")
+        except UnsupportedError as error:
+            print(f"{reference['scheme']}: not through the kernels: {error}", flush=True)
+            return
+        row = {key: reference[key] for key in ("model", "text", "scheme", "kv", "ppl_fp")}
+        row |= {key: value for key, value in reference.items() if key.startswith("bits_")}
+        self.part.add("quality-presets", row | self.perplexity(loaded, self.texts[0]) | common)
 
     def tasks(self, loaded: Loaded) -> dict[str, Any]:
         if not self.options.tasks:
