@@ -53,12 +53,15 @@ class Chunk:
     cached_tokens: int = 0
 
     def then(self, later: "Chunk") -> "Chunk":
-        """Both chunks of a sample as one."""
+        """Both chunks of a sample as one; an abort's has no tokens, and no logprobs of them."""
+        logprobs = None
+        if self.logprobs is not None or later.logprobs is not None:
+            logprobs = (self.logprobs or ()) + (later.logprobs or ())
         return replace(
             later,
             text=self.text + later.text,
             token_ids=self.token_ids + later.token_ids,
-            logprobs=None if later.logprobs is None else (self.logprobs or ()) + later.logprobs,
+            logprobs=logprobs,
             prompt_logprobs=self.prompt_logprobs or later.prompt_logprobs,
         )
 
@@ -183,6 +186,12 @@ class Frontend:
         self.engine.start(self._receive, self._died)
 
     @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop it was started on."""
+        assert self._loop is not None, "the front end has not been started"
+        return self._loop
+
+    @property
     def num_open(self) -> int:
         """Requests that have not ended."""
         return len(self._streams)
@@ -278,9 +287,8 @@ class Frontend:
         self._call(lambda: self._fail_all(reason))
 
     def _call(self, function: Callable[[], None]) -> None:
-        assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(function)
+            self.loop.call_soon_threadsafe(function)
         except RuntimeError:  # the loop has been closed: nobody is left to read
             logger.debug("outputs came after the event loop's end")
 

@@ -67,6 +67,22 @@ def test_what_is_not_read_is_merged() -> None:
     on(test)
 
 
+def test_an_abort_keeps_what_was_not_read() -> None:
+    async def test(frontend: Frontend) -> None:
+        stream = frontend.open([ask("long", logprobs=1)])
+        while stream.completion_tokens < 3:
+            await asyncio.sleep(0.002)
+        frontend.abort("long")
+        while frontend.num_open:
+            await asyncio.sleep(0.002)
+        (chunk,) = [chunk async for chunk in stream]
+        assert chunk.finish_reason is FinishReason.ABORT and len(chunk.token_ids) >= 3
+        assert chunk.logprobs is not None
+        assert [each.token_id for each in chunk.logprobs] == list(chunk.token_ids)
+
+    on(test, ScriptedRunner(lambda request, index: "word " * 50, pause_s=0.01))
+
+
 def test_leaving_early_aborts() -> None:
     async def test(frontend: Frontend) -> None:
         async for _ in (chunks := frontend.generate(ask())):
@@ -117,11 +133,13 @@ def test_a_dead_engine_reaches_every_waiter_and_the_callback() -> None:
         reasons: list[str] = []
         frontend.on_death = reasons.append
         runner.gate.clear()
-        waiting = [asyncio.create_task(collect(frontend, ask(str(i)))) for i in range(40)]  # more than run at once
+        waiting = [asyncio.create_task(collect(frontend, ask(str(i)))) for i in range(80)]  # more than three steps hold
         await asyncio.sleep(0.05)
         runner.gate.set()
         ended = await asyncio.gather(*waiting, return_exceptions=True)
         assert {type(each) for each in ended} == {StepFailedError, EngineDeadError}
+        while not reasons:
+            await asyncio.sleep(0.002)
         assert len(reasons) == 1 and "3 steps in a row" in reasons[0]
         with pytest.raises(EngineDeadError):
             frontend.open([ask()])
