@@ -25,6 +25,7 @@ from atom.models.source import read_config
 from .engine_config import EngineConfig
 from .errors import EngineDeadError
 from .frontend import Frontend
+from .guidance import GuideCompiler
 from .metrics import Metrics
 from .middleware import JsonFormat, TextFormat
 from .openai.protocol import SamplingDefaults
@@ -83,6 +84,9 @@ def make_service(model: str, made: Ready, engine: EngineConfig, server: ServerCo
     defaults = SamplingDefaults()
     if server.generation_config == "auto" and engine.load_format == "auto":
         defaults = SamplingDefaults.read(read_config(model, engine.revision)[1])
+    compiler = None
+    if made.tokenizer is not None:
+        compiler = GuideCompiler(made.tokenizer, made.limits.vocab_size, made.eos_token_ids)
     limits = Limits(server.max_body_bytes, server.body_timeout, made.limits.max_waiting_requests)
     return Service(
         frontend,
@@ -92,6 +96,7 @@ def make_service(model: str, made: Ready, engine: EngineConfig, server: ServerCo
         defaults=defaults,
         limits=limits,
         tool_parser=None if parser == "none" else parser,
+        compiler=compiler,
     )
 
 

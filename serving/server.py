@@ -82,7 +82,7 @@ def build_app(service: Service, options: AppOptions | None = None) -> FastAPI:
     async def life(app: FastAPI) -> AsyncIterator[None]:
         service.frontend.start()
         yield
-        await service.frontend.close()
+        await service.close()
 
     app = FastAPI(title="Atom", version=__version__, lifespan=life, redoc_url=None)
     for method, path, endpoint, body in ROUTES:

@@ -37,10 +37,11 @@ async def chat(service: Service, http: HttpRequest) -> Response:
         service.defaults,
         max_tokens=body.token_limit,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        guidance=use.guidance or guidance_spec(body),
     )
     text = await render(service, body, body.reasoning_effort)
     ids = await service.encode("messages", text, body.add_special_tokens)
-    guide = await service.compile(use.guidance or guidance_spec(body))
+    guide = await service.compile(params.guidance)
     request_id = new_id("chatcmpl")
     skip_special_tokens = body.skip_special_tokens and not use.reads_special_tokens
     stream = service.open(http, request_id, [ids], params, body, guide, skip_special_tokens)

@@ -37,9 +37,10 @@ async def complete(service: Service, http: HttpRequest) -> Response:
         max_tokens=1 if is_echo_only else body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=max(wanted, default=None),
+        guidance=guidance_spec(body),
     )
     _check_stream(body)
-    guide = await service.compile(guidance_spec(body))
+    guide = await service.compile(params.guidance)
     request_id = new_id("cmpl")
     ids = [prompt.token_ids for prompt in prompts]
     stream = service.open(http, request_id, ids, params, body, guide, body.skip_special_tokens)

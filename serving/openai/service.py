@@ -9,6 +9,8 @@ from starlette.requests import Request as HttpRequest
 
 from ..errors import InvalidRequestError
 from ..frontend import Frontend, Stream
+from ..guidance import Guide, GuideCompiler
+from ..guidance_spec import GuidanceSpec
 from ..request import Request
 from ..sampling_params import SamplingParams
 from .body import read_json
@@ -34,6 +36,7 @@ class Service:
     names       what clients may call it; the first is what answers say
     root        where its weights came from
     tool_parser how its tool calls are written (tools.PARSERS), or None if it makes none
+    compiler    of structured output; None for a model without a tokenizer
     """
 
     frontend: Frontend
@@ -43,6 +46,7 @@ class Service:
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     limits: Limits = field(default_factory=Limits)
     tool_parser: str | None = None
+    compiler: GuideCompiler | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -61,13 +65,22 @@ class Service:
             )
         return body
 
+    async def close(self) -> None:
+        """Stop the engine, and the threads and processes that help it."""
+        await self.frontend.close()
+        if self.compiler is not None:
+            self.compiler.close()
+
     async def encode(self, field: str, text: str, add_special_tokens: bool) -> list[int]:
         return await self.frontend.tokenizer.encode(field, text, add_special_tokens, self.max_model_len)
 
-    async def compile(self, spec: Any) -> Any:
+    async def compile(self, spec: GuidanceSpec | None) -> Guide | None:
         """The guide for a specification; InvalidRequestError if it has none."""
-        if spec is not None:
-            raise InvalidRequestError("response_format", "structured output is not built yet; leave it out.")
+        if spec is None:
+            return None
+        if self.compiler is None:
+            raise spec.wrong("left out for a model without a tokenizer", spec.kind, "do so")
+        return await self.compiler.compile_async(spec)
 
     def open(
         self,
@@ -76,7 +89,7 @@ class Service:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         body: Sampling,
-        guide: Any,
+        guide: Guide | None,
         skip_special_tokens: bool,
     ) -> Stream:
         """Hand the prompts to the engine as one stream. Notes in the request's log line what it is about."""
@@ -94,6 +107,7 @@ class Service:
                 eos_token_ids=self.eos_token_ids,
                 priority=body.priority,
                 cache_salt=body.cache_salt,
+                guide=guide,
             )
             for place, ids in enumerate(prompts)
         ]

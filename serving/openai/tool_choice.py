@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InvalidRequestError
-from .guidance import GuidanceSpec, schema_spec
+from ..guidance_spec import GuidanceSpec, schema_spec
 from .messages import check_tools
 from .protocol import ChatRequest
 from .tools import PARSERS, ListReader, NamedReader, ToolReader
