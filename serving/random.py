@@ -5,6 +5,8 @@ same tokens alone, in any batch and on any device, up to the rounding of its log
 (Steele, Lea, Flood 2014): a bijection of 64 bits that passes the usual test batteries when fed with a counter.
 """
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from torch import Tensor
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: steps of a Weyl sequence
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MASK = 2**64 - 1
+_LOG_RANGE = 52 * math.log(2) + 2e-14  # a little more than any logarithm that is taken from it, whatever its rounding
 
 
 def mix(value: int) -> int:
@@ -39,21 +42,20 @@ def step_keys(seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> NDArray
 
 
 def counters(number: int, device: torch.device) -> Tensor:
-    """int64 [number], what `gumbel` adds to a key for each candidate."""
-    return torch.arange(1, number + 1, device=device) * _signed(GOLDEN)
+    """int64 [number], what `log_exponential` adds to a key for each candidate."""
+    return torch.tensor([_signed(mix(place * GOLDEN)) for place in range(1, number + 1)], device=device)
 
 
-def gumbel(keys: Tensor, counters: Tensor) -> Tensor:
-    """Standard Gumbel variables, float64 [S, C], for keys int64 [S] and counters int64 [C].
+def log_exponential(keys: Tensor, counters: Tensor) -> Tensor:
+    """Logarithms of standard exponential variables, float64 [S, C], for keys int64 [S] and counters int64 [C].
 
-    argmax(log p + gumbel) is distributed as p. 52 bits each: the largest that can come is 36.7.
+    argmax(log p - log_exponential) is distributed as p (their negatives are Gumbel variables). 52 bits each. Keys and
+    counters are well mixed, so one round more parts them: seven kernels, for numbers that are few.
     """
     value = keys[:, None] + counters
-    value = (value ^ ((value >> 30) & (2**34 - 1))).mul_(_signed(_MULTIPLIERS[0]))  # >> keeps the sign, so mask it off
-    value = (value ^ ((value >> 27) & (2**37 - 1))).mul_(_signed(_MULTIPLIERS[1]))
-    value = (value ^ ((value >> 31) & (2**33 - 1))) >> 12
-    uniform = (value & (2**52 - 1)).to(torch.float64).add_(0.5).mul_(2.0**-52)  # within (0, 1), neither end
-    return uniform.log_().neg_().log_().neg_()
+    value = (value ^ (value >> 32)).mul_(_signed(_MULTIPLIERS[0]))
+    value = (value >> 12).bitwise_and_(2**52 - 1)
+    return (_LOG_RANGE - value.to(torch.float64).add_(0.5).log_()).log_()
 
 
 def _signed(value: int) -> int:

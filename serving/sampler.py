@@ -24,7 +24,7 @@ from torch import Tensor
 from .filters import min_p_floor, ties_beyond, top_k_floor, top_p_floor, top_p_floor_by_sort
 from .logprobs import Logprobs, logprobs_of
 from .penalties import TokenCounts
-from .random import counters, gumbel
+from .random import counters, log_exponential
 from .result import FAULTY
 from .sampling_params import MAX_LOGIT_BIAS, MAX_STOP
 from .sampling_plan import MAX_CANDIDATES, Feature, LaneParams, Plan, Upload, Word
@@ -126,10 +126,9 @@ class Sampler:
             return Sampled(none, none.bool(), None, plan.num_logprobs)
         logits = self._shape_logits(raw, plan)
         largest, tokens = logits.max(-1)
-        faulty = ~largest.isfinite()
         if Feature.RANDOM in plan.features:
-            drawn, bad = self._draw(logits, largest, tokens, plan)
-            tokens, faulty = drawn, faulty | bad
+            tokens, largest = self._draw(logits, largest, tokens, plan)
+        faulty = (largest - largest) != 0  # infinite, or no number
         tokens = tokens.masked_fill(faulty, 0)
         if Feature.PENALTIES in plan.features and plan.words is not None:
             self._counts.add(plan.words[Word.LANE], tokens)
@@ -158,11 +157,10 @@ class Sampler:
         return logits
 
     def _draw(self, logits: Tensor, largest: Tensor, best: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Tokens [S], drawn where the lane has a temperature; and where scaled logits are no numbers, bool [S]."""
+        """Tokens [S], drawn where the lane has a temperature, and the largest scaled logits [S]."""
         assert plan.words is not None
         floats = plan.floats()
-        is_greedy = floats[Word.TEMPERATURE] == 0
-        temperature = torch.where(is_greedy, 1.0, floats[Word.TEMPERATURE])
+        temperature = floats[Word.TEMPERATURE]
         size, width = len(logits), self._num_tiles * TILE
         scaled = logits.new_empty(size, width, dtype=torch.float32)
         scaled[:, self.vocab_size :] = -torch.inf
@@ -173,11 +171,11 @@ class Sampler:
             scaled.masked_fill_(scaled < floor[:, None], -torch.inf)
         tiles = scaled.view(size, self._num_tiles, TILE)
         mass = scaled.softmax(-1).view_as(tiles).sum(-1)  # [S, tiles]
-        noise = gumbel(plan.words[Word.KEY], self._counters)  # float64, as the sums below
-        tile = (mass.log() + noise[:, TILE:]).argmax(-1)
-        inside = tiles[torch.arange(size, device=tile.device), tile]  # [S, TILE]
-        token = tile * TILE + (inside + noise[:, :TILE]).argmax(-1)
-        return torch.where(is_greedy, best, token), ~largest.isfinite()
+        noise = log_exponential(plan.words[Word.KEY], self._counters)  # float64, as the differences below
+        tile = (mass.log() - noise[:, TILE:]).argmax(-1, keepdim=True)
+        inside = tiles.gather(1, tile[:, :, None].expand(-1, 1, TILE))[:, 0]  # [S, TILE]
+        token = (inside - noise[:, :TILE]).argmax(-1).add_(tile[:, 0], alpha=TILE)
+        return torch.where(floats[Word.GREEDY] > 0, best, token), largest
 
     def _floor(self, scaled: Tensor, largest: Tensor, plan: Plan, floats: dict[Word, Tensor]) -> Tensor | None:
         """The threshold [S] that min-p, top-k and top-p set together; None if no row has any."""

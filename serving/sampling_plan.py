@@ -44,7 +44,8 @@ class Word(IntEnum):
     PRESENCE = 6
     FREQUENCY = 7
     REPETITION = 8
-    STOP = 9  # what is added to the logits of stop tokens: 0 or -inf
+    GREEDY = 9  # 1 if the best token is taken, else 0
+    STOP = 10  # what is added to the logits of stop tokens: 0 or -inf
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class LaneParams:
         features = _features(params, self.vocab_size)
         words, floats = self._words[:, lane], self._floats[:, lane]
         words[Word.TOP_K] = params.top_k if Feature.TOP_K in features else 1
-        floats[Word.TEMPERATURE] = params.temperature if Feature.RANDOM in features else 0.0
+        floats[Word.TEMPERATURE] = params.temperature if Feature.RANDOM in features else 1.0
+        floats[Word.GREEDY] = params.is_greedy
         floats[Word.LOG_MIN_P] = np.log(params.min_p) if Feature.MIN_P in features else -np.inf
         floats[Word.TOP_P] = params.top_p
         floats[Word.PRESENCE] = params.presence_penalty

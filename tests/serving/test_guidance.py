@@ -137,8 +137,8 @@ def test_random_models_write_what_fits(tokens: Tokens, name: str) -> None:
 
 def test_any_json_object(tokens: Tokens) -> None:
     ended = []
-    for seed in range(12):
-        sequence = write(tokens, object_spec("f"), SamplingParams(seed=seed), limit=600, seed=seed)
+    for seed in range(8):
+        sequence = write(tokens, object_spec("f"), SamplingParams(seed=seed), limit=300, seed=seed)
         text = text_of(tokens, sequence)
         assert text.startswith("{")
         if sequence.finish_reason is FinishReason.STOP:

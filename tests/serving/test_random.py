@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from atom.serving.random import GOLDEN, counters, gumbel, mix, sample_seed, step_keys
+from atom.serving.random import _LOG_RANGE, GOLDEN, counters, log_exponential, mix, sample_seed, step_keys
 
 
 def test_mix_is_splitmix64() -> None:
@@ -19,14 +19,23 @@ def test_the_vectorised_forms_are_the_same_function() -> None:
     indices = np.array([0, 7, 1, 2**40], dtype=np.uint64)
     keys = step_keys(seeds, indices)
     assert keys.tolist() == [mix(int(s) + int(i) * GOLDEN) for s, i in zip(seeds, indices, strict=True)]
-    noise = gumbel(torch.from_numpy(keys.view(np.int64)), counters(5, torch.device("cpu")))
+    noise = log_exponential(torch.from_numpy(keys.view(np.int64)), counters(5, torch.device("cpu")))
     for row, key in enumerate(keys.tolist()):
         for c in range(5):
-            uniform = ((mix(key + (c + 1) * GOLDEN) >> 12) + 0.5) / 2**52
-            assert noise[row, c].item() == pytest.approx(-np.log(-np.log(uniform)), rel=1e-12)
+            value = (key + mix((c + 1) * GOLDEN)) % 2**64
+            high = value >> 32 if value < 2**63 else (value >> 32) + (2**64 - 2**32)  # the sign is shifted in
+            value = (value ^ high) * 0xBF58476D1CE4E5B9 % 2**64
+            uniform = ((value >> 12) + 0.5) / 2**52
+            assert noise[row, c].item() == pytest.approx(np.log(-np.log(uniform)), rel=1e-9)
 
 
-def test_noise_is_gumbel_and_independent() -> None:
+def test_the_ends_of_the_range_are_numbers() -> None:
+    for value in (0, 2**52 - 1):
+        logarithm = torch.tensor([value], dtype=torch.float64).add_(0.5).log_()
+        assert 0 < (_LOG_RANGE - logarithm).item() < 37
+
+
+def test_noise_is_exponential_and_independent() -> None:
     """Against the distribution function, its mean and variance, and neighbours in seed, sample, index and candidate."""
     keys = np.stack(
         [
@@ -36,13 +45,13 @@ def test_noise_is_gumbel_and_independent() -> None:
         ]
     )
     assert len(np.unique(keys)) == keys.size
-    noise = gumbel(torch.from_numpy(keys.reshape(-1).view(np.int64)), counters(100, torch.device("cpu")))
+    noise = log_exponential(torch.from_numpy(keys.reshape(-1).view(np.int64)), counters(100, torch.device("cpu")))
     assert noise.isfinite().all()
-    uniform = (-(-noise).exp()).exp().flatten()
+    uniform = (-noise.exp()).exp().flatten()
     number = len(uniform)
     distance = (uniform.sort().values - (torch.arange(number) + 0.5) / number).abs().max()
     assert distance < 1.95 / number**0.5  # Kolmogorov and Smirnov, 0.001
-    cube = (-(-noise).exp()).exp().view(20, 2, 50, 100) - 0.5
+    cube = (-noise.exp()).exp().view(20, 2, 50, 100) - 0.5
     for axis in range(4):
         count = cube.shape[axis]
         product = (cube.narrow(axis, 0, count - 1) * cube.narrow(axis, 1, count - 1)).flatten()
