@@ -107,13 +107,17 @@ class Drawn:
     name: str
     lengths: Lengths
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return False
+
     def items(self, count: int | None, seed: int) -> list[WorkItem]:
         """`count` requests; ValueError without a count, as a distribution has no end."""
         if count is None:
             raise ValueError(f"workload {self.name} has no end; say how many requests with --num-requests")
         rng = np.random.default_rng(seed)
         drawn = [self.lengths.draw(rng) for _ in range(count)]
-        return [WorkItem((Segment(f"request {i}", p),), o) for i, (p, o) in enumerate(drawn)]
+        return [WorkItem((Segment(f"{self.name} {i}", p),), o) for i, (p, o) in enumerate(drawn)]
 
 
 _NUMBER = r"(\d+(?:\.\d+)?)"

@@ -164,8 +164,8 @@ def bench_throughput(
         runs: list[tuple[int, float | None]] = (
             [(0, rate) for rate in config.rate] if config.rate else [(c, None) for c in config.concurrency]
         )
-        for concurrency, rate in runs:
-            point = _point(config, ready, driver, floor, concurrency, rate, say)
+        for number, (concurrency, rate) in enumerate(runs):
+            point = _point(config, ready, driver, floor, number, concurrency, rate, say)
             if gpu is None:
                 point = replace(point, bound_tok_s=None)
             points.append(point)
@@ -181,6 +181,7 @@ def _point(
     ready: Ready,
     driver: Driver,
     floor: ModelFloor,
+    number: int,
     concurrency: int,
     rate: float | None,
     say: Say,
@@ -200,7 +201,8 @@ def _point(
         say(f"{workload.name}, {what}: {done} of {total} requests, {tokens:,} tokens")
 
     started = time.perf_counter()
-    samples = driver.run(items, config.seed + 1, concurrency or None, due, show)
+    seed = config.seed + 1 + number  # other prompts for each run, or the prefix cache would know them from the last
+    samples = driver.run(items, seed, concurrency or None, due, show)
     summary = summarize(samples)
     batch = max((step.sequences for step in driver.steps), default=0)
     mix = Mix.of(items)

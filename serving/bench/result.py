@@ -103,15 +103,21 @@ def _errors(summary: Summary) -> str:
     return ", errors: " + ", ".join(f"{count} {kind}" for kind, count in summary.errors.items())
 
 
-def notes_on(summary: Summary) -> list[str]:
-    """What a reader of the numbers must know."""
+def notes_on(summary: Summary, shares_prefixes: bool = False) -> list[str]:
+    """What a reader of the numbers must know. shares_prefixes: of the workload, on purpose."""
     notes = []
+    cached = summary.cached_tokens or 0
+    if not shares_prefixes and cached > summary.prompt_tokens / 50:
+        notes.append(
+            f"{cached:,} of {summary.prompt_tokens:,} prompt tokens came from the server's prefix cache, and this "
+            "workload shares none: the server has seen these prompts; use another --seed, or start it anew"
+        )
     if summary.is_client_late:
         notes.append(
             "the client itself was late (client lag, loop lag): latencies are too high and throughput too low; "
             "run it on an idle machine, or load less"
         )
-    if summary.counted_by != "usage":
+    if summary.counted_by != "usage" and summary.completed:
         notes.append("the server sent no usage: output tokens are counted by chunks, which may hold several each")
     if summary.short:
         notes.append(f"{summary.short} answers were shorter than asked for; is ignore_eos known to this server?")

@@ -76,7 +76,7 @@ async def _bench(config: ServeBenchConfig, watch: Watch) -> ServeResult:
         if not progress.samples:
             raise KeyboardInterrupt
         after = await read_metrics(asking, base_url)
-        return _result(config, facts, entry, progress, too_long, before, after)
+        return _result(config, facts, entry, progress, too_long, workload.shares_prefixes, before, after)
 
 
 def _prompt(vocabulary: Vocabulary, config: ServeBenchConfig, item: WorkItem, seed: int) -> list[int] | str:
@@ -164,6 +164,7 @@ def _result(
     entry: Any,
     progress: Progress,
     too_long: int,
+    shares_prefixes: bool,
     before: dict[str, float] | None,
     after: dict[str, float] | None,
 ) -> ServeResult:
@@ -172,7 +173,7 @@ def _result(
     server: dict[str, Any] = {"version": facts.version, "model": dict(entry)}
     if before is not None and after is not None:
         server |= {"latencies": server_latencies(before, after), "metrics": metric_changes(before, after)}
-    notes = notes_on(summary)
+    notes = notes_on(summary, shares_prefixes)
     if too_long:
         notes.append(f"{too_long} requests were longer than the server's context and were not sent")
     if unsent := progress.total - len(progress.samples):

@@ -45,6 +45,11 @@ class Trace:
     def has_arrivals(self) -> bool:
         return all(request.arrival_s is not None for request in self.requests)
 
+    @property
+    def shares_prefixes(self) -> bool:
+        firsts = [request.segments[0].key for request in self.requests]
+        return len(set(firsts)) < len(firsts)
+
     def items(self, count: int | None, seed: int) -> list[WorkItem]:
         """The first `count` requests (arrival times are the trace's, so nothing is shuffled), or all.
 

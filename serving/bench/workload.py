@@ -44,6 +44,11 @@ class Workload(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Some prompts begin alike on purpose."""
+        ...
+
     def items(self, count: int | None, seed: int) -> list[WorkItem]:
         """The first `count` requests; the same for the same seed. None: all that a trace has."""
         ...

@@ -33,10 +33,9 @@ def test_weights_and_cache_of_llama_2_7b() -> None:
     assert PARAMETERS_7B == 6_738_415_616, "as published"
     assert full.weight_bytes == 2 * PARAMETERS_7B
     assert full.kv_token_bytes == 2 * 32 * 4096 * 2 == 524_288
-    four = model_floor("llama-2-7b", "w4a8", H200)
-    groups = LAYER_7B // 128  # a 16-bit scale for each 128 weights
-    rest = 2 * (PARAMETERS_7B - 32 * LAYER_7B)
-    assert four.weight_bytes == pytest.approx(32 * (LAYER_7B / 2 + 2 * groups) + rest, rel=0.002)
+    eight, four = model_floor("llama-2-7b", "w8a8", H200), model_floor("llama-2-7b", "w4a8", H200)
+    rows = 4 * 4096 + 2 * 11008 + 4096  # with a 32-bit scale each
+    assert eight.weight_bytes == 32 * (LAYER_7B + 4 * rows) + 2 * (PARAMETERS_7B - 32 * LAYER_7B)
     assert four.kv_token_bytes == 2 * 32 * 32 * (128 / 2 + 4) == 139_264, "4 bits, and scale and zero point a head"
 
 
@@ -154,7 +153,7 @@ def test_shapes(tmp_path: Path) -> None:
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(SHAPES["llama-3-8b"]))
         assert read_shape(str(file)) == ("somewhere", SHAPES["llama-3-8b"])
-    with pytest.raises(ValueError, match="no shape 'llama-9'; use one of llama-2-7b"):
+    with pytest.raises(ValueError, match="no shape 'llama-9'; use one of tiny, llama-2-7b"):
         read_shape("llama-9")
     with pytest.raises(ValueError, match="unknown --gpu 'tpu'"):
         BoundsConfig(gpu="tpu")

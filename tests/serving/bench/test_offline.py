@@ -37,6 +37,7 @@ def test_throughput_of_closed_loops_and_of_all_at_once(tmp_path: Path) -> None:
     for point in (three, everything):
         assert point.summary.completed == 12 and not point.summary.errors
         assert point.summary.output_tokens == 12 * 6 and point.summary.prompt_tokens == 12 * 20
+        assert not point.summary.cached_tokens, "a run that the prefix cache knows is no measurement"
         assert (point.input, point.output, point.too_long) == (20, 6, 0)
         assert point.facts["kv"] == "int4" and point.bound_tok_s is None, "no bound on a CPU"
     assert three.batch == 3 and three.summary.peak_concurrency == 3
