@@ -49,11 +49,12 @@ def counters(number: int, device: torch.device) -> Tensor:
 def log_exponential(keys: Tensor, counters: Tensor) -> Tensor:
     """Logarithms of standard exponential variables, float64 [S, C], for keys int64 [S] and counters int64 [C].
 
-    argmax(log p - log_exponential) is distributed as p (their negatives are Gumbel variables). 52 bits each. Keys and
-    counters are well mixed, so one round more parts them: seven kernels, for numbers that are few.
+    argmax(log p - log_exponential) is distributed as p (their negatives are Gumbel variables). 52 bits each. Shifts
+    keep the sign, which is one kernel less than masking it off and mixes as well.
     """
     value = keys[:, None] + counters
     value = (value ^ (value >> 32)).mul_(_signed(_MULTIPLIERS[0]))
+    value = (value ^ (value >> 29)).mul_(_signed(_MULTIPLIERS[1]))
     value = (value >> 12).bitwise_and_(2**52 - 1)
     return (_LOG_RANGE - value.to(torch.float64).add_(0.5).log_()).log_()
 

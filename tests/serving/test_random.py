@@ -23,8 +23,9 @@ def test_the_vectorised_forms_are_the_same_function() -> None:
     for row, key in enumerate(keys.tolist()):
         for c in range(5):
             value = (key + mix((c + 1) * GOLDEN)) % 2**64
-            high = value >> 32 if value < 2**63 else (value >> 32) + (2**64 - 2**32)  # the sign is shifted in
-            value = (value ^ high) * 0xBF58476D1CE4E5B9 % 2**64
+            for shift, factor in ((32, 0xBF58476D1CE4E5B9), (29, 0x94D049BB133111EB)):
+                sign = 0 if value < 2**63 else 2**64 - 2 ** (64 - shift)
+                value = (value ^ ((value >> shift) + sign)) * factor % 2**64
             uniform = ((value >> 12) + 0.5) / 2**52
             assert noise[row, c].item() == pytest.approx(np.log(-np.log(uniform)), rel=1e-9)
 
