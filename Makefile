@@ -1,4 +1,4 @@
-# make demo   set up, then take a small real model from its published checkpoint to an answer in 4 bits
+# make demo   set up, then take a small real model from its published checkpoint to an answer in 4 bits, and serve it
 # make test   set up, then run the tests
 # make check  what CI runs besides: lint and types
 
@@ -32,7 +32,7 @@ $(BIN)/python:
 
 $(VENV)/base.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serving]'
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt $(VENV)/base.stamp

@@ -1,5 +1,5 @@
 #!/bin/sh
-# From a published checkpoint to an answer in 4 bits: quantize, evaluate, answer. Called by `make demo`.
+# From a published checkpoint to an answer in 4 bits: quantize, evaluate, answer, serve. Called by `make demo`.
 set -eu
 ATOM=${ATOM:-atom}
 DEMO=${DEMO:-.demo}
@@ -25,5 +25,22 @@ say "3. Perplexity on 8 windows of 1024 tokens, full precision and 4 bits"
 
 say "4. The quantized model answers: $QUESTION"
 "$ATOM" chat "$OUT" --prompt "$QUESTION" --max-new-tokens 60
+
+say "5. The quantized model behind the OpenAI API: atom serve, and a client"
+"$ATOM" serve "$OUT" --port 0 --kv-cache-bytes 256MiB --log-format json 2> "$DEMO/serve.log" &
+server=$!
+trap 'kill "$server" 2> /dev/null || true' EXIT
+url=
+until [ -n "$url" ]; do
+    kill -0 "$server" 2> /dev/null || { cat "$DEMO/serve.log"; exit 1; }
+    sleep 0.2
+    url=$(sed -n 's/.*"serving .* at \(http:[^"]*\)".*/\1/p' "$DEMO/serve.log")
+done
+echo "serving at $url"
+"$ATOM" chat "$url" --prompt "$QUESTION" --max-new-tokens 60
+kill -TERM "$server"
+wait "$server"
+trap - EXIT
+echo "SIGTERM: the server drained and ended with 0"
 
 say "Done in $(($(date +%s) - began)) s. The checkpoint: $OUT; its report: atom report quant $OUT"
