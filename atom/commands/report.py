@@ -39,7 +39,7 @@ class Bench:
     """Throughput measurements as Markdown, JSON, plots, and one HTML file that holds them all."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of atom bench sweep, records named throughput.json, and results of atom bench serve --output."""
+    """Folders of atom bench sweep, records throughput.json and quality-presets.json, results of atom bench serve."""
 
     output: Path = Path("bench-report")
     """Folder for report.md, report.json, report.html and the plots."""

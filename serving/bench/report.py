@@ -23,7 +23,7 @@ def write_report(data: BenchData, folder: Path, title: str, plots: bool = True) 
     text, page, raw = folder / "report.md", folder / "report.html", folder / "report.json"
     text.write_text(to_markdown(title, parts), encoding="utf-8")
     page.write_text(to_html(title, parts), encoding="utf-8")
-    found = {"title": title, "rows": data.rows, "loads": data.loads, "sources": data.sources}
+    found = {"title": title, "rows": data.rows, "quality": data.quality, "loads": data.loads, "sources": data.sources}
     found["speedups"] = [row for rows in group_rows(data.rows).values() for row in speedup_rows(rows)]
     raw.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return [text, page, raw, *(content for kind, _, content in parts if kind == "plot")]
@@ -31,7 +31,7 @@ def write_report(data: BenchData, folder: Path, title: str, plots: bool = True) 
 
 def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
     """The report's content in order. Raises ValueError if there is none."""
-    if not data.rows and not data.loads:
+    if not data.rows and not data.loads and not data.quality:
         raise ValueError("the files hold no measurement; run atom bench sweep or atom bench serve --output first")
     parts: list[Part] = []
     for (experiment, shape, workload), rows in group_rows(data.rows).items():
@@ -48,6 +48,9 @@ def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
         bad = sum(row.get("errors") or 0 for row in rows if row["batch_mode"] == "equal")
         if bad:
             parts.append(("text", "", f"{bad} requests failed in these runs; they count as errors, not as answers."))
+    if data.quality:
+        parts.append(("heading", "Quality, speed and memory side by side", None))
+        parts += [("table", name, table) for name, table in quality_tables(data)]
     if data.loads:
         parts.append(("heading", "Over HTTP", None))
         parts.append(("table", "Latencies in milliseconds, as clients saw them", loads_table(data.loads)))
@@ -107,6 +110,35 @@ def batch_table(rows: Sequence[Row]) -> Table:
         rates = {r["batch"]: r["out_tok_s"] for r in equal if (label_of(r), r["memory_gb"]) == (label, memory)}
         body.append([label, memory_text(memory), *(rates.get(batch) for batch in batches)])
     return ("scheme", "memory", *(str(batch) for batch in batches)), body
+
+
+def quality_tables(data: BenchData) -> list[tuple[str, Table]]:
+    """For each model and text whose quality is known: a scheme's perplexity beside its speed and memory.
+
+    Speed is that of the fastest best-batch row of the scheme, with the shape it was measured on: random weights of one
+    shape are as fast as real ones, but of one shape only, so both names stand there.
+    """
+    fastest: dict[str, Row] = {}
+    for row in data.rows:
+        if row["batch_mode"] == "best" and row["out_tok_s"]:
+            label = label_of(row)
+            fastest[label] = max(fastest.get(label, row), row, key=lambda r: float(r["out_tok_s"]))
+    titles = ["scheme", "weight bits", "KV bits", "perplexity", "full precision", "loss"]
+    titles += ["output tok/s", "on", "weights GB", "KV tokens"]
+    found = []
+    for model, text in dict.fromkeys((row["model"], row["text"]) for row in data.quality):
+        rows = [row for row in data.quality if (row["model"], row["text"]) == (model, text)]
+        order = in_order(rows)
+        body: list[list[Any]] = []
+        for row in sorted(rows, key=lambda r: order.index(label_of(r))):
+            ppl, full = row["ppl"], row["ppl_fp"]
+            loss = None if not ppl or not full else f"{100 * (ppl / full - 1):.1f} %"
+            speed = fastest.get(label_of(row), {})
+            where = f"{speed['shape']}, {memory_text(speed['memory_gb'])}" if speed else None
+            start = (label_of(row), row["bits_weight"], row["bits_kv"], ppl, full, loss)
+            body.append([*start, speed.get("out_tok_s"), where, speed.get("weight_gb"), speed.get("kv_tokens")])
+        found.append((f"{model} on {text}", (titles, body)))
+    return found
 
 
 def loads_table(loads: Sequence[Row]) -> Table:

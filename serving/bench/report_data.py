@@ -6,30 +6,50 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atom.kernels.bounds import GPUS
 from atom.records import check_rows, circumstances, current_commit
 
 from .result import KIND
 
+QUALITY = ("quality-presets", "accuracy-frontier")
+
 
 @dataclass(frozen=True)
 class BenchData:
-    """Everything a report shows. sources: file -> date, commit and command."""
+    """Everything a report shows.
+
+    rows     of record `throughput`
+    quality  of records `quality-presets` and `accuracy-frontier`, schemes only
+    loads    results of `atom bench serve`
+    sources  file, date, commit, machine and command of each
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    quality: list[dict[str, Any]] = field(default_factory=list)
     loads: list[dict[str, Any]] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write rows of record `throughput` with their circumstances; returns the path."""
+    """Write rows of record `throughput` with the circumstances of this machine; returns the path."""
     check_rows("throughput", rows)
-    data = {"name": "throughput", **circumstances("cpu"), "commit": current_commit(), "rows": list(rows)}
+    data = {"name": "throughput", **circumstances(machine_name()), "commit": current_commit(), "rows": list(rows)}
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 
+def machine_name() -> str:
+    """What records call this machine: its GPU's short name, or cpu."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name().lower()
+    return next((gpu for gpu in GPUS if gpu in name), name.replace(" ", "-"))
+
+
 def read_bench(paths: Sequence[Path]) -> BenchData:
-    """Read records or sweeps of `throughput`, folders of a sweep, and results of `atom bench serve`.
+    """Read records or sweeps of `throughput`, folders of a sweep, results of `atom bench serve`, records of quality.
 
     Raises ValueError for a file that is none of these.
     """
@@ -43,6 +63,9 @@ def read_bench(paths: Sequence[Path]) -> BenchData:
         if isinstance(found, dict) and found.get("name") == "throughput":
             check_rows("throughput", found["rows"])
             data.rows.extend(found["rows"])
+        elif isinstance(found, dict) and found.get("name") in QUALITY:
+            check_rows(found["name"], found["rows"])
+            data.quality.extend(row for row in found["rows"] if "scheme" in row)
         elif isinstance(found, dict) and found.get("kind") == KIND:
             data.loads.append({**found, "file": file.name, "samples": None})
         else:

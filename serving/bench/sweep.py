@@ -18,10 +18,13 @@ import tyro
 from atom.models.dummy import SHAPES
 from atom.quant.presets import get_scheme, kv_name
 
+from ..engine_config import EngineConfig
 from .bounds import SCHEMES
 from .lengths import parse_workload
 
 Say = Callable[[str], None]
+RUNNING = "running.jsonl"
+DEFAULT_SEQS = EngineConfig().max_num_seqs
 TAIL = 2000  # characters of a failed process' messages that are kept
 
 
@@ -140,6 +143,7 @@ def read_points(file: Path) -> list[dict[str, Any]]:
 def run_sweep(config: SweepConfig, say: Say = lambda text: None) -> list[dict[str, Any]]:
     """Run what is missing and return all entries, failures (entries with `error`) of this call included."""
     config.output.mkdir(parents=True, exist_ok=True)
+    _absorb(config)  # what a sweep that was killed had measured last
     jobs = list(pending_jobs(config, read_points(config.points_file)))
     failures = []
     for number, job in enumerate(jobs, 1):
@@ -153,8 +157,9 @@ def run_sweep(config: SweepConfig, say: Say = lambda text: None) -> list[dict[st
 
 def _run_job(config: SweepConfig, job: Job) -> str | None:
     """Run one engine in a process; returns the last of what it said if it failed."""
-    fresh = config.output / "running.jsonl"
-    fresh.unlink(missing_ok=True)
+    fresh = config.output / RUNNING
+    asked = {"model": job.model, "asked_scheme": job.scheme, "asked_memory_gb": float(job.memory_gb)}
+    fresh.write_text(json.dumps(asked | {"asked_workload": job.workload}) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "atom", "bench", "throughput", job.model, "--workload", job.workload]
     command += ["--points", str(fresh)]
     if job.scheme is not None:
@@ -165,16 +170,23 @@ def _run_job(config: SweepConfig, job: Job) -> str | None:
         command += ["--num-requests", str(config.num_requests)]
     command += ["--rate", *(f"{r:g}" for r in job.rate)] if job.rate else []
     command += ["--concurrency", *(str(c) for c in job.concurrency)] if job.concurrency else []
+    if "--max-num-seqs" not in config.engine_args and max(job.concurrency, default=0) > DEFAULT_SEQS:
+        command += ["--max-num-seqs", str(max(job.concurrency))]
     command += config.engine_args.split()
     try:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     finally:  # what was measured before a failure or Ctrl-C counts
-        with config.points_file.open("a", encoding="utf-8") as file:
-            for entry in read_points(fresh):
-                asked = {"asked_scheme": job.scheme, "asked_memory_gb": float(job.memory_gb)}
-                file.write(json.dumps({"model": job.model, **asked, "asked_workload": job.workload, **entry}) + "\n")
-        fresh.unlink(missing_ok=True)
+        _absorb(config)
     return None if done.returncode == 0 else done.stderr.strip()[-TAIL:] or f"exit code {done.returncode}"
+
+
+def _absorb(config: SweepConfig) -> None:
+    """Move the runs of the process that ran last, if any, to the points; the file's first line says what was asked."""
+    fresh = config.output / RUNNING
+    asked, *entries = read_points(fresh) or [{}]
+    with config.points_file.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asked | entry) + "\n" for entry in entries)
+    fresh.unlink(missing_ok=True)
 
 
 def throughput_rows(config: SweepConfig, points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

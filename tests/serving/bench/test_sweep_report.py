@@ -14,7 +14,7 @@ import pytest
 from atom.errors import UnsupportedError
 from atom.records import check_rows
 from atom.serving.bench.plots import draw_group, in_order, label_of
-from atom.serving.bench.report import speedup_rows, write_report
+from atom.serving.bench.report import quality_tables, speedup_rows, write_report
 from atom.serving.bench.report_data import read_bench, write_rows
 from atom.serving.bench.result import ServeResult
 from atom.serving.bench.sample import Sample
@@ -47,7 +47,8 @@ class FakeRuns:
         lines = [json.dumps(point(scheme, float(memory), c, r, option(command, "--workload")[0])) for c, r in runs]
         if scheme in self.failing:
             lines = [lines[0], lines[0][:40]]  # it died while it wrote
-        Path(option(command, "--points")[0]).write_text("\n".join(lines) + "\n")
+        with Path(option(command, "--points")[0]).open("a") as file:
+            file.write("\n".join(lines) + "\n")
         return subprocess.CompletedProcess(command, int(scheme in self.failing), "", "CUDA out of memory\n")
 
 
@@ -93,6 +94,18 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, runs: FakeRuns) -> Non
     assert not [entry for entry in entries if "error" in entry]
     assert option(runs.commands[0], "--memory-gb") == ["24"] and not option(runs.commands[1], "--memory-gb")
     assert run_sweep(sweep) == entries and len(runs.commands) == 2, "nothing is left to do"
+
+
+def test_a_killed_sweep_keeps_what_its_last_process_wrote(tmp_path: Path, runs: FakeRuns) -> None:
+    sweep = config(tmp_path, schemes=("bf16",))
+    asked = {"model": "llama-2-7b", "asked_scheme": "bf16", "asked_memory_gb": 24.0, "asked_workload": "512/256"}
+    lines = [asked, point("bf16", 24.0, 8, None, "512/256")]
+    (tmp_path / "running.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_sweep(sweep)
+    assert [option(command, "--concurrency") for command in runs.commands] == [["64", "0"]]
+    assert "--max-num-seqs" not in runs.commands[0]
+    run_sweep(replace(sweep, concurrency=(512,)))
+    assert option(runs.commands[1], "--max-num-seqs") == ["512"]
 
 
 def test_rows_of_the_record(tmp_path: Path, runs: FakeRuns) -> None:
@@ -185,6 +198,21 @@ def test_speedups_compare_like_with_like(measured: Path) -> None:
     without = [row for row in rows if row["scheme"] != "bf16" or row["tpot_target_ms"] != 12.0]
     missing = {(r["tpot_target_ms"], r["label"]): r["speedup"] for r in speedup_rows(without)}
     assert missing[12.0, "w4a8+kv4"] is None, "no ratio to something that was not measured"
+
+
+def test_quality_beside_speed(tmp_path: Path, measured: Path) -> None:
+    row = {"model": "m", "text": "t", "scheme": "w4a8", "kv": "int4", "ppl": 11.0, "ppl_fp": 10.0, "windows": 1}
+    rows = [row | {"path": "kernels", "bits_weight": 4.13, "bits_activation": 8, "bits_kv": 4.25}]
+    rows.append(rows[0] | {"scheme": "fp8", "kv": "fp8", "ppl": None})
+    file = tmp_path / "q.json"
+    file.write_text(json.dumps({"name": "quality-presets", "rows": rows}))
+    data = read_bench([measured, file])
+    ((name, (titles, body)),) = quality_tables(data)
+    best = max(r["out_tok_s"] for r in data.rows if r["batch_mode"] == "best" and r["scheme"] == "w4a8")
+    found = dict(zip(titles, body[1], strict=True))
+    assert name == "m on t" and [line[0] for line in body] == ["fp8+kvfp8", "w4a8+kv4"]
+    assert found["loss"] == "10.0 %" and found["output tok/s"] == best and found["on"].startswith("llama-2-7b")
+    assert body[0][3:7] == [None, 10.0, None, None], "not measured is not zero"
 
 
 def test_without_matplotlib(tmp_path: Path, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
