@@ -6,6 +6,7 @@ what the requests ask for.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -29,17 +30,26 @@ def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
 class DecodeBuckets:
     """The model's decode step at each of `sizes`.
 
-    max_blocks  of one sequence
+    max_blocks    of one sequence
+    plans_vary    attention's plans take more memory for longer sequences: buckets are prepared for the longest of all
     The pool behind `kv` has one block that no sequence owns, its last, for the rows that pad.
     """
 
     def __init__(
-        self, model: Model, kv: PagedKV, last_tokens: Tensor, sizes: tuple[int, ...], depth: int, max_blocks: int
+        self,
+        model: Model,
+        kv: PagedKV,
+        last_tokens: Tensor,
+        sizes: tuple[int, ...],
+        depth: int,
+        max_blocks: int,
+        plans_vary: bool = False,
     ) -> None:
         self.sizes = sizes
         self.model = model
         self.kv = kv
         self._last_tokens = last_tokens
+        self._plans_vary = plans_vary
         self._scratch_block = kv.pool.num_blocks - 1
         device, largest = model.device, sizes[-1]
         self._staging = Staging(device, depth)
@@ -64,9 +74,9 @@ class DecodeBuckets:
         """Logits [B, vocab_size] of a decode batch, valid until the next step runs, and its lanes int64 [B]."""
         size = self.size_for(batch.num_seqs)
         assert size is not None, f"{batch.num_seqs} sequences are more than the largest bucket"
-        lanes = self._load(pad_decodes(batch, size, self._scratch_block, self.kv.pool.block_size))
         if size not in self._replays:
-            self._replays[size] = self._capture(size)
+            self._prepare(size)
+        lanes = self._load(pad_decodes(batch, size, self._scratch_block, self.kv.pool.block_size))
         self._replays[size]()
         return self._logits[: batch.num_seqs], lanes
 
@@ -95,7 +105,9 @@ class DecodeBuckets:
         self._logits[:size] = self.model.logits(hidden)
 
     def _prepare(self, size: int) -> None:
-        self._load(_idle_batch(size, self._scratch_block, self.kv.pool.block_size))
+        """Run a bucket once with long sequences, so that whatever grows with lengths has grown; then capture it."""
+        count = size if self._plans_vary else 1
+        self._load(_long_batch(size, count, self._tables.shape[1], self._scratch_block, self.kv.pool.block_size))
         self._compute(size)
         self._replays[size] = self._capture(size)
 
@@ -110,8 +122,8 @@ class DecodeBuckets:
         return graph.replay
 
 
-def _idle_batch(size: int, scratch_block: int, block_size: int) -> Batch:
-    """A decode batch of nothing but padding rows."""
+def _long_batch(size: int, count: int, max_blocks: int, scratch_block: int, block_size: int) -> Batch:
+    """A decode batch of padding rows, `count` of them with as many tokens as a sequence can have, all in one block."""
     none = np.zeros(0, dtype=np.int32)
     nobody = Batch(
         token_ids=none,
@@ -121,11 +133,14 @@ def _idle_batch(size: int, scratch_block: int, block_size: int) -> Batch:
         slots=none.astype(np.int64),
         cu_seqlens_q=np.zeros(1, dtype=np.int32),
         seqlens_k=none,
-        block_tables=np.zeros((0, 1), dtype=np.int32),
+        block_tables=np.zeros((0, max_blocks), dtype=np.int32),
         lanes=none,
         sample_rows=none,
         sample_lanes=none,
         masks_stop=none.astype(np.bool_),
         num_decodes=0,
     )
-    return pad_decodes(nobody, size, scratch_block, block_size)
+    padded = pad_decodes(nobody, size, scratch_block, block_size)
+    lengths = padded.seqlens_k.copy()
+    lengths[:count] = max_blocks * block_size
+    return replace(padded, seqlens_k=lengths)

@@ -89,6 +89,10 @@ class EngineConfig:
     enforce_eager: bool = False
     """Capture no CUDA graphs: starts sooner, decodes more slowly."""
 
+    attention_split_tokens: int | None = None
+    """Attend over long sequences in parts of so many tokens, 1024 say: results then do not depend on what else is in
+    the batch. By default parts are chosen for speed."""
+
     async_scheduling: bool = True
     """Schedule a step on the host while the GPU runs the one before."""
 
@@ -102,7 +106,7 @@ class EngineConfig:
             )
         if self.watchdog_timeout < 0:
             raise ValueError(f"watchdog_timeout must not be negative, got {self.watchdog_timeout}; 0 switches it off.")
-        for name in ("max_model_len", "max_num_batched_tokens"):
+        for name in ("max_model_len", "max_num_batched_tokens", "attention_split_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}; raise it, or leave it out.")

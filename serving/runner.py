@@ -42,6 +42,7 @@ class Runner:
     buckets     batch sizes of decode steps, ascending; none: every step runs as it is. With buckets the pool has one
                 block more than the scheduler knows of
     max_blocks  of one sequence; buckets need it
+    split_tokens  see PagedKV
     """
 
     def __init__(
@@ -54,18 +55,20 @@ class Runner:
         kernels: Kernels = "auto",
         buckets: tuple[int, ...] = (),
         max_blocks: int = 0,
+        split_tokens: int | None = None,
     ) -> None:
         self.model = model
         self.depth = depth
         self.device = model.device
-        self.kv = PagedKV(pool, kernels)
+        self.kv = PagedKV(pool, kernels, split_tokens)
         self._sampler = sampler
         self._guided = GuidedLanes(model.config.vocab_size)
         self._staging = Staging(self.device, depth)
         self._last_tokens = torch.zeros(num_lanes, dtype=torch.int64, device=self.device)
         self.buckets: DecodeBuckets | None = None
         if buckets:
-            self.buckets = DecodeBuckets(model, self.kv, self._last_tokens, buckets, depth, max_blocks)
+            varies = split_tokens is not None
+            self.buckets = DecodeBuckets(model, self.kv, self._last_tokens, buckets, depth, max_blocks, varies)
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:

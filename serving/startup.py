@@ -116,7 +116,8 @@ def make_runner(model: Model, scheme: Scheme | None, options: EngineConfig, limi
     sampler = Sampler(limits.max_num_seqs, limits.vocab_size, model.device, options.seed)
     depth = 2 if is_gpu and options.async_scheduling else 1  # a CPU has nothing to overlap with
     max_blocks = -(-limits.max_sequence_tokens // limits.block_size)
-    return Runner(model, pool, sampler, limits.max_num_seqs, depth, options.kernels, buckets, max_blocks)
+    split = options.attention_split_tokens
+    return Runner(model, pool, sampler, limits.max_num_seqs, depth, options.kernels, buckets, max_blocks, split)
 
 
 def cache_scheme(scheme: Scheme | None, kv_cache_dtype: str) -> Scheme | None:
