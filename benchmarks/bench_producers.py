@@ -2,60 +2,25 @@
 
 python -m benchmarks.bench_producers              writes benchmarks/results/h200/producers.json
 python -m benchmarks.bench_producers --compile-only
+
+Schemes and ops that have not been verified take part with ATOM_UNVERIFIED_KERNELS=1.
 """
 
 import argparse
-import time
+import sys
 from functools import partial
-from typing import Any
 
 import torch
 
-from atom.kernels.producers import QuantizingProducer, producer_kernel
+from atom.kernels.bench import OPS, KernelsConfig, bench_kernels, problems, records, runs_here, table
+from atom.kernels.bench_producers import make_producer
+from atom.kernels.cache import compile_together
+from atom.kernels.producers import producer_kernel
 from atom.quant.presets import get_scheme
 
-from .timing import BANDWIDTH, keep, save, time_calls
+from .timing import keep, save
 
-# op, source, hidden of Llama-3-8B
-OPS = (("rms_norm_quantize", "norm", 4096), ("permute_quantize", "plain", 4096), ("gated_quantize", "silu", 14336))
 TOKENS = (1, 16, 256, 8192)
-SCHEMES = ("w4a4", "w4a8")
-ROTATE_BYTES = 200_000_000
-
-
-def producer(op: str, source: str, scheme: str, hidden: int, device: str) -> QuantizingProducer:
-    linear = get_scheme(scheme).for_linear("x")
-    perm = torch.randperm(hidden, device=device) if linear.reorder and source != "silu" else None
-    gain = torch.rand(hidden, device=device) if source == "norm" else None
-    return QuantizingProducer(source, linear, perm, gain, 1e-5)
-
-
-def measure() -> list[dict[str, Any]]:
-    rows = []
-    for op, source, hidden in OPS:
-        for scheme in SCHEMES:
-            run = producer(op, source, scheme, hidden, "cuda")
-            for M in TOKENS:
-                inputs = 2 if source == "silu" else 1
-                row_bytes = 2 * hidden * inputs
-                copies = min(64, max(2, ROTATE_BYTES // (M * row_bytes)))
-                x = [torch.randn(inputs, M, hidden, device="cuda").bfloat16() for _ in range(copies)]
-                count = max(copies, 64 if M <= 256 else 4)
-                calls = [partial(run, *x[i % copies].unbind(0)) for i in range(count)]
-                us = time_calls({"us": calls})["us"]
-                out = run(*x[0].unbind(0))
-                moved = M * row_bytes + out.packed.numel() + 4 * out.scale.shape[0] * M
-                started = time.perf_counter()
-                for call in calls:
-                    call()
-                host = (time.perf_counter() - started) / len(calls) * 1e6
-                torch.cuda.synchronize()
-                rows.append({"op": op, "scheme": scheme, "M": M, "hidden": hidden, "us": round(us, 2),
-                             "gbps": round(moved / us / 1e3, 1)})  # fmt: skip
-                share = moved / us / 1e-6 / BANDWIDTH
-                print(f"{op:18} {scheme} M={M:<5} hidden {hidden:<6} {us:8.2f} us  {moved / us / 1e3:7.0f} GB/s "
-                      f"{share:4.0%}  host {host:.1f} us a call", flush=True)  # fmt: skip
-    return rows
 
 
 def main() -> None:
@@ -64,15 +29,23 @@ def main() -> None:
     parser.add_argument("-o", "--out", help="write rows and circumstances there instead of a record")
     parser.add_argument("--record", metavar="FILE", help="write the record from what -o wrote")
     args = parser.parse_args()
-    if args.compile_only:
-        for op, source, hidden in OPS:
-            for scheme in SCHEMES:
-                producer_kernel(producer(op, source, scheme, hidden, "cpu").config(torch.bfloat16, hidden))
-        return
     if args.record:
         save("producers", args.record)
         return
-    keep("producers", measure(), args.out)
+    wanted = [KernelsConfig(op=op, tokens=TOKENS) for op in OPS if op != "linear"]  # type: ignore[arg-type]
+    if args.compile_only:
+        configs = {
+            make_producer(op, get_scheme(name).for_linear("x"), sizes["K"], "cpu").config(torch.bfloat16, sizes["K"])
+            for config in wanted
+            for op, name, _, sizes in problems(config)
+            if runs_here(op, get_scheme(name).for_linear("x"), 0, sizes["K"])[0] == "producers_sm90"
+        }
+        compile_together([partial(producer_kernel, config) for config in configs])
+        print(f"{len(configs)} kernels in the cache")
+        return
+    rows = [row for config in wanted for row in bench_kernels(config, partial(print, file=sys.stderr))]
+    print(table(rows))
+    keep("producers", records(rows)["producers"], args.out)
 
 
 if __name__ == "__main__":

@@ -1,51 +1,15 @@
-"""The timing protocol of all benchmarks: CUDA graphs of calls over rotating inputs, cold L2, interleaved, median.
-
-One graph holds enough calls that the inputs they read together are several times the L2 cache; competitors take turns
-round by round, so that a change of clocks meets all of them alike.
-"""
+"""What the benchmarks share: the timing protocol of atom/kernels/timing.py, floors, and how records are kept."""
 
 import json
-import statistics
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from atom.kernels.timing import COLD_BYTES as COLD_BYTES
+from atom.kernels.timing import time_calls as time_calls
 from atom.records import circumstances, current_commit, write_record
 
-COLD_BYTES = 260_000_000  # of rotating weights: four times an H200's L2
 BANDWIDTH = 4.38e12  # bytes a second that one H200 reads
 RATE = {"bf16": 900e12, "8bit": 1656e12}  # operations a second of its best GEMMs
-
-
-def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls, warmed up."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph
-
-
-def time_calls(candidates: Mapping[str, Sequence[Callable[[], Any]]], rounds: int = 15) -> dict[str, float]:
-    """Median microseconds of one call of each candidate: name -> its calls, which rotate over inputs."""
-    graphs = {name: capture(calls) for name, calls in candidates.items()}
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
-            samples[name].append(start.elapsed_time(stop) * 1000 / len(candidates[name]))
-    return {name: statistics.median(times) for name, times in samples.items()}
 
 
 def gemm_floor_us(M: int, N: int, K: int, weight_bytes: float, rate: str = "8bit") -> float:

@@ -1,4 +1,5 @@
-"""Measure serving: load a server over HTTP, run the engine in process, sweep schemes, or print what the GPU allows.
+"""Measure serving: load a server over HTTP, run the engine in process, sweep schemes, print what the GPU allows,
+or time the kernels.
 
 Example: atom bench serve --url http://localhost:8000 --workload 512/256 --max-concurrency 32 --slo ttft:500,tpot:50
 """
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from atom.errors import AtomError
+from atom.kernels.bench_config import KernelsConfig
 from atom.serving.bench.bounds import BoundsConfig
 from atom.serving.bench.config import ServeBenchConfig
 from atom.serving.bench.offline_config import LatencyConfig, ThroughputConfig
@@ -21,6 +23,7 @@ Options = (
     | Annotated[LatencyConfig, tyro.conf.subcommand("latency")]
     | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
     | Annotated[BoundsConfig, tyro.conf.subcommand("bounds")]
+    | Annotated[KernelsConfig, tyro.conf.subcommand("kernels")]
 )
 
 
@@ -32,6 +35,7 @@ def run(options: Any) -> dict[str, Any]:
         LatencyConfig: _latency,
         SweepConfig: _sweep,
         BoundsConfig: _bounds,
+        KernelsConfig: _kernels,
     }
     found: dict[str, Any] = runs[type(options)](options)
     return found
@@ -113,6 +117,23 @@ def _bounds(config: BoundsConfig) -> dict[str, Any]:
     if goals:
         _print("\n" + goals_table(goals))
     return {"shape": config.shape, "workload": config.workload, "gpu": config.gpu, "rows": rows, "goals": goals}
+
+
+def _kernels(config: KernelsConfig) -> dict[str, Any]:
+    from atom.kernels.bench import bench_kernels, records, table
+    from atom.records import write_record
+
+    with progress_console.status("starting") as status:
+        rows = bench_kernels(config, status.update)
+    _print(table(rows))
+    if config.flashinfer_trace is not None:
+        from atom.kernels.flashinfer_trace import write_trace
+
+        _print(f"wrote {write_trace(config.flashinfer_trace, rows)} files to {config.flashinfer_trace}")
+    for name, found in records(rows).items():
+        if config.machine is not None and found:
+            _print(f"wrote {write_record(name, found, config.machine)}")
+    return {"gpu": config.gpu, "rows": rows}
 
 
 def _print(text: str) -> None:
