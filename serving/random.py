@@ -14,6 +14,8 @@ from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: steps of a Weyl sequence
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_SALTS = (0x6A09E667F3BCC908, 0xBB67AE8584CAA73B)  # digits of the roots of 2 and 3: 0 is a fixed point of `mix`, and
+# seeds and candidates must not run through the same sequence
 _MASK = 2**64 - 1
 _LOG_RANGE = 52 * math.log(2) + 2e-14  # a little more than any logarithm that is taken from it, whatever its rounding
 
@@ -28,7 +30,7 @@ def mix(value: int) -> int:
 
 def sample_seed(seed: int, sample: int) -> int:
     """The 64-bit seed of a request's sample number `sample`."""
-    return mix(mix(seed) + sample * GOLDEN)
+    return mix(mix(seed + _SALTS[0]) + sample * GOLDEN)
 
 
 def step_keys(seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -43,7 +45,7 @@ def step_keys(seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> NDArray
 
 def counters(number: int, device: torch.device) -> Tensor:
     """int64 [number], what `log_exponential` adds to a key for each candidate."""
-    return torch.tensor([_signed(mix(place * GOLDEN)) for place in range(1, number + 1)], device=device)
+    return torch.tensor([_signed(mix(place * GOLDEN + _SALTS[1])) for place in range(number)], device=device)
 
 
 def log_exponential(keys: Tensor, counters: Tensor) -> Tensor:

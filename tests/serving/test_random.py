@@ -22,7 +22,7 @@ def test_the_vectorised_forms_are_the_same_function() -> None:
     noise = log_exponential(torch.from_numpy(keys.view(np.int64)), counters(5, torch.device("cpu")))
     for row, key in enumerate(keys.tolist()):
         for c in range(5):
-            value = (key + mix((c + 1) * GOLDEN)) % 2**64
+            value = (key + mix(c * GOLDEN + 0xBB67AE8584CAA73B)) % 2**64
             for shift, factor in ((32, 0xBF58476D1CE4E5B9), (29, 0x94D049BB133111EB)):
                 sign = 0 if value < 2**63 else 2**64 - 2 ** (64 - shift)
                 value = (value ^ ((value >> shift) + sign)) * factor % 2**64
@@ -48,6 +48,7 @@ def test_noise_is_exponential_and_independent() -> None:
     assert len(np.unique(keys)) == keys.size
     noise = log_exponential(torch.from_numpy(keys.reshape(-1).view(np.int64)), counters(100, torch.device("cpu")))
     assert noise.isfinite().all()
+    assert len(noise.unique()) == noise.numel(), "two draws share a number"
     uniform = (-noise.exp()).exp().flatten()
     number = len(uniform)
     distance = (uniform.sort().values - (torch.arange(number) + 0.5) / number).abs().max()
