@@ -96,15 +96,16 @@ class EngineConfig:
     async_scheduling: bool = True
     """Schedule a step on the host while the GPU runs the one before."""
 
-    watchdog_timeout: float = 300.0
-    """Seconds after which a step counts as stuck and the engine gives up; 0 waits for ever."""
+    watchdog_timeout: float | None = None
+    """Seconds after which a step counts as stuck and the engine gives up; 0 waits for ever. Default 300; 1800 on a CPU,
+    where a long prompt may take minutes."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}; use 0.9."
             )
-        if self.watchdog_timeout < 0:
+        if self.watchdog_timeout is not None and self.watchdog_timeout < 0:
             raise ValueError(f"watchdog_timeout must not be negative, got {self.watchdog_timeout}; 0 switches it off.")
         for name in ("max_model_len", "max_num_batched_tokens", "attention_split_tokens"):
             value = getattr(self, name)
@@ -122,6 +123,12 @@ class EngineConfig:
     def cache_bytes(self) -> int | None:
         """kv_cache_bytes as a number."""
         return None if self.kv_cache_bytes is None else parse_bytes(self.kv_cache_bytes)
+
+    def watchdog_s(self, is_cpu: bool) -> float | None:
+        """Seconds that a step may take; None: for ever."""
+        if self.watchdog_timeout is None:
+            return 1800.0 if is_cpu else 300.0
+        return self.watchdog_timeout or None
 
     def step_tokens(self, is_cpu: bool) -> int:
         """Tokens of one step at most; every running sequence can decode in it."""

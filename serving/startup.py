@@ -76,7 +76,7 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
     limits = options.limits(loaded.config.vocab_size, plan.max_model_len, plan.num_blocks, device.type == "cpu")
     runner = make_runner(loaded, scheme, options, limits)
     runner.warm_up(lambda done, total: say(f"warming up: decode batch {done} of {total}"))
-    engine = Engine(runner, Scheduler(limits), options.watchdog_timeout or None)
+    engine = Engine(runner, Scheduler(limits), options.watchdog_s(device.type == "cpu"))
     facts = {
         "model": model,
         "scheme": "none" if loaded.scheme is None else loaded.scheme.name,

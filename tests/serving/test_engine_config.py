@@ -58,3 +58,9 @@ def test_limits() -> None:
     assert cpu.max_num_batched_tokens == 3000 and gpu.max_num_batched_tokens == 8192
     assert not cpu.prefix_cache
     assert EngineConfig(max_num_batched_tokens=512).limits(10, 20, 30, True).max_num_batched_tokens == 512
+
+
+def test_a_cpu_has_more_time() -> None:
+    assert (EngineConfig().watchdog_s(is_cpu=False), EngineConfig().watchdog_s(is_cpu=True)) == (300, 1800)
+    assert EngineConfig(watchdog_timeout=7).watchdog_s(is_cpu=True) == 7
+    assert EngineConfig(watchdog_timeout=0).watchdog_s(is_cpu=False) is None

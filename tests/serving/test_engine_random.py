@@ -29,7 +29,13 @@ Key = tuple[str, int]
 class Soak:
     def __init__(self, seed: int, depth: int, fault_share: float) -> None:
         self.seed = seed
-        self.config = small_config(num_blocks=20, max_waiting_requests=24, prefix_cache=bool(seed % 2))
+        self.config = small_config(
+            num_blocks=20,
+            max_waiting_requests=24,
+            prefix_cache=bool(seed % 2),
+            num_speculative_tokens=3 * (depth - 1),
+            prompt_lookup_min=1,
+        )
         self.runner = FakeStepRunner(self.config, depth)
         self.scheduler = Scheduler(self.config)
         self.engine = Engine(self.runner, self.scheduler, watchdog_s=60.0)
@@ -63,7 +69,9 @@ class Soak:
         mine: list[str] = []
         for count in range(REQUESTS):
             prompt = (1,) * draw.randint(1, 20) + (2,) * draw.randint(0, 9)
-            params = SamplingParams(draw.choice([None, 1, 3, 20]), n=draw.choice([1, 1, 1, 2, 4]))
+            params = SamplingParams(
+                draw.choice([None, 1, 3, 20]), temperature=draw.choice([0.0, 1.0]), n=draw.choice([1, 1, 1, 2, 4])
+            )
             eos = tuple(draw.sample(range(VOCAB), draw.randint(0, 2)))
             request = Request(f"{number}-{count}", prompt, params, eos, draw.randint(-2, 2))
             try:
@@ -114,6 +122,7 @@ def test_soak(depth: int, fault_share: float) -> None:
     assert (FinishReason.ERROR in reasons) == (soak.engine.stats().num_failures > 0) == (fault_share > 0)
     soak.scheduler.check()
     stats = soak.engine.stats()
+    assert (stats.num_accepted_tokens > 0) == (depth > 1)
     assert (stats.used_blocks, stats.waiting, stats.running, stats.in_flight) == (0, 0, 0, 0)
     assert not soak.engine._live and not soak.engine._commands and not soak.engine._steps
     assert soak.engine._queued_seqs == soak.engine._queued_tokens == 0
