@@ -7,10 +7,8 @@ A draw goes in two stages, so that noise is needed for few candidates instead of
 tiles of 512 tokens by their mass, then a token of that tile, both as the argmax of log-probability plus Gumbel noise.
 That is exact, and rounding moves it only where two candidates nearly tie.
 
-What a step costs on a GPU, in passes over its S x V logits (float32: 131 MB at S = 256 and V = 128256, some 30 us of an
-H200's memory time each): greedy 1 read; a plain draw 7 (maximum, temperature, softmax, sums by tile); min-p or top-k 3
-more each for the comparison and the fill, and top-k the passes of torch.topk; penalties about 10; top-p of at most 1024
-top-k candidates 2 more. Only top-p alone sorts whole rows, 32 at a time.
+What a step costs on a GPU, counted in kernels and passes over its logits, stands in docs/serving.md. A greedy step
+reads them once. Only top-p without a top-k sorts whole rows, 32 at a time.
 """
 
 import random
