@@ -93,4 +93,4 @@ def test_perplexity_equals_evaluations(path: Path) -> None:
         found = llm.generate(windows, params)
     nll = [-each.logprob for completion in found for each in completion.prompt_logprobs or ()]
     assert len(nll) == measured.tokens
-    assert sum(nll) / len(nll) == pytest.approx(measured.nll, abs=2e-5)
+    assert sum(nll) / len(nll) == pytest.approx(measured.nll, abs=1e-4)  # float32, on logits of up to 30
