@@ -31,7 +31,7 @@ _LLAMA_3 = {
     **_LLAMA,
     "vocab_size": 128256,
     "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
+    "max_position_embeddings": 131072,  # of 3.1, so that long requests can be measured
     "rope_theta": 500000.0,
     "bos_token_id": 128000,
     "eos_token_id": 128001,

@@ -27,7 +27,7 @@ from .offline_config import LatencyConfig, ModelChoice, ThroughputConfig
 from .prompts import Vocabulary
 from .sample import Sample
 from .summary import Summary, summarize
-from .workload import Segment, WorkItem, drop_long
+from .workload import Segment, WorkItem, drop_long, mean_context
 
 Say = Callable[[str], None]
 WARM_UP = (8, 64, 8)  # requests, prompt tokens, output tokens
@@ -156,7 +156,11 @@ def served_floor(ready: Ready, gpu: Gpu) -> ModelFloor:
 def bench_throughput(
     config: ThroughputConfig, say: Say = lambda text: None, found: Callable[[Point], None] = lambda point: None
 ) -> list[Point]:
-    """One point for each concurrency or rate, in order; `found` is called with each as it is done."""
+    """One point for each concurrency or rate, in order; `found` is called with each as it is done.
+
+    Of the concurrencies that the cache cannot hold on average the smallest is run (there memory decides), and larger
+    ones are left out: the file of points then has an entry `skipped` for each.
+    """
     points = []
     with running(config, say) as (ready, driver):
         gpu = known_gpu(ready.model.device)
@@ -164,16 +168,34 @@ def bench_throughput(
         runs: list[tuple[int, float | None]] = (
             [(0, rate) for rate in config.rate] if config.rate else [(c, None) for c in config.concurrency]
         )
+        held = cache_holds(config, ready)
+        beyond = min((c for c, _ in runs if c > held), default=0)
         for number, (concurrency, rate) in enumerate(runs):
+            if beyond and concurrency > beyond:
+                why = f"the cache holds {held:.0f} requests on average, so that {beyond} show what {concurrency} would"
+                say(f"skipped: {why}")
+                _keep(config, {"concurrency": concurrency, "rate": rate, "skipped": why})
+                continue
             point = _point(config, ready, driver, floor, number, concurrency, rate, say)
             if gpu is None:
                 point = replace(point, bound_tok_s=None)
             points.append(point)
             found(point)
-            if config.points is not None:
-                with config.points.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(point.to_dict(), allow_nan=False) + "\n")
+            _keep(config, point.to_dict() | {"is_memory_bound": concurrency > held})
     return points
+
+
+def _keep(config: ThroughputConfig, entry: dict[str, Any]) -> None:
+    if config.points is not None:
+        with config.points.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+
+def cache_holds(config: ThroughputConfig, ready: Ready) -> float:
+    """Requests of the workload that the KV cache holds at once, each of its mean length over its life."""
+    items = parse_workload(config.workload).items(config.requests_at(0), config.seed)
+    items, _ = drop_long(items, ready.limits.max_sequence_tokens)
+    return ready.limits.cache_tokens / mean_context(items) if items else 0.0
 
 
 def _point(

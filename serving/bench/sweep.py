@@ -195,7 +195,8 @@ def throughput_rows(config: SweepConfig, points: Sequence[dict[str, Any]]) -> li
     In the paper's experiment out_tok_s is the rate while the batch was full, where a run has one: long outputs end
     one by one, and a run of finite length would else be judged by its end. Elsewhere it is all tokens over all time.
     """
-    rows = [_row(config, point, "equal", None) for point in points if "error" not in point]
+    runs = [point for point in points if "error" not in point and "skipped" not in point]
+    rows = [_row(config, point, "equal", None) for point in runs]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("experiment", "shape", "scheme", "kv", "memory_gb", "workload"))
@@ -221,7 +222,7 @@ def _row(config: SweepConfig, point: dict[str, Any], mode: str, target: float | 
         "kv": point["kv"] if point["asked_scheme"] is None else kv_name(get_scheme(point["asked_scheme"])),
         "memory_gb": int(point["memory_gb"]) if float(point["memory_gb"]).is_integer() else point["memory_gb"],
         "batch_mode": mode,
-        "batch": point["concurrency"] or point["batch"],
+        "batch": point["batch"] if point["is_memory_bound"] else point["concurrency"] or point["batch"],
         "input": _whole(point["input"]),
         "output": _whole(point["output"]),
         "out_tok_s": steady if experiment == "paper" and steady is not None else overall,

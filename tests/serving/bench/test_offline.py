@@ -49,6 +49,21 @@ def test_throughput_of_closed_loops_and_of_all_at_once(tmp_path: Path) -> None:
     assert "random weights" in text and "kernels: reference" in text and "all" in text
 
 
+def test_more_than_the_cache_holds_is_run_once(tmp_path: Path) -> None:
+    """Sequences of 40 tokens on average, in a cache for 192: the first count beyond it shows what memory allows."""
+    points = tmp_path / "points.jsonl"
+    small = replace(ENGINE, kv_cache_bytes="192Ki", scheme="bf16")
+    config = ThroughputConfig("tiny", engine=small, workload="30/20", num_requests=6, points=points)
+    found = bench_throughput(replace(config, concurrency=(1, 5, 6, 7)))
+    entries = [json.loads(line) for line in points.read_text().splitlines()]
+    ran = [entry["concurrency"] for entry in entries if "skipped" not in entry]
+    holds = found[0].facts["kv_cache_tokens"] / 40
+    assert 1 <= holds < 5 and ran == [1, 5] and [p.concurrency for p in found] == [1, 5]
+    assert [entry["is_memory_bound"] for entry in entries[:2]] == [False, True]
+    assert found[1].batch <= holds + 1 and found[1].summary.completed == 6
+    assert "the cache holds" in entries[2]["skipped"] and entries[3]["concurrency"] == 7
+
+
 def test_rates_and_lengths_that_do_not_fit() -> None:
     config = ThroughputConfig(
         "tiny", engine=replace(ENGINE, max_model_len=64), workload="uniform:40-80/4-4", rate=(200.0,)

@@ -58,7 +58,8 @@ def point(scheme: str, memory: float, concurrency: int, rate: float | None, work
     spread = {"p50": 1e3 * batch / tokens, "p99": 1.5e3 * batch / tokens}
     return {
         "scheme": name, "kv": "int4", "memory_gb": memory, "workload": workload, "concurrency": concurrency,
-        "rate": rate, "requests": 64, "too_long": 0, "batch": batch, "input": 24.0, "output": 980.5,
+        "rate": rate, "requests": 64, "too_long": 0, "batch": batch, "is_memory_bound": False,
+        "input": 24.0, "output": 980.5,
         "bound_tok_s": 2 * tokens, "steady_tok_s": tokens, "weight_bytes": int(8e9 / SPEED[name]), "seconds": 1.0,
         "summary": {"out_tok_s": tokens * 0.9, "tpot": spread, "ttft": spread, "errors": {}},
         "engine": {"kv_cache_bytes": 9_000_000_000, "kv_cache_tokens": 70_000},
@@ -127,6 +128,17 @@ def test_rows_of_the_record(tmp_path: Path, runs: FakeRuns) -> None:
     assert best[100.0, "bf16", "bf16"] == 100
     assert (12.0, "bf16", "bf16") in best and best[12.0, "bf16", "bf16"] == 8, "the largest within the target"
     assert best[12.0, "w4a8", "int4"] == 100
+
+
+def test_a_batch_that_did_not_fit_is_not_called_one(tmp_path: Path, runs: FakeRuns) -> None:
+    sweep = config(tmp_path, schemes=("bf16",), concurrency=(8, 64, 128))
+    bound = point("bf16", 24.0, 64, None, "512/256") | {"batch": 33, "is_memory_bound": True}
+    asked = {"model": "llama-2-7b", "asked_scheme": "bf16", "asked_memory_gb": 24.0, "asked_workload": "512/256"}
+    skipped = {"concurrency": 128, "rate": None, "skipped": "the cache holds 33"}
+    tmp_path.joinpath("points.jsonl").write_text(json.dumps(asked | bound) + "\n" + json.dumps(asked | skipped) + "\n")
+    rows = throughput_rows(sweep, run_sweep(sweep))
+    assert [option(command, "--concurrency") for command in runs.commands] == [["8"]], "the skipped one is done"
+    assert sorted(row["batch"] for row in rows if row["batch_mode"] == "equal") == [8, 33]
 
 
 def test_rates_are_swept_too(tmp_path: Path, runs: FakeRuns) -> None:
