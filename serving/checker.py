@@ -1,6 +1,7 @@
 """Asks a process of its own whether a grammar compiles, and kills it when it takes too long."""
 
 import json
+import os
 import select
 import subprocess
 import sys
@@ -64,7 +65,7 @@ class Checker:
             child.stdin.flush()
             while not answer.endswith(b"\n"):
                 ready, _, _ = select.select([child.stdout], [], [], max(0.0, deadline - time.monotonic()))
-                part = child.stdout.read1(65536) if ready else b""
+                part = os.read(child.stdout.fileno(), 65536) if ready else b""
                 if not part:
                     self._kill()
                     return None

@@ -29,7 +29,7 @@ def problem_of(grammar: str, limits: dict[str, Any]) -> str:
     choose = random.Random(0).choice
     for _ in range(WALK):
         if matcher.is_error():
-            return matcher.get_error()
+            return str(matcher.get_error())
         if matcher.is_stopped():
             break
         start = time.monotonic()
@@ -39,7 +39,7 @@ def problem_of(grammar: str, limits: dict[str, Any]) -> str:
         if not allowed:
             break
         matcher.consume_token(choose(allowed))
-    return matcher.get_error() if matcher.is_error() else ""
+    return str(matcher.get_error()) if matcher.is_error() else ""
 
 
 def serve() -> None:
