@@ -47,6 +47,7 @@ ROUTES: tuple[tuple[str, str, Endpoint, type[Body] | None], ...] = (
     ("POST", "/v1/abort", operations.abort, AbortRequest),
     ("POST", "/tokenize", tokenize.tokenize, TokenizeRequest),
     ("POST", "/detokenize", tokenize.detokenize, DetokenizeRequest),
+    ("GET", "/tokenizer_info", tokenize.tokenizer_info, None),
     ("GET", "/health", operations.health, None),
     ("GET", "/health/generate", operations.health_generate, None),
     ("GET", "/metrics", operations.metrics, None),

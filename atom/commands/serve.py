@@ -30,4 +30,5 @@ def run(options: Options) -> dict[str, Any]:
     from .console import progress_console
 
     with progress_console.status("starting") as status:
-        return serve(options.model, options.engine, options.server, say=status.update, ready=status.stop)
+        served: dict[str, Any] = serve(options.model, options.engine, options.server, status.update, status.stop)
+        return served

@@ -10,7 +10,7 @@ from .protocol import Sampling, StructuredOutputs
 
 def guidance_spec(body: Sampling) -> GuidanceSpec | None:
     """What the body asks for; InvalidRequestError if that is several things, or none that is known."""
-    given = body.structured_outputs or StructuredOutputs()
+    given = body.structured_outputs or StructuredOutputs.model_validate({})
     asked: tuple[tuple[str, Any, Callable[[str, Any], GuidanceSpec | None]], ...] = (
         ("response_format", body.response_format, _of_format),
         ("structured_outputs.json", given.json_, schema_spec),

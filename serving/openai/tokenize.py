@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM answers them."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info, as vLLM answers them; with them lm-eval needs no tokenizer."""
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -6,6 +6,7 @@ from starlette.responses import Response
 from ..errors import InvalidRequestError
 from .answers import JsonAnswer
 from .chat import render
+from .errors import ApiError
 from .protocol import DetokenizeRequest, TokenizeRequest
 from .service import Service
 
@@ -31,3 +32,12 @@ async def detokenize(service: Service, http: HttpRequest) -> Response:
             "tokens", f"tokens hold {wrong}, the vocabulary ends at {vocab_size - 1}; use this model's tokenizer."
         )
     return JsonAnswer({"prompt": service.frontend.tokenizer.decode(body.tokens)})
+
+
+async def tokenizer_info(service: Service, http: HttpRequest) -> Response:
+    hf = service.frontend.tokenizer.hf
+    if hf is None:
+        raise ApiError(404, "this model has no tokenizer; send token ids.", code="not_found")
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    tokens = {name: None if (token := getattr(hf, name, None)) is None else str(token) for name in names}
+    return JsonAnswer({"tokenizer_class": type(hf).__name__, "model_max_length": service.max_model_len, **tokens})

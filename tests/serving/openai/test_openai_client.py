@@ -1,4 +1,4 @@
-"""The official client against real engines: a tiny random model, and real ones where they are at hand."""
+"""The official client and lm-eval's against real engines: a tiny random model, and real ones where there are any."""
 
 import json
 import math
@@ -10,7 +10,10 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
+from atom.models.kv import DenseKV
+from atom.models.loader import load_model, load_tokenizer
 from atom.serving.engine_config import EngineConfig
 from atom.serving.frontend import Frontend
 from atom.serving.process import make_service
@@ -40,7 +43,9 @@ USER: Any = {"role": "user", "content": "What is the capital of France?"}
 
 
 class Served:
-    def __init__(self, url: str, frontend: Frontend, is_real: bool) -> None:
+    def __init__(self, url: str, path: Path, frontend: Frontend, is_real: bool) -> None:
+        self.url = url
+        self.path = path
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=120)
         self.frontend = frontend
         self.is_real = is_real
@@ -69,7 +74,7 @@ def served(request: pytest.FixtureRequest, tiny: Callable[[str], Path], tmp_path
     server = ServerConfig(served_model_name=("m",), chat_template=template, generation_config="none")
     service = make_service(str(path), start_up(str(path), engine), engine, server)
     with serve_app(build_app(service)) as url:
-        made = Served(url, service.frontend, request.param is not None)
+        made = Served(url, Path(path), service.frontend, request.param is not None)
         yield made
         made.client.close()
         stats = service.frontend.engine.stats()
@@ -188,3 +193,28 @@ def test_errors_have_their_classes(served: Served) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         served.chat(max_tokens=10**6)
     assert error.value.param == "max_tokens" and error.value.code == "invalid_value"
+
+
+def test_lm_evals_api_model_scores_as_the_model_does(served: Served) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    pairs = [("The capital of France", " is Paris"), ("Once upon a time", " there was a king"), ("One", " two three")]
+    api = LocalCompletionsAPI(model="m", base_url=f"{served.url}/v1/completions", batch_size=2, max_length=256)
+    got = api.loglikelihood([Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)])
+    model, tokenizer = load_model(served.path), load_tokenizer(served.path)
+    for (context, continuation), (logprob, is_greedy) in zip(pairs, got, strict=True):
+        ids, start = tokenizer.encode(context + continuation), len(tokenizer.encode(context))
+        kv = DenseKV(model.config)
+        with torch.inference_mode():
+            logits = model.logits(model(torch.tensor(ids), kv.positions(len(ids)), kv)).float()
+        rows = logits[start - 1 : -1]
+        chosen = rows.log_softmax(-1).gather(1, torch.tensor(ids[start:])[:, None])
+        assert logprob == pytest.approx(float(chosen.sum()), abs=0.02)
+        assert is_greedy == (rows.argmax(-1).tolist() == ids[start:])
+    until = [Instance("generate_until", {}, ("The capital of France is", {"until": ["."], "max_gen_toks": 12}), 0)]
+    (text,) = api.generate_until(until)
+    direct = served.client.completions.create(
+        model="m", prompt=until[0].args[0], temperature=0, max_tokens=12, stop="."
+    )
+    assert text == direct.choices[0].text
