@@ -130,12 +130,12 @@ class PagedKV:
             num_kv_heads=config.num_kv_heads,
             block_size=pool.block_size,
             kv_pre_rope=self.pre_rope,
-            has_key_offset=self.offset_apart and _has_key_offset(config, scheme),
             dtype=str(pool.dtype).removeprefix("torch."),
         )
         self.choices = (ROPE_APPEND_KV.choose(problem, kernels), PAGED_ATTENTION.choose(problem, kernels))
         self._append = self.choices[0].build(pool.layout, self.pre_rope)
-        self._attend = self.choices[1].build(pool.layout, self.pre_rope, split_tokens)
+        has_offset = self.offset_apart and _has_key_offset(config, scheme)
+        self._attend = self.choices[1].build(pool.layout, self.pre_rope, split_tokens, has_offset)
         self._step: PagedStep | None = None
         self._tables: dict[RopeConfig, RopeTable] = {}
 
@@ -174,10 +174,16 @@ class PagedKV:
         return step.derive(rotation.rope.config, make)
 
     def _table(self, step: PagedStep, rotation: Rotation) -> RopeTable:
-        """cos and sin of all positions of the step, kept from step to step and grown when a sequence is longer."""
+        """cos and sin of all positions of the step, kept from step to step and grown when a sequence is longer.
+
+        On a GPU of all positions that the model has: a graph that was captured goes on reading the same table.
+        """
         config, length = rotation.rope.config, int(step.seqlens_k.max())
         table = self._tables.get(config)
         if table is None or table.cos.shape[0] < length:
-            whole = rotation.rope(torch.arange(1 << (length - 1).bit_length(), device=self.pool.device))
+            rows = 1 << (length - 1).bit_length()
+            if self.pool.device.type == "cuda":
+                rows = max(rows, self.pool.config.max_position_embeddings)
+            whole = rotation.rope(torch.arange(rows, device=self.pool.device))
             table = self._tables[config] = RopeTable(whole.cos, whole.sin)
         return table

@@ -15,6 +15,7 @@ class DecodeConfig:
     queries       query heads of one KV head, 1 to 16
     has_window    the layer has a sliding window
     has_cap       scores are capped
+    has_offset    what every key has in common was taken off before rounding, and belongs to the scores
     warps         that consume: each takes every `warps`-th stage of a segment
     ctas_per_sm   resident at once
     """
@@ -25,6 +26,7 @@ class DecodeConfig:
     block_size: int = 16
     has_window: bool = False
     has_cap: bool = False
+    has_offset: bool = False
     warps: int = 4
     ctas_per_sm: int = 3
 
@@ -93,9 +95,18 @@ class DecodeConfig:
         return 4 * self.warps * (self.queries * self.head_dim + 2 * 8 * self.column_tiles)
 
     @property
+    def turn_row_bytes(self) -> int:
+        """cos and sin of one token of a stage in 16 bits, padded so that eight rows fall on different banks."""
+        return 2 * self.head_dim + 16
+
+    @property
+    def turn_bytes(self) -> int:
+        return self.stage_tokens * self.turn_row_bytes if self.has_offset else 0
+
+    @property
     def stages(self) -> int:
         """A power of two, so that a ring position is a mask."""
-        room = SHARED_BYTES // self.ctas_per_sm - 1024 - self.merge_bytes - 512
+        room = SHARED_BYTES // self.ctas_per_sm - 1024 - self.merge_bytes - self.turn_bytes - 512
         most = room // self.stage_bytes
         return min(16, 1 << (most.bit_length() - 1)) if most >= 1 else 0
 
@@ -106,16 +117,19 @@ class DecodeConfig:
 
 
 def choose_decode(
-    kv: str, head_dim: int, queries: int, block_size: int, has_window: bool, has_cap: bool
+    kv: str, head_dim: int, queries: int, block_size: int, has_window: bool, has_cap: bool, has_offset: bool = False
 ) -> DecodeConfig:
     """The config of a problem: as many CTAs on an SM as registers and shared memory allow. Not tuned on a GPU yet."""
     size = head_dim * -(-queries // 8)
-    ctas = 3 if size <= 128 else 2 if size < 256 or (size == 256 and kv in ("int4", "fp8_e4m3")) else 1
+    if (size >= 256 and (kv in ("int8", "bf16") or has_offset)) or size > 256:
+        ctas = 1
+    else:
+        ctas = 2 if size > 128 or has_offset else 3
     for count in range(ctas, 0, -1):
-        config = DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, ctas_per_sm=count)
+        config = DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, has_offset, ctas_per_sm=count)
         if config.stages * config.stage_bytes >= 40_000 // count and config.stages >= 4:
             return config
-    return DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, ctas_per_sm=1)
+    return DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, has_offset, ctas_per_sm=1)
 
 
 def word_index(sharers: int, words: int, row_words: int, sharer: int, word: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..quant.formats import get_format
 from ..quant.rounding import largest_scale
-from .attention_config import AppendConfig, DecodeConfig, MergeConfig, choose_decode
+from .attention_config import AppendConfig, DecodeConfig, MergeConfig, choose_decode, row_token
 from .attention_plan import SEGMENT_FIELDS, AttentionPlan, most_segments, plan_balanced, plan_fixed
 from .cache import load_kernel
 from .dense_attention import AttentionSpec
@@ -32,7 +32,7 @@ SHARED = ("attention_config.py", "dsl/tensor_core.py", "dsl/memory.py", "dsl/ari
 SOURCES = {
     name: tuple(HERE / file for file in (*files, *SHARED))
     for name, files in {
-        "paged_decode_sm90": ("paged_decode_sm90.py", "decode_codes_sm90.py"),
+        "paged_decode_sm90": ("paged_decode_sm90.py", "decode_codes_sm90.py", "decode_offset_sm90.py"),
         "merge_partials_sm90": ("merge_partials_sm90.py",),
         "rope_append_sm90": ("rope_append_sm90.py",),
     }.items()
@@ -77,15 +77,20 @@ class PagedAttentionSm90:
     """paged_attention on Hopper; called as paged_attention_reference's function is.
 
     split_tokens  cut every sequence there, so that results do not depend on the batch; None: as fast as possible
+    has_offset    some layers' keys have an offset: plans are made for the kernel that adds it
     """
 
-    def __init__(self, layout: KVLayout, pre_rope: bool = False, split_tokens: int | None = None) -> None:
+    def __init__(
+        self, layout: KVLayout, pre_rope: bool = False, split_tokens: int | None = None, has_offset: bool = False
+    ) -> None:
         assert not pre_rope
         self.layout = layout
+        self.has_offset = has_offset
         self.split_blocks = None if split_tokens is None else max(2, -(-split_tokens // layout.block_size) // 2 * 2)
         self.reference = PagedAttentionReference(layout)
         self.kernels: dict[DecodeConfig, tuple[Any, Any]] = {}
         self.buffers: dict[tuple[int, int | None], StepBuffers] = {}
+        self.turns: dict[tuple[int, int], Tensor] = {}
 
     def prepare(self, step: PagedStep, windows: Iterable[int | None], queries: int) -> None:
         """Plan the step for layers of each window and bring the plans to the device; before a graph is replayed too."""
@@ -101,20 +106,34 @@ class PagedAttentionSm90:
         q = q.contiguous()
         out = torch.empty_like(q)
         if buffers is not None:
-            decode, merge = self._kernels(self._config(queries, spec.window is not None, cap is not None))
+            has_offset = spec.key_offset is not None
+            config = self._config(queries, spec.window is not None, cap is not None, has_offset)
+            decode, merge = self._kernels(config)
+            words = _words(q)
+            offsets: tuple[Tensor, ...] = (words[0], buffers.lse, buffers.lse, words[0])  # of no use to the kernel
+            if spec.key_offset is not None:
+                assert table is not None, "offsets that are turned on reading need a table"
+                offsets = (_words(spec.key_offset.to(q.dtype)), table.cos, table.sin, self._turns(table, config))
             decode(
-                _words(q), layer, step.block_tables, buffers.lengths, buffers.rows, buffers.work, buffers.segments, out,
-                buffers.partial, buffers.lse, spec.scale if cap is None else spec.scale / cap,
+                words, layer, step.block_tables, buffers.lengths, buffers.rows, buffers.work, buffers.segments, out,
+                buffers.partial, buffers.lse, *offsets, spec.scale if cap is None else spec.scale / cap,
                 1.0 if cap is None else cap, spec.window or 0,
             )  # fmt: skip
             merge(buffers.merges, buffers.rows, buffers.partial, buffers.lse, out, self.layout.num_kv_heads)
         self.reference.attend_chunks(q, layer, step, spec, table, out)
         return out
 
-    def _config(self, queries: int, has_window: bool, has_cap: bool) -> DecodeConfig:
+    def _config(self, queries: int, has_window: bool, has_cap: bool, has_offset: bool) -> DecodeConfig:
         layout = self.layout
         kv = "bf16" if layout.spec is None else layout.spec.format
-        return choose_decode(kv, layout.head_dim, queries, layout.block_size, has_window, has_cap)
+        return choose_decode(kv, layout.head_dim, queries, layout.block_size, has_window, has_cap, has_offset)
+
+    def _turns(self, table: RopeTable, config: DecodeConfig) -> Tensor:
+        """The constant matrix of a table's angles; made once, on the layer's first call."""
+        key = (table.cos.data_ptr(), config.stage_tokens)
+        if key not in self.turns:
+            self.turns[key] = turn_matrix(table, config.stage_tokens)
+        return self.turns[key]
 
     def _kernels(self, config: DecodeConfig) -> tuple[Any, Any]:
         if config not in self.kernels:
@@ -129,7 +148,7 @@ class PagedAttentionSm90:
         is_decode = step.counts == 1
         if not is_decode.any():
             return None
-        config = self._config(queries, window is not None, False)
+        config = self._config(queries, window is not None, False, self.has_offset)
         lengths = np.where(is_decode, step.seqlens_k, 0)
         ctas = config.ctas_per_sm * multiprocessors(step.slots.device)
         heads, size = self.layout.num_kv_heads, self.layout.block_size
@@ -177,6 +196,18 @@ class RopeAppendSm90:
             any_words if offset is None else _words(offset.to(q.dtype)), layer, _words(out), self.largest,
         )  # fmt: skip
         return out
+
+
+def turn_matrix(table: RopeTable, stage_tokens: int) -> Tensor:
+    """cos and sin of the first positions as decode_offset_sm90.py reads them: uint32 [stage_tokens, head_dim / 2].
+
+    Rows stand in the order of mma's, columns are 8 cosines and 8 sines by turns, in float16. The table's factor
+    (YaRN's) is taken out: turning by a stage's first position brings it in.
+    """
+    order = [tile + row_token(row) for tile in range(0, stage_tokens, 16) for row in range(16)]
+    rows = torch.tensor(order, device=table.cos.device).clamp(max=len(table.cos) - 1)  # a shorter text never has them
+    both = torch.stack([(x[rows] / table.cos[0, 0]).unflatten(1, (-1, 8)) for x in (table.cos, table.sin)], 2)
+    return both.flatten(1).half().view(torch.int32).view(torch.uint32)
 
 
 def _words(x: Tensor) -> Tensor:

@@ -85,7 +85,9 @@ def decode_groups(step: PagedStep, window: int | None, layout: KVLayout) -> list
 class PagedAttentionReference:
     """The op in torch, on any device. `split_tokens` changes nothing: its results never depend on the batch."""
 
-    def __init__(self, layout: KVLayout, pre_rope: bool = False, split_tokens: int | None = None) -> None:
+    def __init__(
+        self, layout: KVLayout, pre_rope: bool = False, split_tokens: int | None = None, has_offset: bool = False
+    ) -> None:
         self.layout = layout
         self.pre_rope = pre_rope
 

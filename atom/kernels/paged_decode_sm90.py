@@ -21,6 +21,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from .attention_config import DecodeConfig
 from .decode_codes_sm90 import BIAS, expand, expand_pair, load_row
+from .decode_offset_sm90 import KeyOffset
 from .dsl.memory import bulk_load, pack_bf16x2
 from .dsl.tensor_core import as_float, exp2, load_word, log2, mma_bf16, reciprocal_approx, transpose_8x8
 
@@ -28,7 +29,7 @@ LOWEST = -1.0e30  # a maximum before the first score: finite, so that difference
 LOG2_E = 1.4426950408889634
 
 
-class PagedDecode:
+class PagedDecode(KeyOffset):
     """The compile-time choices of one kernel; see DecodeConfig for their meaning."""
 
     def __init__(self, config: DecodeConfig) -> None:
@@ -52,13 +53,18 @@ class PagedDecode:
         mO: cute.Tensor,  # [T, num_heads, head_dim] bfloat16
         mPartial: cute.Tensor,  # [slots, queries, head_dim] float32
         mLse: cute.Tensor,  # [slots, queries] float32: log2 of the sum of exponentials
+        mOffset: cute.Tensor,  # [num_kv_heads, head_dim / 2] uint32: key offsets, two bfloat16 each, else any
+        mCos: cute.Tensor,  # [positions, head_dim / 2] float32, where there are offsets, else any
+        mSin: cute.Tensor,  # the same
+        mTurn: cute.Tensor,  # [stage tokens, head_dim / 2] uint32: attention_sm90.turn_matrix, else any
         scale: Float32,  # of scores; with a cap, scale / cap
         cap: Float32,
         window: Int32,
         stream: cuda.CUstream,
     ):
         self.kernel(
-            mQ, mKV, mTable, mLength, mRow, mWork, mSegment, mO, mPartial, mLse, scale, cap, window
+            mQ, mKV, mTable, mLength, mRow, mWork, mSegment, mO, mPartial, mLse, mOffset, mCos, mSin, mTurn, scale, cap,
+            window,
         ).launch(
             grid=(mWork.shape[0] - 1, 1, 1),
             block=(self.config.threads, 1, 1),
@@ -72,7 +78,8 @@ class PagedDecode:
     def kernel(
         self, mQ: cute.Tensor, mKV: cute.Tensor, mTable: cute.Tensor, mLength: cute.Tensor, mRow: cute.Tensor,
         mWork: cute.Tensor, mSegment: cute.Tensor, mO: cute.Tensor, mPartial: cute.Tensor, mLse: cute.Tensor,
-        scale: Float32, cap: Float32, window: Int32,
+        mOffset: cute.Tensor, mCos: cute.Tensor, mSin: cute.Tensor, mTurn: cute.Tensor, scale: Float32, cap: Float32,
+        window: Int32,
     ):  # fmt: skip
         config = self.config
         tid, _, _ = cute.arch.thread_idx()
@@ -89,15 +96,20 @@ class PagedDecode:
         )
         sM = smem.allocate_tensor(Float32, cute.make_layout((columns, config.warps)), byte_alignment=16)
         sL = smem.allocate_tensor(Float32, cute.make_layout((columns, config.warps)), byte_alignment=16)
+        turns = Int32(0)
         if warp == 0:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(config.stages):
                     cute.arch.mbarrier_init(full + s, 1)
                     cute.arch.mbarrier_init(empty + s, 1)
             cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
+        if cutlass.const_expr(config.has_offset):
+            sTurn = smem.allocate_tensor(Uint32, cute.make_layout(config.turn_bytes // 4), byte_alignment=16)
+            self.load_turns(mTurn, sTurn, tid)
+            turns = sTurn.iterator.toint()
+        cute.arch.sync_threads()
         first = mWork[cta]
         last = mWork[cta + 1]
         count = Int32(0)  # stages so far: the ring's position
@@ -107,8 +119,8 @@ class PagedDecode:
         else:
             for index in cutlass.range(first, last, unroll=1):
                 count = self.consume(
-                    mQ, mLength, mRow, mSegment, mO, mPartial, mLse, full, empty, ring, sO, sM, sL, index, count, warp,
-                    lane, scale, cap, window,
+                    mQ, mLength, mRow, mSegment, mO, mPartial, mLse, mOffset, mCos, mSin, full, empty, ring, sO, sM,
+                    sL, turns, index, count, warp, lane, scale, cap, window,
                 )  # fmt: skip
 
     @cute.jit
@@ -140,8 +152,8 @@ class PagedDecode:
 
     @cute.jit
     def consume(
-        self, mQ, mLength, mRow, mSegment, mO, mPartial, mLse, full, empty, ring, sO, sM, sL, index, count, warp, lane,
-        scale, cap, window,
+        self, mQ, mLength, mRow, mSegment, mO, mPartial, mLse, mOffset, mCos, mSin, full, empty, ring, sO, sM, sL,
+        turns, index, count, warp, lane, scale, cap, window,
     ):  # fmt: skip
         """One of the consuming warps: its share of a segment's stages, then the CTA's result to memory."""
         config = self.config
@@ -164,6 +176,14 @@ class PagedDecode:
         rO = cute.make_rmem_tensor((4, config.channel_tiles, columns), Float32)
         rS = cute.make_rmem_tensor((2, 2, self.tiles, columns), Float32)  # head, row, 16 tokens, column tile
         self.load_queries(mQ, rQ, rSum, token, head, lane)
+        rB = None  # the key offset's part: what a stage multiplies, and the factor of the sums
+        rN = None
+        if cutlass.const_expr(config.has_offset):
+            rU = cute.make_rmem_tensor((2, 2, config.head_dim // 16, columns), Float32)
+            rB = cute.make_rmem_tensor((2, config.head_dim // 16, columns), Uint32)
+            rN = cute.make_rmem_tensor((2, columns), Float32)
+            rB.fill(0)
+            self.load_offsets(mQ, mOffset, rU, rN, token, head, lane, scale)
         rM.fill(LOWEST)
         rL.fill(0.0)
         rZ.fill(0.0)
@@ -172,10 +192,12 @@ class PagedDecode:
         for j in cutlass.range(warp, stages, config.warps, unroll=1):
             position = count + j
             slot = position & (config.stages - 1)
+            token0 = (begin + config.stage_blocks * j) * config.block_size
+            if cutlass.const_expr(config.has_offset):
+                self.turn_back(mCos, mSin, rU, rB, token0, lane)
             cute.arch.mbarrier_wait(full + slot, (position // config.stages) & 1)
             base = (ring + slot * config.stage_bytes).toint()
-            token0 = (begin + config.stage_blocks * j) * config.block_size
-            self.scores(base, rQ, rSum, rS, lane, token0, lowest, limit, scale, cap)
+            self.scores(base, rQ, rSum, rS, rB, rN, turns, lane, token0, lowest, limit, scale, cap)
             self.weigh(rS, rM, rL, rZ, rO)
             self.outputs(base, rS, rZ, rO, lane, token0, lowest, limit)
             cute.arch.sync_warp()
@@ -226,7 +248,7 @@ class PagedDecode:
                     rSum[c, n] = cute.arch.shuffle_sync(total, 8 * sharer + 4 * c)
 
     @cute.jit
-    def scores(self, base, rQ, rSum, rS, lane, token0, lowest, limit, scale, cap):
+    def scores(self, base, rQ, rSum, rS, rB, rN, turns, lane, token0, lowest, limit, scale, cap):
         """rS[head, row, tile, column tile]: scores in units of log2, minus infinity where a token is not seen."""
         config = self.config
         row = lane // 4
@@ -248,6 +270,10 @@ class PagedDecode:
                 for r in cutlass.range_constexpr(2):
                     for c in cutlass.range_constexpr(2):
                         rS[c, r, tile, n] = sums[2 * r + c]
+            common = []
+            if cutlass.const_expr(config.has_offset):
+                for n in cutlass.range_constexpr(config.column_tiles):
+                    common.append(self.offset_scores(turns, rB, tile, n, lane))
             for r in cutlass.range_constexpr(2):
                 factor = scale
                 shift = Float32(0.0)
@@ -265,6 +291,8 @@ class PagedDecode:
                         if cutlass.const_expr(self.has_zero):
                             score = score - shift * rSum[c, n]
                         score = score * factor
+                        if cutlass.const_expr(config.has_offset):
+                            score = score + common[n][2 * r + c] * rN[c, n]
                         if cutlass.const_expr(config.has_cap):
                             # tanh(x) = 1 - 2 / (exp(2 x) + 1): right at both ends
                             growth = exp2(score * Float32(2.0 * LOG2_E))
@@ -316,9 +344,7 @@ class PagedDecode:
         for tile in cutlass.range_constexpr(self.tiles):
             block = base + 16 * tile // config.block_size * config.tile_bytes
             first = 16 * tile % config.block_size
-            weights = []  # of each column tile: two registers of mma's B
-            for n in cutlass.range_constexpr(config.column_tiles):
-                weights.append([])
+            weights = [[] for _ in range(config.column_tiles)]  # of each column tile: two registers of mma's B
             for r in cutlass.range_constexpr(2):
                 factor = Float32(1.0)
                 shift = Float32(0.0)
@@ -445,6 +471,10 @@ def compile_decode(config: DecodeConfig, options: str = "") -> object:
         compact(BFloat16, (cute.sym_int(), cute.sym_int(), dim), 16),
         compact(Float32, (slots, queries, dim), 16),
         compact(Float32, (cute.sym_int(), queries), 4),
+        compact(Uint32, (cute.sym_int(), dim // 2), 4),
+        compact(Float32, (cute.sym_int(), dim // 2), 16),
+        compact(Float32, (cute.sym_int(), dim // 2), 16),
+        compact(Uint32, (cute.sym_int(), dim // 2), 16),
         Float32(1.0),
         Float32(1.0),
         Int32(0),

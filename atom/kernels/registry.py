@@ -25,7 +25,7 @@ class Problem:
     N, K     out and in features (0 where they do not matter)
 
     For attention: the cache's format (None: the model's own), its head_dim, query and KV heads, tokens of a block,
-    whether keys are stored before RoPE or less an offset, and the model's dtype.
+    whether keys are stored before RoPE, and the model's dtype.
     """
 
     arch: str
@@ -38,7 +38,6 @@ class Problem:
     num_kv_heads: int = 0
     block_size: int = 16
     kv_pre_rope: bool = False
-    has_key_offset: bool = False
     dtype: str = "bfloat16"
 
 

@@ -126,11 +126,15 @@ class Kernel:
         size = sum(-(-a.array.nbytes // 256) * 256 + 512 for a in arguments if isinstance(a, Tensor)) + 4096
         memory = Memory(1 << 40, size)
         constants: dict[str, np.ndarray] = {}
-        placed = []
+        placed: list[tuple[int, np.ndarray]] = []
+        known: dict[tuple[int, int], int] = {}  # memory that is passed twice is one tensor
         for (name, length), argument in zip(self.params, arguments, strict=True):
             if isinstance(argument, Tensor):
-                address = memory.place(argument.array)
-                placed.append((address, argument.array))
+                key = (argument.array.__array_interface__["data"][0], argument.array.nbytes)
+                if key not in known:
+                    known[key] = memory.place(argument.array)
+                    placed.append((known[key], argument.array))
+                address = known[key]
                 data = _descriptor(address, argument)
             else:
                 data = np.array([argument], dtype=F32 if isinstance(argument, float) else S32).tobytes()
@@ -355,7 +359,12 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(U32) << U32(16)).view(F32)
 
 
-def halves(word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def halves_f16(word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    both = word.view(np.float16).reshape(-1, 2).astype(F32)
+    return both[:, 0], both[:, 1]
+
+
+def halves_bf16(word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return from_bf16(word & U32(0xFFFF)), (word & U32(0xFFFF0000)).view(F32)
 
 
@@ -405,8 +414,11 @@ def _unary(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[Warp, str,
     return run
 
 
+WIDER = {"s16": (np.int16, S32), "u16": (np.uint16, U32), "s32": (S32, S64), "u32": (U32, U64)}
+
+
 def _wide(warp: Warp, op: str, args: list[Any]) -> None:
-    narrow, wide = (S32, S64) if op.endswith("s32") else (U32, U64)
+    narrow, wide = WIDER[op.split(".")[-1]]
     product = warp.read(args[1], narrow).astype(wide) * warp.read(args[2], narrow).astype(wide)
     if len(args) == 4:
         product = product + warp.read(args[3], wide)
@@ -414,9 +426,9 @@ def _wide(warp: Warp, op: str, args: list[Any]) -> None:
 
 
 def _high(warp: Warp, op: str, args: list[Any]) -> None:
-    narrow, wide = (S32, S64) if op.endswith("s32") else (U32, U64)
+    narrow, wide = WIDER[op.split(".")[-1]]
     product = warp.read(args[1], narrow).astype(wide) * warp.read(args[2], narrow).astype(wide)
-    warp.write(args[0], (product >> wide(32)).astype(narrow))
+    warp.write(args[0], (product >> wide(8 * np.dtype(narrow).itemsize)).astype(narrow))
 
 
 def _mad(warp: Warp, op: str, args: list[Any]) -> None:
@@ -428,7 +440,7 @@ def _mad(warp: Warp, op: str, args: list[Any]) -> None:
 
 def _fma(warp: Warp, op: str, args: list[Any]) -> None:
     if op.endswith("bf16x2"):
-        parts = [halves(warp.read(a, U32)) for a in args[1:]]
+        parts = [halves_bf16(warp.read(a, U32)) for a in args[1:]]
         results = [to_bf16((p[0].astype(np.float64) * p[1] + p[2]).astype(F32)) for p in zip(*parts, strict=True)]
         warp.write(args[0], results[0] | results[1] << U32(16))
         return
@@ -438,7 +450,7 @@ def _fma(warp: Warp, op: str, args: list[Any]) -> None:
 
 
 def _mul_bf16x2(warp: Warp, op: str, args: list[Any]) -> None:
-    (a0, a1), (b0, b1) = halves(warp.read(args[1], U32)), halves(warp.read(args[2], U32))
+    (a0, a1), (b0, b1) = halves_bf16(warp.read(args[1], U32)), halves_bf16(warp.read(args[2], U32))
     with np.errstate(all="ignore"):
         warp.write(args[0], to_bf16(a0 * b0) | to_bf16(a1 * b1) << U32(16))
 
@@ -515,6 +527,9 @@ def e4m3(x: np.ndarray) -> np.ndarray:
 def _cvt(warp: Warp, op: str, args: list[Any]) -> None:
     if op == "cvt.rn.bf16x2.f32":
         warp.write(args[0], to_bf16(warp.read(args[2], F32)) | to_bf16(warp.read(args[1], F32)) << U32(16))
+    elif op == "cvt.rn.f16x2.f32":
+        both = np.stack((warp.read(args[2], F32), warp.read(args[1], F32)), -1).astype(np.float16)
+        warp.write(args[0], np.ascontiguousarray(both).view(U32)[:, 0])
     elif op == "cvt.rn.bf16.f32":
         warp.write(args[0], to_bf16(warp.read(args[1], F32)).astype(np.uint16))
     elif op == "cvt.f32.bf16":
@@ -559,10 +574,23 @@ def _movmatrix(warp: Warp, op: str, args: list[Any]) -> None:
     warp.write(args[0], np.ascontiguousarray(matrix.T).view(U32).reshape(LANES))
 
 
+def _ldmatrix(warp: Warp, op: str, args: list[Any]) -> None:
+    """x4, not transposed: lanes 8 i ... 8 i + 7 give the rows of matrix i."""
+    warp.need_all(op)
+    assert ".x4." in op and "trans" not in op
+    at = warp.cta.shared.index(warp.address(args[1], U32), 16)  # [32, 16 bytes]
+    rows = np.ascontiguousarray(warp.cta.shared.bytes[at]).view(U32)  # [32, 4]
+    for i, name in enumerate(args[0]):
+        warp.write(
+            name, rows[8 * i : 8 * i + 8].reshape(LANES).copy()
+        )  # lane 4 g + t holds columns 2 t, 2 t + 1 of row g
+
+
 def _mma(warp: Warp, op: str, args: list[Any]) -> None:
     """m16n8k16, bfloat16: fragments as in the PTX ISA's figures."""
     warp.need_all(op)
     d, a, b, c = args
+    halves = halves_f16 if ".f16.f16." in op else halves_bf16
     A, B, C = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
     g, t = np.arange(LANES) // 4, np.arange(LANES) % 4
     for i, name in enumerate(a):
@@ -662,7 +690,8 @@ HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
     (r"cvta\..*", _mov),
     (r"ex2\..*", _unary(np.exp2)), (r"lg2\..*", _unary(np.log2)), (r"rcp\..*", _unary(lambda a: F32(1.0) / a)),
     (r"shfl\..*", _shfl), (r"vote\..*", _vote), (r"elect\..*", _elect), (r"movmatrix\..*", _movmatrix),
-    (r"mma\..*", _mma), (r"bar\.sync|barrier\.sync.*", _bar), (r"mbarrier\..*", _mbarrier),
+    (r"ldmatrix\..*", _ldmatrix), (r"mma\..*", _mma), (r"bar\.sync|barrier\.sync.*", _bar),
+    (r"mbarrier\..*", _mbarrier),
     (r"cp\.async\.bulk\..*", _bulk), (r"griddepcontrol.*|fence.*|bar\.warp\.sync", _nothing),
 ]  # fmt: skip
 _found: dict[str, Callable[[Warp, str, list[Any]], Any]] = {}

@@ -18,7 +18,11 @@ from atom.kernels.attention_config import (
     word_index,
 )
 from atom.kernels.attention_plan import AttentionPlan, plan_balanced, plan_fixed
+from atom.kernels.attention_sm90 import turn_matrix
 from atom.kernels.dense_attention import AttentionSpec
+from atom.kernels.paged_attention import RopeTable
+from atom.kernels.rotate import rotate
+from atom.models.rope import Rope, RopeConfig
 from atom.quant.presets import KV4, KV8, KVFP8
 from atom.quant.schemes import TensorSpec
 
@@ -61,7 +65,12 @@ def test_lanes_share_a_row(kv: str, dim: int) -> None:
 
 
 def emulate_decode(
-    case: Case, spec: AttentionSpec, plan: AttentionPlan, config: DecodeConfig, kernels: tuple[Kernel, Kernel]
+    case: Case,
+    spec: AttentionSpec,
+    plan: AttentionPlan,
+    config: DecodeConfig,
+    kernels: tuple[Kernel, Kernel],
+    table: RopeTable | None = None,
 ) -> Tensor:
     """The decode and merge kernels over `case`, whose sequences have one query each; bfloat16 [T, heads, dim]."""
     tokens, heads, dim = case.q.shape
@@ -73,6 +82,11 @@ def emulate_decode(
     rows = np.arange(tokens, dtype=np.int32)
     cap = spec.soft_cap
     decode, merge = kernels
+    nothing = torch.zeros(1, dim // 2)
+    offsets = [nothing, nothing, nothing, nothing]
+    if table is not None and spec.key_offset is not None:
+        turns = turn_matrix(table, config.stage_tokens).view(torch.int32)
+        offsets = [spec.key_offset.bfloat16().view(torch.int32), table.cos, table.sin, turns]
     decode.launch(
         (len(plan.work) - 1, 1),
         config.threads,
@@ -87,6 +101,7 @@ def emulate_decode(
             Argument(out, (2,)),
             Argument(partial, (1, 2)),
             Argument(lse, (1,)),
+            *(Argument(x.numpy(), (1,)) for x in offsets),
             float(spec.scale if cap is None else spec.scale / cap),
             float(1.0 if cap is None else cap),
             spec.window or 0,
@@ -187,3 +202,29 @@ def test_machine_code(kv: str, dim: int, queries: int, tmp_path: Path, monkeypat
         assert not re.findall(r"\bI2F", sass)
         words = config.stage_tokens * config.row_words * 2 // 32  # that a lane reads of a stage
         assert len(re.findall(r"\bLOP3", sass)) < 5.5 * words + 100, "four of eight codes, one instruction a pair"
+
+
+@needs_dsl
+@pytest.mark.slow
+@pytest.mark.parametrize("kv,dim,heads", [("int4", 128, 4), ("int8", 80, 12)])
+def test_a_key_offset_on_a_model_of_the_machine(
+    kv: str, dim: int, heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was taken off the keys, turned by each position, is in the scores: loud in some channels, YaRN's factor."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    lengths = (1, 17, 95, 200)
+    case = make_case(SPECS[kv], lengths, (1,) * 4, heads, 1, dim, dtype=torch.bfloat16)
+    offset = torch.randn(1, dim, generator=torch.Generator().manual_seed(3)).bfloat16()
+    offset[:, ::9] *= 20
+    rotation = Rope(RopeConfig("yarn", factor=4.0, attention_factor=1.2), dim)(torch.arange(256))
+    common = rotate(offset.double().expand(256, 1, dim), rotation.cos.double(), rotation.sin.double())
+    spec = AttentionSpec(0.5 * dim**-0.5, None, None, offset)
+    config = choose_decode(kv, dim, heads, 16, False, False, has_offset=True)
+    plan = plan_balanced(np.array(lengths), 16, 1, 4, None, config.stage_blocks)
+    table = RopeTable(rotation.cos, rotation.sin)
+    found = emulate_decode(case, spec, plan, config, decode_kernels(config, tmp_path), table)
+    exact = expected(case, spec, common)
+    rounded = expected(case, spec, common, bfloat16_keys=True)
+    assert (found.double() - exact).norm() < 2 * (rounded - exact).norm() + 4e-3 * exact.norm()
+    without = expected(case, spec)
+    assert float((without - exact).norm() / exact.norm()) > 0.1, "the offset matters"

@@ -17,14 +17,14 @@ from atom.kernels.attention_refusals_sm90 import refuses_attention
 from atom.kernels.paged_attention import PAGED_ATTENTION
 from atom.kernels.registry import Problem
 from atom.quant.presets import KV4
-from atom.serving.kv_pool import KVPool, PagedKV
+from atom.serving.kv_pool import KVPool, PagedKV, _has_key_offset
 
 from ..serving.test_kv_pool import RAW, SCHEMES, Cache, chunked, small_model
 from .ptx_emulator import Kernel
 from .ptx_emulator import Tensor as Argument
 from .test_attention_sm90 import needs_dsl
 
-DECODE_STATIC = {0: (2,), 1: (2,), 6: (1,), 7: (2,), 8: (1, 2), 9: (1,)}
+DECODE_STATIC = {0: (2,), 1: (2,), 6: (1,), 7: (2,), 8: (1, 2), 9: (1,), 10: (1,), 11: (1,), 12: (1,), 13: (1,)}
 MERGE_STATIC = {0: (1,), 2: (1, 2), 3: (1,), 4: (2,)}
 APPEND_STATIC = {0: (2,), 1: (2,), 2: (2,), 3: (1,), 4: (1,), 6: (1,), 7: (2,), 8: (2,)}
 
@@ -88,24 +88,28 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_dsl
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme,split_tokens", [("int4", None), ("16 bits", 32)])
-def test_a_model_with_the_kernels(emulator: None, scheme: str, split_tokens: int | None) -> None:
+@pytest.mark.parametrize(
+    "name,scheme,split_tokens", [("gemma3", "int4", None), ("qwen2", "int4", None), ("gemma3", "16 bits", 32)]
+)
+def test_a_model_with_the_kernels(emulator: None, name: str, scheme: str, split_tokens: int | None) -> None:
     """Chunks and decodes in one batch, window and full layers; logits as with the references, to rounding."""
-    RAW["gemma-64"] = {**RAW["gemma3"], "head_dim": 64, "sliding_window": 20}
+    RAW["larger"] = {**RAW[name], "head_dim": 64, "sliding_window": 20}
     try:
-        model = small_model("gemma-64", SCHEMES[scheme]).bfloat16()
+        model = small_model("larger", SCHEMES[scheme]).bfloat16()
     finally:
-        del RAW["gemma-64"]
+        del RAW["larger"]
     steps = (((0, 40), (1, 15)), ((0, 1), (1, 1), (2, 3)), ((2, 1), (0, 1), (1, 1)))
     wanted = chunked(Cache(model, 16), steps)
     cache = Cache(model, 16)
     cache.kv._append = attention_sm90.RopeAppendSm90(cache.pool.layout)
-    cache.kv._attend = attention_sm90.PagedAttentionSm90(cache.pool.layout, False, split_tokens)
+    has_offset = name == "qwen2"  # its keys have a loud bias
+    cache.kv._attend = attention_sm90.PagedAttentionSm90(cache.pool.layout, False, split_tokens, has_offset)
     found = chunked(cache, steps)
     for sequence, logits in wanted.items():
-        error = (found[sequence] - logits).float().norm() / logits.float().norm()
-        assert float(error) < 0.03, f"sequence {sequence}"
-    assert len(cache.kv._attend.buffers) == 2, "one batch size that decodes, two windows: buffers keep their places"
+        error = (found[sequence] - logits).float().norm(dim=1) / logits.float().norm(dim=1)
+        assert float(error.max()) < 0.1, f"sequence {sequence}"
+    windows = len(set(model.config.windows))
+    assert len(cache.kv._attend.buffers) == windows, "one batch size that decodes: buffers keep their places"
 
 
 def problem(**changes: Any) -> Problem:
@@ -152,17 +156,15 @@ def test_buffers_keep_their_place_from_step_to_step() -> None:
     assert places[3] == buffers.segments.data_ptr()
 
 
-def test_the_pool_says_whether_keys_have_an_offset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What reaches the registry: qwen2's biased keys do, llama's do not."""
-    asked: list[Problem] = []
-    choose = type(PAGED_ATTENTION).choose
-    monkeypatch.setattr(
-        type(PAGED_ATTENTION),
-        "choose",
-        lambda op, problem, kernels: asked.append(problem) or choose(op, problem, kernels),
-    )
-    for name in ("llama", "qwen2", "qwen3"):
-        model = small_model(name, SCHEMES["int4"])
-        PagedKV(KVPool(model.config, model.scheme, 2))
-    assert [p.has_key_offset for p in asked] == [False, False, True, True, False, False]
-    assert asked[0].block_size == 16 and asked[0].dtype == "float32"
+def test_the_pool_says_whether_keys_have_an_offset() -> None:
+    """What reaches the builder: qwen2's biased keys have one, llama's do not, qwen3's bias stands before a norm."""
+    for name, scheme, has_offset in (
+        ("llama", "int4", False),
+        ("qwen2", "int4", True),
+        ("qwen3", "int4", False),
+        ("qwen2", "int4, offset inside", False),
+        ("qwen2", "16 bits", False),
+    ):
+        model = small_model(name, SCHEMES[scheme])
+        kv = PagedKV(KVPool(model.config, model.scheme, 2))
+        assert (kv.offset_apart and _has_key_offset(model.config, model.scheme)) == has_offset

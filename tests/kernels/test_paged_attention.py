@@ -11,10 +11,10 @@ from atom.kernels.dense_attention import AttentionSpec
 from atom.kernels.kv_layout import KVLayout, code_floats, encode_rows
 from atom.kernels.paged_attention import (
     PAGED_ATTENTION,
+    PagedAttentionReference,
     RopeTable,
     decode_groups,
     padded_blocks,
-    PagedAttentionReference,
 )
 from atom.kernels.paged_step import PagedStep
 from atom.kernels.registry import Problem
@@ -80,15 +80,21 @@ def make_case(
     return Case(layout, layer, keys, values, q, step)
 
 
-def expected(case: Case, spec: AttentionSpec) -> Tensor:
-    """Query by query in float64, from the rounded keys and values."""
+def expected(case: Case, spec: AttentionSpec, common: Tensor | None = None, bfloat16_keys: bool = False) -> Tensor:
+    """Query by query in float64, from the rounded keys and values; `common` [positions, KV heads, D] adds to keys.
+
+    bfloat16_keys  the sum is rounded, as torch's attention in bfloat16 would have it
+    """
     out = torch.zeros(case.q.shape, dtype=torch.float64)
     kv = case.layout.spec
     for row, (keys, values) in enumerate(zip(case.keys, case.values, strict=True)):
         if kv is not None:
             keys, values = fake_quantize(keys, kv), fake_quantize(values, kv)
         repeats = case.q.shape[1] // keys.shape[1]
-        k, v = (x.to(case.layout.dtype).double().repeat_interleave(repeats, 1) for x in (keys, values))
+        k, v = (x.to(case.layout.dtype).double() for x in (keys, values))
+        k = k if common is None else k + common[: len(k)].double()
+        k = k.bfloat16().double() if bfloat16_keys else k
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         start, end = int(case.step.cu_seqlens_q[row]), int(case.step.cu_seqlens_q[row + 1])
         for token in range(start, end):
             last = len(keys) - (end - token)

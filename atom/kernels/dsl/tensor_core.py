@@ -17,6 +17,35 @@ def mma_bf16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: 
 
 
 @cute.jit
+def mma_f16(a: Any, b0: Any, b1: Any, c: Any):
+    """As mma_bf16, of float16; a is four registers, c four accumulators."""
+    return cute.arch.inline_ptx(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, "
+        "{{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}}, {{$r6}, {$r7}, {$r8}, {$r9}};",
+        write_only_types=[Float32] * 4,
+        read_only_args=[*a, b0, b1, *c],
+    )
+
+
+@cute.jit
+def load_16x16(address: Any):
+    """mma's A, 16-bit rows in shared memory; lane l addresses 16 bytes of row l % 16, from k = 8 * (l // 16) on."""
+    return cute.arch.inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[address],
+    )
+
+
+@cute.jit
+def pack_f16x2(low: Any, high: Any):
+    """Two floats rounded to float16 in one word."""
+    return cute.arch.inline_ptx(
+        "cvt.rn.f16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Uint32], read_only_args=[low, high]
+    )
+
+
+@cute.jit
 def transpose_8x8(x: Any):
     """A warp's 8 x 8 matrix of 16-bit values, two of a row in each lane, transposed."""
     return cute.arch.inline_ptx(
