@@ -7,6 +7,7 @@ with LLM("smollm2-w4a4") as llm:
 
 import itertools
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -100,6 +101,7 @@ class LLM:
         self._news = threading.Condition()
         self._outputs: list[Output] = []
         self.engine.start(self._listen)
+        weakref.finalize(self, self.engine.shutdown)  # at the program's end, if nobody closes it
 
     def __enter__(self) -> "LLM":
         return self

@@ -18,16 +18,19 @@ GRAPH_BYTES = 256 * 2**20  # that capturing the decode buckets may add: their ke
 
 
 def peak_bytes(model: Model, scheme: Scheme | None, options: EngineConfig) -> int:
-    """Bytes that torch has allocated at most during the largest step on the GPU, weights included."""
+    """Bytes that torch has allocated at most during the largest step on the GPU, weights included and KV cache not."""
     torch.cuda.reset_peak_memory_stats(model.device)
-    run_largest_step(model, scheme, options)
+    cache_bytes = run_largest_step(model, scheme, options)
     torch.cuda.synchronize(model.device)
-    peak = torch.cuda.max_memory_allocated(model.device)
+    peak = torch.cuda.max_memory_allocated(model.device) - cache_bytes
     return peak + (0 if options.enforce_eager else GRAPH_BYTES)
 
 
-def run_largest_step(model: Model, scheme: Scheme | None, options: EngineConfig) -> None:
-    """A prefill of as many tokens as a step may have, by as many sequences as may sample in it, with penalties."""
+def run_largest_step(model: Model, scheme: Scheme | None, options: EngineConfig) -> int:
+    """A prefill of as many tokens as a step may have, by as many sequences as may sample in it, with penalties.
+
+    Compiles and loads what prefill needs on the way. Returns the bytes of the KV cache that it made for itself.
+    """
     tokens = options.step_tokens(model.device.type == "cpu")
     seqs = min(options.max_num_seqs, tokens)
     longest = options.max_model_len or model.config.max_position_embeddings
@@ -56,3 +59,4 @@ def run_largest_step(model: Model, scheme: Scheme | None, options: EngineConfig)
     step = scheduler.schedule()
     assert step is not None
     runner.launch(step).result()
+    return pool.num_bytes

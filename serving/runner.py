@@ -73,12 +73,14 @@ class Runner:
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Make every decode bucket ready; progress(done, of)."""
+        self._enter_device()
         if self.buckets is not None:
             self.buckets.warm_up(progress)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> "Launched":
         """Enqueue a step on the device. If it samples for guided sequences, wait for the steps before it on the way."""
+        self._enter_device()
         for sequence in step.admitted:
             assert sequence.lane is not None
             self._sampler.admit(sequence.lane, sequence)
@@ -100,6 +102,11 @@ class Runner:
         self._guided.reset()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _enter_device(self) -> None:
+        """Streams, events and kernels are those of the calling thread's device."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def _forward(self, batch: Batch, parts: list[PromptPart]) -> tuple[Tensor | None, Tensor, Logprobs | None]:
         """Logits [S, vocab_size] of the rows that sample (None if none does), their lanes [S], prompt logprobs."""

@@ -159,9 +159,11 @@ def _plan(model: Model, scheme: Scheme | None, options: EngineConfig) -> CachePl
     available = options.cache_bytes
     if available is None and model.device.type == "cpu":
         available = CPU_CACHE_BYTES
-    if available is None:
-        peak = peak_bytes(model, scheme, options)
-        available = gpu_cache_bytes(model.device, options.gpu_memory_utilization, peak)
+    if model.device.type == "cuda":
+        peak = peak_bytes(model, scheme, options)  # warms up prefill, also where the size is known
+        if available is None:
+            available = gpu_cache_bytes(model.device, options.gpu_memory_utilization, peak)
         if not options.enforce_eager:  # the block for padding rows
             available -= bytes_per_block(model.config, scheme, model.dtype, options.block_size)
+    assert available is not None
     return plan_cache(model.config, scheme, model.dtype, options, max(0, available))

@@ -74,7 +74,7 @@ class Staging:
             return [torch.from_numpy(array) for array in arrays]
         packed, starts = pack(arrays, self._room)
         on_device = packed.to(self.device, non_blocking=True)
-        return [_view(on_device, start, array) for start, array in zip(starts, arrays, strict=True)]
+        return [unpack_one(on_device, start, array) for start, array in zip(starts, arrays, strict=True)]
 
     def _room(self, size: int) -> Tensor:
         """Page-locked memory of `size` bytes whose last copy has ended."""
@@ -100,7 +100,8 @@ def pack(arrays: SequenceOf[NDArray[Any]], room: Any) -> tuple[Tensor, list[int]
     return packed, starts
 
 
-def _view(packed: Tensor, start: int, like: NDArray[Any]) -> Tensor:
+def unpack_one(packed: Tensor, start: int, like: NDArray[Any]) -> Tensor:
+    """The array of the dtype and shape of `like` that begins at byte `start`; a view."""
     dtype = torch.from_numpy(like[:0]).dtype
     return packed[start : start + like.nbytes].view(dtype).view(like.shape)
 
