@@ -38,9 +38,6 @@ class CalibrationConfig:
     clip: Clip = "measured"
     """Activation clips: measured for each kind of input by what they do to predictions, or the scheme's constant."""
 
-    smooth_keys: bool = True
-    """Bring key channels to like reach by powers of two, undone in queries, where the cache leaves out their mean."""
-
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto: cuda where there is one."""
 

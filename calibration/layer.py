@@ -32,7 +32,6 @@ from .gptq import gptq
 from .hidden import HiddenStates, LayerRunner
 from .observe import Sample, observe_energies, observe_hessians, sample_outputs
 from .plan import InputPlan, plan_layer
-from .smooth import KeyStats, smooth_keys_
 from .stats import HessianAccumulator
 
 REFERENCE: Kernels = "reference"  # rounding that is the same on every device
@@ -66,9 +65,9 @@ class LayerQuantizer:
             layer = self.load(index)
         plans = plan_layer(self.model.family, self.scheme, index)
         with self.clock.phase("stats"):
-            energies, keys, before = observe_energies(layer, index, plans, hidden, self.runner)
+            energies, key_mean, before = observe_energies(layer, index, plans, hidden, self.runner)
             if self.scheme.stores_key_offset:
-                self._prepare_keys(layer, plans, keys, before)
+                layer.self_attn.key_offset = key_mean.to(torch.bfloat16)
             for plan in plans:
                 if plan.needs_order:
                     plan.perm = energy_order(energies[plan.group.name])
@@ -91,16 +90,6 @@ class LayerQuantizer:
             "peak_host_bytes": peak_host_bytes(),
         }
         return tensors, record
-
-    def _prepare_keys(self, layer: DecoderLayer, plans: list[InputPlan], keys: KeyStats, before: Sample) -> None:
-        """Give the layer the offset of its keys, and keys of like reach; `before` then says what it gives now."""
-        factor = torch.ones_like(keys.mean)
-        quantized = {name for plan in plans for name, linear in plan.schemes.items() if linear.weight is not None}
-        if self.config.smooth_keys and {"self_attn.q_proj", "self_attn.k_proj"} <= quantized:
-            factor, grown = smooth_keys_(layer.self_attn, keys)
-            for name, rows in grown.items():
-                before.linears[name] *= rows
-        layer.self_attn.key_offset = (keys.mean / factor).to(torch.bfloat16)
 
     def load(self, index: int) -> DecoderLayer:
         """The full-precision layer in float32 on the device. Raises CheckpointError naming a tensor that is NaN."""

@@ -19,7 +19,6 @@ from atom.quant.schemes import Scheme
 
 from .hidden import HiddenStates, LayerRunner
 from .plan import InputPlan, unrotate_input
-from .smooth import KeyStats
 from .stats import EnergyAccumulator, HessianAccumulator
 
 SAMPLE_TOKENS = 1024  # of the first batch, over which the report compares outputs
@@ -37,17 +36,17 @@ class Sample:
 
 def observe_energies(
     layer: DecoderLayer, index: int, plans: list[InputPlan], hidden: HiddenStates, runner: LayerRunner
-) -> tuple[dict[str, Tensor], KeyStats, Sample]:
-    """Run the full-precision layer: channel energies [K] of every input group, statistics of the keys before RoPE,
-    and a sample of its outputs.
+) -> tuple[dict[str, Tensor], Tensor, Sample]:
+    """Run the full-precision layer: channel energies [K] of every input group, the mean key before RoPE
+    [num_kv_heads, head_dim], and a sample of its outputs.
 
     All batches run if an input is to be reordered, else only the first, which the report wants.
     """
     energies: dict[str, EnergyAccumulator] = {}
-    keys: list[KeyStats] = []  # of every batch; all but the last are equally long
+    keys: list[Tensor] = []  # the mean of every batch; all but the last are equally long
 
     def watch_keys(module: nn.Module, args: Any, k: Tensor) -> None:
-        keys.append(KeyStats(k.mean(0), k.amin(0), k.amax(0)))
+        keys.append(k.mean(0))
 
     def watch(plan: InputPlan) -> Hook:
         name = plan.group.name
@@ -68,12 +67,7 @@ def observe_energies(
                 for number in range(1, len(hidden)):
                     with suppress(_SeenEnough):
                         runner.run(layer, hidden, number, None)
-    stats = KeyStats(
-        torch.stack([k.mean for k in keys]).mean(0),
-        torch.stack([k.low for k in keys]).amin(0),
-        torch.stack([k.high for k in keys]).amax(0),
-    )
-    return {name: energy.mean() for name, energy in energies.items()}, stats, sample
+    return {name: energy.mean() for name, energy in energies.items()}, torch.stack(keys).mean(0), sample
 
 
 def observe_hessians(
