@@ -4,7 +4,7 @@ A threshold makes ties exact: tokens of equal logits at the border are all kept 
 a top-k returned them in, so the same request keeps the same tokens in every batch. The order is min-p, top-k, top-p;
 the mass that top-p speaks of is that of the tokens the first two keep.
 
-Only top-p without a (small) top-k needs a sort of whole rows.
+Only top-p without a small top-k, or a large top-k, needs a sort of whole rows.
 """
 
 import torch
@@ -48,12 +48,16 @@ def top_p_floor(sorted_logits: Tensor, floor: Tensor, top_p: Tensor, beyond: Ten
     return sorted_logits.gather(1, count[:, None] - 1)[:, 0]
 
 
-def top_p_floor_by_sort(logits: Tensor, floor: Tensor, top_p: Tensor) -> Tensor:
-    """`top_p_floor` of unsorted logits [S, V], a few rows at a time."""
-    parts = [
-        top_p_floor(rows.sort(-1, descending=True).values, floors, shares)
-        for rows, floors, shares in zip(
-            logits.split(SORT_ROWS), floor.split(SORT_ROWS), top_p.split(SORT_ROWS), strict=True
-        )
-    ]
+def floor_by_sort(logits: Tensor, floor: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Threshold [S] of top-k, then top-p, of unsorted logits [S, V] at or above `floor`, a few rows at a time.
+
+    top_k int64 [S], V for none; top_p [S], 1 for none
+    """
+    parts = []
+    split = zip(*(x.split(SORT_ROWS) for x in (logits, floor, top_k, top_p)), strict=True)
+    for rows, floors, numbers, shares in split:
+        by_size = rows.sort(-1, descending=True).values
+        floors = torch.maximum(floors, top_k_floor(by_size, numbers))
+        nucleus = torch.maximum(floors, top_p_floor(by_size, floors, shares))
+        parts.append(torch.where(shares < 1, nucleus, floors))  # rounding must not drop a token
     return torch.cat(parts)

@@ -8,7 +8,7 @@ tiles of 512 tokens by their mass, then a token of that tile, both as the argmax
 That is exact, and rounding moves it only where two candidates nearly tie.
 
 What a step costs on a GPU, counted in kernels and passes over its logits, stands in docs/serving.md. A greedy step
-reads them once. Only top-p without a top-k sorts whole rows, 32 at a time.
+reads them once. Only top-p without a top-k, or a top-k above 1024, sorts whole rows, 32 at a time.
 """
 
 import random
@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .filters import min_p_floor, ties_beyond, top_k_floor, top_p_floor, top_p_floor_by_sort
+from .filters import floor_by_sort, min_p_floor, ties_beyond, top_k_floor, top_p_floor
 from .logprobs import Logprobs, logprobs_of
 from .penalties import TokenCounts
 from .random import counters, log_exponential
 from .result import FAULTY
 from .sampling_params import MAX_LOGIT_BIAS, MAX_STOP
-from .sampling_plan import MAX_CANDIDATES, Feature, LaneParams, Plan, Upload, Word
+from .sampling_plan import Feature, LaneParams, Plan, Upload, Word
 from .sequence import Sequence
 
 TILE = 512  # tokens of a first-stage candidate
@@ -177,30 +177,23 @@ class Sampler:
 
     def _floor(self, scaled: Tensor, largest: Tensor, plan: Plan, floats: dict[Word, Tensor]) -> Tensor | None:
         """The threshold [S] that min-p, top-k and top-p set together; None if no row has any."""
-        filters = Feature.MIN_P | Feature.TOP_K | Feature.TOP_P_OF_TOP_K | Feature.TOP_P
-        if not plan.features & filters:
+        if not plan.features & (Feature.MIN_P | Feature.TOP_K | Feature.SORT):
             return None
         assert plan.words is not None
         floor = min_p_floor(largest, floats[Word.LOG_MIN_P])
         if Feature.TOP_K in plan.features:
             rows = plan.rows[Feature.TOP_K]
-            top_k, logits, old = plan.words[Word.TOP_K], scaled, floor
-            if rows is not None:
-                top_k, logits, old = top_k[rows], scaled[rows], floor[rows]
+            logits, old, top_k, share = _at(rows, scaled, floor, plan.words[Word.TOP_K], floats[Word.TOP_P])
             best_k = logits.topk(plan.max_top_k, dim=-1).values
             new = torch.maximum(old, top_k_floor(best_k, top_k))
             if Feature.TOP_P_OF_TOP_K in plan.features:
-                share = floats[Word.TOP_P] if rows is None else floats[Word.TOP_P][rows]
                 nucleus = top_p_floor(best_k, new, share, ties_beyond(logits, best_k, new))
-                has_nucleus = (top_k <= MAX_CANDIDATES) & (share < 1)
-                new = torch.where(has_nucleus, torch.maximum(new, nucleus), new)
+                new = torch.where(share < 1, torch.maximum(new, nucleus), new)
             floor = new if rows is None else floor.index_copy(0, rows, new)
-        if Feature.TOP_P in plan.features:
-            rows = plan.rows[Feature.TOP_P]
-            if rows is None:
-                return torch.maximum(floor, top_p_floor_by_sort(scaled, floor, floats[Word.TOP_P]))
-            nucleus = top_p_floor_by_sort(scaled[rows], floor[rows], floats[Word.TOP_P][rows])
-            floor = floor.index_copy(0, rows, torch.maximum(floor[rows], nucleus))
+        if Feature.SORT in plan.features:
+            rows = plan.rows[Feature.SORT]
+            new = floor_by_sort(*_at(rows, scaled, floor, plan.words[Word.TOP_K], floats[Word.TOP_P]))
+            floor = new if rows is None else floor.index_copy(0, rows, new)
         return floor
 
     def _logprobs(self, raw: Tensor, tokens: Tensor, plan: Plan) -> Logprobs | None:
@@ -216,6 +209,11 @@ def allowed(mask: Tensor, vocab_size: int) -> Tensor:
     """bool [S, vocab_size] of a packed mask int32 [S, ceil(vocab_size / 32)]."""
     bits = torch.arange(32, dtype=torch.int32, device=mask.device)
     return ((mask[:, :, None] >> bits) & 1).bool().view(len(mask), -1)[:, :vocab_size]
+
+
+def _at(rows: Tensor | None, *values: Tensor) -> list[Tensor]:
+    """Those rows of each; all of them if it is None."""
+    return [x if rows is None else x[rows] for x in values]
 
 
 def _padded(values: list[int] | tuple[float, ...], length: int, padding: float) -> np.ndarray:

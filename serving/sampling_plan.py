@@ -16,7 +16,9 @@ from torch import Tensor
 from .random import sample_seed, step_keys
 from .sampling_params import SamplingParams
 
-MAX_CANDIDATES = 1024  # a top_k beyond it has a top_p's threshold found by sorting whole rows
+MAX_CANDIDATES = (
+    1024  # a larger top_k is found by sorting rows, a few at a time: torch.topk would need them all at once
+)
 
 
 class Feature(IntFlag):
@@ -24,9 +26,9 @@ class Feature(IntFlag):
 
     RANDOM = 1
     MIN_P = 2
-    TOP_K = 4
+    TOP_K = 4  # of MAX_CANDIDATES at most
     TOP_P_OF_TOP_K = 8  # the threshold lies among the top_k largest
-    TOP_P = 16
+    SORT = 16  # a larger top_k, or top_p without one
     PENALTIES = 32
     BIAS = 64
     LOGPROBS = 128
@@ -56,7 +58,7 @@ class Plan:
     words          int64 [len(Word), S] on the device; None if no row needs a parameter
     mask           int32 [S, ceil(V / 32)] on the device: bit t % 32 of word t // 32 allows token t; None allows all
     rows           the rows that use a feature, int64 on the device, or None for all of them; by feature
-    max_top_k      largest top_k of a row
+    max_top_k      largest top_k of the rows that use TOP_K
     bias_width     largest number of biased tokens of a row; stop_width: of stop tokens that must not be sampled
     num_logprobs   for each row, the alternatives to report, -1 for none: int32 [S], on the host
     """
@@ -100,7 +102,7 @@ class LaneParams:
         """
         features = _features(params, self.vocab_size)
         words, floats = self._words[:, lane], self._floats[:, lane]
-        words[Word.TOP_K] = params.top_k if Feature.TOP_K in features else 1
+        words[Word.TOP_K] = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
         floats[Word.TEMPERATURE] = params.temperature if Feature.RANDOM in features else 1.0
         floats[Word.GREEDY] = params.is_greedy
         floats[Word.LOG_MIN_P] = np.log(params.min_p) if Feature.MIN_P in features else -np.inf
@@ -129,7 +131,7 @@ class LaneParams:
             words = to(columns)
         self._indices[lanes] += np.uint64(1)
         rows = {}
-        for feature in (Feature.TOP_K, Feature.TOP_P_OF_TOP_K, Feature.TOP_P, Feature.LOGPROBS):
+        for feature in (Feature.TOP_K, Feature.SORT, Feature.LOGPROBS):
             if feature in features:
                 (users,) = np.nonzero(self._features[lanes] & feature)
                 rows[feature] = None if len(users) == len(lanes) else to(users)
@@ -174,8 +176,7 @@ def _features(params: SamplingParams, vocab_size: int) -> Feature:
     if params.min_p:
         features |= Feature.MIN_P
     if 0 < params.top_k < vocab_size:
-        features |= Feature.TOP_K
+        features |= Feature.TOP_K if params.top_k <= MAX_CANDIDATES else Feature.SORT
     if params.top_p < 1:
-        small = Feature.TOP_K in features and params.top_k <= MAX_CANDIDATES
-        features |= Feature.TOP_P_OF_TOP_K if small else Feature.TOP_P
+        features |= Feature.TOP_P_OF_TOP_K if Feature.TOP_K in features else Feature.SORT
     return features

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atom.serving.filters import min_p_floor, ties_beyond, top_k_floor, top_p_floor, top_p_floor_by_sort
+from atom.serving.filters import floor_by_sort, min_p_floor, ties_beyond, top_k_floor, top_p_floor
 
 
 def nucleus(logits: Tensor, floor: float, share: float) -> set[int]:
@@ -35,7 +35,9 @@ def test_top_p_and_top_k(grid: list[int], share: float, top_k: int, uses_k: bool
     floor = top_k_floor(by_size, torch.tensor([top_k]))
     assert floor == np.sort(logits[0].numpy())[::-1][top_k - 1]
     expected = nucleus(logits[0], floor.item(), share)
-    sorted_out = top_p_floor_by_sort(logits, floor, torch.tensor([share]))
+    none = torch.full((1,), -torch.inf)
+    sorted_out = floor_by_sort(logits, none, torch.tensor([top_k]), torch.tensor([share]))
+    assert floor_by_sort(logits, none, torch.tensor([top_k]), torch.ones(1)) == floor
     best = logits.topk(top_k).values
     among = top_p_floor(best, floor, torch.tensor([share]), ties_beyond(logits, best, floor))
     assert sorted_out == among
@@ -45,7 +47,7 @@ def test_top_p_and_top_k(grid: list[int], share: float, top_k: int, uses_k: bool
 def test_top_p_takes_rows_of_its_own_over_several_splits() -> None:
     torch.manual_seed(0)
     logits, share = torch.randn(75, 33), torch.rand(75) * 0.98 + 0.01
-    got = top_p_floor_by_sort(logits, torch.full((75,), -torch.inf), share)
+    got = floor_by_sort(logits, torch.full((75,), -torch.inf), torch.full((75,), 33), share)
     for row in range(75):
         assert set(np.flatnonzero(logits[row] >= got[row])) == nucleus(logits[row], -np.inf, share[row].item())
 
@@ -65,8 +67,10 @@ def test_ties_beyond_the_candidates_have_mass() -> None:
 @pytest.mark.parametrize("share", [1e-6, 0.5, 1.0])
 def test_top_p_keeps_the_best_token_of_any_row(share: float) -> None:
     rows = torch.tensor([[0.0, -torch.inf, -torch.inf], [3e38, -3e38, 0.0], [-3e38, -3e38, -torch.inf]])
-    floor = top_p_floor_by_sort(rows, torch.full((3,), -torch.inf), torch.full((3,), share))
-    assert floor.tolist() == rows.max(-1).values.tolist()
+    floor = floor_by_sort(rows, torch.full((3,), -torch.inf), torch.full((3,), 3), torch.full((3,), share))
+    assert (rows.max(-1).values >= floor).all()
+    if share < 1:
+        assert floor.tolist() == rows.max(-1).values.tolist()
 
 
 def test_min_p() -> None:

@@ -25,6 +25,8 @@ CASES = {
     "min_p": SamplingParams(min_p=0.2),
     "top_k": SamplingParams(top_k=5),
     "top_k_beyond": SamplingParams(top_k=10**6),
+    "top_k_large": SamplingParams(top_k=1090, temperature=2.0),
+    "top_k_large_top_p": SamplingParams(top_k=1090, top_p=0.99, min_p=1e-4),
     "top_p": SamplingParams(top_p=0.6),
     "top_k_top_p": SamplingParams(top_k=9, top_p=0.7, temperature=1.3),
     "all_filters": SamplingParams(top_k=6, top_p=0.9, min_p=0.05, temperature=1.1),
