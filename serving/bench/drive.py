@@ -21,7 +21,7 @@ from .workload import WorkItem
 
 PAUSE_S = 0.01  # after the engine's queue was full
 
-Progress = Callable[[int, int, int], None]  # (requests done, in all, tokens so far)
+Progress = Callable[[int, int, int], None]  # (requests done, in all, tokens so far, about)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Driver:
         self._open: dict[str, Sample] = {}
         self._runs = 0
         self._start = 0.0
-        self._tokens = 0
+        self._news: list[tuple[float, tuple[str, ...], tuple[int, ...]]] = []  # a step: when, who, how many tokens
         self._death: str | None = None
         self.steps: list[StepTime] = []
 
@@ -67,8 +67,7 @@ class Driver:
         """
         prompts = [tuple(self._draw(item, seed)) for item in items]
         self._runs += 1
-        self._tokens = 0
-        self.steps = []
+        self._news = []
         samples: list[Sample] = []
         self._start = time.perf_counter()
         try:
@@ -77,18 +76,26 @@ class Driver:
                 sample = Sample(index, item.prompt_tokens, item.output_tokens, due, free_s=due)
                 samples.append(sample)
                 self._submit(sample, prompt)
-                progress(index + 1 - len(self._open), len(items), self._tokens)
+                progress(index + 1 - len(self._open), len(items), self._tokens())
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: not self._open or self._death, timeout=0.2)
                     self._check_alive()
                     if not self._open:
                         break
-                progress(len(items) - len(self._open), len(items), self._tokens)
+                progress(len(items) - len(self._open), len(items), self._tokens())
         finally:  # an error, or the user's Ctrl-C
             for request_id in list(self._open):
                 self._engine.abort(request_id)
+        self.steps = self._count(samples)
         return samples
+
+    def _tokens(self) -> int:
+        """About how many came so far: this is asked for every request, so the last step stands for all."""
+        return len(self._news) * len(self._news[-1][1]) if self._news else 0
+
+    def _name(self, sample: Sample) -> str:
+        return f"bench-{self._runs}-{sample.index}"
 
     def _now(self) -> float:
         return time.perf_counter() - self._start
@@ -105,7 +112,7 @@ class Driver:
         return 0.0 if concurrency is None else self._now()  # all at once are due at once
 
     def _submit(self, sample: Sample, prompt: tuple[int, ...]) -> None:
-        name = f"bench-{self._runs}-{sample.index}"
+        name = self._name(sample)
         params = SamplingParams(max_tokens=sample.asked_output, temperature=self._temperature, ignore_eos=True)
         with self._changed:
             self._open[name] = sample
@@ -131,29 +138,39 @@ class Driver:
             self._death = reason
             self._changed.notify()
 
-    def _listen(self, outputs: list[Output]) -> None:  # on the engine's thread
+    def _listen(self, outputs: list[Output]) -> None:
+        """On the engine's thread, which has better things to do: who got how many tokens is written down, no more."""
         now = self._now()
-        tokens = finished = sequences = 0
-        for output in outputs:
-            sample = self._open.get(output.request_id)
-            if sample is None:  # of a run that was left
-                continue
-            if output.token_ids:
-                sample.token_s.append(now)
-                sample.output_tokens = (sample.output_tokens or 0) + len(output.token_ids)
-                sample.cached_tokens = output.cached_tokens
-                tokens += len(output.token_ids)
-                sequences += 1
-            if output.finish_reason is not None:
-                sample.end_s, sample.finish_reason = now, output.finish_reason.value
-                if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    sample.error = f"engine {output.finish_reason.value}"
-                finished += 1
-                with self._changed:
-                    del self._open[output.request_id]
-        self._tokens += tokens
-        if sequences:
-            self.steps.append(StepTime(now, sequences, tokens))
+        names = tuple([output.request_id for output in outputs])
+        self._news.append((now, names, tuple([len(output.token_ids) for output in outputs])))
+        finished = [output for output in outputs if output.finish_reason is not None]
         if finished:
             with self._changed:
+                for output in finished:
+                    self._finish(output, now)
                 self._changed.notify()
+
+    def _finish(self, output: Output, now: float) -> None:
+        sample = self._open.pop(output.request_id, None)
+        if sample is None or output.finish_reason is None:  # of a run that was left
+            return
+        sample.end_s, sample.finish_reason = now, output.finish_reason.value
+        sample.cached_tokens = output.cached_tokens
+        if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            sample.error = f"engine {output.finish_reason.value}"
+
+    def _count(self, samples: Sequence[Sample]) -> list[StepTime]:
+        """Enter what was written down into the samples; returns the steps."""
+        by_name = {self._name(sample): sample for sample in samples}
+        steps = []
+        for now, names, counts in self._news:
+            sequences = 0
+            for name, count in zip(names, counts, strict=True):
+                sample = by_name.get(name)
+                if count and sample is not None:
+                    sample.token_s.append(now)
+                    sample.output_tokens = (sample.output_tokens or 0) + count
+                    sequences += 1
+            if sequences:
+                steps.append(StepTime(now, sequences, sum(counts)))
+        return steps

@@ -220,7 +220,7 @@ def _point(
     what = f"{rate:g} requests/s" if rate is not None else f"{concurrency or 'all'} at once"
 
     def show(done: int, total: int, tokens: int) -> None:
-        say(f"{workload.name}, {what}: {done} of {total} requests, {tokens:,} tokens")
+        say(f"{workload.name}, {what}: {done} of {total} requests, about {tokens:,} tokens")
 
     started = time.perf_counter()
     seed = config.seed + 1 + number  # other prompts for each run, or the prefix cache would know them from the last
