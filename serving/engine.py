@@ -13,47 +13,21 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 from .admission import check_room
 from .batch import Step
 from .errors import EngineDeadError, EngineDrainingError, InvalidRequestError
 from .request import FinishReason, Request
-from .result import StepResult
 from .scheduler import Scheduler
 from .sequence import Output
 from .stats import Stats
+from .step_runner import InFlight, StepError, StepRunner
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # failed steps in a row after which the engine gives up
 GRACE_S = 10.0  # what aborting and joining may take
-
-
-class InFlight(Protocol):
-    """A step that was launched."""
-
-    def result(self) -> StepResult:
-        """Wait for the step's results. Raises what went wrong in it."""
-        ...
-
-
-class StepRunner(Protocol):
-    """What the engine needs of a runner; all of it is called on the engine's thread.
-
-    depth  steps that may be under way at once
-    """
-
-    depth: int
-
-    def launch(self, step: Step) -> InFlight:
-        """Start a step; those before it may still run."""
-        ...
-
-    def reset(self) -> None:
-        """After a failed step: wait until the device has nothing to do. Raises if the device is lost."""
-        ...
 
 
 class Engine:
@@ -268,7 +242,7 @@ class Engine:
         self._failures = 0
         self._emit(self._scheduler.update(step, result))
 
-    def _recover(self, failure: "StepError") -> None:
+    def _recover(self, failure: StepError) -> None:
         """End the sequences that were under way, and go on with those that wait, unless this happens every time."""
         self._failures += 1
         self._num_failures += 1
@@ -334,11 +308,3 @@ class Engine:
             logger.exception("nobody could be told of %d lost sequences", len(lost))
         if self._on_death is not None:
             self._on_death(reason)
-
-
-class StepError(Exception):
-    """A step failed on the device; its cause says how."""
-
-    def __init__(self, step: Step) -> None:
-        super().__init__(step.number)
-        self.step = step
