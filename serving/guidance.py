@@ -13,19 +13,23 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .checker import Checker
-from .errors import InvalidRequestError
+from .errors import InvalidRequestError, QueueFullError
 from .guidance_spec import GuidanceSpec
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_GUIDES = 64  # compiled specifications that are kept
+MAX_REFUSALS = 256  # reasons why others cannot be followed, kept so that trying again costs nothing ...
+REFUSAL_S = 60.0  # ... for so long: a busy machine may have been the reason
+MAX_WAITING = 32  # specifications that wait to be compiled, one after the other
 COMPILE_S = 5.0  # a specification that takes longer to check is refused
 FIRST_MASK_S = 0.5  # likewise one whose first mask takes longer
 LIMITS = {
@@ -106,6 +110,8 @@ class GuideCompiler:
         self._eos = list(eos_token_ids)
         self._tokenizer: Any = None
         self._guides: OrderedDict[GuidanceSpec, Guide] = OrderedDict()
+        self._refusals: OrderedDict[GuidanceSpec, tuple[str, float]] = OrderedDict()
+        self._waiting = 0
         self._lock = threading.Lock()
         self._checker = Checker(COMPILE_S)
         self._executor = _executor()
@@ -114,16 +120,16 @@ class GuideCompiler:
         """The guide for a specification. May take seconds.
 
         Raises InvalidRequestError, with the specification's field, if there is none: it is malformed, uses what is not
-        supported, cannot be satisfied, or takes too long.
+        supported, cannot be satisfied, or takes too long. Raises QueueFullError if many others wait to be compiled.
         """
-        return self._known(spec) or self._executor.submit(self._compile, spec).result()
+        return self._known(spec) or self._submit(spec).result()
 
     async def compile_async(self, spec: GuidanceSpec) -> Guide:
         """`compile`, while the event loop goes on."""
         known = self._known(spec)
         if known is not None:
             return known
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._compile, spec)
+        return await asyncio.wrap_future(self._submit(spec))
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -134,12 +140,41 @@ class GuideCompiler:
             guide = self._guides.get(spec)
             if guide is not None:
                 self._guides.move_to_end(spec)
-            return guide
+            reason, since = self._refusals.get(spec, ("", 0.0))
+        if reason and time.monotonic() - since < REFUSAL_S:
+            raise _refused(spec, reason)
+        return guide
+
+    def _submit(self, spec: GuidanceSpec) -> "Future[Guide]":
+        with self._lock:
+            if self._waiting >= MAX_WAITING:
+                raise QueueFullError(f"{self._waiting} specifications of outputs wait to be compiled; try again later.")
+            self._waiting += 1
+        try:
+            future = self._executor.submit(self._compile, spec)
+        except RuntimeError:  # closed
+            self._leave()
+            raise
+        future.add_done_callback(self._leave)
+        return future
+
+    def _leave(self, _: object = None) -> None:
+        with self._lock:
+            self._waiting -= 1
 
     def _compile(self, spec: GuidanceSpec) -> Guide:
         known = self._known(spec)
         if known is not None:
             return known
+        guide = self._made(spec)
+        if isinstance(guide, str):
+            _keep(self._refusals, spec, (guide, time.monotonic()), self._lock, MAX_REFUSALS)
+            raise _refused(spec, guide)
+        _keep(self._guides, spec, guide, self._lock, MAX_GUIDES)
+        return guide
+
+    def _made(self, spec: GuidanceSpec) -> Guide | str:
+        """The guide, or why there is none."""
         from llguidance import LLMatcher, LLParserLimits
 
         if not self._eos:
@@ -147,7 +182,7 @@ class GuideCompiler:
         grammar = grammar_of(spec)
         error = self._checker.check(grammar, LIMITS)
         if error is not None:
-            raise _refused(spec, error)
+            return error
         if self._tokenizer is None:  # takes a second
             from llguidance.hf import from_tokenizer
 
@@ -157,15 +192,10 @@ class GuideCompiler:
         start = time.monotonic()
         Matcher(first := template.deep_copy()).fill(row)
         if time.monotonic() - start > FIRST_MASK_S:
-            raise _refused(spec, f"a mask of it takes {time.monotonic() - start:.1f} s")
+            return f"a mask of it takes {time.monotonic() - start:.1f} s"
         if template.is_error() or not row.any():
-            raise _refused(spec, template.get_error() or first.get_error() or "no text fits")
-        guide = Guide(template, self.vocab_size)
-        with self._lock:
-            self._guides[spec] = guide
-            while len(self._guides) > MAX_GUIDES:
-                self._guides.popitem(last=False)
-        return guide
+            return str(template.get_error() or first.get_error() or "no text fits")
+        return Guide(template, self.vocab_size)
 
 
 def mask_words(vocab_size: int) -> int:
@@ -203,6 +233,14 @@ def _refused(spec: GuidanceSpec, reason: str) -> InvalidRequestError:
     return InvalidRequestError(
         spec.field, f"{spec.field}: {name} cannot be followed: {reason}; correct or simplify it."
     )
+
+
+def _keep(kept: OrderedDict[GuidanceSpec, T], spec: GuidanceSpec, value: T, lock: threading.Lock, most: int) -> None:
+    """Add one to those that are kept, and drop the one that was used the longest ago."""
+    with lock:
+        kept[spec] = value
+        while len(kept) > most:
+            kept.popitem(last=False)
 
 
 def _escaped(text: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from atom.serving.errors import InvalidRequestError
+from atom.serving.errors import InvalidRequestError, QueueFullError
 from atom.serving.guidance import Guide, GuideCompiler, grammar_of, mask_words
 from atom.serving.guidance_spec import GuidanceSpec, choice_spec, grammar_spec, object_spec, regex_spec, schema_spec
 from atom.serving.guided_lanes import GuidedLanes
@@ -314,6 +314,34 @@ def test_compiled_guides_are_kept_up_to_a_bound(small: Tokens, monkeypatch: pyte
     assert set(small.compiler._guides) == {a, c}
     assert asyncio.run(small.compiler.compile_async(a)) is first
     assert asyncio.run(small.compiler.compile_async(b)) is not first
+
+
+def test_a_refusal_is_kept_and_names_the_field_of_who_asks(small: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^f: .*unclosed"):
+        small.compiler.compile(regex_spec("f", "(kept"))
+    monkeypatch.setattr(small.compiler._checker, "check", lambda *_: pytest.fail("it is known"))
+    with pytest.raises(InvalidRequestError, match=r"^g: .*unclosed"):
+        small.compiler.compile(regex_spec("g", "(kept"))
+    monkeypatch.setattr("atom.serving.guidance.REFUSAL_S", 0.0)
+    monkeypatch.setattr(small.compiler._checker, "check", lambda *_: "asked again")
+    with pytest.raises(InvalidRequestError, match="asked again"):
+        small.compiler.compile(regex_spec("f", "(kept"))
+
+
+def test_compiling_has_a_queue_with_an_end(small: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atom.serving.guidance.MAX_WAITING", 2)
+    release = threading.Event()
+    monkeypatch.setattr(small.compiler._checker, "check", lambda *_: release.wait(20) and None)
+
+    async def flood() -> list[Any]:
+        asked = [asyncio.ensure_future(small.compiler.compile_async(regex_spec("f", f"queue{i}"))) for i in range(4)]
+        await asyncio.sleep(0.05)
+        release.set()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    found = asyncio.run(flood())
+    assert [type(each) for each in found] == [Guide, Guide, QueueFullError, QueueFullError]
+    assert isinstance(small.compiler.compile(regex_spec("f", "queue3")), Guide)
 
 
 def test_a_model_without_eos_is_refused() -> None:
