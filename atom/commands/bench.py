@@ -4,6 +4,7 @@ or time the kernels.
 Example: atom bench serve --url http://localhost:8000 --workload 512/256 --max-concurrency 32 --slo ttft:500,tpot:50
 """
 
+import json
 from typing import Annotated, Any
 
 import tyro
@@ -76,7 +77,11 @@ def _latency(config: LatencyConfig) -> dict[str, Any]:
     with progress_console.status("starting") as status:
         found, facts = bench_latency(config, status.update)
     _print(latency_table(config, found, facts))
-    return {"rows": latency_rows(config, found, facts), "engine": facts}
+    rows = latency_rows(config, found, facts)
+    if config.rows is not None:
+        with config.rows.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return {"rows": rows, "engine": facts}
 
 
 def _sweep(config: SweepConfig) -> dict[str, Any]:

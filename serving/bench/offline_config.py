@@ -102,6 +102,9 @@ class LatencyConfig(ModelChoice):
     steps: int = 32
     """Decode steps to measure."""
 
+    rows: Path | None = None
+    """Append the rows of record `engine-latency` to this file, a line of JSON each."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(*self.batch, *self.context, self.steps) < 1 or self.steps < 2:

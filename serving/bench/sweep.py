@@ -66,7 +66,7 @@ class SweepConfig:
     """paper, offline or trace:NAME; default by the workload."""
 
     engine_args: str = ""
-    """More options for each engine, as one text: "--max-num-seqs 512 --kernels reference"."""
+    """More options for each engine, as one text: --engine-args="--max-num-seqs 512 --kernels reference"."""
 
     machine: str | None = None
     """Also write the record benchmarks/results/MACHINE/throughput.json."""
