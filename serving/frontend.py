@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 from uuid import uuid4
 
 from .engine import Engine
@@ -30,8 +30,7 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid4().hex}"
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):  # made for every token: a named tuple takes a third of a frozen dataclass's time
     """News of one sample.
 
     index            of the sample: those of the stream's first request, then those of the second, ...
@@ -57,8 +56,7 @@ class Chunk:
         logprobs = None
         if self.logprobs is not None or later.logprobs is not None:
             logprobs = (self.logprobs or ()) + (later.logprobs or ())
-        return replace(
-            later,
+        return later._replace(
             text=self.text + later.text,
             token_ids=self.token_ids + later.token_ids,
             logprobs=logprobs,

@@ -4,11 +4,14 @@ Names are vLLM's with the prefix atom:, so that its dashboards need only another
 its own. Gauges and the engine's counters are read when they are asked for; histograms are fed by the front end.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.utils import floatToGoString
 
 from .request import FinishReason, Request
 from .stats import Stats
@@ -38,6 +41,29 @@ COUNTERS: dict[str, tuple[str, Callable[[Stats], float]]] = {
     "prompt_tokens": ("Prompt tokens of admitted sequences, cached ones included.", lambda s: s.num_prompt_tokens),
     "generation_tokens": ("Tokens that were handed out.", lambda s: s.num_output_tokens),
 }
+
+
+class Histogram:
+    """Counts by bucket, fed by one thread: prometheus_client's own takes a lock and 6 us a token."""
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...], model: str) -> None:
+        self._family = (name, text)
+        self._bounds = bounds
+        self._model = model
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """The same value `count` times."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterator[Metric]:
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        totals = zip(names, accumulate(self._counts), strict=True)
+        family = HistogramMetricFamily(*self._family, labels=("model_name",))
+        family.add_metric((self._model,), [(name, float(total)) for name, total in totals], self._sum)
+        yield family
 
 
 class Metrics:
@@ -82,8 +108,7 @@ class Metrics:
         if is_first:
             self._ttft.observe(seconds)
             return
-        for _ in range(count):
-            self._itl.observe(seconds / count)
+        self._itl.observe(seconds / count, count)
 
     def finished(self, reason: FinishReason, seconds: float, ttft: float, request: Request, tokens: int) -> None:
         """A sequence ended `seconds` after it arrived, its first token came after `ttft`."""
@@ -98,8 +123,9 @@ class Metrics:
         self._http.labels(path, str(status)).inc()
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        made = Histogram(f"atom:{name}", text, ("model_name",), buckets=buckets, registry=self.registry)
-        return made.labels(self._model)
+        made = Histogram(f"atom:{name}", text, buckets, self._model)
+        self.registry.register(made)
+        return made
 
 
 class _EngineNumbers:

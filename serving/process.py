@@ -66,6 +66,9 @@ def serve(
         ready()
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        # The engine's thread must not wait for the event loop's Python longer than needed: getting the interpreter back
+        # beside a busy thread took 0.7 ms in the median with this, 8 ms with Python's default of 5 ms.
+        sys.setswitchinterval(0.0005)
         gc.collect()
         gc.freeze()  # the model's objects stay: no need to look at them again and again
         asyncio.run(_serve(service, server, listener, url))

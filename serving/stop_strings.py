@@ -25,6 +25,8 @@ class StopStrings:
         """
         if self.found is not None:
             return ""
+        if not self._stop:
+            return text
         ends = [self._advance(number, text) for number in range(len(self._stop))]
         held, text = self._held, self._held + text
         hits = [(end, -len(stop), stop) for end, stop in zip(ends, self._stop, strict=True) if end is not None]

@@ -1,5 +1,6 @@
 """POST /v1/completions: texts or token ids go on."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -60,7 +61,11 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
     if len(several) > service.limits.max_prompts:
         limit = service.limits.max_prompts
         raise InvalidRequestError("prompt", f"prompt must have at most {limit} texts, got {len(several)}; send fewer.")
-    return [await _prompt(service, body, one) for one in several]
+    made = []
+    for one in several:
+        made.append(await _prompt(service, body, one))
+        await asyncio.sleep(0)  # short texts are encoded here, a millisecond each; others are served in between
+    return made
 
 
 async def _prompt(service: Service, body: CompletionRequest, prompt: Any) -> Prompt:

@@ -98,6 +98,13 @@ class Service:
                 "prompt",
                 f"prompt must have at most {self.limits.max_prompts} texts, got {len(prompts)}; send several requests.",
             )
+        most, samples = self.frontend.engine.config.max_waiting_requests, len(prompts) * params.n
+        if len(prompts) > 1 and samples > most:  # the queue would never take them, and only to count them costs seconds
+            raise InvalidRequestError(
+                "prompt",
+                f"prompt asks for {samples} samples ({len(prompts)} texts, n = {params.n}), at most {most} may wait; "
+                "send several requests.",
+            )
         log: dict[str, Any] = http.state.log
         requests = [
             Request(

@@ -5,10 +5,10 @@ send, which for a request that still waits may be minutes away. Both here watch 
 """
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
+import pydantic_core
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -22,7 +22,7 @@ class ClientLeftError(Exception):
 
 
 def to_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return pydantic_core.to_json(value)
 
 
 def event(value: Any) -> bytes:
