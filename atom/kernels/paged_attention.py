@@ -125,7 +125,8 @@ class PagedAttentionReference:
     ) -> Tensor:
         layout = self.layout
         tiles = layer.transpose(0, 1)[:, group.blocks]  # [num_kv_heads, B, n, tile_bytes]
-        keys, values = (layout.read(tiles, part).flatten(2, 3) for part in (0, 1))  # [num_kv_heads, B, L, head_dim]
+        both = (layout.read(tiles, part).flatten(2, 3) for part in (0, 1))
+        keys, values = (x.to(q.dtype) for x in both)  # [num_kv_heads, B, L, head_dim]
         hidden = ~group.visible[..., None]
         keys, values = keys.masked_fill(hidden, 0.0), values.masked_fill(hidden, 0.0)
         keys = self._finish(keys.movedim(0, 2), group.positions, spec.key_offset, table).movedim(2, 0)
@@ -143,7 +144,8 @@ class PagedAttentionReference:
         layout, size = self.layout, self.layout.block_size
         first = 0 if spec.window is None else max(0, length - q.shape[0] - spec.window + 1) // size
         tiles = layer.transpose(0, 1)[:, blocks[first : -(-length // size)].long()]  # [num_kv_heads, n, tile_bytes]
-        keys, values = (layout.read(tiles, part).flatten(1, 2)[:, : length - first * size] for part in (0, 1))
+        both = (layout.read(tiles, part).flatten(1, 2)[:, : length - first * size] for part in (0, 1))
+        keys, values = (x.to(q.dtype) for x in both)
         positions = torch.arange(first * size, length, device=q.device)
         keys = self._finish(keys.transpose(0, 1), positions, spec.key_offset, table).transpose(0, 1)
         return attend_dense(q.transpose(0, 1)[None], keys[None], values[None], spec)[0].transpose(0, 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from atom.errors import UnsupportedError
+from atom.kernels.registry import Kernels
 from atom.models.config import ModelConfig
 from atom.models.generate import scheme_cache
 from atom.models.model import Model, build_model
@@ -76,10 +77,18 @@ def small_model(name: str, scheme: Scheme | None = None) -> Model:
 class Cache:
     """A poisoned pool and, for each sequence, scattered blocks and what has been computed of it."""
 
-    def __init__(self, model: Model, block_size: int = BLOCK, num_blocks: int = 64, seed: int = 0) -> None:
-        self.pool = KVPool(model.config, model.scheme, num_blocks, block_size, model.dtype)
+    def __init__(
+        self,
+        model: Model,
+        block_size: int = BLOCK,
+        num_blocks: int = 64,
+        seed: int = 0,
+        device: str = "cpu",
+        kernels: Kernels = "auto",
+    ) -> None:
+        self.pool = KVPool(model.config, model.scheme, num_blocks, block_size, model.dtype, device)
         self.pool.storage.fill_(255)  # NaN in every float, bfloat16 words included
-        self.kv = PagedKV(self.pool)
+        self.kv = PagedKV(self.pool, kernels)
         self.model = model
         self.free = np.random.default_rng(seed).permutation(num_blocks).tolist()
         self.tables: dict[int, list[int]] = {}
@@ -89,8 +98,8 @@ class Cache:
         """One step: for each (sequence, its next tokens) the logits of these tokens."""
         batch = self.batch(work)
         self.kv.begin(batch)
-        positions = torch.from_numpy(batch.positions).long()
-        hidden = self.model(torch.from_numpy(batch.token_ids).long(), positions, self.kv)
+        positions = torch.from_numpy(batch.positions).long().to(self.pool.device)
+        hidden = self.model(torch.from_numpy(batch.token_ids).long().to(self.pool.device), positions, self.kv)
         logits = self.model.logits(hidden)
         return [logits[a:b] for a, b in zip(batch.cu_seqlens_q[:-1], batch.cu_seqlens_q[1:], strict=True)]
 

@@ -1,0 +1,231 @@
+"""The attention kernels on a GPU: against float64, against themselves, in a poisoned pool, in a graph, end to end.
+
+Until they have passed here they run on request only (ATOM_UNVERIFIED_KERNELS=1); these tests set it themselves.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from atom.kernels.attention_sm90 import PagedAttentionSm90, RopeAppendSm90
+from atom.kernels.dense_attention import AttentionSpec
+from atom.kernels.kv_layout import KVLayout
+from atom.kernels.paged_attention import PagedAttentionReference, RopeTable
+from atom.kernels.paged_step import PagedStep
+from atom.kernels.rope_append import rope_append_kv_reference
+from atom.kernels.rotate import rotate
+from atom.models.rope import Rope, RopeConfig
+from atom.quant.presets import KV4, KV8, KVFP8
+from atom.quant.schemes import TensorSpec
+
+from .test_paged_attention import Case, expected, make_case
+from .test_rope_append_sm90 import inputs, offset_for
+
+pytestmark = pytest.mark.gpu
+SPECS: dict[str, TensorSpec | None] = {"int4": KV4, "int8": KV8, "fp8": KVFP8, "bf16": None}
+
+
+def to_gpu(case: Case) -> Case:
+    step = case.step
+    moved = PagedStep(step.cu_seqlens_q, step.seqlens_k, step.tables, step.slots.cuda(), step.block_tables.cuda())
+    return replace(case, layer=case.layer.cuda(), q=case.q.cuda(), step=moved)
+
+
+def run(case: Case, spec: AttentionSpec, split_tokens: int | None = None) -> Tensor:
+    moved = to_gpu(case)
+    return PagedAttentionSm90(case.layout, False, split_tokens)(moved.q, moved.layer, moved.step, spec).cpu()
+
+
+def check(case: Case, spec: AttentionSpec, split_tokens: int | None = None) -> None:
+    """At most twice the error of torch's attention in bfloat16 on the same keys and values."""
+    found = run(case, spec, split_tokens).double()
+    exact = expected(case, spec)
+    in_torch = PagedAttentionReference(case.layout)(case.q, case.layer, case.step, spec).double()
+    assert not found.isnan().any()
+    bound = 2 * (in_torch - exact).abs().max() + 2**-8 * exact.abs().max()
+    assert (found - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("kv", SPECS)
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_lengths_around_edges(kv: str, block_size: int) -> None:
+    """Of blocks, stages and splits; scattered blocks in a pool of NaN; chunks and empty sequences beside decodes."""
+    lengths = (1, block_size - 1, block_size, block_size + 1, 31, 32, 33, 127, 128, 129, 1000, 2047)
+    ones = make_case(SPECS[kv], lengths, (1,) * 12, 8, 2, 128, block_size, dtype=torch.bfloat16)
+    for split in (None, 128):
+        check(ones, AttentionSpec(0.09), split)
+    mixed = make_case(
+        SPECS[kv], lengths, (1, 0, 1, 2, 0, 1, 1, 30, 1, 1, 77, 1), 8, 2, 128, block_size, dtype=torch.bfloat16
+    )
+    check(mixed, AttentionSpec(0.09))
+
+
+@pytest.mark.parametrize("kv", SPECS)
+@pytest.mark.parametrize("heads,kv_heads", [(1, 1), (32, 32), (8, 4), (14, 2), (8, 1), (16, 1)])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_shapes_of_heads(kv: str, heads: int, kv_heads: int, dim: int) -> None:
+    case = make_case(SPECS[kv], (700, 33, 5), (1, 1, 1), heads, kv_heads, dim, dtype=torch.bfloat16)
+    check(case, AttentionSpec(dim**-0.5))
+
+
+@pytest.mark.parametrize("window", [1, 16, 17, 100])
+@pytest.mark.parametrize("cap", [None, 20.0])
+def test_windows_and_soft_caps(window: int, cap: float | None) -> None:
+    check(make_case(KV4, (1, 33, 90, 640), (1,) * 4, dim=128, dtype=torch.bfloat16), AttentionSpec(0.3, window, cap))
+
+
+@pytest.mark.parametrize("kv", SPECS)
+def test_loud_key_channels(kv: str) -> None:
+    check(make_case(SPECS[kv], (400, 33), (1, 1), dim=128, outliers=True, dtype=torch.bfloat16), AttentionSpec(0.01))
+
+
+def test_shared_blocks() -> None:
+    """Two sequences whose tables begin with the same blocks."""
+    case = make_case(KV4, (64, 80), (1, 1), 8, 2, 128, dtype=torch.bfloat16)
+    case.step.tables[1, :2] = case.step.tables[0, :2]
+    case.step.block_tables.copy_(torch.from_numpy(case.step.tables))
+    for x in (case.keys, case.values):
+        x[1][:32] = x[0][:32]
+    check(case, AttentionSpec(0.09))
+
+
+def test_two_hundred_runs_are_bit_identical_and_alone_as_in_a_batch() -> None:
+    lengths = (3000, 17, 900, 64, 2048)
+    case = to_gpu(make_case(KV4, lengths, (1,) * 5, 8, 2, 128, dtype=torch.bfloat16))
+    attend, spec = PagedAttentionSm90(case.layout, False, 256), AttentionSpec(0.09)
+    first = attend(case.q, case.layer, case.step, spec)
+    for _ in range(200):
+        assert torch.equal(attend(case.q, case.layer, case.step, spec), first)
+    step = case.step
+    for row in range(5):
+        part = slice(row, row + 1)
+        alone = PagedStep(
+            np.array([0, 1]), step.seqlens_k[part], step.tables[part], step.slots[part], step.block_tables[part]
+        )
+        assert torch.equal(attend(case.q[part], case.layer, alone, spec), first[part])
+
+
+def test_a_needle_in_128k_tokens() -> None:
+    """One key points where the query does; what attention gives it is found in its value."""
+    length, dim = 131072, 128
+    generator = torch.Generator().manual_seed(0)
+    layout = KVLayout(KV4, torch.bfloat16, 1, dim, 16)
+    q = torch.randn(1, 4, dim, generator=generator).bfloat16()
+    k = torch.randn(length, 1, dim, generator=generator).bfloat16() * 0.1
+    v = torch.zeros(length, 1, dim, dtype=torch.bfloat16)
+    needle = 77_777
+    k[needle, 0] = q[0, 0]
+    v[needle, 0, 0] = 1.0
+    layer = torch.full(layout.shape(length // 16), 255, dtype=torch.uint8)
+    ones, zeros = torch.ones(length, dim // 2), torch.zeros(length, dim // 2)
+    rope_append_kv_reference(layout)(q.expand(length, 4, dim), k, v, ones, zeros, torch.arange(length), layer)
+    tables = np.arange(length // 16, dtype=np.int32)[None]
+    step = PagedStep(
+        np.array([0, 1]), np.array([length]), tables, torch.zeros(1).cuda(), torch.from_numpy(tables).cuda()
+    )
+    found = PagedAttentionSm90(layout)(q.cuda(), layer.cuda(), step, AttentionSpec(0.2)).cpu()[0, 0, 0]
+    rounded = layout.read(layer, 0)[:, 0].flatten(0, 1).double()
+    exact = torch.softmax(rounded @ q[0, 0].double() * 0.2, 0)[needle]
+    assert exact > 0.5 and abs(float(found) - float(exact)) < 1e-2
+
+
+@pytest.mark.parametrize("kv", ["int4", "bf16"])
+def test_a_graph_replays_other_steps(kv: str) -> None:
+    """Buffers keep their places: what was captured over one step computes the next after `prepare`."""
+    lengths = ((5, 100, 900), (900, 5, 101))
+    steps = [to_gpu(make_case(SPECS[kv], each, (1,) * 3, 8, 2, 128, dtype=torch.bfloat16)) for each in lengths]
+    spec, first = AttentionSpec(0.09), steps[0]
+    attend = PagedAttentionSm90(first.layout)
+    q, layer = first.q.clone(), torch.full(first.layout.shape(200), 255, dtype=torch.uint8, device="cuda")
+    tables = torch.zeros(3, 64, dtype=torch.int32, device="cuda")
+
+    def load(case: Case) -> PagedStep:
+        q.copy_(case.q)
+        layer[: len(case.layer)] = case.layer
+        tables[:, : case.step.tables.shape[1]] = case.step.block_tables
+        step = replace(case.step, block_tables=tables, _derived={})
+        attend.prepare(step, [None], 4)
+        return step
+
+    step = load(first)
+    attend(q, layer, step, spec)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(q, layer, step, spec)
+    for case in (steps[1], first):
+        load(case)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, PagedAttentionSm90(case.layout)(case.q, case.layer, case.step, spec))
+
+
+@pytest.mark.parametrize("kv", ["int4", "int8", "fp8"])
+def test_key_offsets(kv: str) -> None:
+    lengths, dim = (1, 17, 95, 900), 128
+    case = make_case(SPECS[kv], lengths, (1,) * 4, 8, 2, dim, dtype=torch.bfloat16)
+    offset = torch.randn(2, dim, generator=torch.Generator().manual_seed(3)).bfloat16()
+    offset[:, ::9] *= 20
+    rotation = Rope(RopeConfig(), dim)(torch.arange(1024))
+    common = rotate(offset.double().expand(1024, 2, dim), rotation.cos.double(), rotation.sin.double())
+    spec = AttentionSpec(0.5 * dim**-0.5, None, None, offset.cuda())
+    moved = to_gpu(case)
+    table = RopeTable(rotation.cos.cuda(), rotation.sin.cuda())
+    attend = PagedAttentionSm90(case.layout, has_offset=True)
+    found = attend(moved.q, moved.layer, moved.step, spec, table).cpu().double()
+    exact = expected(case, spec, common)
+    rounded = expected(case, spec, common, bfloat16_keys=True)
+    assert (found - exact).norm() < 2 * (rounded - exact).norm() + 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("kv", SPECS)
+@pytest.mark.parametrize("tokens", [1, 3, 64, 700])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_appended_bytes(kv: str, tokens: int, dim: int) -> None:
+    """Equal to the reference's on the CPU, bit for bit."""
+    q, k, v, cos, sin = (x[:tokens] for x in inputs(dim, 6, 2, max(tokens, 4)))
+    layout = KVLayout(SPECS[kv], torch.bfloat16, 2, dim, 16)
+    slots = torch.randperm(800, generator=torch.Generator().manual_seed(0))[:tokens]
+    wanted = torch.full(layout.shape(50), 255, dtype=torch.uint8)
+    offset = offset_for(2, dim).bfloat16() if kv == "int4" else None
+    turned = rope_append_kv_reference(layout)(q, k, v, cos, sin, slots, wanted, offset)
+    found = torch.full(layout.shape(50), 255, dtype=torch.uint8, device="cuda")
+    on_gpu = [x.cuda() for x in (q, k, v, cos, sin, slots)]
+    out = RopeAppendSm90(layout)(*on_gpu, found, None if offset is None else offset.cuda())
+    assert torch.equal(out.cpu(), turned) and torch.equal(found.cpu(), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2-fp16", "qwen-0.5b-fp16", "gemma-270m-fp16"])
+@pytest.mark.parametrize("kv", ["kv4", "kv8", "kvfp8"])
+def test_perplexity_equals_the_reference_s(name: str, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teacher-forced, token by token after a prefill, within 0.2 % on the same windows."""
+    from atom.models.loader import load_model
+    from atom.quant.presets import get_scheme
+
+    from ..serving.test_kv_pool import Cache
+
+    folder = Path(os.environ.get("ATOM_TEST_MODELS") or "/nowhere") / name
+    if not folder.exists():
+        pytest.skip("needs real models; set ATOM_TEST_MODELS to a directory of them")
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    model = load_model(folder, device="cuda", dtype=torch.bfloat16)
+    model.scheme = get_scheme(f"bf16+{kv}")
+    ids = [[(31 * row + 7 * i + i * i) % 4000 + 100 for i in range(160)] for row in range(16)]
+    losses = []
+    for kernels in ("reference", "auto"):
+        cache = Cache(model, num_blocks=200, device="cuda", kernels=kernels)
+        with torch.inference_mode():
+            cache.run([(row, text[:32]) for row, text in enumerate(ids)])
+            total = 0.0
+            for at in range(32, 159):
+                logits = torch.cat(cache.run([(row, [text[at]]) for row, text in enumerate(ids)]))
+                targets = torch.tensor([text[at + 1] for text in ids], device="cuda")
+                total += float(torch.nn.functional.cross_entropy(logits.float(), targets))
+        losses.append(total / 127)
+    assert abs(np.exp(losses[1] - losses[0]) - 1) < 2e-3
