@@ -27,6 +27,7 @@ class Limits:
     max_body_bytes: int = 32 * 2**20
     body_timeout_s: float = 60.0
     max_prompts: int = 1024
+    max_samples: int = 4096  # of all prompts together
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,14 @@ class Service:
                 "prompt",
                 f"prompt must have at most {self.limits.max_prompts} texts, got {len(prompts)}; send several requests.",
             )
-        most, samples = self.frontend.engine.config.max_waiting_requests, len(prompts) * params.n
-        if len(prompts) > 1 and samples > most:  # the queue would never take them, and only to count them costs seconds
+        most, samples = self.limits.max_samples, len(prompts) * params.n
+        if (
+            samples > most
+        ):  # 1024 texts and n = 128 would hold the event loop for a second before the queue refuses them
             raise InvalidRequestError(
                 "prompt",
-                f"prompt asks for {samples} samples ({len(prompts)} texts, n = {params.n}), at most {most} may wait; "
-                "send several requests.",
+                f"prompt asks for {samples} samples ({len(prompts)} texts, n = {params.n}), at most {most} are "
+                "served; send several requests.",
             )
         log: dict[str, Any] = http.state.log
         requests = [

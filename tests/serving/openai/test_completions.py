@@ -1,11 +1,14 @@
 """/v1/completions, on a model that recites."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from atom.serving.openai.completions import _prompts
+from atom.serving.openai.protocol import CompletionRequest
 from atom.serving.request import Request
 
 from ..scripted import EOS, Running, ScriptedRunner, ids_of, running
@@ -203,3 +206,18 @@ def test_cached_tokens_are_told(server: Running) -> None:
     again = complete(server, prompt=prompt, cache_salt="x")["usage"]["prompt_tokens_details"]
     other = complete(server, prompt=prompt, cache_salt="y")["usage"]["prompt_tokens_details"]
     assert again["cached_tokens"] >= 16 and other["cached_tokens"] == 0
+
+
+def test_many_prompts_leave_the_event_loop_to_others(server: Running) -> None:
+    body = CompletionRequest.model_validate({"prompt": ["a short text"] * 50})
+
+    async def turns_of_others() -> int:
+        encoding = asyncio.ensure_future(_prompts(server.service, body))
+        turns = 0
+        while not encoding.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert len(encoding.result()) == 50
+        return turns
+
+    assert asyncio.run(turns_of_others()) >= 50

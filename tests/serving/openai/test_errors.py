@@ -74,6 +74,7 @@ def refused(answer: httpx.Response, status: int, param: str | None, match: str) 
         ({"prompt": "a " * 600}, "prompt", "leave room"),
         ({"prompt": "x" * 10**5}, "prompt", "100000 characters"),
         ({"prompt": ["a"] * 1025}, "prompt", "at most 1024 texts"),
+        ({"prompt": ["a"] * 1000, "n": 128}, "prompt", "asks for 128000 samples"),
     ],
 )  # fmt: skip
 def test_wrong_fields_are_named(server: Running, body: dict[str, Any], param: str, match: str) -> None:
