@@ -36,7 +36,7 @@ class CalibrationConfig:
     """GPTQ: share of the Hessian's mean diagonal that is added to the diagonal."""
 
     clip: Clip = "measured"
-    """Activation clips: measured for each kind of input by what they do to predictions, or the scheme's constant."""
+    """Activation clips: measured for each kind of input by its linears' output error, or the scheme's constant."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto: cuda where there is one."""

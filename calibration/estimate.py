@@ -64,9 +64,8 @@ def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: M
     """Time and peak memory of calibrating `model` (on the meta device) under `scheme`."""
     tokens = config.windows * config.window_length
     groups = measured_groups(model, scheme) if config.clip == "measured" else ()
-    variants = 1 + len(groups) * len(CANDIDATES) if groups else 0
-    probed = probe_tokens(config.windows, config.window_length)
-    seconds = 2 * variants * probed * model.config.hidden_size * model.config.vocab_size / machine.flops
+    probed = probe_tokens(config.windows, config.window_length) if groups else 0
+    seconds = 0.0
     largest_layer = largest_hessians = widest = 0
     for layer in model.model.decoder_layers():
         weights = sum(p.numel() for p in layer.parameters())
@@ -75,13 +74,13 @@ def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: M
             for group in model.family.groups
         }
         attention = 4 * tokens * config.window_length * model.config.num_heads * model.config.head_dim
-        flops = PASSES * (2 * weights * tokens + attention) + variants * 2 * weights * probed
+        flops = PASSES * (2 * weights * tokens + attention) + (1 + len(CANDIDATES)) * 2 * weights * probed
         moved = columns = hessians = 0
         for shapes in inputs.values():
             N, K = sum(shape[0] for shape in shapes), shapes[0][1]
             # Reading, rounding and writing activations: a dozen float32 passes where they are rounded, a few elsewhere.
             moved += 4 * tokens * (K * (12 * (PASSES - 1) + 4 * PASSES) + N * 3 * PASSES)
-            moved += 4 * len(groups and CANDIDATES) * probed * K * 12
+            moved += 4 * len(CANDIDATES) * probed * K * 12
             if scheme.weight is not None and scheme.weight.clip == "mse":
                 moved += 4 * N * K * 13 * len(MSE_RATIOS)
             if config.gptq:

@@ -39,9 +39,10 @@ class HiddenStates:
         part = self._part(number)
         part.copy_(tokens.view(part.shape))
 
-    def copy(self) -> "HiddenStates":
-        """The same states in memory of their own."""
-        return HiddenStates(self._states.clone(), self._batch, self._device)
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows."""
+        return self._states.shape[0] * self._states.shape[1]
 
     def windows_in(self, number: int) -> int:
         return self._part(number).shape[0]

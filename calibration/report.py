@@ -20,8 +20,8 @@ class Report:
     layers       one entry a decoder layer: relative errors of weights and outputs, statistics of the inputs,
                  seconds by phase, peak memory; empty where nothing was calibrated
     totals       seconds by phase and in all, bytes written, peak memory
-    clips        the activation clips that were chosen for each kind of input, the divergence of all candidates, the
-                 tokens it was measured on, seconds; None where the scheme's constants were taken
+    clips        the activation clips that were chosen for each kind of input, the output errors of all candidates,
+                 the tokens it was measured on, seconds; None where the scheme's constants were taken
     """
 
     provenance: dict[str, Any]

@@ -159,10 +159,10 @@ def _measure_clips(
                 progress.layer(index, model.config.num_layers, "measuring clips")
                 yield quantizer.load(index)
 
-        probe = ClipProbe(source, model, scheme, quantizer.runner, device)
+        probe = ClipProbe(model, scheme, quantizer.runner)
         record = {**probe.measure(hidden, layers()).to_dict(), "seconds": round(time.perf_counter() - start, 3)}
         writer.note("clips", record)
-    found = Measured(record["chosen"], record["divergence"], record["tokens"])
+    found = Measured(record["chosen"], record["errors"], record["tokens"])
     return found.apply(scheme, groups), record
 
 
