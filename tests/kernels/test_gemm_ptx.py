@@ -1,0 +1,168 @@
+"""The compiled GEMM and producers, run on a CPU: their PTX in the emulator, against float64 and atom/quant.
+
+What this cannot see: what ptxas makes of the PTX, clusters, timing, and how coarsely FP8 wgmma adds up.
+"""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from atom.kernels.activation import QuantizedActivation
+from atom.kernels.bench_operands import product, random_activation, random_weight
+from atom.kernels.flashinfer_solution import dequantized
+from atom.kernels.gated import gated_activation
+from atom.kernels.gemm import activation_columns, pack_weight, takes_bf16, token_scales
+from atom.kernels.gemm_config import GemmConfig
+from atom.kernels.norm import rms_norm
+from atom.kernels.producers import QuantizingProducer
+from atom.quant.mixed import fake_quantize_activation
+from atom.quant.presets import PRESETS, get_scheme
+
+from .ptx_emulator import Tensor as Argument
+from .ptx_wgmma import Columns, Sizes, TensorCoreKernel, TensorMap
+
+HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]"),
+]
+LOW_BIT = [name for name in PRESETS if name != "bf16"]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.contiguous()
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def bf16(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
+
+# tiles of few and many tokens; the last tile of rows and of tokens is cut, one CTA takes several tiles, N is odd
+CASES = [(name, 19, 75, 328, 16, 2, True) for name in LOW_BIT if name != "w3a3"] + [
+    ("fp8", 200, 136, 136, 192, 2, False),
+    ("w8a8", 260, 136, 136, 256, 2, False),
+    ("w4a16", 130, 72, 136, 128, 2, False),
+    ("nvfp4", 70, 264, 264, 64, 4, False),
+]
+
+
+@pytest.mark.parametrize("name,M,N,K,tile,warpgroups,bias", CASES)
+def test_gemm(name: str, M: int, N: int, K: int, tile: int, warpgroups: int, bias: bool, tmp_path: Path) -> None:
+    """Every code and scale of random operands, every output element; outputs begin as NaN."""
+    from atom.kernels.gemm_sm90 import PackedWeightGemm, compile_gemm
+
+    torch.manual_seed(0)
+    linear = get_scheme(name).for_linear("x")
+    weight, x = random_weight(linear, N, K, "cpu"), random_activation(linear, M, K, "cpu")
+    packed = pack_weight(linear, weight)
+    outliers = packed.int4_units < packed.units.shape[1]
+    config = GemmConfig(packed.kind, token_scales(linear), tile, warpgroups, 0, 1, 1, outliers, bias, N % 8 == 0)
+    config = replace(config.with_most_stages(), stages=2)
+    offset = torch.randn(N).bfloat16()
+    y = np.full((M, N), 0x7FFF, np.uint16)
+    codes = as_array(x.codes)
+    row_tiles, token_tiles = -(-N // (64 * warpgroups)), -(-M // tile)
+    TensorCoreKernel(ptx(compile_gemm, config, tmp_path)).launch_all(
+        1,
+        PackedWeightGemm(config).threads,
+        [
+            TensorMap(codes, tile),
+            Sizes(codes.shape),
+            Argument(as_array(packed.units.view(torch.int32)), (2,)),
+            Argument(as_array(x.scales)),
+            Argument(as_array(packed.channel_scale) if packed.channel_scale.numel() else np.zeros(1, np.float32)),
+            Argument(as_array(offset)),
+            Argument(y),
+            Argument(np.zeros(64, np.float32)),
+            packed.int4_units,
+            row_tiles,
+            token_tiles,
+        ],
+    )
+    expected = product(x, weight, linear) + (offset.double() if bias else 0.0)
+    error = (bf16(y).double() - expected).abs()
+    assert bool((error <= expected.abs() * 2**-8 + 1e-5 * expected.abs().mean()).all())
+
+
+SOURCES = [("plain", name) for name in LOW_BIT] + [
+    ("norm", "w4a4"),
+    ("add_norm", "nvfp4"),
+    ("add_norm", "w4a4"),
+    ("silu", "fp8"),
+    ("gelu_tanh", "mxfp4"),
+]
+
+
+@pytest.mark.parametrize("source,name", SOURCES)
+def test_producer(source: str, name: str, tmp_path: Path) -> None:
+    """What it hands on, read back, is the reference's; exactly so where no sum or exponential is involved."""
+    from atom.kernels.producers_sm90 import compile_producer
+
+    torch.manual_seed(0)
+    M, K, linear = 3, 456, get_scheme(name).for_linear("x")
+    is_gated = source in ("silu", "gelu_tanh")
+    perm = torch.randperm(K) if linear.reorder and not is_gated else None
+    gain = torch.rand(K) + 0.5 if "norm" in source else None
+    run = QuantizingProducer(source, linear, perm, gain, 1e-5)
+    x, other = torch.randn(M, K).bfloat16(), torch.randn(M, K).bfloat16()
+    x[1] = 0
+    x[2, 5] = 40.0
+    is_bf16, units = takes_bf16(linear), activation_columns(linear, K)[2]
+    columns = K * 2 if is_bf16 else activation_columns(linear, K)[0]
+    words = np.full((M, columns // 4), 0x7F7F7F7F, np.int32)
+    kind = token_scales(linear)
+    scales = np.full({"group": (units, 16), "token": (1, M), "none": (1, 1)}[kind], np.nan, np.float32)
+    both = as_array(torch.cat((x, other), 1))
+    sums = as_array(x).copy()
+    TensorCoreKernel(ptx(compile_producer, run.config(torch.bfloat16, K, strided=is_gated), tmp_path)).launch_all(
+        M,
+        256,
+        [
+            Columns(both, 0, K) if is_gated else Argument(sums),
+            Columns(both, K, 2 * K) if is_gated else Argument(as_array(other)),
+            Argument(np.zeros(1, np.float32) if gain is None else as_array(gain)),
+            Argument(np.zeros(1, np.int32) if run.perm is None else as_array(run.perm)),
+            Argument(words),
+            Argument(scales),
+            K - linear.outliers.count,
+            1e-5,
+        ],
+    )
+    codes = (
+        torch.from_numpy(words.view(np.int16)).view(torch.bfloat16)
+        if is_bf16
+        else torch.from_numpy(words.view(np.int8))
+    )
+    found = dequantized(QuantizedActivation(codes, torch.from_numpy(scales)), linear, K)
+    values: Any = x
+    if source == "add_norm":
+        values = x + other
+        assert torch.equal(bf16(sums), values), "the sum takes the place of the update"
+    if is_gated:
+        values = gated_activation(x.float(), other.float(), source)  # type: ignore[arg-type]
+    elif gain is not None:
+        values = rms_norm(values, gain, 1e-5)
+    values = values.float() if perm is None else values.float()[:, perm]
+    wanted = fake_quantize_activation(values, linear)
+    if linear.activation is None:
+        wanted = wanted.bfloat16().float()
+    assert bool(torch.isfinite(found).all()), "something was not written"
+    far = (found - wanted).abs() > 1e-6 * wanted.abs()
+    assert not far.any() if source == "plain" else float(far.float().mean()) < 0.02
+
+
+def ptx(compile: Any, config: Any, folder: Path) -> str:
+    text: str = compile(config, f"--keep-ptx --dump-dir {folder}").__ptx__
+    return text
