@@ -170,6 +170,7 @@ class FakeEngine:
         if step is not None:
             assert step.batch.num_tokens <= config.max_num_batched_tokens
             assert step.batch.num_seqs <= config.max_num_seqs
+            assert all(e.end < e.sequence.max_length for e in step.entries), "computes beyond what may be sampled"
             self.results.append((step, StepResult(self.runner.run(step), None, prompt_logprobs(step))))
             for sequence in step.admitted:
                 self.admitted.setdefault(sequence.sequence_id, step.number)

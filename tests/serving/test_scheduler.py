@@ -419,6 +419,20 @@ def test_nobody_is_preempted_for_a_guess() -> None:
     assert run.scheduler.stats().num_accepted_tokens > 0
 
 
+@pytest.mark.parametrize(("watermark", "crosses"), [(0.0, True), (0.9, False)])
+def test_a_guess_takes_no_block_that_is_kept_for_others(watermark: float, crosses: bool) -> None:
+    run = engine(num_blocks=20, watermark=watermark, num_speculative_tokens=8, prompt_lookup_min=1)
+    run.add(request("a", length=6, max_tokens=40, temperature=0.0))
+    ends = set()
+    while run.scheduler.has_unfinished:
+        step = run.launch()
+        assert step is not None
+        ends |= {-(-e.end // 4) - -(-(e.start + 1) // 4) for e in step.entries if e.drafts}  # blocks beyond the token's
+        run.deliver()
+    assert (max(ends) > 0) == crosses
+    assert run.outputs["a", 0] == expected_output(request("a", length=6), 0, 40)
+
+
 def test_a_faulty_row_in_a_guess_ends_the_sequence() -> None:
     run = engine(num_speculative_tokens=4, prompt_lookup_min=1)
     run.add(request("a", max_tokens=40, temperature=0.0))
