@@ -61,8 +61,8 @@ def _serve(config: ServeBenchConfig) -> dict[str, Any]:
 
 
 def _throughput(config: ThroughputConfig) -> dict[str, Any]:
-    from atom.serving.bench.offline import bench_throughput
     from atom.serving.bench.offline_tables import points_table
+    from atom.serving.bench.throughput import bench_throughput
 
     with progress_console.status("starting") as status:
         points = bench_throughput(config, status.update)
@@ -71,7 +71,7 @@ def _throughput(config: ThroughputConfig) -> dict[str, Any]:
 
 
 def _latency(config: LatencyConfig) -> dict[str, Any]:
-    from atom.serving.bench.offline import bench_latency, latency_rows
+    from atom.serving.bench.latency import bench_latency, latency_rows
     from atom.serving.bench.offline_tables import latency_table
 
     with progress_console.status("starting") as status:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .offline import Point, StepLatency
+from .latency import StepLatency
 from .offline_config import LatencyConfig, ThroughputConfig
 from .tables import text_table
+from .throughput import Point
 
 
 def points_table(config: ThroughputConfig, points: Sequence[Point]) -> str:

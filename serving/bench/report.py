@@ -125,7 +125,7 @@ def quality_tables(data: BenchData) -> list[tuple[str, Table]]:
             fastest[label] = max(fastest.get(label, row), row, key=lambda r: float(r["out_tok_s"]))
     titles = ["scheme", "weight bits", "KV bits", "perplexity", "full precision", "loss"]
     titles += ["output tok/s", "on", "weights GB", "KV tokens"]
-    found = []
+    found: list[tuple[str, Table]] = []
     for model, text in dict.fromkeys((row["model"], row["text"]) for row in data.quality):
         rows = [row for row in data.quality if (row["model"], row["text"]) == (model, text)]
         order = in_order(rows)

@@ -9,11 +9,13 @@ import pytest
 
 from atom.errors import UnsupportedError
 from atom.serving.bench.drive import StepTime
+from atom.serving.bench.engine_run import running
+from atom.serving.bench.latency import bench_latency, latency_rows
 from atom.serving.bench.lengths import parse_workload
-from atom.serving.bench.offline import bench_latency, bench_throughput, latency_rows, running, steady_rate
 from atom.serving.bench.offline_config import LatencyConfig, ThroughputConfig
 from atom.serving.bench.offline_tables import latency_table, points_table
 from atom.serving.bench.prompts import Vocabulary
+from atom.serving.bench.throughput import bench_throughput, steady_rate
 from atom.serving.bench.workload import Segment, WorkItem
 from atom.serving.engine_config import EngineConfig
 from atom.serving.errors import InvalidRequestError

@@ -1,0 +1,175 @@
+"""`atom bench throughput`: the engine in process, on real or on random weights."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from atom.kernels.bounds import GPUS
+
+from ..startup import Ready
+from .arrivals import Arrivals
+from .drive import Driver, StepTime
+from .engine_run import Say, known_gpu, running, served_floor
+from .floor import Mix, ModelFloor
+from .lengths import parse_workload
+from .offline_config import ThroughputConfig
+from .summary import Summary, summarize
+from .workload import drop_long, mean_context
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: how many were under way (0: all at once) or came a second, and what came of it.
+
+    batch        most sequences that one step decoded
+    steady_tok_s output tokens a second between the first and the last step of at least nine tenths of that batch; None
+                 where those span less than a fifth of the run
+    bound_tok_s  what the GPU allows at that batch, where its rates are known
+    weight_bytes of the weights as packed for kernels
+    """
+
+    concurrency: int
+    rate: float | None
+    workload: str
+    requests: int
+    too_long: int
+    batch: int
+    input: float
+    output: float
+    summary: Summary
+    steady_tok_s: float | None
+    bound_tok_s: float | None
+    weight_bytes: int
+    facts: dict[str, Any]
+    memory_gb: float | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "scheme": "bf16" if self.facts["scheme"] == "none" else self.facts["scheme"],
+            "kv": self.facts["kv"],
+            "memory_gb": self.memory_gb or 0,
+            "workload": self.workload,
+            "concurrency": self.concurrency,
+            "rate": self.rate,
+            "requests": self.requests,
+            "too_long": self.too_long,
+            "batch": self.batch,
+            "input": self.input,
+            "output": self.output,
+            "steady_tok_s": self.steady_tok_s,
+            "bound_tok_s": self.bound_tok_s,
+            "weight_bytes": self.weight_bytes,
+            "seconds": round(self.seconds, 2),
+            "summary": self.summary.to_dict(),
+            "engine": self.facts,
+        }
+
+
+def bench_throughput(
+    config: ThroughputConfig, say: Say = lambda text: None, found: Callable[[Point], None] = lambda point: None
+) -> list[Point]:
+    """One point for each concurrency or rate, in order; `found` is called with each as it is done.
+
+    Of the concurrencies that the cache cannot hold on average the smallest is run (there memory decides), and larger
+    ones are left out: the file of points then has an entry `skipped` for each.
+    """
+    points = []
+    with running(config, say) as (ready, driver):
+        gpu = known_gpu(ready.model.device)
+        floor = served_floor(ready, gpu or GPUS["h200"])
+        runs: list[tuple[int, float | None]] = (
+            [(0, rate) for rate in config.rate] if config.rate else [(c, None) for c in config.concurrency]
+        )
+        held = cache_holds(config, ready)
+        beyond = min((c for c, _ in runs if c > held), default=0)
+        for number, (concurrency, rate) in enumerate(runs):
+            if beyond and concurrency > beyond:
+                why = f"the cache holds {held:.0f} requests on average, so that {beyond} show what {concurrency} would"
+                say(f"skipped: {why}")
+                _keep(config, {"concurrency": concurrency, "rate": rate, "skipped": why})
+                continue
+            point = _point(config, ready, driver, floor, number, concurrency, rate, say)
+            if gpu is None:
+                point = replace(point, bound_tok_s=None)
+            points.append(point)
+            found(point)
+            _keep(config, point.to_dict() | {"is_memory_bound": concurrency > held})
+    return points
+
+
+def _keep(config: ThroughputConfig, entry: dict[str, Any]) -> None:
+    if config.points is not None:
+        with config.points.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+
+def cache_holds(config: ThroughputConfig, ready: Ready) -> float:
+    """Requests of the workload that the KV cache holds at once, each of its mean length over its life."""
+    items = parse_workload(config.workload).items(config.requests_at(0), config.seed)
+    items, _ = drop_long(items, ready.limits.max_sequence_tokens)
+    return ready.limits.cache_tokens / mean_context(items) if items else 0.0
+
+
+def _point(
+    config: ThroughputConfig,
+    ready: Ready,
+    driver: Driver,
+    floor: ModelFloor,
+    number: int,
+    concurrency: int,
+    rate: float | None,
+    say: Say,
+) -> Point:
+    workload = parse_workload(config.workload)
+    wanted = config.requests_at(concurrency)
+    items, too_long = drop_long(workload.items(wanted, config.seed), ready.limits.max_sequence_tokens)
+    if not items:
+        raise ValueError(
+            f"no request of {workload.name} fits the engine's {ready.limits.max_sequence_tokens} tokens; give it more "
+            "memory, or shorter requests"
+        )
+    due = None if rate is None else Arrivals(rate).times(items, config.seed)
+    what = f"{rate:g} requests/s" if rate is not None else f"{concurrency or 'all'} at once"
+
+    def show(done: int, total: int, tokens: int) -> None:
+        say(f"{workload.name}, {what}: {done} of {total} requests, about {tokens:,} tokens")
+
+    started = time.perf_counter()
+    seed = config.seed + 1 + number  # other prompts for each run, or the prefix cache would know them from the last
+    samples = driver.run(items, seed, concurrency or None, due, show)
+    summary = summarize(samples)
+    batch = max((step.sequences for step in driver.steps), default=0)
+    mix = Mix.of(items)
+    return Point(
+        concurrency,
+        rate,
+        workload.name,
+        len(items),
+        too_long,
+        batch,
+        round(float(mix.prompts.mean()), 1),
+        round(mix.outputs / len(items), 1),
+        summary,
+        steady_rate(driver.steps),
+        round(floor.bound(mix, max(1, batch)).out_tok_s, 1),
+        floor.weight_bytes,
+        ready.facts,
+        config.memory_gb,
+        time.perf_counter() - started,
+    )
+
+
+def steady_rate(steps: Sequence[StepTime]) -> float | None:
+    """See `Point.steady_tok_s`."""
+    batch = max((step.sequences for step in steps), default=0)
+    full = [index for index, step in enumerate(steps) if step.sequences >= 0.9 * batch]
+    if len(full) < 2:
+        return None
+    first, last = full[0], full[-1]
+    span = steps[last].at_s - steps[first].at_s
+    if span < steps[-1].at_s / 5:
+        return None
+    return round(sum(step.tokens for step in steps[first + 1 : last + 1]) / span, 1)
