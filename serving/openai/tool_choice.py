@@ -82,16 +82,15 @@ def _calls_schema(functions: dict[str, dict[str, Any]], is_parallel: bool) -> di
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "parameters": function.get("parameters") or {"type": "object"}},
+            # with an id, "#/$defs/..." within a function's schema is meant from that schema's root
+            "properties": {
+                "name": {"const": name},
+                "parameters": {"$id": f"tool:{place}", **(function.get("parameters") or {"type": "object"})},
+            },
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for name, function in functions.items()
+        for place, (name, function) in enumerate(functions.items())
     ]
-    definitions: dict[str, Any] = {}
-    for call in calls:  # "#/$defs/..." within a function's schema are meant from that schema's root
-        definitions |= call["properties"]["parameters"].get("$defs", {})  # type: ignore[index]
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
-    if definitions:
-        schema["$defs"] = definitions
     return schema if is_parallel else schema | {"maxItems": 1}
