@@ -22,7 +22,9 @@ from ..kernels.bounds import GPUS, Gpu, linear_bound_us
 from ..kernels.gated import GATED_QUANTIZE
 from ..kernels.linear import LINEAR
 from ..kernels.norm import RMS_NORM_QUANTIZE
+from ..kernels.paged_attention import PAGED_ATTENTION
 from ..kernels.registry import Op, Problem
+from ..kernels.rope_append import ROPE_APPEND_KV
 from ..models.config import ModelConfig
 from ..models.footprint import Footprint, measure_footprint, source_dtype
 from ..models.loader import meta_model
@@ -39,6 +41,8 @@ PRODUCERS = {
     "o_input": PERMUTE_QUANTIZE,
     "down_input": GATED_QUANTIZE,
 }
+
+ATTENTION = (ROPE_APPEND_KV, PAGED_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,18 @@ def op_table(model: Model, scheme: Scheme, gpu: Gpu | None) -> list[dict[str, An
         if gpu:
             row["bound_us"] = {M: round(linear_bound_us(gpu, M, N, K, linear), 2) for M in (1, 64, 2048)}
         rows.append(row)
-    return rows
+    return rows + [_row(op, "KV cache", _attention_problem(arch, model.config, scheme)) for op in ATTENTION]
+
+
+def _attention_problem(arch: str, config: ModelConfig, scheme: Scheme) -> Problem:
+    return Problem(
+        arch,
+        kv=scheme.kv,
+        head_dim=config.head_dim,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        kv_pre_rope=scheme.kv is not None and scheme.kv_pre_rope,
+    )
 
 
 def _row(op: Op, where: str, problem: Problem) -> dict[str, Any]:
