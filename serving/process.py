@@ -10,6 +10,7 @@ import errno
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -66,6 +67,7 @@ def serve(
         ready()
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        _allow_connections()
         # The engine's thread must not wait for the event loop's Python longer than needed: getting the interpreter back
         # beside a busy thread took 0.7 ms in the median with this, 8 ms with Python's default of 5 ms.
         sys.setswitchinterval(0.0005)
@@ -128,6 +130,14 @@ def set_up_logging(server: ServerConfig) -> None:
     handler.setFormatter(JsonFormat() if server.log_format == "json" else TextFormat())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("atom").setLevel(server.log_level.upper())
+
+
+def _allow_connections() -> None:
+    """As many open sockets as the system lets this process have; 1024 is a usual start and too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager

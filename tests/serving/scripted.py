@@ -136,11 +136,15 @@ class Running:
 
 
 def scripted_service(
-    runner: ScriptedRunner, tool_parser: str | None = "hermes", limits_http: Limits | None = None, **limits: Any
+    runner: ScriptedRunner,
+    tool_parser: str | None = "hermes",
+    limits_http: Limits | None = None,
+    watchdog_s: float | None = None,
+    **limits: Any,
 ) -> Service:
     defaults = {"max_model_len": 1024, "num_blocks": 256, "block_size": 16, "max_num_seqs": 16}
     config = SchedulerConfig(len(HF), **(defaults | limits))
-    engine = Engine(runner, Scheduler(config))
+    engine = Engine(runner, Scheduler(config), watchdog_s)
     frontend = Frontend(engine, Tokenizer(HF, TEMPLATE), Metrics(engine.stats, "tiny"))
     return Service(
         frontend,

@@ -140,6 +140,21 @@ def test_a_dead_engine_ends_the_server_with_an_error() -> None:
         serve_while(service, ServerConfig(), client)
 
 
+def test_a_stuck_step_ends_the_server_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atom.serving.engine.GRACE_S", 0.2)
+    runner = ScriptedRunner()
+    runner.gate.clear()
+    service = scripted_service(runner, watchdog_s=0.3)
+
+    def client(http: httpx.Client) -> None:
+        answer = http.post("/v1/completions", json={"prompt": "x"})
+        assert answer.status_code == 503 and "has not ended after 0.3 s" in answer.json()["error"]["message"]
+
+    with pytest.raises(EngineDeadError, match=r"has not ended after 0\.3 s"):
+        serve_while(service, ServerConfig(), client)
+    runner.gate.set()
+
+
 def test_a_signal_during_start_up_ends_in_good_order() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended, _ended_by_signals():

@@ -201,6 +201,17 @@ def test_a_list_of_prompts_is_let_in_whole_or_not_at_all() -> None:
         server.wait_idle()
 
 
+def test_other_sites_are_let_in_only_if_they_are_named() -> None:
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    with running(options=AppOptions(api_keys=("secret",), allowed_origins=("https://good.example",))) as server:
+        for origin, allowed in (("https://good.example", True), ("https://bad.example", False)):
+            answer = server.http.options(PATH, headers={"origin": origin} | asks)
+            assert (answer.headers.get("access-control-allow-origin") == origin) is allowed
+    with running() as server:
+        answer = server.http.post(PATH, json={"prompt": "x"}, headers={"origin": "https://good.example"})
+        assert "access-control-allow-origin" not in answer.headers
+
+
 def test_a_failed_step_reaches_its_clients_and_no_others(server: Running) -> None:
     server.runner.faults.append("injected")
     error = refused(server.post(PATH, prompt="x"), 500, None, "send it again")
