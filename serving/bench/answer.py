@@ -28,7 +28,7 @@ def read_event(data: bytes, sample: Sample, now_s: float) -> bool:
     if data == DONE:
         return True
     try:
-        chunk = json.loads(data)
+        chunk = json.loads(str(data, "utf-8"))  # from bytes it would guess the encoding of every chunk
     except ValueError:
         raise MalformedAnswerError(f"an event is not JSON: {data[:80]!r}") from None
     if not isinstance(chunk, dict):

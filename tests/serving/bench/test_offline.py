@@ -84,6 +84,9 @@ def test_driver_keeps_due_times_and_refuses_bad_requests(engine: tuple[object, o
     assert [s.due_s for s in samples] == [0.0, 0.05, 0.1, 0.15]
     assert all(s.sent_s >= s.due_s and s.token_s[0] > s.sent_s and s.finish_reason == "length" for s in samples)
     assert all(s.output_tokens == 3 and len(s.token_s) == 3 for s in samples)
+    assert all(s.token_s == sorted(s.token_s) and s.token_s[-1] == s.end_s < 30 for s in samples)
+    assert {t for s in samples for t in s.token_s} == {step.at_s for step in driver.steps}  # type: ignore[attr-defined]
+    assert sum(step.tokens for step in driver.steps) == 12  # type: ignore[attr-defined]
     with pytest.raises(InvalidRequestError, match="max_tokens must be at most"):
         driver.run([WorkItem((Segment("a", 4),), 10**6)])  # type: ignore[attr-defined]
     assert len(driver.run(items)) == 4, "and goes on"  # type: ignore[attr-defined]
