@@ -100,7 +100,7 @@ class Sampler:
         """The next token of each of S lanes. Nothing waits for the device.
 
         logits      [S, V], any float dtype; not changed
-        lanes       int32 [S], each once
+        lanes       int32 [S], each once; greedy ones without penalties may come several times, for drafts
         masks_stop  bool [S], the lane's EOS and stop token ids must not be sampled (`Batch.masks_stop`)
         mask        int32 [S, ceil(V / 32)], bit t % 32 of word t // 32 set where token t is allowed; None allows all
         """
