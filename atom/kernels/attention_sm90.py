@@ -41,6 +41,20 @@ PINNED_COPIES = 4  # steps that may be under way before a host buffer is written
 FEW_TOKENS = 512  # up to which a warp of the append kernel takes one head
 
 
+class OffsetWords:
+    """Key offsets as the kernels read them, converted once: a model's parameters keep their place."""
+
+    def __init__(self) -> None:
+        self._words: dict[int, tuple[Tensor, Tensor]] = {}  # the offset itself is kept, so that nothing takes its place
+
+    def get(self, offset: Tensor) -> Tensor:
+        """[num_kv_heads, head_dim] -> bfloat16 pairs, uint32 [num_kv_heads, head_dim / 2]."""
+        key = offset.data_ptr()
+        if key not in self._words:
+            self._words[key] = (offset, _words(offset.bfloat16()))
+        return self._words[key][1]
+
+
 class StepBuffers:
     """The int32 arrays of a step on the device, in one allocation that keeps its place, filled by one copy.
 
@@ -63,6 +77,7 @@ class StepBuffers:
         self.segments, self.merges = parts[3].view(-1, SEGMENT_FIELDS), parts[4].view(-1, 2)
         self.partial = torch.empty(segments, config.queries, config.head_dim, device=device)
         self.lse = torch.empty(segments, config.queries, device=device)
+        self.nothing = torch.zeros(1, config.head_dim // 2, device=device)  # where a kernel has no use for an argument
 
     def fill(self, lengths: np.ndarray, rows: np.ndarray, plan: AttentionPlan) -> None:
         assert len(plan.segments) <= self.most_segments, "a plan has more segments than its bound"
@@ -91,6 +106,7 @@ class PagedAttentionSm90:
         self.kernels: dict[DecodeConfig, tuple[Any, Any]] = {}
         self.buffers: dict[tuple[int, int | None], StepBuffers] = {}
         self.turns: dict[tuple[int, int], Tensor] = {}
+        self.offsets = OffsetWords()
 
     def prepare(self, step: PagedStep, windows: Iterable[int | None], queries: int) -> None:
         """Plan the step for layers of each window and bring the plans to the device; before a graph is replayed too."""
@@ -110,10 +126,10 @@ class PagedAttentionSm90:
             config = self._config(queries, spec.window is not None, cap is not None, has_offset)
             decode, merge = self._kernels(config)
             words = _words(q)
-            offsets: tuple[Tensor, ...] = (words[0], buffers.lse, buffers.lse, words[0])  # of no use to the kernel
+            offsets: tuple[Tensor, ...] = (words[0], buffers.nothing, buffers.nothing, words[0])
             if spec.key_offset is not None:
                 assert table is not None, "offsets that are turned on reading need a table"
-                offsets = (_words(spec.key_offset.to(q.dtype)), table.cos, table.sin, self._turns(table, config))
+                offsets = (self.offsets.get(spec.key_offset), table.cos, table.sin, self._turns(table, config))
             decode(
                 words, layer, step.block_tables, buffers.lengths, buffers.rows, buffers.work, buffers.segments, out,
                 buffers.partial, buffers.lse, *offsets, spec.scale if cap is None else spec.scale / cap,
@@ -176,6 +192,7 @@ class RopeAppendSm90:
         self.clip = 1.0 if spec is None else float(spec.clip)
         self.largest = 1.0 if spec is None else largest_scale(get_format(spec.format))
         self.kernels: dict[AppendConfig, Any] = {}
+        self.offsets = OffsetWords()
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, layer: Tensor,
@@ -193,7 +210,7 @@ class RopeAppendSm90:
         any_words = _words(out).view(-1, self.layout.head_dim // 2)
         self.kernels[config](
             _words(q), _words(k), _words(v), cos.contiguous(), sin.contiguous(), slots,
-            any_words if offset is None else _words(offset.to(q.dtype)), layer, _words(out), self.largest,
+            any_words if offset is None else self.offsets.get(offset), layer, _words(out), self.largest,
         )  # fmt: skip
         return out
 

@@ -13,6 +13,7 @@ from atom.env import unverified_kernels
 from atom.errors import UnsupportedError
 from atom.kernels import attention_sm90
 from atom.kernels.attention_config import SHARED_BYTES, AppendConfig, DecodeConfig, MergeConfig
+from atom.kernels.attention_plan import SEGMENT_FIELDS
 from atom.kernels.attention_refusals_sm90 import refuses_attention
 from atom.kernels.paged_attention import PAGED_ATTENTION
 from atom.kernels.registry import Problem
@@ -29,14 +30,20 @@ MERGE_STATIC = {0: (1,), 2: (1, 2), 3: (1,), 4: (2,)}
 APPEND_STATIC = {0: (2,), 1: (2,), 2: (2,), 3: (1,), 4: (1,), 6: (1,), 7: (2,), 8: (2,)}
 
 
-def emulated(kernel: Kernel, static: dict[int, tuple[int, ...]], shape: Callable[..., Any]) -> Callable[..., None]:
-    """A compiled kernel's stand-in: takes its arguments, runs its PTX, writes into the tensors."""
+def emulated(
+    kernel: Kernel, static: dict[int, tuple[int, ...]], sizes: set[int], shape: Callable[..., Any]
+) -> Callable[..., None]:
+    """A compiled kernel's stand-in: takes its arguments, runs its PTX, writes into the tensors.
+
+    sizes  that constant dimensions may have
+    """
 
     def run(*arguments: Any) -> None:
         grid, threads, shared = shape(*arguments)
         passed = []
         for index, argument in enumerate(arguments):
             if isinstance(argument, torch.Tensor):
+                assert all(argument.shape[dim] in sizes for dim in static.get(index, ())), f"argument {index}"
                 signed = argument.view(torch.int32) if argument.dtype == torch.uint32 else argument
                 signed = signed.view(torch.int16) if signed.dtype == torch.bfloat16 else signed
                 assert signed.is_contiguous()
@@ -62,12 +69,16 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def decode(config: DecodeConfig) -> Callable[..., None]:
         kernel = Kernel(compile_decode(config, options).__ptx__)  # type: ignore[attr-defined]
         shared = SHARED_BYTES // config.ctas_per_sm
-        return emulated(kernel, DECODE_STATIC, lambda *a: ((len(a[5]) - 1, 1), config.threads, shared))
+        sizes = {config.head_dim, config.head_dim // 2, config.tile_bytes, config.queries, SEGMENT_FIELDS}
+        return emulated(kernel, DECODE_STATIC, sizes, lambda *a: ((len(a[5]) - 1, 1), config.threads, shared))
 
     @lru_cache
     def merge(config: MergeConfig) -> Callable[..., None]:
         kernel = Kernel(compile_merge(config, options).__ptx__)  # type: ignore[attr-defined]
-        return emulated(kernel, MERGE_STATIC, lambda *a: ((len(a[0]), config.queries), config.threads, 48 * 1024))
+        sizes = {config.head_dim, config.queries, 2}
+        return emulated(
+            kernel, MERGE_STATIC, sizes, lambda *a: ((len(a[0]), config.queries), config.threads, 48 * 1024)
+        )
 
     @lru_cache
     def append(config: AppendConfig) -> Callable[..., None]:
@@ -78,7 +89,7 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             rows = a[0].shape[1] + 2 * a[1].shape[1]
             return (len(a[0]), -(-rows // (config.rows * config.warps))), threads, 1024
 
-        return emulated(kernel, APPEND_STATIC, shape)
+        return emulated(kernel, APPEND_STATIC, {config.head_dim // 2, config.cache.tile_bytes}, shape)
 
     monkeypatch.setattr(attention_sm90, "decode_kernel", decode)
     monkeypatch.setattr(attention_sm90, "merge_kernel", merge)
