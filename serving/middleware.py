@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -87,7 +88,7 @@ def _is_preflight(scope: Scope, headers: Headers) -> bool:
 def _write(scope: Scope, request_id: str, status: int, seconds: float, log: dict[str, Any]) -> None:
     fields: dict[str, Any] = {
         "method": scope["method"],
-        "path": scope["path"][:200],
+        "path": quote(scope["path"][:200]),  # as it was sent: decoded, it may hold line breaks
         "status": status,
         "seconds": round(seconds, 4),
         "request_id": request_id,
