@@ -162,8 +162,8 @@ def chosen() -> list[GemmConfig]:
     found: dict[object, GemmConfig] = {}
     for weight in KINDS:
         outliers = weight == "int4"
-        for tokens in (16, 64, 1024, 4096):
-            for features, units in LLAMA[:: 1 if weight in ("int4", "e4m3", "e2m1_g16") else 3]:
+        for tokens in (16, 64, 4096):
+            for features, units in LLAMA[:: 1 if weight in ("int4", "e4m3") else 3]:
                 config = choose_config(weight, TOKEN_SCALES.get(weight, "token"), tokens, features, units, outliers)
                 found.setdefault((weight, config.tile_m, config.warpgroups, config.multicast), config)
     others = [
