@@ -2,7 +2,7 @@
 
 import json
 import os
-import select
+import selectors
 import subprocess
 import sys
 import threading
@@ -29,6 +29,8 @@ class Checker:
     def check(self, grammar: str, limits: Mapping[str, Any]) -> str | None:
         """Why a grammar does not compile; None if it does."""
         with self._lock:
+            if self._child is not None and self._child.poll() is not None:  # something else has ended it
+                self._kill()
             if self._child is None:
                 self._start()
             asked = json.dumps({"grammar": grammar, "limits": dict(limits)}).encode() + b"\n"
@@ -63,14 +65,17 @@ class Checker:
         try:
             child.stdin.write(line)
             child.stdin.flush()
-            while not answer.endswith(b"\n"):
-                ready, _, _ = select.select([child.stdout], [], [], max(0.0, deadline - time.monotonic()))
-                part = os.read(child.stdout.fileno(), 65536) if ready else b""
-                if not part:
-                    self._kill()
-                    return None
-                answer += part
+            with selectors.DefaultSelector() as selector:
+                selector.register(child.stdout, selectors.EVENT_READ)
+                while not answer.endswith(b"\n"):
+                    ready = selector.select(max(0.0, deadline - time.monotonic()))
+                    part = os.read(child.stdout.fileno(), 65536) if ready else b""
+                    if not part:
+                        break
+                    answer += part
         except OSError:
+            answer = b""
+        if not answer.endswith(b"\n"):
             self._kill()
             return None
         return answer

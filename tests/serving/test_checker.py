@@ -1,4 +1,6 @@
 import json
+import os
+import resource
 import time
 from collections.abc import Iterator
 
@@ -50,3 +52,28 @@ def test_no_process_is_left_behind(checker: Checker) -> None:
     checker.close()
     assert child.poll() is not None
     assert checker.check(lark('start: "a"'), {}) is None, "a later check starts another"
+
+
+def test_a_child_that_something_else_has_ended_is_no_fault_of_a_grammar(checker: Checker) -> None:
+    checker.check(lark('start: "a"'), {})
+    assert checker._child is not None
+    checker._child.kill()
+    checker._child.wait()
+    assert checker.check(lark('start: "b"'), {}) is None
+
+
+def test_a_server_with_a_thousand_connections_can_check(checker: Checker) -> None:
+    """File descriptors above 1023 are beyond select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip(f"this system allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    files = []
+    try:
+        with open(os.devnull) as null:
+            files = [os.dup(null.fileno()) for _ in range(1100)]
+        assert checker.check(lark('start: "a"'), {}) is None
+    finally:
+        for each in files:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
