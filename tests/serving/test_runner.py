@@ -1,6 +1,7 @@
 """The runner: steps that run ahead of their tokens, decode buckets, one upload a step."""
 
 import random
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,11 @@ DRAW = random.Random(11)
 PROMPTS = [[DRAW.randrange(256) for _ in range(length)] for length in (1, 3, 4, 5, 40, 21, 22, 9, 2)]
 
 
-def engine_on(
-    folder: Path, depth: int, buckets: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> LLM:
-    model = load_model(folder, device=device, dtype=dtype)
+def engine_on(folder: Path, depth: int, buckets: tuple[int, ...]) -> LLM:
+    model = load_model(folder)
     limits = SchedulerConfig(model.config.vocab_size, 128, 26, 4, 8, 24, patience_steps=8)
-    pool = KVPool(model.config, model.scheme, limits.num_blocks + 1, limits.block_size, dtype, device)
-    sampler = Sampler(limits.max_num_seqs, limits.vocab_size, device, seed=3)
+    pool = KVPool(model.config, model.scheme, limits.num_blocks + 1, limits.block_size)
+    sampler = Sampler(limits.max_num_seqs, limits.vocab_size, "cpu", seed=3)
     runner = Runner(model, pool, sampler, limits.max_num_seqs, depth, buckets=buckets, max_blocks=32)
     progress: list[tuple[int, int]] = []
     runner.warm_up(lambda done, total: progress.append((done, total)))
@@ -155,29 +154,84 @@ def test_facts_name_the_implementations(tiny: Tiny) -> None:
     assert found == {"rope_append_kv": "reference", "paged_attention": "reference"}
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("seeded", [False, True])
-def test_graphs_on_the_gpu_change_no_token(tiny: Tiny, seeded: bool) -> None:
-    """The same kernels in graphs and outside; rounding does not depend on how they are launched."""
-    with engine_on(tiny("llama"), 1, (), "cuda", torch.bfloat16) as plain:
-        wanted = run(plain, seeded)
-    with engine_on(tiny("llama"), 2, (1, 2, 4, 8), "cuda", torch.bfloat16) as llm:
-        assert run(llm, seeded) == wanted
+def drive(folder: Path, device: str, buckets: tuple[int, ...], captures: bool = True) -> tuple[list[Any], Runner]:
+    """Steps two deep, without the engine's thread: every run has the same batches. Tokens by sequence."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = load_model(folder, device=device, dtype=dtype)
+    limits = SchedulerConfig(model.config.vocab_size, 128, 12, 16, 8, 24)
+    pool = KVPool(model.config, model.scheme, limits.num_blocks + 1, limits.block_size, dtype, device)
+    sampler = Sampler(limits.max_num_seqs, limits.vocab_size, device, seed=3)
+    runner = Runner(model, pool, sampler, limits.max_num_seqs, 2, buckets=buckets, max_blocks=8)
+    if not captures:
+        assert runner.buckets is not None
+        replay = runner.buckets._compute
+        runner.buckets._capture = lambda size: lambda: replay(size)  # type: ignore[method-assign]
+    runner.warm_up()
+    scheduler, under_way = Scheduler(limits), deque[Any]()
+    tokens: dict[str, list[int]] = {}
+    for index, prompt in enumerate(PROMPTS):
+        params = SamplingParams(
+            max_tokens=4 + 3 * index, temperature=index % 2, seed=index, ignore_eos=True, logprobs=1
+        )
+        scheduler.add(Request(f"{index}", tuple(prompt), params))
+    while scheduler.has_unfinished:
+        step = scheduler.schedule()
+        if step is not None:
+            under_way.append((step, runner.launch(step)))
+        if step is None or len(under_way) == 2:
+            step, launched = under_way.popleft()
+            for output in scheduler.update(step, launched.result()):
+                tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    return [tokens[f"{index}"] for index in range(len(PROMPTS))], runner
+
+
+def test_driven_steps_are_the_engines(tiny: Tiny) -> None:
+    """The loop of the GPU's tests, on a CPU."""
+    plain, _ = drive(tiny("llama"), "cpu", ())
+    assert drive(tiny("llama"), "cpu", (1, 2, 4, 8))[0] == plain
+    assert [len(tokens) for tokens in plain] == [4 + 3 * index for index in range(len(PROMPTS))]
 
 
 @pytest.mark.gpu
-def test_a_launch_does_not_wait_for_the_gpu(tiny: Tiny) -> None:
+def test_graphs_change_no_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same steps on the same kernels, captured and not; and many replays of a graph with other contents."""
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    wanted, _ = drive(tiny("llama"), "cuda", (1, 2, 4, 8), captures=False)
+    found, runner = drive(tiny("llama"), "cuda", (1, 2, 4, 8))
+    assert found == wanted
+    assert runner.buckets is not None and set(runner.buckets._replays) == {1, 2, 4, 8}
+
+
+@pytest.mark.gpu
+def test_a_launch_does_not_wait_for_the_gpu(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in launch synchronises: torch raises where it would."""
-    with engine_on(tiny("llama"), 2, (1, 2, 4, 8), "cuda", torch.bfloat16) as llm:
-        run(llm, True)
-        launch = llm.ready.runner.launch
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    drive(tiny("llama"), "cuda", (1, 2, 4, 8))  # what is compiled and grown once may wait
+    launch, seen = Runner.launch, 0
 
-        def watched(step: Any) -> Any:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return launch(step)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+    def watched(self: Runner, step: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        torch.cuda.set_sync_debug_mode("error" if seen > 3 else "default")
+        try:
+            return launch(self, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
-        llm.ready.runner.launch = watched  # type: ignore[method-assign]
-        run(llm, True)
+    monkeypatch.setattr(Runner, "launch", watched)
+    drive(tiny("llama"), "cuda", (1, 2, 4, 8))
+    assert seen > 20
+
+
+@pytest.mark.gpu
+def test_the_cache_takes_what_the_gpu_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    _, total = torch.cuda.mem_get_info()
+    options = {"load_format": "dummy", "device": "cuda", "gpu_memory_utilization": 0.5, "max_num_seqs": 16}
+    with LLM("tiny", **options) as llm:
+        free, _ = torch.cuda.mem_get_info()
+        assert 0.4 * total < total - free < 0.55 * total
+        assert llm.ready.facts["decode_buckets"] == 5 and llm.ready.runner.depth == 2
+        params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+        assert [len(c.token_ids) for c in llm.generate(PROMPTS, params)] == [20] * len(PROMPTS)
+        assert llm.engine.stats().used_blocks == 0
