@@ -118,7 +118,7 @@ def _bounds(config: BoundsConfig) -> dict[str, Any]:
     rows = bound_rows(config, measured)
     _print(f"{config.shape}, {config.workload}, {config.gpu}: what bytes and operations allow\n")
     _print(bounds_table(rows))
-    goals = goal_rows(config.gpu, measured) if config.goals else []
+    goals = goal_rows(config.gpu, measured, config.reserve_gb) if config.goals else []
     if goals:
         _print("\n" + goals_table(goals))
     return {"shape": config.shape, "workload": config.workload, "gpu": config.gpu, "rows": rows, "goals": goals}

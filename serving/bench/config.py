@@ -88,6 +88,9 @@ class ServeBenchConfig:
     seed: int = 0
     """Of lengths, arrivals and prompts."""
 
+    label: str | None = None
+    """What reports call this server; default: the model as it calls it. Runs of one label are one curve."""
+
     output: Path | None = None
     """Write the full result, one entry for each request, as JSON."""
 

@@ -22,17 +22,24 @@ NO_TARGET_MS = 1e9
 
 @dataclass(frozen=True)
 class Case:
-    """One experiment's setting. memory_gb 0 is the whole GPU (in GiB otherwise); tpot_ms None: no target."""
+    """One experiment's setting.
+
+    memory_gb   GiB for all; 0 is the whole GPU
+    tpot_ms     target for the time per output token; None: none
+    batch       an equal batch for all schemes; None: each one's best
+    reserve_gb  GiB of the memory that neither weights nor cache get: activations, the GPU's context
+    """
 
     experiment: str
     shape: str
     workload: str
     memory_gb: int = 0
     tpot_ms: float | None = None
-    batch: int | None = None  # None: each scheme's best
+    batch: int | None = None
+    reserve_gb: float = 0.0
 
     def memory_bytes(self, gpu: Gpu) -> float:
-        return (self.memory_gb or GPU_MEMORY_GIB[gpu.name]) * GIB
+        return ((self.memory_gb or GPU_MEMORY_GIB[gpu.name]) - self.reserve_gb) * GIB
 
     def bound(self, scheme: str, gpu: Gpu) -> Bound | None:
         """What is possible here under `scheme`; None if nothing is: too little memory, or a target below a step."""

@@ -3,6 +3,7 @@
 A group is what compares: one experiment, shape and workload. Within it a scheme keeps its colour in every figure.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,7 @@ def draw_group(rows: Sequence[Row], title: str, folder: Path, stem: str) -> list
 
     Raises UnsupportedError where matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UnsupportedError(
-            "plots are drawn with the package matplotlib, which is not installed; pip install 'atom-serving[report]', "
-            "or use --no-plots"
-        ) from None
-    matplotlib.use("Agg")
+    _load_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"batch": _by_batch, "frontier": _frontier, "speedup": _speedups, "memory": _memory}
     found = []
@@ -88,6 +82,51 @@ def draw_group(rows: Sequence[Row], title: str, folder: Path, stem: str) -> list
         if draw(rows, title, path):
             found.append(path)
     return found
+
+
+def _load_matplotlib() -> None:
+    """For files, not for a screen."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UnsupportedError(
+            "plots are drawn with the package matplotlib, which is not installed; pip install 'atom-serving[report]', "
+            "or use --no-plots"
+        ) from None
+    matplotlib.use("Agg")
+
+
+def draw_loads(loads: Sequence[Row], folder: Path) -> list[Path]:
+    """For each workload with several load runs: output tokens/s against TPOT, a curve for each label."""
+    groups: dict[str, list[Row]] = {}
+    for load in loads:
+        if load["summary"]["tpot"] is not None:
+            groups.setdefault(load["config"]["workload"], []).append(load)
+    found = []
+    for workload, mine in groups.items():
+        if len(mine) < 2:
+            continue
+        _load_matplotlib()
+        figure, (axis,) = _panels(1, f"Over HTTP: {workload}")
+        for label in dict.fromkeys(load_label(load) for load in mine):
+            points = [(x["summary"]["tpot"]["p50"], x["summary"]["out_tok_s"]) for x in mine if load_label(x) == label]
+            axis.plot(*zip(*sorted(points, key=lambda p: p[1]), strict=True), marker="o", markersize=4, label=label)
+        axis.set(xlabel="time per output token, median (ms)", ylabel="output tokens/s", xlim=(0, None), ylim=(0, None))
+        _legend(axis)
+        path = folder / f"http-{file_stem(workload)}.png"
+        _save(figure, path)
+        found.append(path)
+    return found
+
+
+def load_label(load: Row) -> str:
+    """What a load run's server is called."""
+    return str(load["config"].get("label") or load["config"]["model"])
+
+
+def file_stem(text: str) -> str:
+    """The text as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def _curves(rows: Sequence[Row]) -> dict[float, dict[str, list[Row]]]:

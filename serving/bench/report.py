@@ -3,12 +3,11 @@
 import base64
 import html
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import draw_group, group_rows, in_order, label_of, memory_text
+from .plots import draw_group, draw_loads, file_stem, group_rows, in_order, label_of, load_label, memory_text
 from .report_data import BenchData
 from .tables import cell, markdown_table
 
@@ -42,8 +41,7 @@ def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
         if any(row["batch_mode"] == "equal" for row in rows):
             parts.append(("table", "Equal batches: output tokens/s", batch_table(rows)))
         if plots is not None:
-            stem = re.sub(r"[^a-z0-9]+", "-", f"{experiment}-{shape}-{workload}".lower()).strip("-")
-            for path in draw_group(rows, f"{shape}, {workload}", plots, stem):
+            for path in draw_group(rows, f"{shape}, {workload}", plots, file_stem(f"{experiment}-{shape}-{workload}")):
                 parts.append(("plot", path.stem, path))
         bad = sum(row.get("errors") or 0 for row in rows if row["batch_mode"] == "equal")
         if bad:
@@ -54,6 +52,8 @@ def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
     if data.loads:
         parts.append(("heading", "Over HTTP", None))
         parts.append(("table", "Latencies in milliseconds, as clients saw them", loads_table(data.loads)))
+        if plots is not None:
+            parts += [("plot", path.stem, path) for path in draw_loads(data.loads, plots)]
         parts += [("text", "", f"{x['file']}: {note}.") for x in data.loads for note in x["notes"]]
     parts.append(("heading", "Where the numbers come from", None))
     titles = ("file", "date", "commit", "machine", "command")
@@ -142,13 +142,13 @@ def quality_tables(data: BenchData) -> list[tuple[str, Table]]:
 
 
 def loads_table(loads: Sequence[Row]) -> Table:
-    titles = ["file", "model", "workload", "load", "requests", "errors", "output tok/s", "goodput/s"]
+    titles = ["file", "server", "workload", "load", "requests", "errors", "output tok/s", "goodput/s"]
     titles += ["TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "complete"]
     body = []
     for load in loads:
         s, config = load["summary"], load["config"]
         times = [None if s[m] is None else s[m][p] for m in ("ttft", "tpot") for p in ("p50", "p99")]
-        start = (load["file"], config["model"], config["workload"], config["arrivals"], s["requests"])
+        start = (load["file"], load_label(load), config["workload"], config["arrivals"], s["requests"])
         rest = (sum(s["errors"].values()), s["out_tok_s"], s["goodput_s"])
         body.append([*start, *rest, *times, "yes" if load["is_complete"] else "no, stopped"])
     return titles, body

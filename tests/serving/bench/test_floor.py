@@ -1,11 +1,13 @@
 """Bounds against hand arithmetic."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from atom.kernels.bounds import GPUS
 from atom.models.config import ModelConfig
@@ -15,6 +17,7 @@ from atom.serving.bench.floor import GIB, Mix, ModelFloor, model_floor
 from atom.serving.bench.goals import Case, Goal, paper_case
 from atom.serving.bench.lengths import parse_workload
 from atom.serving.bench.shapes import SHAPES, read_shape, shape_config
+from atom.serving.kv_pool import bytes_per_block
 
 H200 = GPUS["h200"]
 BANDWIDTH, RATE_16, RATE_8 = 4.38e12, 900e12, 1656e12
@@ -37,6 +40,21 @@ def test_weights_and_cache_of_llama_2_7b() -> None:
     rows = 4 * 4096 + 2 * 11008 + 4096  # with a 32-bit scale each
     assert eight.weight_bytes == 32 * (LAYER_7B + 4 * rows) + 2 * (PARAMETERS_7B - 32 * LAYER_7B)
     assert four.kv_token_bytes == 2 * 32 * 32 * (128 / 2 + 4) == 139_264, "4 bits, and scale and zero point a head"
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "w8a8", "fp8", "w4a8", "w4a4"])
+def test_the_cache_is_the_engine_s(scheme: str) -> None:
+    """What the pool really takes for a token; FP8's blocks hold some filling beside their scales."""
+    for shape in ("llama-2-7b", "llama-3-8b"):
+        floor = model_floor(shape, scheme, H200)
+        real = bytes_per_block(floor.config, floor.scheme, torch.bfloat16, 16) / 16
+        assert real == pytest.approx(floor.kv_token_bytes, rel=0.02 if scheme == "fp8" else 0)
+
+
+def test_reserved_memory_is_nobody_s() -> None:
+    case = paper_case(100.0)
+    less = replace(case, reserve_gb=4.0)
+    assert less.bound("bf16", H200) == replace(case, memory_gb=20).bound("bf16", H200)
 
 
 def test_step_bytes_and_largest_batch_by_hand() -> None:

@@ -198,6 +198,20 @@ def test_report_holds_the_numbers(tmp_path: Path, measured: Path) -> None:
     assert {row["speedup"] for row in found["speedups"] if row["scheme"] == "bf16"} == {1.0}
 
 
+def test_load_runs_of_several_servers_become_curves(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
+    files = []
+    for number, label in enumerate(("ours", "ours", "theirs")):
+        files.append(load_result(tmp_path / f"{number}.json"))
+        found = json.loads(files[-1].read_text())
+        found["config"]["label"] = label
+        files[-1].write_text(json.dumps(found))
+    paths = write_report(read_bench(files), tmp_path / "report", "x")
+    assert [path.name for path in paths[3:]] == ["http-10-2.png"]
+    text = paths[0].read_text()
+    assert "| theirs |" in text and "(http-10-2.png)" in text
+
+
 def test_speedups_compare_like_with_like(measured: Path) -> None:
     rows = read_bench([measured]).rows
     found = {(r["memory_gb"], r["tpot_target_ms"], r["label"]): r["speedup"] for r in speedup_rows(rows)}
