@@ -10,15 +10,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import NamedTuple
 from uuid import uuid4
 
 from .engine import Engine
 from .errors import EngineDeadError, EngineDrainingError, InvalidRequestError, StepFailedError
 from .metrics import Metrics
 from .request import FinishReason, Request
-from .result import TokenLogprobs
 from .sequence import Output
+from .stream import Chunk, Sample, Stream
 from .text import TextStream
 from .tokenizer import Tokenizer
 
@@ -30,147 +29,18 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid4().hex}"
 
 
-class Chunk(NamedTuple):  # made for every token: a named tuple takes a third of a frozen dataclass's time
-    """News of one sample.
-
-    index            of the sample: those of the stream's first request, then those of the second, ...
-    text             to append; what could be the beginning of a stop string or of a character waits
-    token_ids        new tokens, the one that ended the sequence included
-    logprobs         beside token_ids, None if not asked for
-    prompt_logprobs  with the first tokens of a request's first sample, if asked for
-    finish_reason    None while it runs
-    stop_reason      the stop string, or the stop token id that the client gave, that ended it
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    cached_tokens: int = 0
-
-    def then(self, later: "Chunk") -> "Chunk":
-        """Both chunks of a sample as one; an abort's has no tokens, and no logprobs of them."""
-        logprobs = None
-        if self.logprobs is not None or later.logprobs is not None:
-            logprobs = (self.logprobs or ()) + (later.logprobs or ())
-        return later._replace(
-            text=self.text + later.text,
-            token_ids=self.token_ids + later.token_ids,
-            logprobs=logprobs,
-            prompt_logprobs=self.prompt_logprobs or later.prompt_logprobs,
-        )
-
-
-class Sample:
-    """One sequence as its stream sees it."""
-
-    def __init__(self, request: Request, text: TextStream | None, keeps_stop: bool) -> None:
-        self.request = request
-        self.text = text
-        self.keeps_stop = keeps_stop
-        self.started = self.last = time.monotonic()
-        self.ttft = 0.0
-        self.num_tokens = 0
-        self.finish_reason: FinishReason | None = None
-
-    @property
-    def is_finished(self) -> bool:
-        return self.finish_reason is not None
-
-    def read(self, output: Output, index: int) -> Chunk:
-        """The output as text; sets `finish_reason`."""
-        reason = output.finish_reason
-        shown = output.token_ids
-        if output.stop_token is not None and not self.keeps_stop:
-            shown = shown[:-1]  # EOS is no special token to every tokenizer
-        text, found = ("", None) if self.text is None else self.text.feed(shown, reason is not None)
-        stop: int | str | None = found
-        if found is not None:
-            reason = FinishReason.STOP
-        elif output.stop_token in self.request.params.stop_token_ids:
-            stop = output.stop_token
-        self.num_tokens += len(output.token_ids)
-        self.finish_reason = reason
-        return Chunk(
-            index,
-            text,
-            output.token_ids,
-            output.logprobs,
-            output.prompt_logprobs,
-            reason,
-            stop,
-            output.cached_tokens,
-        )
-
-
-class Stream:
-    """Chunks of one or more requests' samples, in the order of their coming; `async for`, then `close`.
-
-    Iteration raises StepFailedError or EngineDeadError when the requests cannot be finished.
-    """
-
-    def __init__(
-        self, frontend: "Frontend", requests: Sequence[Request], samples: list[Sample], names: tuple[str, ...]
-    ) -> None:
-        self.request_ids = [r.request_id for r in requests]
-        self.names = names or tuple(self.request_ids)
-        self.prompt_tokens = [len(r.prompt_token_ids) for r in requests]
-        self.samples = samples
-        self._frontend = frontend
-        self._unread: dict[int, Chunk] = {}
-        self._open = len(samples)
-        self._news = asyncio.Event()
-        self._error: Exception | None = None
-
-    def __aiter__(self) -> AsyncIterator[Chunk]:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        while not self._unread:
-            if self._error is not None:
-                raise self._error
-            if not self._open:
-                raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        return self._unread.pop(next(iter(self._unread)))
-
-    def close(self) -> None:
-        """Abort what has not ended; may be called again."""
-        self._frontend.close_stream(self)
-
-    @property
-    def completion_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.samples)
-
-    def finish_reasons(self) -> str:
-        """Of the samples, each once; "left" for those whose reader did not wait for it."""
-        return ",".join(sorted({str(s.finish_reason or "left") for s in self.samples}))
-
-    def put(self, chunk: Chunk) -> None:
-        before = self._unread.get(chunk.index)
-        self._unread[chunk.index] = chunk if before is None else before.then(chunk)
-        self._open -= chunk.finish_reason is not None
-        self._news.set()
-
-    def fail(self, error: Exception) -> None:
-        self._error = self._error or error
-        self._news.set()
-
-
 class Frontend:
     """Streams over an engine; everything but `_receive` and `_died` runs on the event loop.
 
+    interval  tokens of a sample that are sent at once; more cost less, and come in larger pieces
     on_death  called on the event loop when the engine gives up, with the reason
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, metrics: Metrics, interval: int = 1) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self.interval = interval
         self.on_death: Callable[[str], None] | None = None
         self.is_draining = False
         self._streams: dict[str, tuple[Stream, int]] = {}  # by request id, with the index of its first sample
@@ -210,7 +80,7 @@ class Frontend:
         if self.is_draining:
             raise EngineDrainingError("the server is shutting down and takes no requests; send it to another one.")
         samples = [self._sample(r, skip_special_tokens, keep_stop) for r in requests for _ in range(r.params.n)]
-        stream, first = Stream(self, requests, samples, names), 0
+        stream, first = Stream(requests, samples, names, self.close_stream), 0
         try:
             for request in requests:
                 self.engine.submit(request)
@@ -227,11 +97,11 @@ class Frontend:
         if self.tokenizer.hf is None:
             if params.stop:
                 raise InvalidRequestError("stop", "stop has texts and this model has no tokenizer; use stop_token_ids.")
-            return Sample(request, None, keep_stop)
+            return Sample(request, None, keep_stop, self.interval)
         text = TextStream(
             self.tokenizer.hf, request.prompt_token_ids, params.stop, skip_special_tokens, keep_stop, params.min_tokens
         )
-        return Sample(request, text, keep_stop)
+        return Sample(request, text, keep_stop, self.interval)
 
     async def generate(self, request: Request) -> AsyncIterator[Chunk]:
         """One request's chunks; leaving the loop early aborts it."""
@@ -319,10 +189,13 @@ class Frontend:
             self.close_stream(stream)
             return
         if output.token_ids:
-            self.metrics.tokens(len(output.token_ids), now - sample.last, is_first=not sample.num_tokens)
+            self.metrics.tokens(len(output.token_ids), now - sample.last, is_first=not sample.ttft)
             sample.last = now
             sample.ttft = sample.ttft or now - sample.started
-        chunk = sample.read(output, index)
+        ready = sample.hold(output)
+        if ready is None:
+            return
+        chunk = sample.read(ready, index)
         if chunk.finish_reason is not None:
             if output.finish_reason is None:
                 self.engine.stop(output.request_id, output.index)

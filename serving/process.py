@@ -82,7 +82,7 @@ def make_service(model: str, made: Ready, engine: EngineConfig, server: ServerCo
     template = None if server.chat_template is None else server.chat_template.read_text(encoding="utf-8")
     tokenizer = Tokenizer(made.tokenizer, template)
     names = server.served_model_name or (model,)
-    frontend = Frontend(made.engine, tokenizer, Metrics(made.engine.stats, names[0]))
+    frontend = Frontend(made.engine, tokenizer, Metrics(made.engine.stats, names[0]), server.stream_interval)
     parser: str | None = server.tool_call_parser
     if parser == "auto":
         parser = detect_parser(tokenizer.chat_template)

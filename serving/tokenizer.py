@@ -1,6 +1,6 @@
 """The model's tokenizer as serving uses it: text and conversations to token ids, single tokens to text and bytes.
 
-Long texts are encoded in one thread beside the event loop. The Rust tokenizer is called directly: transformers' wrapper
+Long texts are encoded in threads beside the event loop. The Rust tokenizer is called directly: transformers' wrapper
 resets padding and truncation with each call, which fails when two threads do it at once.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import InvalidRequestError
 
+THREADS = 4  # the Rust tokenizer works without the interpreter's lock
 THREAD_FROM = 2000  # characters; shorter texts take well under a millisecond
 RESERVED = {  # parameters of apply_chat_template that are no variables of a template
     "conversation",
@@ -42,7 +43,7 @@ class Tokenizer:
 
     def __init__(self, hf: Any, chat_template: str | None = None) -> None:
         self.hf = hf
-        self._threads = ThreadPoolExecutor(1, "tokenizer")
+        self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
         self.token_bytes = lru_cache(65536)(self._token_bytes)
         self.token_text = lru_cache(65536)(self._token_text)
         self.chat_template = chat_template

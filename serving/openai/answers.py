@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from ..frontend import Chunk, Stream
+from ..stream import Chunk, Stream
 from .errors import ApiError, api_error
 from .sse import event, to_json
 

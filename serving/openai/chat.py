@@ -9,9 +9,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from ..errors import InvalidRequestError
-from ..frontend import Chunk, Stream, new_id
+from ..frontend import new_id
 from ..request import FinishReason
 from ..result import TokenLogprobs
+from ..stream import Chunk, Stream
 from .answers import ErrorEvents, JsonAnswer
 from .guidance import guidance_spec
 from .logprobs import chat_logprobs, prompt_logprobs

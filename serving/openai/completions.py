@@ -10,8 +10,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from ..errors import InvalidRequestError
-from ..frontend import Chunk, Stream, new_id
+from ..frontend import new_id
 from ..result import TokenLogprobs
+from ..stream import Chunk, Stream
 from ..tokenizer import Tokenizer
 from .answers import ErrorEvents, JsonAnswer
 from .guidance import guidance_spec

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from ..errors import InvalidRequestError
-from ..frontend import Frontend, Stream
+from ..frontend import Frontend
 from ..guidance import Guide, GuideCompiler
 from ..guidance_spec import GuidanceSpec
 from ..request import Request
 from ..sampling_params import SamplingParams
+from ..stream import Stream
 from .body import read_json
 from .errors import ApiError
 from .protocol import Body, Sampling, SamplingDefaults

@@ -6,9 +6,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from atom.serving.errors import EngineDeadError, EngineDrainingError, InvalidRequestError, StepFailedError
-from atom.serving.frontend import Chunk, Frontend
+from atom.serving.frontend import Frontend
 from atom.serving.request import FinishReason, Request
 from atom.serving.sampling_params import SamplingParams
+from atom.serving.stream import Chunk
 
 from .scripted import EOS, ScriptedRunner, ids_of, scripted_service
 
@@ -81,6 +82,19 @@ def test_an_abort_keeps_what_was_not_read() -> None:
         assert [each.token_id for each in chunk.logprobs] == list(chunk.token_ids)
 
     on(test, ScriptedRunner(lambda request, index: "word " * 50, pause_s=0.01))
+
+
+def test_tokens_may_come_several_at_once() -> None:
+    async def test(frontend: Frontend) -> None:
+        frontend.interval = 4
+        chunks = await collect(frontend, ask(logprobs=0))
+        assert [len(c.token_ids) for c in chunks][:3] == [1, 4, 4], "the first one waits for none"
+        assert "".join(c.text for c in chunks) == TEXT
+        assert [each.token_id for c in chunks for each in c.logprobs or ()] == [*ids_of(TEXT), EOS]
+        assert sum(len(c.token_ids) for c in chunks) == len(ids_of(TEXT)) + 1
+        assert {len(c.token_ids) for c in await collect(frontend, ask("s", stop=("never",)))} == {1}
+
+    on(test, ScriptedRunner(lambda request, index: TEXT, pause_s=0.01))
 
 
 def test_leaving_early_aborts() -> None:

@@ -46,7 +46,7 @@ class Served:
     def __init__(self, url: str, path: Path, frontend: Frontend, is_real: bool) -> None:
         self.url = url
         self.path = path
-        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=120)
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=600)
         self.frontend = frontend
         self.is_real = is_real
 
