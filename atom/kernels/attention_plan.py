@@ -12,6 +12,7 @@ The arrays have sizes that follow from the batch's size alone, so that a CUDA gr
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -80,10 +81,11 @@ def plan_balanced(
     inner[1:] &= (rows[1:] != rows[:-1]) | (cuts[1:] != cuts[:-1])  # two targets may round to one cut
     parts = np.bincount(rows[inner], minlength=len(counts)) + active
     ends_at = np.cumsum(parts)
-    begins = np.zeros(int(ends_at[-1]), dtype=np.int64)
+    begins = np.zeros(int(ends_at[-1]), dtype=np.int32)
     at = (np.cumsum(active) - 1)[rows[inner]] + 1 + np.arange(int(inner.sum()))
     begins[at] = cuts[inner]
-    stops = np.append(begins[1:], 0)
+    stops = np.empty_like(begins)
+    stops[:-1] = begins[1:]
     stops[ends_at[active] - 1] = counts[active]
     work = np.zeros(ctas + 1, dtype=np.int64)
     opens = (ends_at - parts)[rows]  # the row's first segment
@@ -102,8 +104,8 @@ def plan_fixed(
     counts = np.repeat(ends - firsts, num_kv_heads)
     parts = -(-counts // split_blocks)
     last = np.cumsum(parts)
-    begins = (np.arange(int(last[-1])) - np.repeat(last - parts, parts)) * split_blocks
-    stops = np.minimum(begins + split_blocks, np.repeat(counts, parts))
+    begins = ((np.arange(int(last[-1])) - np.repeat(last - parts, parts)) * split_blocks).astype(np.int32)
+    stops = np.minimum(begins + split_blocks, np.repeat(counts, parts)).astype(np.int32)
     costs = stops - begins + SEGMENT_OVERHEAD
     ticks = np.cumsum(costs)
     owner = (ticks - costs // 2) * ctas // (int(ticks[-1]) if len(ticks) else 1)
@@ -115,17 +117,26 @@ def _assemble(
     work: NDArray[Any], parts: NDArray[Any], begins: NDArray[Any], stops: NDArray[Any], firsts: Ints, heads: int
 ) -> AttentionPlan:
     """Segments in the order of rows, `parts` of each; those of a row with several get neighbouring slots."""
-    owner = np.repeat(np.arange(len(parts)), parts)
-    sequence = np.repeat(np.arange(len(firsts)), heads)[owner]
-    first = firsts[sequence]
+    blank = _rows(len(firsts), heads).copy()
+    blank[:, 2] = np.repeat(firsts, heads)
+    blank[:, 3] = blank[:, 2]
+    segments = np.repeat(blank, parts, axis=0)
+    segments[:, 2] += begins
+    segments[:, 3] += stops
+    is_split = parts > 1
     merges = np.zeros((len(parts), 2), dtype=np.int32)
-    merges[:, 1] = parts * (parts > 1)
+    merges[:, 1] = parts * is_split
     np.cumsum(merges[:-1, 1], out=merges[1:, 0])
-    several = np.repeat(parts > 1, parts)
-    segments = np.zeros((len(begins), SEGMENT_FIELDS), dtype=np.int32)
-    segments[:, 0] = sequence
-    segments[:, 1] = owner - heads * sequence
-    segments[:, 2] = first + begins
-    segments[:, 3] = first + stops
-    segments[:, 4] = np.cumsum(several) * several - 1
+    several = np.flatnonzero(np.repeat(is_split, parts))
+    segments[several, 4] = np.arange(len(several))
     return AttentionPlan(work.astype(np.int32), segments, merges)
+
+
+@lru_cache
+def _rows(seqs: int, heads: int) -> Int32:
+    """Segments [seqs * heads, 8] of no blocks and no slot, one a row."""
+    rows = np.zeros((seqs * heads, SEGMENT_FIELDS), dtype=np.int32)
+    rows[:, 0] = np.repeat(np.arange(seqs), heads)
+    rows[:, 1] = np.tile(np.arange(heads), seqs)
+    rows[:, 4] = -1
+    return rows
