@@ -40,6 +40,8 @@ COUNTERS: dict[str, tuple[str, Callable[[Stats], float]]] = {
     "prefix_cache_evictions": ("Blocks whose prefix was forgotten.", lambda s: s.num_evictions),
     "prompt_tokens": ("Prompt tokens of admitted sequences, cached ones included.", lambda s: s.num_prompt_tokens),
     "generation_tokens": ("Tokens that were handed out.", lambda s: s.num_output_tokens),
+    "spec_decode_num_draft_tokens": ("Tokens that were guessed.", lambda s: s.num_draft_tokens),
+    "spec_decode_num_accepted_tokens": ("Guessed tokens that were right.", lambda s: s.num_accepted_tokens),
 }
 
 
