@@ -24,7 +24,7 @@ class Chunk(NamedTuple):  # made for every token: a named tuple takes a third of
     stop_reason      the stop string, or the stop token id that the client gave, that ended it
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
