@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from atom.kernels.gemm import Gemm, build_linear, pack_weight, token_scales
+from atom.kernels.bench_operands import random_weight
+from atom.kernels.cache import compile_together
+from atom.kernels.gemm import Gemm, build_linear, gemm_kernel, pack_weight, token_bucket, token_scales
 from atom.kernels.gemm_choice import choose_config
 from atom.kernels.gemm_config import SHARED_BYTES, GemmConfig
 from atom.kernels.gemm_kinds import KINDS
@@ -49,7 +52,7 @@ def schemes() -> dict[str, LinearScheme]:
 
 # a tail row tile, a tail unit, one unit more; an odd N; SmolLM2's 576 with outliers is 3.5 groups
 SHAPES = ((576, 576), (999, 512), (2048, 2048))
-TOKENS = (0, 1, 3, 16, 63, 64, 65, 129, 1000)
+TOKENS = (0, 1, 3, 16, 63, 64, 65, 129, 1000, 2100)
 
 
 def test_fragment_index_covers_a_unit_once() -> None:
@@ -252,6 +255,22 @@ def disassemble(cubin: bytes, folder: Path) -> str:
     return subprocess.run([str(tools[0]), "-c", str(path)], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """All kernels of the GPU tests below, compiled in parallel: one by one they would take minutes."""
+    configs = set()
+    with pytest.MonkeyPatch.context() as patch:
+        for unverified in ("0", "1"):
+            patch.setenv("ATOM_UNVERIFIED_KERNELS", unverified)
+            for linear in schemes().values():
+                for N, K in (*SHAPES, (200, 512), (200, 4096)):
+                    packed = pack_weight(linear, random_weight(linear, N, K, "cpu"))
+                    for bias in (None, torch.zeros(N)):
+                        gemm = Gemm(packed, token_scales(linear), bias)
+                        configs |= {gemm.config(token_bucket(M)) for M in (*TOKENS, 512) if M}
+    compile_together([partial(gemm_kernel, config) for config in configs])
+
+
 @pytest.fixture(params=[*schemes(), "w8a8-wide"])
 def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LinearScheme:
     """Every scheme; INT8 in the units that ran first ("w8a8") and in those that replace them."""
@@ -260,6 +279,7 @@ def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> L
 
 
 @GPU
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int], bias: bool) -> None:
@@ -287,6 +307,7 @@ def test_linear_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int], bias: b
 
 
 @GPU
+@pytest.mark.usefixtures("compiled")
 def test_one_hot_rows_return_the_weights(scheme: LinearScheme) -> None:
     """x = unit vectors: each output is one weight, exactly."""
     N, K = 200, 512
@@ -306,6 +327,7 @@ def test_one_hot_rows_return_the_weights(scheme: LinearScheme) -> None:
 
 
 @GPU
+@pytest.mark.usefixtures("compiled")
 def test_whole_numbers_add_up_exactly_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes up to 8 in E4M3: sums of 128 products stay within 14 bits, and longer ones are float32."""
     M, N, K = 65, 200, 4096

@@ -2,15 +2,17 @@
 
 import importlib.util
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from atom.kernels.cache import compile_together
 from atom.kernels.gated import gated_activation
 from atom.kernels.norm import rms_norm
-from atom.kernels.producers import QuantizingProducer
+from atom.kernels.producers import QuantizingProducer, producer_kernel
 from atom.kernels.refusals_sm90 import refuses_producer
 from atom.kernels.registry import Problem
 from atom.quant.formats import get_format
@@ -79,11 +81,29 @@ def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
 
 
+SIZES, SOURCES = (576, 1536, 4096), ("plain", "norm", "add_norm", "silu")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """All kernels of the GPU tests below, compiled in parallel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+        configs = {
+            producer(source, name, K).config(torch.bfloat16, K, strided)
+            for source in SOURCES
+            for name in SCHEMES
+            for K in SIZES
+            for strided in {False, source == "silu"}
+        }
+        compile_together([partial(producer_kernel, config) for config in configs])
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("K", [576, 1536, 4096])
-@pytest.mark.parametrize("source", ["plain", "norm", "add_norm", "silu"])
+@pytest.mark.parametrize("K", SIZES)
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.usefixtures("unverified")
+@pytest.mark.usefixtures("unverified", "compiled")
 def test_codes_and_scales(name: str, source: str, K: int) -> None:
     """Bit-exact where no sum is involved; a norm's or exp's last bit may move a code that stood on a tie."""
     run, scheme = producer(source, name, K, "cuda"), linear(name)
@@ -138,7 +158,7 @@ def check_close(found: Tensor, wanted: Tensor, exact: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.usefixtures("unverified")
+@pytest.mark.usefixtures("unverified", "compiled")
 def test_halves_of_one_tensor_are_read_where_they_lie(name: str) -> None:
     """Gate and up as slices of a fused GEMM's output give what contiguous copies give."""
     run = producer("silu", name, 576, "cuda")
