@@ -97,3 +97,28 @@ def test_a_matcher_that_fails_ends_its_own_sequence(tiny: Tiny, monkeypatch: pyt
         assert llm.engine.healthy
         assert llm.generate([PROMPTS[1]], SamplingParams(max_tokens=5, ignore_eos=True))[0].token_ids
         assert llm.engine.stats().used_blocks == 0
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_everything_at_once_is_what_each_is_alone(tiny: Tiny, drafts: int) -> None:
+    """Guided, penalised, filtered, biased and drafted rows share steps, and no row sees another's."""
+    params = [
+        SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=1),
+        SamplingParams(temperature=0, max_tokens=24, guidance=SPECS[0], min_tokens=11),
+        SamplingParams(seed=1, max_tokens=24, ignore_eos=True, top_p=0.8, presence_penalty=1.5),
+        SamplingParams(seed=2, max_tokens=24, guidance=SPECS[2], top_k=20, top_p=0.9, n=2),
+        SamplingParams(temperature=0, max_tokens=24, repetition_penalty=1.3, min_tokens=20),
+        SamplingParams(
+            seed=3, max_tokens=24, min_p=0.05, logit_bias=((7, 4.0), (9, -100.0)), ignore_eos=True, logprobs=2
+        ),
+        SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, min_tokens=3),
+    ]
+    prompts = [PROMPTS[4] if index in (0, 6) else prompt for index, prompt in enumerate(PROMPTS[:7])]
+    options = {"block_size": 4, "max_num_seqs": 5, "max_num_batched_tokens": 20, "kv_cache_bytes": "256KiB"}
+    with LLM(str(tiny("llama")), device="cpu", num_speculative_tokens=drafts, **options) as llm:
+        together = [[s.token_ids for s in c.samples] for c in llm.generate(prompts, params)]
+        alone = [[s.token_ids for s in llm.generate([p], q)[0].samples] for p, q in zip(prompts, params, strict=True)]
+        stats = llm.engine.stats()
+    assert together == alone
+    assert stats.used_blocks == 0
+    assert (stats.num_draft_tokens > 0) == (drafts > 0)
