@@ -83,6 +83,9 @@ class Measure:
     kernels: bool = False
     """Measure the presets that have GPU kernels through these as well, in bfloat16: rows of their own."""
 
+    steps: tuple[str, ...] = LADDER_STEPS
+    """Steps of the ladder to measure: all, or the ones that time allows."""
+
     device: str = "auto"
     """cpu or cuda."""
 
@@ -285,7 +288,7 @@ def measure(options: Measure) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: exact for INT4 codes under bf16 scales
     runner = Runner(options)
     if "ladder" in options.what:
-        runner.run_ladder(128)
+        runner.run_ladder(128, only=options.steps)
     if "presets" in options.what:
         schemes = [PRESETS["bf16"], *(s for s in PRESETS.values() if s.is_quantized)]
         extra = [PRESETS["bf16"].with_kv(PRESETS[name].kv) for name in ("w4a4", "w8a8", "fp8")]
