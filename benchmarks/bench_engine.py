@@ -105,6 +105,11 @@ def prompts(batch: int, context: int, vocabulary: int, seed: int) -> list[tuple[
     return [tuple(draw.integers(0, vocabulary, context).tolist()) for _ in range(batch)]
 
 
+def output_length(batch: int, context: int, step_tokens: int) -> int:
+    """Tokens for each: the first prompts decode while the last are still being computed."""
+    return -(-batch * context // (step_tokens - batch)) + WARM + STEPS
+
+
 def decode(engine: Engine, asked: list[tuple[int, ...]], tokens: int, done: threading.Event, tag: str) -> None:
     """Run the prompts until each has `tokens` tokens."""
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
@@ -146,16 +151,18 @@ def measure(scheme: str, batches: tuple[int, ...], contexts: tuple[int, ...], sh
         for batch in batches:
             row = {"shape": shape, "scheme": bare, "kv": kv, "batch": batch, "context": context}
             row["sol_ms"] = round(floor.step_us(batch, context) / 1e3, 3)
-            if batch * (context + STEPS + WARM + 16) > ready.limits.cache_tokens:
+            tokens = output_length(batch, context, ready.limits.max_num_batched_tokens)
+            if batch * (context + tokens + 16) > ready.limits.cache_tokens:
                 rows.append({**row, "ms": None, "host_ms": None, "idle": None, "note": "does not fit"})
                 continue
             open_, runner.steps = batch, []
-            length = context - (STEPS + WARM) // 2  # the measured steps lie around the context
+            length = max(1, context - tokens // 2)  # the measured steps lie around the context
             vocabulary = ready.limits.vocab_size
             decode(
                 engine, prompts(batch, length, vocabulary, context + batch), WARM + STEPS, done, f"{context}-{batch}"
             )
-            rows.append({**row, **summary([t for t in runner.steps if t.num_decodes == batch][-STEPS:])})
+            full = [t for t in runner.steps if t.num_decodes == t.num_tokens == batch]
+            rows.append({**row, **summary(full[-STEPS:])})
             print(rows[-1], flush=True)
     engine.shutdown()
     del engine, runner, ready
@@ -190,14 +197,15 @@ def host_rows(batches: tuple[int, ...], contexts: tuple[int, ...]) -> list[dict[
 
 def host_row(batch: int, context: int, top_p: float) -> dict[str, Any]:
     model = load_source(dummy_source("tiny"))
-    tokens = context + WARM + STEPS + 8
+    answer = output_length(batch, context, 8192)
+    tokens = context + answer + 8
     limits = SchedulerConfig(258, tokens, batch * -(-tokens // 16) + 8, max_num_seqs=batch)
     pool = KVPool(model.config, None, limits.num_blocks + 1, limits.block_size)
     sampler = Sampler(batch, 258, "cpu", seed=0)
     runner = Runner(model, pool, sampler, batch, 2, buckets=bucket_sizes(batch), max_blocks=-(-tokens // 16))
     scheduler = Scheduler(limits)
     engine = Engine(runner, scheduler, None)
-    clock = Clock()
+    clock = Clock(batch)
     # what a GPU would do while the host goes on
     buckets = runner.buckets
     assert buckets is not None
@@ -219,6 +227,7 @@ def host_row(batch: int, context: int, top_p: float) -> dict[str, Any]:
         ("step_us", engine, "_turn"),
     ):
         clock.measure(owner, name, part)
+    clock.watch(runner)
     done, open_ = threading.Event(), batch
 
     def listen(outputs: list[Output]) -> None:
@@ -230,7 +239,7 @@ def host_row(batch: int, context: int, top_p: float) -> dict[str, Any]:
     engine.start(listen)
     asked = prompts(batch, context, 258, 0)
     greedy = top_p == 1.0
-    params = SamplingParams(max_tokens=WARM + STEPS, ignore_eos=True, temperature=0.0 if greedy else 0.8, top_p=top_p)
+    params = SamplingParams(max_tokens=answer, ignore_eos=True, temperature=0.0 if greedy else 0.8, top_p=top_p)
     for index, prompt in enumerate(asked):
         engine.submit(Request(f"{index}", prompt, params))
     assert done.wait(300), engine.error
@@ -240,10 +249,21 @@ def host_row(batch: int, context: int, top_p: float) -> dict[str, Any]:
 
 
 class Clock:
-    """Processor time of the calling thread inside functions."""
+    """Processor time of a thread inside functions, in turns that launch a decode step of `batch` sequences."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
         self.parts: dict[str, list[float]] = {}
+        self._is_full = False
+
+    def watch(self, runner: Runner) -> None:
+        launch = runner.launch
+
+        def run(step: Step) -> Any:
+            self._is_full = step.batch.num_decodes == step.batch.num_tokens == self.batch
+            return launch(step)
+
+        runner.launch = run  # type: ignore[method-assign]
 
     def measure(self, owner: Any, name: str, part: str) -> None:
         inner = getattr(owner, name)
@@ -254,7 +274,8 @@ class Clock:
             try:
                 return inner(*args, **kwargs)
             finally:
-                times.append(time.thread_time() - started)
+                if self._is_full:
+                    times.append(time.thread_time() - started)
 
         setattr(owner, name, run)
 

@@ -51,7 +51,7 @@ class Batch:
     slots          int64 [T]       where keys and values go: block * block_size + place within the block
     cu_seqlens_q   int32 [B + 1]   tokens of sequence b are cu_seqlens_q[b] ... cu_seqlens_q[b + 1] - 1
     seqlens_k      int32 [B]       tokens to attend over, this step's included
-    block_tables   int32 [B, max blocks]   rows are filled with 0 beyond ceil(seqlens_k / block_size)
+    block_tables   int32 [B, max blocks]   beyond ceil(seqlens_k / block_size) blocks: any valid ones
     lanes          int32 [B]
     sample_rows    int32 [S]       indices into the T tokens, in the order in which results are handed back: of each
                                    entry that samples its last row, and with d drafts its last d + 1 rows
@@ -121,6 +121,7 @@ class LaneTables:
     def take(self) -> int:
         """A free lane, its table empty."""
         lane = self._free.pop()
+        self._tables[lane] = 0
         self._lengths[lane] = 0
         return lane
 
@@ -148,9 +149,7 @@ class LaneTables:
         owner = np.repeat(np.arange(len(entries)), counts)  # [T]
         positions = np.arange(cu_seqlens_q[-1], dtype=np.int32) + (starts - cu_seqlens_q[:-1])[owner]
         blocks = self._tables[lanes[owner], positions // self.block_size].astype(np.int64)
-        num_blocks = -(-ends // self.block_size)
-        block_tables = self._tables[lanes, : num_blocks.max()]
-        block_tables[np.arange(block_tables.shape[1]) >= num_blocks[:, None]] = 0  # a copy: lanes indexed it
+        block_tables = self._tables[lanes, : -(-ends.max() // self.block_size)]  # a copy: lanes indexed it
         token_ids, pending = _tokens(entries, len(owner))
         rows, masks_stop = cu_seqlens_q[1:][samples] - 1, np.array(all_masks, dtype=np.bool_)[samples]
         sample_lanes = lanes[samples]

@@ -30,7 +30,7 @@ def test_chunked_prefill_beside_decode_with_a_token_not_known_yet() -> None:
     assert batch.token_ids.tolist() == [11, 12, 13, 21] and batch.positions.tolist() == [0, 1, 2, 0]
     assert batch.cu_seqlens_q.tolist() == [0, 3, 4] and batch.seqlens_k.tolist() == [3, 1]
     assert batch.lanes.tolist() == [0, 1] and batch.num_decodes == 0
-    assert batch.block_tables.tolist() == [[0, 1], [2, 0]]
+    assert batch.block_tables.tolist() == [[0, 1], [2, 3]]  # 3 is for b's later chunks
     assert batch.slots.tolist() == [0, 1, 2, 4]
     assert batch.sample_rows.tolist() == [2] and batch.sample_lanes.tolist() == [0]
     assert batch.masks_stop.tolist() == [True]  # min_tokens: neither the first token may end it ...
