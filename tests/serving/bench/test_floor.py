@@ -14,7 +14,7 @@ from atom.models.config import ModelConfig
 from atom.quant.presets import get_scheme
 from atom.serving.bench.bounds import BoundsConfig, bound_rows, bounds_table, goal_rows, goals_table
 from atom.serving.bench.floor import GIB, Mix, ModelFloor, model_floor
-from atom.serving.bench.goals import Case, Goal, paper_case
+from atom.serving.bench.goals import GOALS, Case, Goal, paper_case
 from atom.serving.bench.lengths import parse_workload
 from atom.serving.bench.shapes import SHAPES, read_shape, shape_config
 from atom.serving.kv_pool import bytes_per_block
@@ -175,3 +175,8 @@ def test_shapes(tmp_path: Path) -> None:
         read_shape("llama-9")
     with pytest.raises(ValueError, match="unknown --gpu 'tpu'"):
         BoundsConfig(gpu="tpu")
+
+
+def test_what_docs_benchmarks_says_of_the_goals() -> None:
+    ratios = [goal.allowed(H200) for goal in GOALS if goal.case.experiment == "paper"]
+    assert [None if r is None else round(r, 1) for r in ratios] == [5.8, 3.8, 2.0, 7.0, 4.0, 2.1], "correct the page too"
