@@ -179,4 +179,4 @@ def test_shapes(tmp_path: Path) -> None:
 
 def test_what_docs_benchmarks_says_of_the_goals() -> None:
     ratios = [goal.allowed(H200) for goal in GOALS if goal.case.experiment == "paper"]
-    assert [None if r is None else round(r, 1) for r in ratios] == [5.8, 3.8, 2.0, 7.0, 4.0, 2.1], "correct the page too"
+    assert [None if r is None else round(r, 1) for r in ratios] == [5.8, 3.8, 2.0, 7.0, 4.0, 2.1], "mend the page"
