@@ -132,6 +132,8 @@ def test_wheel_holds_every_package(tmp_path: Path) -> None:
         "atom/quant/rounding.py",
         "atom/calibration/gptq.py",
         "atom/serving/scheduler.py",
+        "atom/serving/openai/chat.py",
+        "atom/serving/page/index.html",
         "atom/eval/lm.py",
         "atom/py.typed",
     ):
