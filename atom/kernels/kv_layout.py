@@ -113,6 +113,17 @@ class KVLayout:
             self.words(layer, part)[blocks, :, places] = words
         self.codes(layer, part)[blocks, :, places] = rows
 
+    def tile_rows(self, blocks: Tensor) -> Tensor:
+        """Where the tiles of `blocks` [...] stand in a layer: int64 [num_kv_heads, ...], for `gather`."""
+        heads = torch.arange(self.num_kv_heads, device=blocks.device)
+        return blocks.long() * self.num_kv_heads + heads.view(-1, *(1,) * blocks.ndim)
+
+    def gather(self, layer: Tensor, rows: Tensor) -> Tensor:
+        """The tiles at `rows` [...] of a layer: uint8 [..., tile_bytes] in new memory."""
+        tiles = layer.view(-1, self.tile_bytes).view(torch.int64).index_select(0, rows.flatten())
+        found: Tensor = tiles.view(torch.uint8).unflatten(0, rows.shape)
+        return found
+
     def read(self, tiles: Tensor, part: int) -> Tensor:
         """tiles [..., tile_bytes] -> keys (part 0) or values (1) [..., block_size, head_dim] in `dtype`."""
         rows = self.codes(tiles, part)

@@ -36,14 +36,17 @@ class DecodeGroup:
     """Sequences of one query each that are attended over together.
 
     rows       int64 [B], their query tokens
-    blocks     int64 [B, n], where their keys lie; a sequence's last block is repeated to fill up
+    tiles      int64 [num_kv_heads, B, n], where their keys and values lie (KVLayout.gather); a sequence's last block is
+               repeated to fill up
     visible    bool [B, n * block_size]
+    hidden     int64 [H] each: row and column of what is not visible
     positions  int64 [B, n * block_size], of the keys
     """
 
     rows: Tensor
-    blocks: Tensor
+    tiles: Tensor
     visible: Tensor
+    hidden: tuple[Tensor, Tensor]
     positions: Tensor
 
 
@@ -76,9 +79,11 @@ def decode_groups(step: PagedStep, window: int | None, layout: KVLayout) -> list
                 step.cu_seqlens_q[ones[part]].astype(np.int64),
                 step.tables[ones[part, None], index].astype(np.int64),
                 visible,
+                *np.nonzero(~visible),
                 np.minimum(positions, lengths[part, None] - 1),
             )
-            groups.append(DecodeGroup(*(torch.from_numpy(a).to(step.slots.device) for a in arrays)))
+            rows, blocks, seen, row, column, places = (torch.from_numpy(a).to(step.slots.device) for a in arrays)
+            groups.append(DecodeGroup(rows, layout.tile_rows(blocks), seen, (row, column), places))
     return groups
 
 
@@ -124,11 +129,11 @@ class PagedAttentionReference:
         self, q: Tensor, layer: Tensor, group: DecodeGroup, spec: AttentionSpec, table: RopeTable | None
     ) -> Tensor:
         layout = self.layout
-        tiles = layer.transpose(0, 1)[:, group.blocks]  # [num_kv_heads, B, n, tile_bytes]
+        tiles = layout.gather(layer, group.tiles)  # [num_kv_heads, B, n, tile_bytes]
         both = (layout.read(tiles, part).flatten(2, 3) for part in (0, 1))
         keys, values = (x.to(q.dtype) for x in both)  # [num_kv_heads, B, L, head_dim]
-        hidden = ~group.visible[..., None]
-        keys, values = keys.masked_fill(hidden, 0.0), values.masked_fill(hidden, 0.0)
+        for x in (keys, values):  # copies already
+            x[:, group.hidden[0], group.hidden[1]] = 0.0  # what was never written may be NaN
         keys = self._finish(keys.movedim(0, 2), group.positions, spec.key_offset, table).movedim(2, 0)
         heads = q.unflatten(1, (layout.num_kv_heads, -1)).transpose(0, 1)  # [num_kv_heads, B, queries per KV head, D]
         seen = group.visible[:, None]  # [B, 1, L]
@@ -143,7 +148,8 @@ class PagedAttentionReference:
     ) -> Tensor:
         layout, size = self.layout, self.layout.block_size
         first = 0 if spec.window is None else max(0, length - q.shape[0] - spec.window + 1) // size
-        tiles = layer.transpose(0, 1)[:, blocks[first : -(-length // size)].long()]  # [num_kv_heads, n, tile_bytes]
+        rows = layout.tile_rows(blocks[first : -(-length // size)])
+        tiles = layout.gather(layer, rows)  # [num_kv_heads, n, tile_bytes]
         both = (layout.read(tiles, part).flatten(1, 2)[:, : length - first * size] for part in (0, 1))
         keys, values = (x.to(q.dtype) for x in both)
         positions = torch.arange(first * size, length, device=q.device)
