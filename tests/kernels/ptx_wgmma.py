@@ -1,7 +1,8 @@
 """The emulator of ptx_emulator.py for the GEMM: wgmma, tensor copies with their swizzle, transposed matrix stores.
 
-A warp multiplies its own 16 rows when it issues a wgmma; tensor copies arrive late, as bulk copies do. Not modelled:
-that wgmma is asynchronous, how coarsely FP8 adds up, clusters.
+A warp multiplies its own 16 rows when it issues a wgmma; tensor copies arrive late, as bulk copies do. The CTAs of a
+cluster, or of a whole launch that meets in global memory, run together. Not modelled: that wgmma is asynchronous,
+memory order between CTAs, how coarsely FP8 adds up.
 """
 
 import re
@@ -44,8 +45,8 @@ class Sizes:
 class TensorCoreKernel(Kernel):
     """A parsed kernel whose arguments may be tensor maps."""
 
-    def launch_all(self, grid: int, threads: int, arguments: Sequence[Any], seed: int = 0) -> None:
-        """Run all CTAs, one after another; arrays are updated in place."""
+    def launch_all(self, grid: int, threads: int, arguments: Sequence[Any], together: int = 1, seed: int = 0) -> None:
+        """Run all CTAs, `together` at a time (a cluster); arrays are updated in place."""
         arrays = [a.array for a in arguments if isinstance(a, Tensor | Columns)]
         memory = Memory(1 << 40, sum(array.nbytes + 1024 for array in arrays) + 4096)
         constants: dict[str, np.ndarray] = {}
@@ -69,34 +70,52 @@ class TensorCoreKernel(Kernel):
             assert len(data) == length, f"parameter {name} has {length} bytes, not {len(data)}"
             constants[name] = np.frombuffer(data, dtype=np.uint8)
         draw = np.random.default_rng(seed)
-        for block in range(grid):
-            self._run((block, 0), (grid, 1), threads, memory, constants, draw)
+        for first in range(0, grid, together):
+            self._run(range(first, first + together), grid, threads, memory, constants, draw)
         for address, array in placed:
             memory.fetch(address, array)
 
-    def _run(self, place: Any, grid: Any, threads: int, memory: Memory, constants: Any, draw: Any) -> None:
-        cta = Cta(Memory(SHARED_BASE, 232448))
-        cta.shared.valid[:] = True
-        warps = [Warp(self, w, threads, place, grid, memory, constants, cta) for w in range(threads // LANES)]
-        for warp in warps:
-            for number, name in enumerate(self.maps):
-                warp.special[name] = np.full(LANES, number, U64)
+    def _run(self, blocks: range, grid: int, threads: int, memory: Memory, constants: Any, draw: Any) -> None:
+        ctas = [Cta(Memory(SHARED_BASE, 232448)) for _ in blocks]
+        warps = []
+        for block, cta in zip(blocks, ctas, strict=True):
+            cta.shared.valid[:] = True
+            for index in range(threads // LANES):
+                warp = Warp(self, index, threads, (block, 0), (grid, 1), memory, constants, cta)
+                warp.special |= {name: np.full(LANES, i, U64) for i, name in enumerate(self.maps)}
+                warps.append(warp)
+        self.cluster = Cluster(ctas, {id(warp): 0 for warp in warps}, {id(warp): 0 for warp in warps})
         idle = 0
-        while any(not w.is_done for w in warps):
-            before = cta.events
+        while any(not warp.is_done for warp in warps):
+            before = sum(cta.events for cta in ctas)
             for at in draw.permutation(len(warps)):
                 warps[at].run()
-            late = [copy for copy in cta.copies if callable(copy) and draw.random() < 0.4]
-            for copy in cta.copies:
-                if callable(copy) and copy not in late:
-                    copy()
-            cta.events += len(cta.copies)
-            cta.copies = [copy for copy in cta.copies if not callable(copy)]
-            base._deliver(cta, memory, draw)
-            cta.copies += late
-            idle = 0 if cta.events != before else idle + 1
+            for cta in ctas:
+                self._deliver(cta, memory, draw)
+            idle = 0 if sum(cta.events for cta in ctas) != before else idle + 1
             if idle > 3:
                 raise RuntimeError("all warps wait: a deadlock")
+
+    def _deliver(self, cta: Cta, memory: Memory, draw: Any) -> None:
+        """Some of the copies under way arrive."""
+        tiles: list[Any] = [copy for copy in cta.copies if callable(copy)]
+        cta.events += len(tiles)
+        cta.copies = [copy for copy in cta.copies if not callable(copy)]
+        base._deliver(cta, memory, draw)
+        for copy in tiles:
+            if draw.random() < 0.4:
+                cta.copies.append(copy)
+            else:
+                copy()
+
+
+@dataclass
+class Cluster:
+    """CTAs that run together; how often each warp has arrived at their barrier, and has passed it."""
+
+    ctas: list[Cta]
+    arrived: dict[int, int]
+    passed: dict[int, int]
 
 
 def swizzled(addresses: np.ndarray) -> np.ndarray:
@@ -112,8 +131,13 @@ def _tensor_copy(warp: Warp, op: str, args: list[Any]) -> None:
     kernel: Any = warp.kernel
     source = list(kernel.maps.values())[int(warp.read(pointer, U64)[lane])]
     c, r = (int(warp.read(name, np.int32)[lane]) for name in (column, row))
-    warp.cta.copies.append(partial(_arrive, warp.cta, source, target, barrier, c, r))  # type: ignore[arg-type]
-    warp.cta.events += 1
+    receivers = [warp.cta]
+    if "multicast" in op:
+        mask = int(warp.read(args[3], np.uint16)[lane])
+        receivers = [cta for rank, cta in enumerate(kernel.cluster.ctas) if mask >> rank & 1]
+    for cta in receivers:
+        cta.copies.append(partial(_arrive, cta, source, target, barrier, c, r))  # type: ignore[arg-type]
+        cta.events += 1
 
 
 def _arrive(cta: Cta, source: TensorMap, target: int, barrier: int, column: int, row: int) -> None:
@@ -215,7 +239,59 @@ def _bar(warp: Warp, op: str, args: list[Any]) -> bool | None:
     return base._bar(warp, op, [str(int(warp.read(arg, U32)[0])) for arg in args])
 
 
+def _cluster_barrier(warp: Warp, op: str, args: list[Any]) -> bool | None:
+    warp.need_all(op)
+    cluster: Cluster = warp.kernel.cluster  # type: ignore[attr-defined]
+    if ".arrive" in op:
+        cluster.arrived[id(warp)] += 1
+        warp.cta.events += 1
+        return None
+    if min(cluster.arrived.values()) <= cluster.passed[id(warp)]:
+        return False
+    cluster.passed[id(warp)] += 1
+    return None
+
+
+PEER = 24  # bits of an address before the rank of the CTA it lies in, plus one
+
+
+def _map_to_peer(warp: Warp, op: str, args: list[Any]) -> None:
+    warp.write(args[0], warp.read(args[1], U32) | (warp.read(args[2], U32) + U32(1)) << U32(PEER))
+
+
+def _arrive_at_peer(warp: Warp, op: str, args: list[Any]) -> None:
+    cluster: Cluster = warp.kernel.cluster  # type: ignore[attr-defined]
+    for address in warp.address(args[1], U32)[warp.active].tolist():
+        cta = cluster.ctas[(address >> PEER) - 1]
+        barrier = cta.barriers[address & ((1 << PEER) - 1)]
+        barrier.pending -= 1
+        assert barrier.pending >= 0, "more arrivals than expected"
+        barrier.settle()
+        cta.events += 1
+
+
+def _load_acquire(warp: Warp, op: str, args: list[Any]) -> None:
+    base._memory_op(warp, "ld.global." + op.split(".")[-1], args)
+    warp.yields = True  # it may be waiting for another CTA
+
+
+def _atomic_add(warp: Warp, op: str, args: list[Any]) -> None:
+    addresses, by = warp.address(args[1]), warp.read(args[2], np.int32)
+    old = np.zeros(LANES, dtype=np.int32)
+    for lane in np.flatnonzero(warp.active):
+        at = warp.memory.index(addresses[lane : lane + 1], 4)
+        old[lane] = np.ascontiguousarray(warp.memory.bytes[at]).view(np.int32)[0, 0]
+        warp.memory.bytes[at] = np.array([[old[lane] + by[lane]]], dtype=np.int32).view(np.uint8)
+    warp.write(args[0], old)
+    warp.cta.events += 1
+
+
 base.HANDLERS[:0] = [
+    (r"barrier\.cluster\..*", _cluster_barrier),
+    (r"mapa\..*", _map_to_peer),
+    (r"mbarrier\.arrive\.shared::cluster\.b64", _arrive_at_peer),
+    (r"ld\.acquire\..*", _load_acquire),
+    (r"atom\.add\..*", _atomic_add),
     (r"bar\.sync|barrier\.sync.*", _bar),
     (r"mov\.b64", _mov_64),
     (r"mov\.pred", _mov_predicate),

@@ -1,6 +1,6 @@
 """The compiled GEMM and producers, run on a CPU: their PTX in the emulator, against float64 and atom/quant.
 
-What this cannot see: what ptxas makes of the PTX, clusters, timing, and how coarsely FP8 wgmma adds up.
+What this cannot see: what ptxas makes of the PTX, memory order, timing, and how coarsely FP8 wgmma adds up.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from atom.kernels.bench_operands import product, random_activation, random_weigh
 from atom.kernels.flashinfer_solution import dequantized
 from atom.kernels.gated import gated_activation
 from atom.kernels.gemm import activation_columns, pack_weight, takes_bf16, token_scales
-from atom.kernels.gemm_config import GemmConfig
+from atom.kernels.gemm_config import COUNTER_WORDS, GemmConfig
 from atom.kernels.norm import rms_norm
 from atom.kernels.producers import QuantizingProducer
 from atom.quant.mixed import fake_quantize_activation
@@ -61,6 +61,35 @@ CASES = [(name, 19, 75, 328, 16, 2, True) for name in LOW_BIT if name != "w3a3"]
 @pytest.mark.parametrize("name,M,N,K,tile,warpgroups,bias", CASES)
 def test_gemm(name: str, M: int, N: int, K: int, tile: int, warpgroups: int, bias: bool, tmp_path: Path) -> None:
     """Every code and scale of random operands, every output element; outputs begin as NaN."""
+    check(name, M, N, K, tmp_path, 1, GemmConfig("", "", tile, warpgroups, bias=bias))
+
+
+SHARED = {
+    "split": GemmConfig("", "", 16, 2, split=3),
+    "split over units of a pair": GemmConfig("", "", 16, 2, split=2, pairs=True),
+    "split without clusters": GemmConfig("", "", 16, 2, split=3, clustered=False),
+    "multicast": GemmConfig("", "", 32, 2, multicast=2),
+}
+
+
+@pytest.mark.parametrize(
+    "name,how",
+    [
+        ("w4a4", "split"),
+        ("w4a4", "split over units of a pair"),
+        ("nvfp4", "split"),
+        ("fp8", "split without clusters"),
+        ("fp8", "multicast"),
+        ("nvfp4", "multicast"),
+    ],
+)
+def test_gemm_of_several_ctas(name: str, how: str, tmp_path: Path) -> None:
+    """A tile of K shared by CTAs that add up; a tile of tokens loaded by one CTA for two."""
+    check(name, 37, 136, 456, tmp_path, 2, SHARED[how])
+
+
+def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: GemmConfig) -> None:
+    """Run the kernel of `config`, its kind and stages filled in, on random operands against float64."""
     from atom.kernels.gemm_sm90 import PackedWeightGemm, compile_gemm
 
     torch.manual_seed(0)
@@ -68,30 +97,41 @@ def test_gemm(name: str, M: int, N: int, K: int, tile: int, warpgroups: int, bia
     weight, x = random_weight(linear, N, K, "cpu"), random_activation(linear, M, K, "cpu")
     packed = pack_weight(linear, weight)
     outliers = packed.int4_units < packed.units.shape[1]
-    config = GemmConfig(packed.kind, token_scales(linear), tile, warpgroups, 0, 1, 1, outliers, bias, N % 8 == 0)
-    config = replace(config.with_most_stages(), stages=2)
+    config = replace(
+        config,
+        weight=packed.kind,
+        token_scales=token_scales(linear),
+        int8_units=outliers,
+        aligned=N % 8 == 0,
+        stages=2,
+    )
+    row_tiles = -(-N // (64 * config.warpgroups * config.multicast))
+    token_tiles = -(-M // config.tile_m)
+    if config.split > 1:
+        grid = row_tiles * token_tiles * config.split  # one tile each
     offset = torch.randn(N).bfloat16()
     y = np.full((M, N), 0x7FFF, np.uint16)
     codes = as_array(x.codes)
-    row_tiles, token_tiles = -(-N // (64 * warpgroups)), -(-M // tile)
-    TensorCoreKernel(ptx(compile_gemm, config, tmp_path)).launch_all(
-        1,
+    scratch = np.zeros(COUNTER_WORDS + grid * config.tile_m * 64 * config.warpgroups, np.float32)
+    TensorCoreKernel(ptx(compile_gemm, config, folder)).launch_all(
+        grid,
         PackedWeightGemm(config).threads,
         [
-            TensorMap(codes, tile),
+            TensorMap(codes, config.tile_m // config.multicast),
             Sizes(codes.shape),
             Argument(as_array(packed.units.view(torch.int32)), (2,)),
             Argument(as_array(x.scales)),
             Argument(as_array(packed.channel_scale) if packed.channel_scale.numel() else np.zeros(1, np.float32)),
             Argument(as_array(offset)),
             Argument(y),
-            Argument(np.zeros(64, np.float32)),
+            Argument(scratch),
             packed.int4_units,
             row_tiles,
             token_tiles,
         ],
+        together=grid if not config.clustered else config.split * config.multicast,
     )
-    expected = product(x, weight, linear) + (offset.double() if bias else 0.0)
+    expected = product(x, weight, linear) + (offset.double() if config.bias else 0.0)
     error = (bf16(y).double() - expected).abs()
     assert bool((error <= expected.abs() * 2**-8 + 1e-5 * expected.abs().mean()).all())
 
