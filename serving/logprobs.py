@@ -13,6 +13,7 @@ from torch import Tensor
 from .result import TokenLogprobs
 
 CHUNK_BYTES = 2**27  # of float32 logits that are held at once for a prompt
+FIRST_ROWS = 64  # positions of the first chunk, which shows how wide the logits are
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,15 @@ def prompt_logprobs(logits: Callable[[Tensor], Tensor], hidden: Tensor, tokens: 
     """Logprobs of tokens int64 [T], each given the hidden state [T, hidden_size] of the position before it.
 
     logits  the model's head: hidden [T, hidden_size] -> [T, V]. It is called for so many positions at a time that
-            their float32 logits take CHUNK_BYTES at most (and for one at least).
+            their float32 logits take CHUNK_BYTES at most (and for one at least; for FIRST_ROWS at first).
     """
     assert len(tokens), "no position has logprobs"
-    first = logits(hidden[:1])
-    rows = max(1, CHUNK_BYTES // (4 * first.shape[1]))
-    chunks = zip(hidden.split(rows), tokens.split(rows), strict=True)
-    return Logprobs(torch.cat([logprobs_of(logits(part), ids, num_top).packed for part, ids in chunks]))
+    start, rows, parts = 0, FIRST_ROWS, []
+    while start < len(tokens):
+        found = logits(hidden[start : start + rows])
+        parts.append(logprobs_of(found, tokens[start : start + rows], num_top).packed)
+        start, rows = start + rows, max(1, CHUNK_BYTES // (4 * found.shape[1]))
+    return Logprobs(torch.cat(parts))
 
 
 def unpack(packed: Tensor, num_top: Iterable[int]) -> list[TokenLogprobs]:

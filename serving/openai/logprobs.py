@@ -10,7 +10,7 @@ LOWEST = -9999.0  # what the API writes for a probability of zero: JSON has no i
 
 
 def finite(logprob: float) -> float:
-    return max(logprob, LOWEST)
+    return logprob if logprob > LOWEST else LOWEST  # also for what is no number, which JSON has not either
 
 
 def completion_logprobs(
