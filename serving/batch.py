@@ -179,18 +179,18 @@ def _tokens(entries: Iterable[Entry], total: int) -> tuple[Int32, Int32]:
     """Token ids [total], 0 where not known yet, and the indices of those."""
     tokens: list[int] = []
     pending: list[int] = []
-    for entry in entries:
-        known, end = entry.sequence.token_ids, entry.end
-        if entry.drafts:
-            tokens.append(known[entry.start])
-            tokens += entry.drafts
+    for sequence, _, _, start, end, _, _, drafts in entries:
+        known = sequence.token_ids
+        if drafts:
+            tokens.append(known[start])
+            tokens += drafts
         elif end > len(known):  # a decode whose input is being sampled
-            assert end - entry.start == 1
+            assert end - start == 1
             pending.append(len(tokens))
             tokens.append(0)
-        elif end - entry.start == 1:
-            tokens.append(known[end - 1])
+        elif end - start == 1:
+            tokens.append(known[start])
         else:
-            tokens += known[entry.start : end]
+            tokens += known[start:end]
     assert len(tokens) == total
     return np.array(tokens, dtype=np.int32), np.array(pending, dtype=np.int32)

@@ -172,13 +172,13 @@ class Scheduler:
         size, registers = self.config.block_size, self.config.prefix_cache
         outputs = []
         for entry in step.entries:
-            sequence, epoch, end = entry.sequence, entry.epoch, entry.end
-            if entry.drafts:
-                found = [(next(tokens), next(logprobs)) for _ in range(1 + len(entry.drafts))]
+            sequence, _, epoch, _, end, samples, _, drafts = entry  # in half the time of asking for each by name
+            if drafts:
+                found = [(next(tokens), next(logprobs)) for _ in range(1 + len(drafts))]
                 if sequence.finish_reason is None:
                     outputs.append(self._verify(entry, found))
                 continue
-            token, logprob = (next(tokens), next(logprobs)) if entry.samples else (None, None)
+            token, logprob = (next(tokens), next(logprobs)) if samples else (None, None)
             if sequence.finish_reason is not None:
                 continue
             if token == FAULTY:
@@ -277,7 +277,8 @@ class Scheduler:
                     spare -= len(drafts)
                     drafted.append(_entry(sequence, sequence.lane, start, end, True, False, drafts))
                 else:
-                    decodes.append(_entry(sequence, sequence.lane, start, length, True, masks))
+                    plain = (sequence, sequence.lane, sequence.epoch, start, length, True, masks, ())
+                    decodes.append(_new_tuple(Entry, plain))
                 sequence.scheduled = length
                 sequence.pending += 1
         return decodes, drafted, prefills
