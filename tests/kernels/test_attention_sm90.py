@@ -166,7 +166,7 @@ def test_decode_on_a_model_of_the_machine(
 ) -> None:
     """Its PTX, instruction by instruction: ragged lengths over a poisoned pool, rows split and whole."""
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
-    lengths = (1, block_size, block_size + 1, 95, 2 * block_size - 1, 300)
+    lengths = (1, block_size, block_size + 1, 95, 2 * block_size - 1, 170)
     case = make_case(SPECS[kv], lengths, (1,) * 6, heads, kv_heads, dim, block_size, dtype=torch.bfloat16)
     spec = AttentionSpec(dim**-0.5 * 2, window, cap)
     config = choose_decode(kv, dim, heads // kv_heads, block_size, window is not None, cap is not None)
@@ -212,8 +212,8 @@ def test_a_key_offset_on_a_model_of_the_machine(
 ) -> None:
     """What was taken off the keys, turned by each position, is in the scores: loud in some channels, YaRN's factor."""
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
-    lengths = (1, 17, 95, 200)
-    case = make_case(SPECS[kv], lengths, (1,) * 4, heads, 1, dim, dtype=torch.bfloat16)
+    lengths = (1, 17, 95)
+    case = make_case(SPECS[kv], lengths, (1,) * 3, heads, 1, dim, dtype=torch.bfloat16)
     offset = torch.randn(1, dim, generator=torch.Generator().manual_seed(3)).bfloat16()
     offset[:, ::9] *= 20
     rotation = Rope(RopeConfig("yarn", factor=4.0, attention_factor=1.2), dim)(torch.arange(256))

@@ -99,9 +99,7 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_dsl
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name,scheme,split_tokens", [("gemma3", "int4", None), ("qwen2", "int4", None), ("gemma3", "16 bits", 32)]
-)
+@pytest.mark.parametrize("name,scheme,split_tokens", [("qwen2", "int4", None), ("gemma3", "16 bits", 32)])
 def test_a_model_with_the_kernels(emulator: None, name: str, scheme: str, split_tokens: int | None) -> None:
     """Chunks and decodes in one batch, window and full layers; logits as with the references, to rounding."""
     RAW["larger"] = {**RAW[name], "head_dim": 64, "sliding_window": 20}
@@ -109,7 +107,7 @@ def test_a_model_with_the_kernels(emulator: None, name: str, scheme: str, split_
         model = small_model("larger", SCHEMES[scheme]).bfloat16()
     finally:
         del RAW["larger"]
-    steps = (((0, 40), (1, 15)), ((0, 1), (1, 1), (2, 3)), ((2, 1), (0, 1), (1, 1)))
+    steps = (((0, 40),), ((0, 1), (1, 3)), ((1, 1), (0, 1)))
     wanted = chunked(Cache(model, 16), steps)
     cache = Cache(model, 16)
     cache.kv._append = attention_sm90.RopeAppendSm90(cache.pool.layout)
