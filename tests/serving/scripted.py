@@ -126,13 +126,18 @@ class Running:
 
     def wait_idle(self) -> None:
         """Until no request is left; then every block must be free."""
-        deadline = time.monotonic() + 10
-        while True:
-            stats = self.engine.stats()
-            if not (stats.running or stats.waiting or stats.used_blocks or self.service.frontend.num_open):
-                return
-            assert time.monotonic() < deadline, f"requests or blocks are left: {stats}"
-            time.sleep(0.005)
+        wait_idle(self.service.frontend)
+
+
+def wait_idle(frontend: Frontend, seconds: float = 20) -> None:
+    """The engine learns of a stop string, or of a client that left, a moment after the answer."""
+    deadline = time.monotonic() + seconds
+    while True:
+        stats = frontend.engine.stats()
+        if not (stats.running or stats.waiting or stats.used_blocks or frontend.num_open):
+            return
+        assert time.monotonic() < deadline, f"requests or blocks are left: {stats}"
+        time.sleep(0.005)
 
 
 def scripted_service(
