@@ -111,7 +111,7 @@ class FaultyResult:
 
 
 def requests(count: int, vocab_size: int, longest: int, draw: random.Random) -> list[dict[str, Any]]:
-    """Different requests; greedy ones and seeded ones, some with a common beginning, some of several samples."""
+    """Different requests: greedy, seeded, filtered, penalised, guided; with a common beginning, of several samples."""
     common = [draw.randrange(vocab_size) for _ in range(longest // 4)]
     made = []
     for number in range(count):
@@ -125,6 +125,8 @@ def requests(count: int, vocab_size: int, longest: int, draw: random.Random) -> 
                 "n": draw.choice([1, 1, 1, 2]),
                 "ignore_eos": True,
                 "logprobs": 0,
+                **draw.choice([{}, {}, {"top_p": 0.8}, {"top_k": 9, "presence_penalty": 1.0}]),
+                **({"guided_regex": f"[ab]{{{number + 1},{longest}}}"} if number % 4 == 1 else {}),
             }
         )
     return made
