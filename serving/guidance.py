@@ -175,8 +175,10 @@ class GuideCompiler:
 
     def _made(self, spec: GuidanceSpec) -> Guide | str:
         """The guide, or why there is none."""
-        from llguidance import LLMatcher, LLParserLimits
-
+        try:
+            from llguidance import LLMatcher, LLParserLimits
+        except ImportError:
+            return "this server has no llguidance (pip install 'atom-serving[serving]')"
         if not self._eos:
             raise spec.wrong("left out for a model without EOS token, which could not end its text", spec.kind, "do so")
         grammar = grammar_of(spec)

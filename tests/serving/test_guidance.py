@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -347,6 +348,14 @@ def test_compiling_has_a_queue_with_an_end(small: Tokens, monkeypatch: pytest.Mo
 def test_a_model_without_eos_is_refused() -> None:
     compiler = GuideCompiler(byte_level(), 300, ())
     with pytest.raises(InvalidRequestError, match="without EOS"):
+        compiler.compile(object_spec("f"))
+    compiler.close()
+
+
+def test_a_server_without_llguidance_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    compiler = GuideCompiler(byte_level(), 300, (1,))
+    with pytest.raises(InvalidRequestError, match=r"no llguidance \(pip install"):
         compiler.compile(object_spec("f"))
     compiler.close()
 
