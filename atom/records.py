@@ -112,11 +112,11 @@ SCHEMAS: dict[str, RecordSchema] = {
     "producers": RecordSchema(("op", "scheme", "M", "hidden", "us", "gbps"), ("sol_us",)),
     "attention": RecordSchema(
         ("op", "kv", "batch", "context", "heads", "kv_heads", "head_dim", "window", "us", "sol_us", "bf16_sdpa_us"),
-        (),
+        ("offset",),  # a key offset is added back while keys are read
         {"op": ("decode", "prefill", "rope_append", "plan"), **_KV},
     ),
     "engine-latency": RecordSchema(
-        ("shape", "scheme", "kv", "batch", "context", "ms", "sol_ms", "host_ms", "idle"), (), _KV
+        ("shape", "scheme", "kv", "batch", "context", "ms", "sol_ms", "host_ms", "idle"), ("commit",), _KV
     ),
     "engine-host": RecordSchema(
         ("batch", "context", "sampling", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),
