@@ -31,7 +31,7 @@ class AttentionPlan:
 
     work      int32 [CTAs + 1]      segments of CTA i are work[i] ... work[i + 1] - 1
     segments  int32 [S, 8]          sequence, KV head, first block, end block, slot of the partial result or -1, 0, 0, 0
-    merges    int32 [B * heads, 2]  first slot and number of partial results of row b * heads + h; number 0: none
+    merges    int32 [M, 4]          sequence, KV head, first slot and number of partial results of rows in several parts
     """
 
     work: Int32
@@ -41,12 +41,17 @@ class AttentionPlan:
     @property
     def num_slots(self) -> int:
         """Partial results."""
-        return int(self.merges[:, 1].sum())
+        return int(self.merges[:, 3].sum())
 
 
 def most_segments(num_seqs: int, num_kv_heads: int, ctas: int) -> int:
     """Segments, and partial results, that a balanced plan can have at most."""
     return num_seqs * num_kv_heads + ctas - 1
+
+
+def most_merges(num_seqs: int, num_kv_heads: int, ctas: int) -> int:
+    """Rows that a balanced plan can have in several parts at most: each has a cut of its own."""
+    return min(num_seqs * num_kv_heads, ctas - 1)
 
 
 def block_ranges(seqlens_k: Ints, block_size: int, window: int | None) -> tuple[Ints, Ints]:
@@ -124,11 +129,13 @@ def _assemble(
     segments[:, 2] += begins
     segments[:, 3] += stops
     is_split = parts > 1
-    merges = np.zeros((len(parts), 2), dtype=np.int32)
-    merges[:, 1] = parts * is_split
-    np.cumsum(merges[:-1, 1], out=merges[1:, 0])
     several = np.flatnonzero(np.repeat(is_split, parts))
     segments[several, 4] = np.arange(len(several))
+    split = np.flatnonzero(is_split)
+    merges = np.zeros((len(split), 4), dtype=np.int32)
+    merges[:, :2] = blank[split, :2]
+    merges[:, 3] = parts[split]
+    np.cumsum(merges[:-1, 3], out=merges[1:, 2])
     return AttentionPlan(work.astype(np.int32), segments, merges)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..quant.formats import get_format
 from ..quant.rounding import largest_scale
 from .attention_config import AppendConfig, DecodeConfig, MergeConfig, choose_decode, row_token
-from .attention_plan import SEGMENT_FIELDS, AttentionPlan, most_segments, plan_balanced, plan_fixed
+from .attention_plan import SEGMENT_FIELDS, AttentionPlan, most_merges, most_segments, plan_balanced, plan_fixed
 from .cache import load_kernel
 from .dense_attention import AttentionSpec
 from .kv_layout import KVLayout
@@ -58,13 +58,13 @@ class OffsetWords:
 class StepBuffers:
     """The int32 arrays of a step on the device, in one allocation that keeps its place, filled by one copy.
 
-    lengths, rows  [B], work [CTAs + 1], segments [S, 8], merges [B * KV heads, 2]: see PagedDecode and AttentionPlan
+    lengths, rows  [B], work [CTAs + 1], segments [S, 8], merges [M, 4]: see PagedDecode and AttentionPlan
     partial        float32 [S, queries, head_dim], and lse [S, queries]: what the kernels hand each other
     """
 
-    def __init__(self, seqs: int, ctas: int, segments: int, config: DecodeConfig, kv_heads: int, device: Any) -> None:
+    def __init__(self, seqs: int, ctas: int, segments: int, merges: int, config: DecodeConfig, device: Any) -> None:
         self.most_segments = segments
-        sizes = (seqs, seqs, ctas + 1, segments * SEGMENT_FIELDS, seqs * kv_heads * 2)
+        sizes = (seqs, seqs, ctas + 1, segments * SEGMENT_FIELDS, merges * 4)
         ends = np.cumsum([-(-size // 32) * 32 for size in sizes])  # each begins on a line
         starts = [0, *ends[:-1].tolist()]
         self.places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
@@ -74,7 +74,7 @@ class StepBuffers:
         self.device = torch.zeros(int(ends[-1]), dtype=torch.int32, device=device)
         parts = [self.device[place] for place in self.places]
         self.lengths, self.rows, self.work = parts[:3]
-        self.segments, self.merges = parts[3].view(-1, SEGMENT_FIELDS), parts[4].view(-1, 2)
+        self.segments, self.merges = parts[3].view(-1, SEGMENT_FIELDS), parts[4].view(-1, 4)
         self.partial = torch.empty(segments, config.queries, config.head_dim, device=device)
         self.lse = torch.empty(segments, config.queries, device=device)
         self.nothing = torch.zeros(1, config.head_dim // 2, device=device)  # where a kernel has no use for an argument
@@ -85,6 +85,7 @@ class StepBuffers:
         host = self.host[self.turn].numpy()
         for place, array in zip(self.places, (lengths, rows, plan.work, plan.segments, plan.merges), strict=True):
             host[place.start : place.start + array.size] = array.reshape(-1)
+        host[self.places[4].start + plan.merges.size : self.places[4].stop] = 0
         self.device.copy_(self.host[self.turn], non_blocking=True)
 
 
@@ -135,7 +136,7 @@ class PagedAttentionSm90:
                 buffers.partial, buffers.lse, *offsets, spec.scale if cap is None else spec.scale / cap,
                 1.0 if cap is None else cap, spec.window or 0,
             )  # fmt: skip
-            merge(buffers.merges, buffers.rows, buffers.partial, buffers.lse, out, self.layout.num_kv_heads)
+            merge(buffers.merges, buffers.rows, buffers.partial, buffers.lse, out)
         self.reference.attend_chunks(q, layer, step, spec, table, out)
         return out
 
@@ -170,13 +171,13 @@ class PagedAttentionSm90:
         heads, size = self.layout.num_kv_heads, self.layout.block_size
         if self.split_blocks is None:
             plan = plan_balanced(lengths, size, heads, ctas, window, config.stage_blocks)
-            most = most_segments(len(lengths), heads, ctas)
+            most, merges = most_segments(len(lengths), heads, ctas), most_merges(len(lengths), heads, ctas)
         else:
             plan = plan_fixed(lengths, size, heads, ctas, self.split_blocks, window)
-            most = 1 << max(10, (len(plan.segments) - 1).bit_length())
+            most, merges = 1 << max(10, (len(plan.segments) - 1).bit_length()), len(lengths) * heads
         key = (len(lengths), window)
         if key not in self.buffers or self.buffers[key].most_segments < most:
-            self.buffers[key] = StepBuffers(len(lengths), ctas, most, config, heads, step.slots.device)
+            self.buffers[key] = StepBuffers(len(lengths), ctas, most, merges, config, step.slots.device)
         self.buffers[key].fill(lengths, step.cu_seqlens_q[:-1], plan)
         return self.buffers[key]
 

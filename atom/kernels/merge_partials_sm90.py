@@ -25,15 +25,14 @@ class MergePartials:
     @cute.jit
     def __call__(
         self,
-        mMerge: cute.Tensor,  # [B * num_kv_heads, 2] int32, AttentionPlan.merges
+        mMerge: cute.Tensor,  # [M, 4] int32, AttentionPlan.merges; rows of zeros beyond
         mRow: cute.Tensor,  # [B] int32: the sequence's query token
         mPartial: cute.Tensor,  # [slots, queries, head_dim] float32
         mLse: cute.Tensor,  # [slots, queries] float32
         mO: cute.Tensor,  # [T, num_heads, head_dim] bfloat16
-        kv_heads: Int32,
         stream: cuda.CUstream,
     ):
-        self.kernel(mMerge, mRow, mPartial, mLse, mO, kv_heads).launch(
+        self.kernel(mMerge, mRow, mPartial, mLse, mO).launch(
             grid=(mMerge.shape[0], self.config.queries, 1),
             block=(self.config.threads, 1, 1),
             stream=stream,
@@ -41,10 +40,7 @@ class MergePartials:
         )
 
     @cute.kernel
-    def kernel(
-        self, mMerge: cute.Tensor, mRow: cute.Tensor, mPartial: cute.Tensor, mLse: cute.Tensor, mO: cute.Tensor,
-        kv_heads: Int32,
-    ):  # fmt: skip
+    def kernel(self, mMerge: cute.Tensor, mRow: cute.Tensor, mPartial: cute.Tensor, mLse: cute.Tensor, mO: cute.Tensor):
         config = self.config
         tid, _, _ = cute.arch.thread_idx()
         row, query, _ = cute.arch.block_idx()
@@ -54,8 +50,8 @@ class MergePartials:
         sL = smem.allocate_tensor(Float32, cute.make_layout(config.groups), byte_alignment=16)
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
-        first = mMerge[row, 0]
-        count = mMerge[row, 1]
+        first = mMerge[row, 2]
+        count = mMerge[row, 3]
         if count > 0:
             group = tid // config.quads
             channel = tid % config.quads * 4
@@ -99,8 +95,8 @@ class MergePartials:
                     value[e] = value[e] * inverse
                 out = cute.make_rmem_tensor((4,), BFloat16)
                 out.store(value.load().to(BFloat16))
-                token = mRow[row // kv_heads]
-                head = row % kv_heads * config.queries + query
+                token = mRow[mMerge[row, 0]]
+                head = mMerge[row, 1] * config.queries + query
                 at = (Int64(token) * mO.shape[1] + head) * config.head_dim + channel
                 cute.autovec_copy(out, cute.make_tensor((mO.iterator + at).align(8), cute.make_layout(4)))
 
@@ -115,12 +111,11 @@ def compile_merge(config: MergeConfig, options: str = "") -> object:
 
     return cute.compile(
         MergePartials(config),
-        compact(Int32, (cute.sym_int(), 2), 8),
+        compact(Int32, (cute.sym_int(), 4), 16),
         compact(Int32, (cute.sym_int(),), 4),
         compact(Float32, (cute.sym_int(), queries, dim), 16),
         compact(Float32, (cute.sym_int(), queries), 4),
         compact(BFloat16, (cute.sym_int(), cute.sym_int(), dim), 16),
-        Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",
     )

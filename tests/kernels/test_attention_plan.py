@@ -12,6 +12,7 @@ from atom.kernels.attention_plan import (
     SEGMENT_OVERHEAD,
     AttentionPlan,
     block_ranges,
+    most_merges,
     most_segments,
     plan_balanced,
     plan_fixed,
@@ -23,17 +24,19 @@ LENGTHS = st.lists(st.integers(0, 5000), min_size=1, max_size=40)
 def check(plan: AttentionPlan, lengths: list[int], heads: int, block_size: int, window: int | None, ctas: int) -> None:
     """Every block that a query sees is read once by one CTA; partial results lie in order."""
     assert plan.work[0] == 0 and plan.work[-1] == len(plan.segments) and (np.diff(plan.work) >= 0).all()
-    assert len(plan.work) == ctas + 1 and plan.merges.shape == (len(lengths) * heads, 2)
+    assert len(plan.work) == ctas + 1
     firsts, ends = block_ranges(np.array(lengths), block_size, window)
     seen: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for sequence, head, begin, end, slot, *_ in plan.segments.tolist():
         assert begin < end
         seen.setdefault((sequence, head), []).append((begin, end, slot))
     slots = []
+    merges = {(sequence, head): (first, count) for sequence, head, first, count in plan.merges.tolist()}
+    assert len(merges) == len(plan.merges)
     for sequence, length in enumerate(lengths):
         for head in range(heads):
             parts = seen.pop((sequence, head), [])
-            first_slot, count = plan.merges[sequence * heads + head].tolist()
+            first_slot, count = merges.pop((sequence, head), (0, 0))
             if length == 0:
                 assert not parts and count == 0
                 continue
@@ -44,7 +47,7 @@ def check(plan: AttentionPlan, lengths: list[int], heads: int, block_size: int, 
             else:
                 assert [p[2] for p in parts] == list(range(first_slot, first_slot + count)) and count == len(parts)
                 slots += [p[2] for p in parts]
-    assert not seen
+    assert not seen and not merges
     assert slots == list(range(plan.num_slots))
 
 
@@ -57,6 +60,7 @@ def test_every_block_once(
     plan = plan_balanced(np.array(lengths), block_size, heads, ctas, window, grain)
     check(plan, lengths, heads, block_size, window, ctas)
     assert len(plan.segments) <= most_segments(len(lengths), heads, ctas)
+    assert len(plan.merges) <= most_merges(len(lengths), heads, ctas)
     assert ((plan.segments[:, 2] - block_ranges(np.array(lengths), block_size, window)[0][plan.segments[:, 0]]) % grain
             == 0).all()  # fmt: skip
     check(plan_fixed(np.array(lengths), block_size, heads, ctas, 32, window), lengths, heads, block_size, window, ctas)
@@ -97,7 +101,7 @@ def test_balance(lengths: list[int] | None) -> None:
 
 def test_nothing_to_do() -> None:
     for plan in (plan_balanced(np.zeros(3, dtype=np.int32), 16, 8, 10), plan_fixed(np.zeros(3, int), 16, 8, 10, 32)):
-        assert not len(plan.segments) and not plan.work.any() and not plan.merges.any()
+        assert not len(plan.segments) and not plan.work.any() and not len(plan.merges)
 
 
 def test_short_work_leaves_ctas_idle() -> None:

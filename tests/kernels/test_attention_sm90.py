@@ -74,7 +74,6 @@ def emulate_decode(
 ) -> Tensor:
     """The decode and merge kernels over `case`, whose sequences have one query each; bfloat16 [T, heads, dim]."""
     tokens, heads, dim = case.q.shape
-    kv_heads = case.layout.num_kv_heads
     out = np.full((tokens, heads, dim), 0x7FFF, dtype=np.uint16)
     slots = max(1, plan.num_slots)
     partial = np.full((slots, config.queries, dim), np.nan, dtype=np.float32)
@@ -117,7 +116,6 @@ def emulate_decode(
             Argument(partial, (1, 2)),
             Argument(lse, (1,)),
             Argument(out, (2,)),
-            kv_heads,
         ],
     )
     return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)

@@ -75,7 +75,7 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @lru_cache
     def merge(config: MergeConfig) -> Callable[..., None]:
         kernel = Kernel(compile_merge(config, options).__ptx__)  # type: ignore[attr-defined]
-        sizes = {config.head_dim, config.queries, 2}
+        sizes = {config.head_dim, config.queries, 4}
         return emulated(
             kernel, MERGE_STATIC, sizes, lambda *a: ((len(a[0]), config.queries), config.threads, 48 * 1024)
         )
@@ -152,16 +152,17 @@ def test_refusals_say_why(changes: dict[str, Any], reason: str, monkeypatch: pyt
 
 def test_buffers_keep_their_place_from_step_to_step() -> None:
     config = DecodeConfig("int4", 64, 1)
-    buffers = attention_sm90.StepBuffers(3, 4, 20, config, 2, "cpu")
+    buffers = attention_sm90.StepBuffers(3, 4, 20, 6, config, "cpu")
     places = [t.data_ptr() for t in (buffers.lengths, buffers.rows, buffers.work, buffers.segments, buffers.merges)]
     assert all(place % 128 == places[0] % 128 for place in places)
-    for lengths in ([5, 0, 40], [6, 1, 41]):
+    for lengths in ([5, 0, 400], [6, 1, 41]):
         plan = attention_sm90.plan_balanced(np.array(lengths), 16, 2, 4)
         buffers.fill(np.array(lengths), np.arange(3), plan)
         assert buffers.lengths.tolist() == lengths and buffers.rows.tolist() == [0, 1, 2]
         assert np.array_equal(buffers.work.numpy(), plan.work)
         assert np.array_equal(buffers.segments[: len(plan.segments)].numpy(), plan.segments)
-        assert np.array_equal(buffers.merges.numpy(), plan.merges)
+        assert np.array_equal(buffers.merges[: len(plan.merges)].numpy(), plan.merges)
+        assert not buffers.merges[len(plan.merges) :].any(), "rows that were split in an earlier step are gone"
     assert places[3] == buffers.segments.data_ptr()
 
 
