@@ -17,13 +17,13 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from atom.env import cache_dir
 from atom.errors import UnsupportedError
+
+from .compile_workers import run_jobs
 
 SYMBOL = "atom_kernel"
 PACKAGES = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
@@ -65,24 +65,14 @@ def kernel_path(name: str, key: str) -> Path:
 def compile_together(
     jobs: Sequence[Callable[[], Any]], workers: int | None = None, done: Callable[[int], Any] = lambda count: None
 ) -> None:
-    """Run jobs that fill the cache (partial(gemm_kernel, config), say) in processes of their own.
+    """Run jobs that fill the cache (partial(gemm_kernel, config), say) in processes of their own; see run_jobs.
 
     jobs     picklable; what they return is dropped
     workers  default: the CPUs, at most 16 (a process takes about 1 GB)
     done     told after each job how many are finished, for a progress bar
     """
-    workers = min(workers or os.cpu_count() or 1, 16, len(jobs))
-    if not jobs:
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_run, job) for job in jobs]
-        for count, future in enumerate(as_completed(futures), 1):
-            future.result()
-            done(count)
-
-
-def _run(job: Callable[[], Any]) -> None:
-    job()
+    if jobs:
+        run_jobs(jobs, min(workers or os.cpu_count() or 1, 16, len(jobs)), done)
 
 
 def _library(name: str, key: str, compile: Callable[[], Any], arch: str) -> Path:

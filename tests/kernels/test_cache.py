@@ -1,7 +1,9 @@
 """The compiled-kernel cache: compiled once, also by processes that start together; keyed by all that matters."""
 
+import os
 import shutil
 import subprocess
+import sys
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from atom.errors import UnsupportedError
 from atom.kernels import cache
+from atom.kernels.compile_workers import CompileError
 
 
 class Compiled:
@@ -90,3 +93,35 @@ def test_jobs_run_together_and_report(tmp_path: Path) -> None:
     counts: list[int] = []
     cache.compile_together([partial(fill, str(tmp_path / str(i)), str(log)) for i in range(3)], 2, counts.append)
     assert counts == [1, 2, 3] and len(log.read_text().splitlines()) == 3
+
+
+def refuse() -> None:
+    raise ValueError("ptxas says no")
+
+
+def vanish() -> None:
+    os._exit(9)
+
+
+def test_a_job_that_fails_ends_the_run_with_its_reason() -> None:
+    with pytest.raises(CompileError, match="ValueError: ptxas says no"):
+        cache.compile_together([refuse, *[partial(print)] * 3], 1)
+
+
+def test_a_process_that_dies_is_reported() -> None:
+    with pytest.raises(CompileError, match="ended with code 9"):
+        cache.compile_together([vanish], 1)
+
+
+def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
+    """Workers do not run the user's script again."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from functools import partial\n"
+        "from atom.kernels.cache import compile_together\n"
+        "print('once')\n"
+        "compile_together([partial(print, 'chatter of a compiler')] * 3, 2)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(cache.__file__).parents[2])}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["once"]
