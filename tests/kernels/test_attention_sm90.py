@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from atom.kernels.attention_plan import AttentionPlan, plan_balanced, plan_fixed
 from atom.kernels.attention_sm90 import turn_matrix
 from atom.kernels.dense_attention import AttentionSpec
 from atom.kernels.paged_attention import RopeTable
+from atom.kernels.paged_step import PagedStep
 from atom.kernels.rotate import rotate
 from atom.models.rope import Rope, RopeConfig
 from atom.quant.presets import KV4, KV8, KVFP8
@@ -175,10 +177,19 @@ def test_decode_on_a_model_of_the_machine(
     assert plan.num_slots and (plan.segments[:, 4] < 0).any(), (
         "the test wants rows that are split and rows that are not"
     )
-    found = emulate_decode(case, spec, plan, config, decode_kernels(config, tmp_path))
+    kernels = decode_kernels(config, tmp_path)
+    found = emulate_decode(case, spec, plan, config, kernels)
     exact = expected(case, spec)
     assert float((found.double() - exact).abs().max()) < 2e-2
     assert float((found.double() - exact).norm() / exact.norm()) < 5e-3
+    if split is not None:  # the longest sequence alone, on other CTAs: not a bit differs
+        last = slice(5, 6)
+        step = PagedStep(
+            np.array([0, 1]), case.step.seqlens_k[last], case.step.tables[last], case.step.slots, case.step.block_tables
+        )
+        alone = replace(case, q=case.q[last], step=step)
+        plan = plan_fixed(step.seqlens_k, block_size, kv_heads, 2, split, window)
+        assert torch.equal(emulate_decode(alone, spec, plan, config, kernels), found[last])
 
 
 @needs_dsl
