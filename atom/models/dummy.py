@@ -80,14 +80,16 @@ def dummy_source(model: str | Path, scheme: Scheme | None = None, seed: int = 0)
     else:
         scheme = None
     expected = model_tensors(meta_model(ModelConfig.from_hf(raw)), scheme)
-    return Source(Path(name), raw, {}, {"source": name, "kind": "dummy"}, DummyWeights(expected, seed))
+    return Source(Path(name), raw, {}, {"source": name, "kind": "dummy"}, DummyWeights(expected, scheme, seed))
 
 
 class DummyWeights:
     """Random tensors in the names, shapes and dtypes of `expected`; bfloat16 where those leave the dtype open."""
 
-    def __init__(self, expected: Mapping[str, Expected], seed: int = 0) -> None:
+    def __init__(self, expected: Mapping[str, Expected], scheme: Scheme | None = None, seed: int = 0) -> None:
         self._expected = expected
+        weight = None if scheme is None else scheme.weight
+        self._has_factors = weight is not None and weight.scale_format == "uint4"
         generator = torch.Generator().manual_seed(seed)
         self._bytes = torch.randint(0, 256, (POOL,), dtype=torch.uint8, generator=generator)
         self._normal = torch.randn(POOL, generator=generator).to(torch.bfloat16)
@@ -120,8 +122,10 @@ class DummyWeights:
     def _scale(self, part: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Weights of about 0.02 for codes of a few units; of two levels, the outer one is the small one."""
         outer = "weight_tensor_scale" in part or "weight_channel_scale" in part
-        if dtype == torch.uint8:  # an exponent, biased by 127
-            return torch.full(shape, 127 - 7, dtype=dtype)
+        if dtype == torch.uint8:  # a factor, or an exponent biased by 127
+            return torch.full(shape, 8 if self._has_factors else 127 - 7, dtype=dtype)
+        if self._has_factors and outer:
+            return torch.full(shape, 0.0006, dtype=dtype)
         if dtype.itemsize == 1:
             return torch.ones(shape, dtype=dtype)
         return torch.full(shape, 0.005 if outer or dtype == torch.bfloat16 else 0.0003, dtype=dtype)

@@ -49,6 +49,15 @@ def test_a_directory_lends_its_shape_and_not_its_scheme(tmp_path: Path) -> None:
         dummy_source("llama-9")
 
 
+def test_a_factor_is_one_that_kernels_take() -> None:
+    """Under an outer scale per row a scale is a whole number up to 15, and weights are as small as elsewhere."""
+    source = dummy_source("tiny", get_scheme("w4a8"))
+    name = next(name for name in source.names() if name.endswith("weight_scale"))
+    assert 1 <= int(source.get(name).min()) and int(source.get(name).max()) <= 15
+    outer = source.get(name.replace("weight_scale", "weight_channel_scale"))
+    assert 0.001 < float(outer.max()) * int(source.get(name).max()) < 0.01
+
+
 def test_e4m3_codes_are_numbers() -> None:
     weights = DummyWeights({"x.weight_packed": Expected((64, 64), torch.float8_e4m3fn)})
     values = weights.get("x.weight_packed").float()
