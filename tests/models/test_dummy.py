@@ -53,7 +53,7 @@ def test_a_factor_is_one_that_kernels_take() -> None:
     """Under an outer scale per row a scale is a whole number up to 15, and weights are as small as elsewhere."""
     source = dummy_source("tiny", get_scheme("w4a8"))
     name = next(name for name in source.names() if name.endswith("weight_scale"))
-    assert 1 <= int(source.get(name).min()) and int(source.get(name).max()) <= 15
+    assert int(source.get(name).min()) >= 1 and int(source.get(name).max()) <= 15
     outer = source.get(name.replace("weight_scale", "weight_channel_scale"))
     assert 0.001 < float(outer.max()) * int(source.get(name).max()) < 0.01
 
