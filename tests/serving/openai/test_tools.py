@@ -1,8 +1,11 @@
 """Tool calls in text: the same result however the text is cut."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from atom.serving.openai.tools import (
     HermesReader,
@@ -87,3 +90,39 @@ def test_the_template_tells_the_form() -> None:
     assert detect_parser("<|python_tag|>") == "llama3_json"
     assert detect_parser("<tool_call><function=") is None
     assert detect_parser(None) is None
+
+
+FRAGMENTS = [
+    "<tool_call>", "</tool_call>", "<tool", "[TOOL_CALLS]", "[TOOL", "[ARGS]", "<|python_tag|>", "<|py",
+    "{", "}", "[", "]",
+    '"', "\\", ",", ";", ":", " ", "\n", "text", "name", "é😀", "null", "1",
+    '{"name": "w", "arguments": {"a": 1}}', '{"name": "w", "parameters": {}}', '"name": "v"', '"arguments": {',
+    '{"name": 3}',
+]  # fmt: skip
+READERS = [HermesReader, LlamaReader, MistralReader, ListReader, lambda: NamedReader("f")]
+
+
+@pytest.mark.parametrize("make", READERS)
+@settings(max_examples=150, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(FRAGMENTS), max_size=14), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=9)
+)
+def test_any_text_reads_the_same_in_any_pieces(
+    make: Callable[[], ToolReader], parts: list[str], sizes: list[int]
+) -> None:
+    text = "".join(parts)
+    whole_content, whole_calls, _ = read(make(), text, max(1, len(text)))
+    reader, at, pieces = make(), 0, []
+    for size in itertools.cycle(sizes):
+        if at >= len(text):
+            break
+        pieces += reader.feed(text[at : at + size])
+        at += size
+    pieces += reader.finish()
+    assert "".join(p.text for p in pieces if p.call is None) == whole_content
+    numbers = sorted({p.call for p in pieces if p.call is not None})
+    assert numbers == list(range(len(whole_calls))) == list(range(reader.calls))
+    for number, (name, arguments) in enumerate(whole_calls):
+        own = [p for p in pieces if p.call == number]
+        assert [p.name for p in own if p.name is not None] == [name]
+        assert "".join(p.text for p in own) == arguments
