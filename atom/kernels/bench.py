@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..errors import AtomError
 from ..quant.presets import get_scheme
 from ..quant.schemes import LinearScheme
 from .activation import PERMUTE_QUANTIZE
+from .bench_attention import WrongResultError, attention_rows
 from .bench_config import KernelsConfig
 from .bench_linear import linear_fault, linear_us
 from .bench_producers import producer_bytes, producer_us
@@ -19,6 +19,7 @@ from .bounds import GPUS, linear_bound_us
 from .gated import GATED_QUANTIZE
 from .linear import LINEAR
 from .norm import ADD_RMS_NORM_QUANTIZE, RMS_NORM_QUANTIZE
+from .paged_attention import PAGED_ATTENTION
 from .registry import Op, Problem
 
 Row = dict[str, Any]
@@ -28,16 +29,14 @@ OPS: dict[str, Op] = {
 SHAPES = {"llama-3-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}}
 
 
-class WrongResultError(AtomError):
-    """A kernel was measured that computes something else; nothing of it is recorded."""
-
-
 def bench_kernels(config: KernelsConfig, tell: Callable[[str], None] = lambda text: None) -> list[Row]:
     """Rows of all that was asked for, each with what runs and its bound; times are None where nothing ran.
 
     tell  called with what is measured next
     Raises WrongResultError if a product does not match float64, or not itself over 200 repetitions.
     """
+    if config.op == "paged_attention":
+        return attention_rows(GPUS[config.gpu], tell)
     rows: list[Row] = []
     for op, name, M, sizes in problems(config):
         linear = get_scheme(name).for_linear("x")
@@ -134,7 +133,7 @@ def records(rows: list[Row]) -> dict[str, list[Row]]:
                 total[key] = None if any(row[key] is None for row in four) else _short(sum(row[key] for row in four))
             gemm.append(total)
     own = ("op", "scheme", "M", "hidden", "us", "gbps", "sol_us")
-    producers = [{k: _short(row[k]) for k in own} for row in ran if row["op"] != "linear"]
+    producers = [{k: _short(row[k]) for k in own} for row in ran if row["op"] in OPS and row["op"] != "linear"]
     return {"gemm": gemm, "producers": producers}
 
 
@@ -146,7 +145,7 @@ def table(rows: list[Row]) -> str:
     """The rows as text."""
     head = ("op", "scheme", "shape", "M", "us", "TFLOP/s", "GB/s", "sol us", "score", "bf16 us", "fp8 us", "runs")
     keys = ("op", "scheme", "shape", "M", "us", "tflops", "gbps", "sol_us", "score", "bf16_us", "fp8_us", "runs")
-    known = {implementation.name for op in OPS.values() for implementation in op.implementations}
+    known = {implementation.name for op in (*OPS.values(), PAGED_ATTENTION) for implementation in op.implementations}
     reasons = list(dict.fromkeys(row["runs"] for row in rows if row["runs"] not in known))
     numbered = [
         {**row, "runs": row["runs"] if row["runs"] in known else f"[{reasons.index(row['runs']) + 1}]"} for row in rows

@@ -12,10 +12,16 @@ from .bounds import GPUS
 class KernelsConfig:
     """Options of `atom bench kernels`."""
 
-    op: Literal["all", "linear", "rms_norm_quantize", "add_rms_norm_quantize", "permute_quantize", "gated_quantize"] = (
-        "all"
-    )
-    """The op to measure."""
+    op: Literal[
+        "all",
+        "linear",
+        "rms_norm_quantize",
+        "add_rms_norm_quantize",
+        "permute_quantize",
+        "gated_quantize",
+        "paged_attention",
+    ] = "all"
+    """The op to measure; `all` are those of the linear layers. Attention has batches and caches of its own."""
 
     gpu: str = "h200"
     """Whose speed of light: h100 or h200. Kernels run on the GPU that is there."""
@@ -35,6 +41,11 @@ class KernelsConfig:
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
             raise ValueError(f"unknown --gpu {self.gpu!r}; use one of {', '.join(GPUS)}")
+        if self.op == "paged_attention" and (self.flashinfer_trace is not None or self.machine is not None):
+            raise ValueError(
+                "paged_attention has no FlashInfer-Trace here, and its record is written by "
+                "python -m benchmarks.bench_attention; leave out --flashinfer-trace and --machine."
+            )
         for name in self.scheme:
             if get_scheme(name).weight is None:
                 raise ValueError(f"scheme {name} has no low-bit kernels; use one of {', '.join(PRESETS)} but bf16")
