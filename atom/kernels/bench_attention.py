@@ -59,7 +59,8 @@ class Shape:
         if self.context != "ragged":
             return np.full(self.batch, int(self.context), dtype=np.int32)
         draws = np.random.default_rng(0).lognormal(0.0, 1.0, self.batch)
-        return np.clip(draws / draws.mean() * 1500, 1, 32768).astype(np.int32)
+        lengths: Ints = np.clip(draws / draws.mean() * 1500, 1, 32768).astype(np.int32)
+        return lengths
 
 
 CELLS = (
@@ -168,7 +169,11 @@ def dense_calls(shape: Shape) -> list[Callable[[], Tensor]]:
     q = torch.randn(shape.batch, shape.kv_heads, queries, shape.head_dim, device="cuda").bfloat16()
     size = (shape.batch, shape.kv_heads, length, shape.head_dim)
     kv = [torch.randn(2, *size, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-    return [partial(scaled_dot_product_attention, q, *kv[i % copies].unbind(0)) for i in range(max(copies, 12))]
+    pairs = [(x[0], x[1]) for x in kv]
+    return [
+        partial(scaled_dot_product_attention, q, pairs[i % copies][0], pairs[i % copies][1])
+        for i in range(max(copies, 12))
+    ]
 
 
 def problem_of(kv: str, shape: Shape) -> Problem:
