@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
+from ..errors import UnsupportedError
 from .console import console
 
 
@@ -120,8 +121,12 @@ def _say(speaker: Speaker, prompt: list[dict[str, str]] | str, options: Options)
 
 class _Served:
     def __init__(self, options: Options) -> None:
-        from .chat_remote import Remote
-
+        try:
+            from .chat_remote import Remote
+        except ModuleNotFoundError as error:
+            raise UnsupportedError(
+                f"talking to a server needs the package {error.name}; pip install 'atom-serving[serving]'"
+            ) from None
         self.remote = Remote(options.model)
         self.prompt_tokens = self.tokens = 0
 

@@ -11,6 +11,8 @@ import tyro
 from atom.serving.engine_config import EngineConfig
 from atom.serving.server_config import ServerConfig
 
+from ..errors import UnsupportedError
+
 
 @dataclass(frozen=True)
 class Options:
@@ -25,8 +27,12 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
     """Serve until a signal comes. AtomError if the port is taken, the model cannot be served, or the engine died."""
-    from atom.serving.process import serve
-
+    try:
+        from atom.serving.process import serve
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"atom serve needs the package {error.name}, which is not installed; pip install 'atom-serving[serving]'"
+        ) from None
     from .console import progress_console
 
     with progress_console.status("starting") as status:

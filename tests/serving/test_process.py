@@ -179,6 +179,19 @@ def test_a_missing_model_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'/no/model' is not there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("command", "module"), [("serve", "uvicorn"), ("chat", "httpx")])
+def test_a_missing_package_is_told(
+    command: str, module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    for name in ("atom.serving.process", "atom.commands.chat_remote"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    argument = "/no/model" if command == "serve" else "http://127.0.0.1:9"
+    assert main([command, argument, *(["--prompt", "x"] if command == "chat" else [])]) == 1
+    err = capsys.readouterr().err
+    assert f"needs the package {module}" in err and "atom-serving[serving]" in err
+
+
 @pytest.mark.parametrize("options", [{"port": 70000}, {"max_body_bytes": 0}, {"drain_timeout": -1}, {"api_key": ("",)}])
 def test_options_out_of_range(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
