@@ -49,23 +49,28 @@ _PUNCTUATION = frozenset(r"\.+*?()|[]{}^$#&-~/")
 class Guide:
     """A compiled specification, for one tokenizer. Immutable: sequences take matchers of it from any thread."""
 
-    def __init__(self, template: Any, vocab_size: int) -> None:
+    def __init__(self, template: Any, vocab_size: int, tokenizer_size: int) -> None:
         self._template = template
+        self._words = mask_words(tokenizer_size)
         self.vocab_size = vocab_size
 
     def start(self, token_ids: Sequence[int] = ()) -> "Matcher":
         """A matcher for one sequence that has these output tokens already."""
-        matcher = Matcher(self._template.deep_copy())
+        matcher = Matcher(self._template.deep_copy(), self._words)
         for token in token_ids:
             matcher.accept(token)
         return matcher
 
 
 class Matcher:
-    """How far one sequence has come. Used by one thread at a time."""
+    """How far one sequence has come. Used by one thread at a time.
 
-    def __init__(self, matcher: Any) -> None:
+    words  of a mask of the tokenizer, which may have more tokens than the model
+    """
+
+    def __init__(self, matcher: Any, words: int) -> None:
         self._matcher = matcher
+        self._words = words
 
     @property
     def error(self) -> str:
@@ -90,7 +95,9 @@ class Matcher:
     def fill(self, row: NDArray[np.int32]) -> None:
         """Set the bits of the tokens that may come next, in a row of `mask_words` words; none after an error."""
         if not self._matcher.is_error():
-            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            mask = row if len(row) == self._words else np.zeros(self._words, dtype=np.int32)
+            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            row[:] = mask[: len(row)]
         if self._matcher.is_error():
             logger.warning("structured output ends with an error: %s", self.error[:200])
             row[:] = 0
@@ -123,6 +130,16 @@ class GuideCompiler:
         supported, cannot be satisfied, or takes too long. Raises QueueFullError if many others wait to be compiled.
         """
         return self._known(spec) or self._submit(spec).result()
+
+    def prepare(self) -> None:
+        """Do now what the first specification would otherwise wait for.
+
+        It takes seconds for a large vocabulary, some of them with Python's lock: a server should not serve meanwhile.
+        """
+        try:
+            self._executor.submit(self._tokens).result()
+        except ImportError:
+            logger.warning("structured output is off: llguidance is not installed")
 
     async def compile_async(self, spec: GuidanceSpec) -> Guide:
         """`compile`, while the event loop goes on."""
@@ -185,19 +202,26 @@ class GuideCompiler:
         error = self._checker.check(grammar, LIMITS)
         if error is not None:
             return error
-        if self._tokenizer is None:  # takes a second
-            from llguidance.hf import from_tokenizer
-
-            self._tokenizer = from_tokenizer(self._hf, n_vocab=self.vocab_size, eos_token=self._eos)
-        template = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+        tokenizer = self._tokens()
+        template = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+        guide = Guide(template, self.vocab_size, tokenizer.vocab_size)
         row = np.zeros(mask_words(self.vocab_size), dtype=np.int32)
-        start = time.monotonic()
-        Matcher(first := template.deep_copy()).fill(row)
+        start, first = time.monotonic(), guide.start()
+        first.fill(row)
         if time.monotonic() - start > FIRST_MASK_S:
             return f"a mask of it takes {time.monotonic() - start:.1f} s"
         if template.is_error() or not row.any():
-            return str(template.get_error() or first.get_error() or "no text fits")
-        return Guide(template, self.vocab_size)
+            return str(template.get_error() or first.error or "no text fits")
+        return guide
+
+    def _tokens(self) -> Any:
+        """The tokenizer as llguidance knows it; in the compiler's own thread."""
+        if self._tokenizer is None and self._eos:
+            from llguidance.hf import from_tokenizer
+
+            size = max(self.vocab_size, len(self._hf))
+            self._tokenizer = from_tokenizer(self._hf, n_vocab=size, eos_token=self._eos)
+        return self._tokenizer
 
 
 def mask_words(vocab_size: int) -> int:

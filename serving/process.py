@@ -92,6 +92,7 @@ def make_service(model: str, made: Ready, engine: EngineConfig, server: ServerCo
     compiler = None
     if made.tokenizer is not None:
         compiler = GuideCompiler(made.tokenizer, made.limits.vocab_size, made.eos_token_ids)
+        compiler.prepare()
     limits = Limits(server.max_body_bytes, server.body_timeout, made.limits.max_waiting_requests)
     return Service(
         frontend,

@@ -352,6 +352,15 @@ def test_a_model_without_eos_is_refused() -> None:
     compiler.close()
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
+    hf = byte_level()
+    compiler = GuideCompiler(hf, 64, (0,))
+    compiler.prepare()
+    low, high = hf.convert_ids_to_tokens([40, 80])
+    assert allowed(compiler.compile(choice_spec("f", [low, high])), []) == {40}
+    compiler.close()
+
+
 def test_a_server_without_llguidance_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     compiler = GuideCompiler(byte_level(), 300, (1,))
