@@ -29,7 +29,7 @@ from atom.kernels.bench_attention import (
     FORMATS,
     Shape,
     decode_calls,
-    dense_calls,
+    dense_us,
     fault,
     layout_of,
     random_layers,
@@ -43,7 +43,7 @@ from .timing import BANDWIDTH, COLD_BYTES, RATE, keep, save, time_calls
 
 def decode_rows(formats: list[str]) -> Iterator[dict[str, Any]]:
     for shape in CELLS:
-        base = time_calls({"sdpa": dense_calls(shape)})["sdpa"] if shape.is_dense else None
+        base = dense_us(shape) if shape.is_dense else None
         for kv in formats:
             if shape.has_offset and kv == "bf16":
                 continue
