@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 from numpy.typing import NDArray
 
-from .guidance import Matcher, mask_words
+from .guide import Matcher, mask_words
 from .sequence import Sequence as Sample
 
 logger = logging.getLogger(__name__)

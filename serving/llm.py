@@ -17,8 +17,9 @@ from typing import Any
 
 from .engine_config import EngineConfig
 from .errors import EngineDeadError, InvalidRequestError, QueueFullError, StepFailedError
-from .guidance import Guide, GuideCompiler
+from .guidance import GuideCompiler
 from .guidance_spec import GuidanceSpec
+from .guide import Guide
 from .request import FinishReason, Request
 from .result import TokenLogprobs
 from .sampling_params import SamplingParams

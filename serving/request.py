@@ -3,14 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from .config import MAX_PRIORITY, SchedulerConfig
 from .errors import InvalidRequestError
+from .guide import Guide
 from .sampling_params import SamplingParams
-
-if TYPE_CHECKING:  # llguidance is optional
-    from .guidance import Guide
 
 
 class FinishReason(StrEnum):
@@ -37,7 +34,7 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     priority: int = 0
     cache_salt: str | None = None
-    guide: "Guide | None" = None
+    guide: Guide | None = None
 
     def max_tokens(self, config: SchedulerConfig) -> int:
         """Tokens to generate at most, of each sample.

@@ -9,8 +9,9 @@ from starlette.requests import Request as HttpRequest
 
 from ..errors import InvalidRequestError
 from ..frontend import Frontend
-from ..guidance import Guide, GuideCompiler
+from ..guidance import GuideCompiler
 from ..guidance_spec import GuidanceSpec
+from ..guide import Guide
 from ..request import Request
 from ..sampling_params import SamplingParams
 from ..stream import Stream

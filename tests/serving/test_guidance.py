@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from atom.serving.errors import InvalidRequestError, QueueFullError
-from atom.serving.guidance import Guide, GuideCompiler, grammar_of, mask_words
+from atom.serving.guidance import GuideCompiler, grammar_of
 from atom.serving.guidance_spec import GuidanceSpec, choice_spec, grammar_spec, object_spec, regex_spec, schema_spec
+from atom.serving.guide import Guide, mask_words
 from atom.serving.guided_lanes import GuidedLanes
 from atom.serving.request import FinishReason, Request
 from atom.serving.sampler import Sampler

@@ -91,7 +91,7 @@ def test_a_specification_that_cannot_be_followed_is_refused(tiny: Tiny) -> None:
 def test_a_matcher_that_fails_ends_its_own_sequence(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     with engine_on(tiny("llama"), 2, ()) as llm:
         llm.generate([PROMPTS[1]], SamplingParams(max_tokens=5, guidance=object_spec("f")))
-        monkeypatch.setattr("atom.serving.guidance.Matcher.fill", lambda self, row: row.fill(0))
+        monkeypatch.setattr("atom.serving.guide.Matcher.fill", lambda self, row: row.fill(0))
         with pytest.raises(StepFailedError):
             llm.generate([PROMPTS[1]], SamplingParams(max_tokens=5, guidance=object_spec("f")))
         assert llm.engine.healthy
