@@ -210,7 +210,7 @@ class RopeAppendSm90:
             self.kernels[config] = append_kernel(config)
         any_words = _words(out).view(-1, self.layout.head_dim // 2)
         self.kernels[config](
-            _words(q), _words(k), _words(v), cos.contiguous(), sin.contiguous(), slots,
+            _heads(q), _heads(k), _heads(v), cos.contiguous(), sin.contiguous(), slots,
             any_words if offset is None else self.offsets.get(offset), layer, _words(out), self.largest,
         )  # fmt: skip
         return out
@@ -226,6 +226,12 @@ def turn_matrix(table: RopeTable, stage_tokens: int) -> Tensor:
     rows = torch.tensor(order, device=table.cos.device).clamp(max=len(table.cos) - 1)  # a shorter text never has them
     both = torch.stack([(x[rows] / table.cos[0, 0]).unflatten(1, (-1, 8)) for x in (table.cos, table.sin)], 2)
     return both.flatten(1).half().view(torch.int32).view(torch.uint32)
+
+
+def _heads(x: Tensor) -> Tensor:
+    """bfloat16 [T, heads, head_dim] as uint32 pairs, where it lies if the heads of a token lie side by side."""
+    side_by_side = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) % 8 == 0
+    return x.view(torch.int32).view(torch.uint32) if side_by_side else _words(x)
 
 
 def _words(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ reference writes, bit for bit. Tokens with a negative slot are turned and not st
 import cuda.bindings.driver as cuda
 import cutlass
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from .attention_config import AppendConfig
 from .dsl.arithmetic import reciprocal, round_to_int
@@ -233,11 +233,15 @@ def compile_append(config: AppendConfig, options: str = "") -> object:
         order = tuple(range(len(shape) - 1, -1, -1))
         return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
 
+    def rows(shape):
+        """Heads of a token lie side by side, tokens as far apart as the output of a fused q k v product is wide."""
+        return make_fake_tensor(Uint32, shape, (cute.sym_int64(divisibility=4), half, 1), assumed_align=16)
+
     return cute.compile(
         RopeAppend(config),
-        compact(Uint32, (tokens, heads, half), 16),
-        compact(Uint32, (cute.sym_int(), kv_heads, half), 16),
-        compact(Uint32, (cute.sym_int(), cute.sym_int(), half), 16),
+        rows((tokens, heads, half)),
+        rows((cute.sym_int(), kv_heads, half)),
+        rows((cute.sym_int(), cute.sym_int(), half)),
         compact(Float32, (cute.sym_int(), half), 16),
         compact(Float32, (cute.sym_int(), half), 16),
         compact(Int64, (cute.sym_int(),), 8),

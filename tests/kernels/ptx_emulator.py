@@ -28,6 +28,14 @@ class Tensor:
     static: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Part(Tensor):
+    """Entries `start` to `stop` along the second dimension of a whole array, where they lie."""
+
+    start: int = 0
+    stop: int = 0
+
+
 @dataclass
 class Instruction:
     guard: tuple[str, bool] | None  # predicate, negated
@@ -199,8 +207,12 @@ def _deliver(cta: Cta, memory: Memory, draw: Any) -> None:
 def _descriptor(address: int, tensor: Tensor) -> bytes:
     """A tensor parameter: pointer, dynamic sizes (int32), dynamic strides (int64)."""
     shape = tensor.array.shape
+    sizes = list(shape)
+    if isinstance(tensor, Part):
+        sizes[1] = tensor.stop - tensor.start
+        address += tensor.start * int(np.prod(shape[2:])) * tensor.array.itemsize
     dynamic = [i for i in range(len(shape)) if i not in tensor.static]
-    data = np.array([address], dtype=U64).tobytes() + np.array([shape[i] for i in dynamic], dtype=S32).tobytes()
+    data = np.array([address], dtype=U64).tobytes() + np.array([sizes[i] for i in dynamic], dtype=S32).tobytes()
     strides = [int(np.prod(shape[i + 1 :])) for i in range(len(shape)) if any(j > i for j in dynamic)]
     data += b"\0" * (-len(data) % 8) + np.array(strides, dtype=S64).tobytes()
     return data + b"\0" * (-len(data) % 8)

@@ -1,6 +1,7 @@
 """The sm_90a rope_append_kv kernel: its PTX run on a CPU, its machine code without a GPU, its bytes on one."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from atom.kernels.rope_append import rope_append_kv_reference
 from atom.quant.formats import get_format
 from atom.quant.rounding import largest_scale
 
+from .ptx_emulator import Part
 from .ptx_emulator import Tensor as Argument
 from .test_attention_sm90 import SPECS, needs_dsl, ptx
 from .test_gemm_sm90 import disassemble
@@ -78,14 +80,15 @@ def test_bytes_on_a_model_of_the_machine(
     kernel = ptx(compile_append(config, f"--keep-ptx --dump-dir {tmp_path}"))
     found = np.full(layout.shape(4), 255, dtype=np.uint8)
     out = np.zeros((tokens, heads, dim // 2), dtype=np.int32)
-    words = [x.view(torch.int32).numpy() for x in (q, k, v)]
+    whole = torch.cat((q, k, v), 1).view(torch.int32).numpy()  # as one product of the stacked projections gives them
+    ends = (0, heads, heads + kv_heads, heads + 2 * kv_heads)
     offsets = (torch.zeros(1, dim) if offset is None else offset).bfloat16().view(torch.int32).numpy()
     spec = SPECS[kv]
     kernel.launch(
         (tokens, -(-(heads + 2 * kv_heads) // (rows * config.warps))),
         32 * config.warps,
         [
-            *(Argument(x, (2,)) for x in words),
+            *(Part(whole, (2,), start, stop) for start, stop in pairwise(ends)),
             Argument(cos.numpy(), (1,)),
             Argument(sin.numpy(), (1,)),
             Argument(slots.numpy()),
