@@ -21,7 +21,7 @@ from .sequence import Sequence as Sample
 
 logger = logging.getLogger(__name__)
 
-MASK_S = 1.0  # for the masks of a step; they usually take a millisecond at most
+MASK_S = 2.0  # for the masks of a step; they usually take a millisecond or two
 THREADS = max(2, min(16, (os.cpu_count() or 2) // 2))
 
 Tokens = Callable[[], Sequence[int]]
