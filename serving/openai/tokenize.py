@@ -31,7 +31,7 @@ async def detokenize(service: Service, http: HttpRequest) -> Response:
         raise InvalidRequestError(
             "tokens", f"tokens hold {wrong}, the vocabulary ends at {vocab_size - 1}; use this model's tokenizer."
         )
-    return JsonAnswer({"prompt": service.frontend.tokenizer.decode(body.tokens)})
+    return JsonAnswer({"prompt": await service.frontend.tokenizer.decode_long(body.tokens)})
 
 
 async def tokenizer_info(service: Service, http: HttpRequest) -> Response:
