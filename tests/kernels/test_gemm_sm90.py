@@ -116,7 +116,7 @@ def test_presets_that_the_kernel_claims(name: str) -> None:
 def test_what_never_ran_on_a_gpu_is_refused_until_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem("sm_90", schemes()[name], 512, 512)
     monkeypatch.delenv("ATOM_UNVERIFIED_KERNELS", raising=False)
-    verified = name in ("w4a4", "w4a8", "w4a8-uint4", "w8a8", "w3a3")
+    verified = name != "fp8"
     assert (refuses_linear(problem) is None) == verified
     if not verified:
         assert "ATOM_UNVERIFIED_KERNELS=1" in str(refuses_linear(problem))
@@ -260,22 +260,20 @@ def compiled() -> None:
     """All kernels of the GPU tests below, compiled in parallel: one by one they would take minutes."""
     configs = set()
     with pytest.MonkeyPatch.context() as patch:
-        for unverified in ("0", "1"):
-            patch.setenv("ATOM_UNVERIFIED_KERNELS", unverified)
-            for linear in schemes().values():
-                for N, K in (*SHAPES, (200, 512), (200, 4096)):
-                    packed = pack_weight(linear, random_weight(linear, N, K, "cpu"))
-                    for bias in (None, torch.zeros(N)):
-                        gemm = Gemm(packed, token_scales(linear), bias)
-                        configs |= {gemm.config(token_bucket(M)) for M in (*TOKENS, 512) if M}
+        patch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+        for linear in schemes().values():
+            for N, K in (*SHAPES, (200, 512), (200, 4096)):
+                packed = pack_weight(linear, random_weight(linear, N, K, "cpu"))
+                for bias in (None, torch.zeros(N)):
+                    gemm = Gemm(packed, token_scales(linear), bias)
+                    configs |= {gemm.config(token_bucket(M)) for M in (*TOKENS, 512) if M}
     compile_together([partial(gemm_kernel, config) for config in configs])
 
 
-@pytest.fixture(params=[*schemes(), "w8a8-wide"])
+@pytest.fixture(params=schemes())
 def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LinearScheme:
-    """Every scheme; INT8 in the units that ran first ("w8a8") and in those that replace them."""
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "0" if request.param == "w8a8" else "1")
-    return schemes()[request.param.removesuffix("-wide")]
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    return schemes()[request.param]
 
 
 @GPU
