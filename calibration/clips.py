@@ -5,8 +5,9 @@ input of every linear is rounded at each of some clips, its weight left as it is
 linear's output, token by token and relative to the token's own output: behind some layers the first token of a window
 is a hundred times louder than the others, and would decide alone.
 
-Perplexity is no judge here. An error in a window's first token, on which all others attend, is shared by the whole
-window, so a few windows say more about chance than about clips (docs/accuracy.md).
+What the gate lets through is not clipped, whatever the error of down_proj says: there each token's largest values are
+what it has to say. On Qwen2.5-Coder-0.5B a clip of 0.85 lowers that error by a fifth and raises perplexity by 3 to 4 %
+(docs/accuracy.md).
 """
 
 from collections.abc import Iterator
@@ -124,7 +125,7 @@ class ClipProbe:
             name: {str(clip): float(f"{e:.5g}") for clip, e in zip(CANDIDATES, found, strict=True)}
             for name, found in sums.items()
         }
-        chosen = {name: CANDIDATES[found.index(min(found))] for name, found in sums.items()}
+        chosen = {group.name: _choose(group, sums[group.name]) for group in self.groups}
         return Measured(chosen, errors, hidden.tokens)
 
     def _run(self, layer: DecoderLayer, plans: list[InputPlan], hidden: HiddenStates) -> dict[str, Tensor]:
@@ -162,6 +163,11 @@ def output_errors(plan: InputPlan, index: int, x: Tensor, layer: DecoderLayer) -
         moved = (unrotate_input(fake_quantize_activation(x, linear), linear) - x) @ weight.T
         errors.append(float((moved.square().sum(1) / size).mean()))
     return errors
+
+
+def _choose(group: InputGroup, errors: list[float]) -> float:
+    """The candidate with the least error; 1.0 for the gated product, whose order the rows of gate and up carry."""
+    return 1.0 if group.fold_into_rows else CANDIDATES[errors.index(min(errors))]
 
 
 def _clipped(linear: LinearScheme, clip: float) -> LinearScheme:

@@ -80,7 +80,10 @@ def test_errors_are_what_plain_hooks_find_and_the_least_is_taken(
         assert report.clips["errors"][kind][str(clip)] == pytest.approx(expected, rel=1e-3)
     for kind, found in report.clips["errors"].items():
         assert list(found) == [str(c) for c in CANDIDATES]
-        assert found[str(report.clips["chosen"][kind])] == min(found.values()) > 0.0
+        if kind != "down_input":
+            assert found[str(report.clips["chosen"][kind])] == min(found.values()) > 0.0
+    assert report.clips["chosen"]["down_input"] == 1.0  # though its error would have it clipped:
+    assert min(report.clips["errors"]["down_input"], key=report.clips["errors"]["down_input"].__getitem__) != "1.0"
 
 
 def test_the_checkpoint_runs_what_was_chosen(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
