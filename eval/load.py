@@ -3,16 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from atom.kernels.registry import Kernels
-from atom.models.device import choose_device
+from atom.models.device import choose_device, choose_dtype
 from atom.models.loader import load_model, load_tokenizer
 from atom.models.model import Model
 
 from .forward import execution_path
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -31,15 +27,6 @@ class Loaded:
     @property
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of a name; "auto" is float32 on a CPU and bfloat16 on a GPU. ValueError for others."""
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
 
 
 def load(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from atom.models.device import choose_device
+from atom.models.device import choose_device, choose_dtype
 from atom.models.dummy import dummy_source
 from atom.models.loader import load_source, load_tokenizer, open_source
 from atom.models.model import Model
@@ -29,7 +29,6 @@ from .scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[str], None]
 
 
@@ -64,7 +63,7 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
     say = progress or (lambda text: None)
     started = time.perf_counter()
     device = choose_device(options.device)
-    dtype = _dtype(options.dtype, device)
+    dtype = choose_dtype(options.dtype, device)
     say("loading the tokenizer")  # small, and missing more often than the weights
     tokenizer = _tokenizer(model, options)
     say("loading the weights")
@@ -133,12 +132,6 @@ def kernels_of(model: Model, runner: Runner) -> dict[str, str]:
     found = {module.op: module.implementation for module in model.modules() if isinstance(module, Quantized)}
     found.update({choice.op: choice.name for choice in runner.kv.choices})
     return found
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return DTYPES[name]
 
 
 def _tokenizer(model: str, options: EngineConfig) -> Any:

@@ -101,7 +101,7 @@ class Vocabulary:
     def _bytes_of(self, token: int) -> bytes:
         """Of a byte-level vocabulary; nothing for ids beyond it."""
         text: str = self._rust.id_to_token(token) or ""
-        table = _byte_table()
+        table = byte_table()
         known = [table.get(c) for c in text]
         return text.encode() if None in known else bytes(b for b in known if b is not None)
 
@@ -171,7 +171,7 @@ class _Window:
 
 
 @lru_cache(1)
-def _byte_table() -> dict[str, int]:
+def byte_table() -> dict[str, int]:
     """The character by which a byte-level vocabulary writes each byte: itself if printable, else one from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(byte): byte for byte in printable}

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from .errors import InvalidRequestError
+from .text import byte_table
 
 THREADS = 4  # the Rust tokenizer works without the interpreter's lock
 THREAD_FROM = 2000  # characters; shorter texts take well under a millisecond
@@ -164,16 +165,7 @@ class Tokenizer:
         if token is None:
             return b""
         if self._is_byte_level:
-            table = _byte_table()
+            table = byte_table()
             return bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
         byte = _BYTE.fullmatch(token)
         return bytes([int(byte[1], 16)]) if byte else token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
-
-
-@lru_cache(1)
-def _byte_table() -> dict[str, int]:
-    """The character by which a byte-level vocabulary writes each byte: itself if printable, else one from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(byte): byte for byte in printable}
-    rest = (byte for byte in range(256) if byte not in printable)
-    return table | {chr(256 + place): byte for place, byte in enumerate(rest)}
