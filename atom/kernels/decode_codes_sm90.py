@@ -8,8 +8,9 @@ import cutlass
 from cutlass import Float32, Uint32, cute
 
 from .attention_config import DecodeConfig
-from .dsl.memory import pack_bf16x2
-from .dsl.tensor_core import as_float, load_2_words, load_4_words, load_word, multiply_bf16x2, pick_bytes
+from .dsl.arithmetic import from_bits, multiply_bf16x2
+from .dsl.memory import load_u32x2, load_u32x4, pack_bf16x2
+from .dsl.tensor_core import load_word, pick_bytes
 
 BIAS = {"int4": 128.0, "int8": 0.0, "fp8_e4m3": 0.0, "bf16": 0.0}
 NIBBLES = 0x000F000F
@@ -27,9 +28,9 @@ def load_row(config: cutlass.Constexpr, address, sharers: cutlass.Constexpr, wor
         start = address + 4 * words * sharer
         for i in cutlass.range_constexpr(words // width):
             if cutlass.const_expr(width == 4):
-                found += list(load_4_words(start + 16 * i))
+                found += list(load_u32x4(start + 16 * i))
             elif cutlass.const_expr(width == 2):
-                found += list(load_2_words(start + 8 * i))
+                found += list(load_u32x2(start + 8 * i))
             else:
                 found.append(load_word(start + 4 * i))
     else:
@@ -86,7 +87,7 @@ def expand_pair(config: cutlass.Constexpr, near, far):
 @cute.jit
 def byte_value(word, index: cutlass.Constexpr):
     """Byte `index` of a word as a float32: put under the exponent of 2^23, which is then taken off."""
-    return as_float(pick_bytes(word, Uint32(FLOAT_2_23), Uint32(0x7540 | index))) - Float32(8388608.0)
+    return from_bits(pick_bytes(word, Uint32(FLOAT_2_23), Uint32(0x7540 | index))) - Float32(8388608.0)
 
 
 @cute.jit

@@ -14,7 +14,8 @@ import cutlass
 from cutlass import Boolean, Float32, Uint32, cute
 
 from .attention_config import DecodeConfig
-from .dsl.tensor_core import as_float, load_16x16, mma_f16, pack_f16x2
+from .dsl.arithmetic import from_bits
+from .dsl.tensor_core import load_16x16, mma_f16, pack_f16x2
 
 
 class KeyOffset:
@@ -69,8 +70,8 @@ class KeyOffset:
     @cute.jit
     def half_of(self, word, index: cutlass.Constexpr):
         if cutlass.const_expr(index == 0):
-            return as_float(word << 16)
-        return as_float(word & Uint32(0xFFFF0000))
+            return from_bits(word << 16)
+        return from_bits(word & Uint32(0xFFFF0000))
 
     @cute.jit
     def turn_back(self, mCos, mSin, rU, rB, token0, lane):

@@ -22,8 +22,9 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from .attention_config import DecodeConfig
 from .decode_codes_sm90 import BIAS, expand, expand_pair, load_row
 from .decode_offset_sm90 import KeyOffset
+from .dsl.arithmetic import from_bits
 from .dsl.memory import bulk_load, pack_bf16x2
-from .dsl.tensor_core import as_float, exp2, load_word, log2, mma_bf16, reciprocal_approx, transpose_8x8
+from .dsl.tensor_core import exp2, load_word, log2, mma_bf16, reciprocal_approx, transpose_8x8
 
 LOWEST = -1.0e30  # a maximum before the first score: finite, so that differences are numbers
 LOG2_E = 1.4426950408889634
@@ -240,7 +241,7 @@ class PagedDecode(KeyOffset):
                             low = mQ[token, head * config.queries + query, per_word // 2 * word + p]
                         pair = low
                     rQ[per_word // 2 * i + p, n] = pair
-                    total = total + as_float(pair << 16) + as_float(pair & Uint32(0xFFFF0000))
+                    total = total + from_bits(pair << 16) + from_bits(pair & Uint32(0xFFFF0000))
             if cutlass.const_expr(self.has_zero):
                 for offset in (1, 2):
                     total = total + cute.arch.shuffle_sync_bfly(total, offset=offset)
@@ -279,8 +280,8 @@ class PagedDecode(KeyOffset):
                 shift = Float32(0.0)
                 if cutlass.const_expr(config.word_bytes):
                     word = load_word(block + 4 * (first + 8 * r + spot))
-                    factor = scale * as_float(word << 16)
-                    shift = as_float(word & Uint32(0xFFFF0000)) + Float32(BIAS[config.kv])
+                    factor = scale * from_bits(word << 16)
+                    shift = from_bits(word & Uint32(0xFFFF0000)) + Float32(BIAS[config.kv])
                 position = token0 + 16 * tile + 8 * r + spot
                 is_seen = position < limit
                 if cutlass.const_expr(config.has_window):
@@ -355,13 +356,13 @@ class PagedDecode(KeyOffset):
                     if cutlass.const_expr(config.has_window):
                         is_seen = is_seen and position >= lowest
                     word = word if is_seen else Uint32(0)  # what was never written may be NaN
-                    factor = as_float(word << 16)
-                    shift = as_float(word & Uint32(0xFFFF0000)) + Float32(BIAS[config.kv])
+                    factor = from_bits(word << 16)
+                    shift = from_bits(word & Uint32(0xFFFF0000)) + Float32(BIAS[config.kv])
                 for n in cutlass.range_constexpr(config.column_tiles):
                     pair = pack_bf16x2(rS[0, r, tile, n] * factor, rS[1, r, tile, n] * factor)
                     if cutlass.const_expr(self.has_zero):
-                        rZ[0, n] = rZ[0, n] + as_float(pair << 16) * shift
-                        rZ[1, n] = rZ[1, n] + as_float(pair & Uint32(0xFFFF0000)) * shift
+                        rZ[0, n] = rZ[0, n] + from_bits(pair << 16) * shift
+                        rZ[1, n] = rZ[1, n] + from_bits(pair & Uint32(0xFFFF0000)) * shift
                     weights[n].append(transpose_8x8(pair))
             rows = []  # this lane's words of its four tokens, in the order of mma's columns
             for q in cutlass.range_constexpr(4):

@@ -12,9 +12,8 @@ from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from .attention_config import AppendConfig
-from .dsl.arithmetic import reciprocal, round_to_int
+from .dsl.arithmetic import from_bits, pack_e4m3x2, reciprocal, round_to_int
 from .dsl.memory import pack_bf16x2
-from .dsl.tensor_core import as_float, pack_e4m3x2
 
 LARGEST_RANGE = 2.0**126
 SMALLEST_SCALE = 2.0**-126
@@ -95,8 +94,8 @@ class RopeAppend:
             if row < rows:
                 for w in cutlass.range_constexpr(words):
                     for h in cutlass.range_constexpr(2):
-                        x[2 * w, h] = as_float(raw[w, h, r] << 16)
-                        x[2 * w + 1, h] = as_float(raw[w, h, r] & Uint32(0xFFFF0000))
+                        x[2 * w, h] = from_bits(raw[w, h, r] << 16)
+                        x[2 * w + 1, h] = from_bits(raw[w, h, r] & Uint32(0xFFFF0000))
                 if row < heads:
                     self.turn(x, cos, sin)
                     if is_there:
@@ -120,7 +119,7 @@ class RopeAppend:
     def rounded(self, x, y):
         """The nearest bfloat16s. Opaque to the compiler, which would make bfloat16 products and sums and fuse them."""
         both = pack_bf16x2(x, y)
-        return as_float(both << 16), as_float(both & Uint32(0xFFFF0000))
+        return from_bits(both << 16), from_bits(both & Uint32(0xFFFF0000))
 
     @cute.jit
     def turn(self, x, cos, sin):
@@ -136,7 +135,7 @@ class RopeAppend:
             for h in cutlass.range_constexpr(2):
                 word = mOffset[head, column + w + h * (self.half // 2)]
                 x[2 * w, h], x[2 * w + 1, h] = self.rounded(
-                    x[2 * w, h] - as_float(word << 16), x[2 * w + 1, h] - as_float(word & Uint32(0xFFFF0000))
+                    x[2 * w, h] - from_bits(word << 16), x[2 * w + 1, h] - from_bits(word & Uint32(0xFFFF0000))
                 )
 
     @cute.jit

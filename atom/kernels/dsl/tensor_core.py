@@ -62,16 +62,6 @@ def pick_bytes(low: Any, high: Any, selector: Any):
 
 
 @cute.jit
-def multiply_bf16x2(a: Any, b: Any):
-    """Two products of bfloat16, rounded to nearest. A constant b must stand in a register, so it is moved there."""
-    return cute.arch.inline_ptx(
-        "{ .reg .b32 factor; mov.b32 factor, {$r1}; mul.rn.bf16x2 {$w0}, {$r0}, factor; }",
-        write_only_types=[Uint32],
-        read_only_args=[a, b],
-    )
-
-
-@cute.jit
 def exp2(x: Any):
     """2^x to 2 ulp; 0 for minus infinity."""
     return cute.arch.inline_ptx("ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
@@ -89,38 +79,6 @@ def reciprocal_approx(x: Any):
 
 
 @cute.jit
-def as_float(bits: Any):
-    """The float32 whose bits these are."""
-    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[bits])
-
-
-@cute.jit
 def load_word(address: Any):
     """32 bits from shared memory at a byte address (int32)."""
     return cute.arch.inline_ptx("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[address])
-
-
-@cute.jit
-def load_2_words(address: Any):
-    return cute.arch.inline_ptx(
-        "ld.shared.v2.b32 {{$w0}, {$w1}}, [{$r0}];", write_only_types=[Uint32] * 2, read_only_args=[address]
-    )
-
-
-@cute.jit
-def load_4_words(address: Any):
-    return cute.arch.inline_ptx(
-        "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
-        write_only_types=[Uint32] * 4,
-        read_only_args=[address],
-    )
-
-
-@cute.jit
-def pack_e4m3x2(low: Any, high: Any):
-    """Two floats rounded to E4M3 (saturating) in the low half of a word."""
-    return cute.arch.inline_ptx(
-        "{ .reg .b16 both; cvt.rn.satfinite.e4m3x2.f32 both, {$r1}, {$r0}; cvt.u32.u16 {$w0}, both; }",
-        write_only_types=[Uint32],
-        read_only_args=[low, high],
-    )
