@@ -22,7 +22,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from atom.kernels.attention_config import AppendConfig, MergeConfig, choose_decode
 from atom.kernels.attention_plan import plan_balanced
-from atom.kernels.attention_sm90 import PagedAttentionSm90, RopeAppendSm90, append_kernel, decode_kernel, merge_kernel
+from atom.kernels.attention_sm90 import (
+    MANY_PARTS,
+    PagedAttentionSm90,
+    RopeAppendSm90,
+    append_kernel,
+    decode_kernel,
+    merge_kernel,
+)
 from atom.kernels.bench_attention import (
     BLOCK,
     CELLS,
@@ -133,8 +140,8 @@ def compile_all(formats: list[str]) -> int:
                 decode_kernel(config)
                 merge_kernel(MergeConfig(config.head_dim, queries))
                 done.add(config)
-        for rows in (1, 4):
-            append_kernel(AppendConfig(name, 128, BLOCK, 1.0, False, rows))
+        for parts in (1, MANY_PARTS):
+            append_kernel(AppendConfig(name, 128, BLOCK, 1.0, False, parts))
     return len(done)
 
 

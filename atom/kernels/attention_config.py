@@ -1,6 +1,7 @@
 """The compile-time choices of the attention kernels and what follows from them: no GPU, no cutlass."""
 
 from dataclasses import dataclass
+from typing import Any
 
 CODE_BITS = {"int4": 4, "int8": 8, "fp8_e4m3": 8, "bf16": 16}
 SHARED_BYTES = 227 * 1024  # of one SM of sm_90, less what the driver keeps
@@ -176,7 +177,8 @@ class AppendConfig:
 
     clip          TensorSpec.clip
     has_offset    keys are rounded less their offset
-    rows          heads that a warp takes at once: several hide latency in prefill, one spreads few tokens wide
+    parts         tasks (heads of one kind that fill a warp) that a warp takes: several hide latency in prefill, one
+                  spreads few tokens wide
     """
 
     kv: str
@@ -184,8 +186,8 @@ class AppendConfig:
     block_size: int
     clip: float = 1.0
     has_offset: bool = False
-    rows: int = 1
-    warps: int = 8
+    parts: int = 1
+    warps: int = 4
 
     @property
     def cache(self) -> DecodeConfig:
@@ -193,6 +195,19 @@ class AppendConfig:
         return DecodeConfig(self.kv, self.head_dim, 1, self.block_size)
 
     @property
-    def pairs(self) -> int:
-        """Pairs of channels (i, i + head_dim / 2) that one lane turns."""
-        return 2 if self.head_dim <= 128 else 4
+    def lanes(self) -> int:
+        """That share a head, 16 channels each; rounded up to a power of two."""
+        return 1 << (self.head_dim // 16 - 1).bit_length()
+
+    @property
+    def heads(self) -> int:
+        """Of one kind that a warp takes at once."""
+        return 32 // self.lanes
+
+    def tasks(self, num_heads: Any, num_kv_heads: Any) -> Any:
+        """Of one token."""
+        return -(-num_heads // self.heads) + 2 * -(-num_kv_heads // self.heads)
+
+    def ctas(self, num_tokens: Any, num_heads: Any, num_kv_heads: Any) -> Any:
+        """Of a launch."""
+        return -(-num_tokens * -(-self.tasks(num_heads, num_kv_heads) // self.parts) // self.warps)

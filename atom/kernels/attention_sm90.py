@@ -34,11 +34,12 @@ SOURCES = {
     for name, files in {
         "paged_decode_sm90": ("paged_decode_sm90.py", "decode_codes_sm90.py", "decode_offset_sm90.py"),
         "merge_partials_sm90": ("merge_partials_sm90.py",),
-        "rope_append_sm90": ("rope_append_sm90.py",),
+        "rope_append_sm90": ("rope_append_sm90.py", "dsl/packed_bf16.py", "dsl/wide_access.py"),
     }.items()
 }
 PINNED_COPIES = 4  # steps that may be under way before a host buffer is written again
-FEW_TOKENS = 512  # up to which a warp of the append kernel takes one head
+FEW_TOKENS = 512  # up to which a warp of the append kernel takes one task
+MANY_PARTS = 2  # tasks that it takes of more
 
 
 class OffsetWords:
@@ -202,9 +203,9 @@ class RopeAppendSm90:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if not len(q):
             return out
-        rows = 1 if len(q) <= FEW_TOKENS else 4
+        parts = 1 if len(q) <= FEW_TOKENS else MANY_PARTS
         config = AppendConfig(
-            self.kv, self.layout.head_dim, self.layout.block_size, self.clip, offset is not None, rows
+            self.kv, self.layout.head_dim, self.layout.block_size, self.clip, offset is not None, parts
         )
         if config not in self.kernels:
             self.kernels[config] = append_kernel(config)

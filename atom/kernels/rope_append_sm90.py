@@ -1,9 +1,10 @@
 """RoPE, rounding and appending to a paged cache on Hopper (sm_90a), in CuTe DSL: one launch for a ragged step.
 
-A warp takes `rows` rows of one token; a row is a query, key or value head. A lane holds pairs of channels i and
-i + head_dim / 2, so that it turns them alone. Products and sums are rounded to bfloat16 one by one, as torch does, and
-codes come from the arithmetic of atom/quant/rounding.py, instruction by instruction: what is written equals what the
-reference writes, bit for bit. Tokens with a negative slot are turned and not stored.
+A lane holds 8 channels of the first half of a head and their partners in the second: it turns them alone, and all that
+it reads and writes is wide. 4 to 16 lanes share a head, a warp has several heads of one kind (queries, keys or values)
+and takes `parts` such tasks of one token. Pairs of bfloat16 are turned together (dsl/packed_bf16.py), codes come from
+the arithmetic of atom/quant/rounding.py, instruction by instruction: what is written equals what the reference writes,
+bit for bit. Tokens with a negative slot are turned and not stored.
 """
 
 import cuda.bindings.driver as cuda
@@ -12,11 +13,24 @@ from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from .attention_config import AppendConfig
-from .dsl.arithmetic import from_bits, pack_e4m3x2, reciprocal, round_to_int
+from .dsl.arithmetic import as_bits, pack_e4m3x2, reciprocal, round_to_int
 from .dsl.memory import pack_bf16x2
+from .dsl.packed_bf16 import (
+    add_pairs,
+    high_float,
+    larger_pairs,
+    low_float,
+    multiply_pairs,
+    smaller_pairs,
+    subtract_pairs,
+)
+from .dsl.tensor_core import pick_bytes
+from .dsl.wide_access import load_floats, load_streamed, load_words, store_words
 
 LARGEST_RANGE = 2.0**126
 SMALLEST_SCALE = 2.0**-126
+ROUNDER = 12582912.0  # 1.5 * 2^23: added to a small number, it leaves the nearest integer in the low bits
+ROUNDER_BITS = 0x4B400000
 
 
 class RopeAppend:
@@ -43,10 +57,8 @@ class RopeAppend:
         stream: cuda.CUstream,
     ):
         config = self.config
-        rows = mQ.shape[1] + 2 * mK.shape[1]
-        per_cta = config.rows * config.warps
         self.kernel(mQ, mK, mV, mCos, mSin, mSlot, mOffset, mKV, mOut, largest_scale).launch(
-            grid=(mQ.shape[0], (rows + per_cta - 1) // per_cta, 1),
+            grid=(config.ctas(mQ.shape[0], mQ.shape[1], mK.shape[1]), 1, 1),
             block=(32 * config.warps, 1, 1),
             stream=stream,
             use_pdl=True,
@@ -59,145 +71,140 @@ class RopeAppend:
     ):  # fmt: skip
         config = self.config
         tid, _, _ = cute.arch.thread_idx()
-        token, part, _ = cute.arch.block_idx()
+        cta, _, _ = cute.arch.block_idx()
         lane = tid % 32
-        words = config.pairs // 2  # of two channels, in each half of the head
         heads = mQ.shape[1]
         kv_heads = mK.shape[1]
-        rows = heads + 2 * kv_heads
-        row0 = (part * config.warps + cute.arch.make_warp_uniform(tid // 32)) * config.rows
-        column = cutlass.min(words * lane, self.half // 2 - words)  # lanes past the end repeat the last
-        is_there = words * lane < self.half // 2
+        tasks = config.tasks(heads, kv_heads)
+        key_task = -(-heads // config.heads)
+        value_task = key_task + -(-kv_heads // config.heads)
+        parts = -(-tasks // config.parts)
+        warp = cta * config.warps + cute.arch.make_warp_uniform(tid // 32)
+        token = warp // parts
+        task0 = (warp - token * parts) * config.parts
+        share = lane % config.lanes  # which of the lanes of its head
+        column = 8 * cutlass.min(share, self.half // 8 - 1)  # lanes past the end repeat the last
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
-        slot = mSlot[token]
-        raw = cute.make_rmem_tensor((words, 2, config.rows), Uint32)
-        for r in cutlass.range_constexpr(config.rows):
-            row = row0 + r
-            for w in cutlass.range_constexpr(words):
+        if token < mQ.shape[0]:
+            slot = mSlot[token]
+            raw = cute.make_rmem_tensor((4, 2, config.parts), Uint32)
+            for part in cutlass.range_constexpr(config.parts):
+                task = cutlass.min(task0 + part, tasks - 1)
+                head = (task * config.heads) + lane // config.lanes
+                source = self.row(mQ, token, cutlass.min(head, heads - 1))
+                if task >= key_task:
+                    head = head - key_task * config.heads
+                    source = self.row(mK, token, cutlass.min(head, kv_heads - 1))
+                if task >= value_task:
+                    head = head - (value_task - key_task) * config.heads
+                    source = self.row(mV, token, cutlass.min(head, kv_heads - 1))
                 for h in cutlass.range_constexpr(2):
-                    at = column + w + h * (self.half // 2)
-                    raw[w, h, r] = Uint32(0)
-                    if row < heads:
-                        raw[w, h, r] = mQ[token, row, at]
-                    elif row < heads + kv_heads:
-                        raw[w, h, r] = mK[token, row - heads, at]
-                    elif row < rows:
-                        raw[w, h, r] = mV[token, row - heads - kv_heads, at]
-        cos = cute.make_rmem_tensor((config.pairs,), Float32)
-        sin = cute.make_rmem_tensor((config.pairs,), Float32)
-        for p in cutlass.range_constexpr(config.pairs):
-            cos[p], sin[p] = self.rounded(mCos[token, 2 * column + p], mSin[token, 2 * column + p])
-        x = cute.make_rmem_tensor((config.pairs, 2), Float32)
-        for r in cutlass.range_constexpr(config.rows):
-            row = row0 + r
-            if row < rows:
-                for w in cutlass.range_constexpr(words):
-                    for h in cutlass.range_constexpr(2):
-                        x[2 * w, h] = from_bits(raw[w, h, r] << 16)
-                        x[2 * w + 1, h] = from_bits(raw[w, h, r] & Uint32(0xFFFF0000))
-                if row < heads:
+                    found = load_streamed(source + 2 * (column + h * self.half))
+                    for w in cutlass.range_constexpr(4):
+                        raw[w, h, part] = found[w]
+            cos = self.angles(mCos, token, column)
+            sin = self.angles(mSin, token, column)
+            for part in cutlass.range_constexpr(config.parts):
+                task = task0 + part
+                head = lane // config.lanes
+                x = raw[None, None, part]
+                if task < key_task:
+                    head = head + task * config.heads
                     self.turn(x, cos, sin)
-                    if is_there:
-                        for w in cutlass.range_constexpr(words):
-                            for h in cutlass.range_constexpr(2):
-                                at = column + w + h * (self.half // 2)
-                                mOut[token, row, at] = pack_bf16x2(x[2 * w, h], x[2 * w + 1, h])
-                else:
-                    is_value = row >= heads + kv_heads
-                    head = row - heads
+                    if (head < heads) & (8 * share < self.half):
+                        target = self.row(mOut, token, head)
+                        for h in cutlass.range_constexpr(2):
+                            store_words(target + 2 * (column + h * self.half), [x[w, h] for w in range(4)])
+                elif task < tasks:
+                    is_value = task >= value_task
                     if is_value:
-                        head = head - kv_heads
+                        head = head + (task - value_task) * config.heads
                     else:
+                        head = head + (task - key_task) * config.heads
                         if cutlass.const_expr(config.has_offset):
-                            self.take_off(x, mOffset, head, column)
+                            self.take_off(x, mOffset, cutlass.min(head, kv_heads - 1), column)
                         self.turn(x, cos, sin)
-                    if slot >= 0:
-                        self.store(x, mKV, slot, head, is_value, column, lane, is_there, largest_scale)
+                    is_there = (head < kv_heads) & (8 * share < self.half) & (slot >= 0)
+                    self.store(x, mKV, slot, head, is_value, column, share, is_there, largest_scale)
 
     @cute.jit
-    def rounded(self, x, y):
-        """The nearest bfloat16s. Opaque to the compiler, which would make bfloat16 products and sums and fuse them."""
-        both = pack_bf16x2(x, y)
-        return from_bits(both << 16), from_bits(both & Uint32(0xFFFF0000))
+    def row(self, mX, token, head):
+        """The address of a head."""
+        return mX[token, head, None].iterator.toint()
+
+    @cute.jit
+    def angles(self, mX, token, column):
+        """Eight cosines or sines as four pairs of bfloat16."""
+        address = mX[token, None].iterator.toint() + 4 * column
+        pairs = []
+        for part in cutlass.range_constexpr(2):
+            found = load_floats(address + 16 * part)
+            pairs.append(pack_bf16x2(found[0], found[1]))
+            pairs.append(pack_bf16x2(found[2], found[3]))
+        return pairs
 
     @cute.jit
     def turn(self, x, cos, sin):
         """RoPE, each operation rounded to bfloat16 as torch rounds it."""
-        for p in cutlass.range_constexpr(self.config.pairs):
-            a, b = self.rounded(x[p, 0] * cos[p], x[p, 1] * sin[p])
-            c, d = self.rounded(x[p, 1] * cos[p], x[p, 0] * sin[p])
-            x[p, 0], x[p, 1] = self.rounded(a - b, c + d)
+        for w in cutlass.range_constexpr(4):
+            low = subtract_pairs(multiply_pairs(x[w, 0], cos[w]), multiply_pairs(x[w, 1], sin[w]))
+            x[w, 1] = add_pairs(multiply_pairs(x[w, 1], cos[w]), multiply_pairs(x[w, 0], sin[w]))
+            x[w, 0] = low
 
     @cute.jit
     def take_off(self, x, mOffset, head, column):
-        for w in cutlass.range_constexpr(self.config.pairs // 2):
-            for h in cutlass.range_constexpr(2):
-                word = mOffset[head, column + w + h * (self.half // 2)]
-                x[2 * w, h], x[2 * w + 1, h] = self.rounded(
-                    x[2 * w, h] - from_bits(word << 16), x[2 * w + 1, h] - from_bits(word & Uint32(0xFFFF0000))
-                )
+        address = mOffset[head, None].iterator.toint() + 2 * column
+        for h in cutlass.range_constexpr(2):
+            word = load_words(address + 2 * h * self.half)
+            for w in cutlass.range_constexpr(4):
+                x[w, h] = subtract_pairs(x[w, h], word[w])
 
     @cute.jit
-    def store(self, x, mKV, slot, head, is_value, column, lane, is_there, largest_scale):
+    def store(self, x, mKV, slot, head, is_value, column, share, is_there, largest_scale):
         """Round a key or value and write its codes, scale and zero point."""
         config = self.config
         cache = config.cache
         block = slot // config.block_size
         place = Int32(slot - block * config.block_size)
-        tile = (Int64(block) * mKV.shape[1] + head) * cache.tile_bytes
         codes = 2 * config.block_size * cache.word_bytes + place * cache.row_bytes
         word_at = 4 * place
         if is_value:
             codes += config.block_size * cache.row_bytes
             word_at += config.block_size * cache.word_bytes
-        base = mKV.iterator + tile
-        words = config.pairs // 2
+        tile = mKV.iterator.toint() + (block * mKV.shape[1] + head) * cache.tile_bytes
+        codes += column * cache.code_bits // 8
+        half_bytes = self.half * cache.code_bits // 8
         if cutlass.const_expr(config.kv == "bf16"):
             if is_there:
-                target = cute.recast_ptr(base + codes, dtype=Uint32)
-                for w in cutlass.range_constexpr(words):
-                    for h in cutlass.range_constexpr(2):
-                        row = cute.make_tensor(target + (column + w + h * (self.half // 2)), cute.make_layout(1))
-                        row[0] = pack_bf16x2(x[2 * w, h], x[2 * w + 1, h])
+                for h in cutlass.range_constexpr(2):
+                    store_words(tile + (codes + h * half_bytes), [x[w, h] for w in range(4)])
         else:
             scale, zero = self.choose(x, largest_scale)
             inverse = reciprocal(scale)
-            if lane == 0:
-                word = cute.make_tensor(cute.recast_ptr(base + word_at, dtype=Uint32), cute.make_layout(1))
-                word[0] = pack_bf16x2(scale, zero)
+            coded = [self.encode(x, h, inverse, zero) for h in range(2)]
             if is_there:
-                for w in cutlass.range_constexpr(words):
-                    for h in cutlass.range_constexpr(2):
-                        at = column + w + h * (self.half // 2)  # of pairs of neighbouring channels
-                        low = x[2 * w, h] * inverse
-                        high = x[2 * w + 1, h] * inverse
-                        if cutlass.const_expr(config.kv == "int4"):
-                            both = self.code(low, zero) | (self.code(high, zero) << 4)
-                            cute.make_tensor(base + (codes + at), cute.make_layout(1))[0] = Uint8(both)
-                        elif cutlass.const_expr(config.kv == "int8"):
-                            row = cute.make_tensor(base + (codes + 2 * at), cute.make_layout(2))
-                            row[0] = Uint8(self.code(low, zero))
-                            row[1] = Uint8(self.code(high, zero))
-                        else:
-                            both = pack_e4m3x2(low, high)
-                            row = cute.make_tensor(base + (codes + 2 * at), cute.make_layout(2))
-                            row[0] = Uint8(both & Uint32(255))
-                            row[1] = Uint8(both >> 8)
+                if share == 0:
+                    store_words(tile + word_at, [pack_bf16x2(scale, zero)])
+                for h in cutlass.range_constexpr(2):
+                    store_words(tile + (codes + h * half_bytes), coded[h])
 
     @cute.jit
     def choose(self, x, largest_scale):
-        """Scale and zero point of a row, as rounding.py chooses them; both bfloat16 values. Every lane has them."""
+        """Scale and zero point of a row, as rounding.py chooses them; both bfloat16 values. Its lanes all have them."""
         config = self.config
-        low = x[0, 0]
-        high = x[0, 0]
-        for p in cutlass.range_constexpr(config.pairs):
-            for h in cutlass.range_constexpr(2):
-                low = cute.arch.fmin(low, x[p, h])
-                high = cute.arch.fmax(high, x[p, h])
-        for offset in (16, 8, 4, 2, 1):
-            low = cute.arch.fmin(low, cute.arch.shuffle_sync_bfly(low, offset=offset))
-            high = cute.arch.fmax(high, cute.arch.shuffle_sync_bfly(high, offset=offset))
+        most = x[0, 0]
+        least = x[0, 0]
+        for h in cutlass.range_constexpr(2):
+            for w in cutlass.range_constexpr(4):
+                most = larger_pairs(most, x[w, h])
+                least = smaller_pairs(least, x[w, h])
+        minus = least ^ Uint32(0x80008000)
+        both = larger_pairs(pick_bytes(most, minus, Uint32(0x5410)), pick_bytes(most, minus, Uint32(0x7632)))
+        for step in cutlass.range_constexpr(config.lanes.bit_length() - 1):
+            both = larger_pairs(both, cute.arch.shuffle_sync_bfly(both, offset=1 << step))
+        high = low_float(both)
+        low = -high_float(both)
         zero = Float32(0.0)
         if cutlass.const_expr(self.qmax):
             low = cute.arch.fmin(cute.arch.fmax(low, Float32(-LARGEST_RANGE)), Float32(0.0))
@@ -208,7 +215,7 @@ class RopeAppend:
             raw = cute.arch.fmin(largest * Float32(config.clip / 448.0), largest_scale)
         if raw <= Float32(0.0):
             raw = Float32(1.0)
-        scale, _ = self.rounded(cute.arch.fmax(raw, Float32(SMALLEST_SCALE)), raw)
+        scale = low_float(pack_bf16x2(cute.arch.fmax(raw, Float32(SMALLEST_SCALE)), raw))
         if cutlass.const_expr(self.qmax):
             shifted = low * Float32(-config.clip) * reciprocal(scale)
             shifted = cute.arch.fmin(cute.arch.fmax(shifted, Float32(0.0)), Float32(self.qmax))
@@ -216,12 +223,30 @@ class RopeAppend:
         return scale, zero
 
     @cute.jit
-    def code(self, scaled, zero):
-        """round(scaled) + zero within [0, qmax]; what is clamped first cannot overflow an int32."""
-        limit = Float32(2.0 * self.qmax)
-        scaled = cute.arch.fmin(cute.arch.fmax(scaled, -limit), limit)
-        whole = Int32(round_to_int(scaled)) + Int32(zero)
-        return Uint32(cutlass.min(cutlass.max(whole, Int32(0)), Int32(self.qmax)))
+    def encode(self, x, h, inverse, zero):
+        """The codes of eight channels: one word of INT4, two of INT8 or FP8."""
+        config = self.config
+        words = []
+        if cutlass.const_expr(config.kv == "fp8_e4m3"):
+            for w in cutlass.range_constexpr(0, 4, 2):
+                near = pack_e4m3x2(low_float(x[w, h]) * inverse, high_float(x[w, h]) * inverse)
+                far = pack_e4m3x2(low_float(x[w + 1, h]) * inverse, high_float(x[w + 1, h]) * inverse)
+                words.append(near | (far << 16))
+        else:
+            bits = config.cache.code_bits
+            most = Float32(self.qmax) - zero
+            each = 32 // bits
+            ones = sum(1 << (bits * i) for i in range(each))
+            bias = (Uint32(Int32(zero)) - Uint32(ROUNDER_BITS)) * Uint32(ones)
+            for first in cutlass.range_constexpr(0, 8, each):
+                word = bias
+                for i in cutlass.range_constexpr(each):
+                    pair = x[(first + i) // 2, h]
+                    value = high_float(pair) if (first + i) % 2 else low_float(pair)
+                    value = cute.arch.fmin(cute.arch.fmax(value * inverse, -zero), most)
+                    word = word + (as_bits(value + Float32(ROUNDER)) << (bits * i))
+                words.append(word)
+        return words
 
 
 def compile_append(config: AppendConfig, options: str = "") -> object:
@@ -244,7 +269,7 @@ def compile_append(config: AppendConfig, options: str = "") -> object:
         compact(Float32, (cute.sym_int(), half), 16),
         compact(Float32, (cute.sym_int(), half), 16),
         compact(Int64, (cute.sym_int(),), 8),
-        compact(Uint32, (cute.sym_int(), half), 4),
+        compact(Uint32, (cute.sym_int(), half), 16),
         compact(Uint8, (cute.sym_int(), cute.sym_int(), config.cache.tile_bytes), 128),
         compact(Uint32, (cute.sym_int(), cute.sym_int(), half), 16),
         Float32(1.0),

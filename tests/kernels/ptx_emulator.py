@@ -461,10 +461,17 @@ def _fma(warp: Warp, op: str, args: list[Any]) -> None:
         warp.write(args[0], (a * b + c).astype(F32))
 
 
-def _mul_bf16x2(warp: Warp, op: str, args: list[Any]) -> None:
+PAIRS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.fmin, "max": np.fmax,
+}  # fmt: skip
+
+
+def _bf16x2(warp: Warp, op: str, args: list[Any]) -> None:
+    """24 bits are enough that rounding to float32 first changes nothing."""
+    function = PAIRS[op.split(".")[0]]
     (a0, a1), (b0, b1) = halves_bf16(warp.read(args[1], U32)), halves_bf16(warp.read(args[2], U32))
     with np.errstate(all="ignore"):
-        warp.write(args[0], to_bf16(a0 * b0) | to_bf16(a1 * b1) << U32(16))
+        warp.write(args[0], to_bf16(function(a0, b0)) | to_bf16(function(a1, b1)) << U32(16))
 
 
 def _shift(left: bool) -> Callable[[Warp, str, list[Any]], None]:
@@ -689,7 +696,7 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
     (r"(ld|st)\..*", _memory_op),
     (r"mul\.wide.*|mad\.wide.*", _wide), (r"mul\.hi\..*", _high), (r"mad\.lo.*", _mad), (r"fma\..*", _fma),
-    (r"mul\.rn\.bf16x2", _mul_bf16x2),
+    (r"(add|sub|mul)\.rn\.bf16x2|(min|max)\.bf16x2", _bf16x2),
     (r"add\.(?!bf16).*", _binary(lambda a, b: a + b)), (r"sub\.(?!bf16).*", _binary(lambda a, b: a - b)),
     (r"mul\.(?!bf16).*", _binary(lambda a, b: a * b)),
     (r"div\..*", _binary(_divide)), (r"rem\..*", _binary(lambda a, b: np.fmod(a, b))),

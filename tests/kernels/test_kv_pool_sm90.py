@@ -86,8 +86,7 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         threads = 32 * config.warps
 
         def shape(*a: Any) -> Any:
-            rows = a[0].shape[1] + 2 * a[1].shape[1]
-            return (len(a[0]), -(-rows // (config.rows * config.warps))), threads, 1024
+            return (config.ctas(len(a[0]), a[0].shape[1], a[1].shape[1]), 1), threads, 1024
 
         return emulated(kernel, APPEND_STATIC, {config.head_dim // 2, config.cache.tile_bytes}, shape)
 

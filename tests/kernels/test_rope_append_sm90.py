@@ -20,11 +20,12 @@ from .ptx_emulator import Tensor as Argument
 from .test_attention_sm90 import SPECS, needs_dsl, ptx
 from .test_gemm_sm90 import disassemble
 
-# kv, head_dim, query heads, KV heads, block size, offset, rows a warp
+# kv, head_dim, query heads, KV heads, block size, offset, tasks a warp
 APPENDS = [
     ("int4", 128, 4, 2, 16, True, 1),
     ("int4", 64, 3, 1, 32, False, 4),
     ("int4", 256, 2, 1, 16, False, 2),
+    ("int4", 128, 9, 5, 16, False, 3),
     ("int8", 80, 4, 2, 64, True, 2),
     ("fp8_e4m3", 96, 2, 2, 16, False, 1),
     ("bf16", 128, 4, 1, 16, False, 4),
@@ -50,7 +51,7 @@ def offset_for(kv_heads: int, dim: int) -> Tensor:
 
 @needs_dsl
 @pytest.mark.slow
-@pytest.mark.parametrize("kv,dim,heads,kv_heads,block_size,has_offset,rows", APPENDS, ids=lambda v: str(v))
+@pytest.mark.parametrize("kv,dim,heads,kv_heads,block_size,has_offset,parts", APPENDS, ids=lambda v: str(v))
 def test_bytes_on_a_model_of_the_machine(
     kv: str,
     dim: int,
@@ -58,7 +59,7 @@ def test_bytes_on_a_model_of_the_machine(
     kv_heads: int,
     block_size: int,
     has_offset: bool,
-    rows: int,
+    parts: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -76,7 +77,7 @@ def test_bytes_on_a_model_of_the_machine(
     append(q[:4], k[:4], v[:4], cos[:4], sin[:4], slots[:4], wanted, offset)
     turned = append(q, k, v, cos, sin, slots.clamp(min=0), wanted.clone(), offset)
 
-    config = AppendConfig(kv, dim, block_size, 1.0, has_offset, rows)
+    config = AppendConfig(kv, dim, block_size, 1.0, has_offset, parts)
     kernel = ptx(compile_append(config, f"--keep-ptx --dump-dir {tmp_path}"))
     found = np.full(layout.shape(4), 255, dtype=np.uint8)
     out = np.zeros((tokens, heads, dim // 2), dtype=np.int32)
@@ -85,7 +86,7 @@ def test_bytes_on_a_model_of_the_machine(
     offsets = (torch.zeros(1, dim) if offset is None else offset).bfloat16().view(torch.int32).numpy()
     spec = SPECS[kv]
     kernel.launch(
-        (tokens, -(-(heads + 2 * kv_heads) // (rows * config.warps))),
+        (config.ctas(tokens, heads, kv_heads), 1),
         32 * config.warps,
         [
             *(Part(whole, (2,), start, stop) for start, stop in pairwise(ends)),
@@ -110,8 +111,12 @@ def test_machine_code(kv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.rope_append_sm90 import compile_append
 
-    config = AppendConfig(kv, 128, 16, rows=4)
+    config = AppendConfig(kv, 128, 16, parts=2)
     compiled = compile_append(config, f"--keep-cubin --dump-dir {tmp_path}")
     sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]
     assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spilled"
-    assert not re.findall(r"\bH(?:FMA|MUL|ADD)2\.BF16", sass), "bfloat16 arithmetic may be fused"
+    turned = 2 * 2 * 4 * 6  # tasks, of queries or keys, words, four products and two sums
+    found = re.findall(r"\b(?:HFMA2(?:\.MMA)?|HMUL2|HADD2)\.BF16_V2 (.*);", sass)
+    assert len(found) == turned, "pairs of bfloat16 are multiplied and added"
+    fused = [f for f in found if f.count(",") == 3 and not re.search(r"-RZ|1, 1,", f)]
+    assert not fused, "a product was fused with a sum: torch rounds each"
