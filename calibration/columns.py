@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atom.quant.formats import get_format
-from atom.quant.rounding import Scale, choose_scale, decode, encode
+from atom.quant.rounding import MSE_RATIOS, Scale, choose_scale, decode, encode
 from atom.quant.schemes import TensorSpec
 
 
@@ -31,7 +31,13 @@ class Rounded:
 
 
 def round_columns(
-    W: Tensor, R: Tensor, spec: TensorSpec | None, group: int | None, scale: Scale | None, outer: Tensor | None
+    W: Tensor,
+    R: Tensor,
+    spec: TensorSpec | None,
+    group: int | None,
+    scale: Scale | None,
+    outer: Tensor | None,
+    cost: Tensor | None = None,
 ) -> Rounded:
     """Round the columns of a block in order.
 
@@ -41,6 +47,8 @@ def round_columns(
     group   choose new scales from the updated columns at each multiple of `group`; None uses `scale`
     scale   scales [N, 1] for all columns of the block, where they were chosen before
     outer   outer scales [N, 1] that chosen scales lie under, or None
+    cost    [n], what a unit of squared error in each column costs (see gptq.inverse_factor): groups that search their
+            clip try every one with GPTQ's feedback; None: by rounding error alone
     """
     n, rows = W.shape
     dtype = torch.bfloat16 if spec is None else get_format(spec.format).dtype
@@ -52,7 +60,11 @@ def round_columns(
     applied = None if scale is None else _fold(scale)
     for j in range(n):
         if group is not None and j % group == 0 and spec is not None:
-            scales.append(choose_scale(W[j : j + group].T, spec, outer))
+            columns = slice(j, min(j + group, n))
+            if cost is not None and spec.clip == "mse":
+                scales.append(choose_with_feedback(W[columns], R[columns, columns], cost[columns], spec, outer))
+            else:
+                scales.append(choose_scale(W[columns].T, spec, outer))
             applied = _fold(scales[-1])
         w = W[j].unsqueeze(1)  # [N, 1]
         if spec is None:
@@ -66,6 +78,32 @@ def round_columns(
         torch.sub(W[j], value.squeeze(1), out=error[j])
         W[j + 1 :].addcmul_(R[j, j + 1 :, None], error[j], value=-1.0)
     return Rounded(codes, error, scales)
+
+
+def choose_with_feedback(W: Tensor, R: Tensor, cost: Tensor, spec: TensorSpec, outer: Tensor | None) -> Scale:
+    """The scales [N, 1] of one group under which GPTQ's own loop over it loses least.
+
+    W [n, N], R [n, n], cost [n] as in round_columns. For every row and clip r in MSE_RATIOS the columns are
+    rounded with feedback, and sum_j cost_j e_j^2 is what the linear's output error grows by if all later columns make
+    up for it as well as they can (GPTQ, arXiv:2210.17323, equation 2). Ties go to the larger clip.
+    """
+    n, rows = W.shape
+    trials = [choose_scale(W.T, replace(spec, clip=ratio), outer) for ratio in MSE_RATIOS]
+    zeros = [trial.zero_point for trial in trials if trial.zero_point is not None]
+    applied = Scale(torch.cat([trial.effective for trial in trials]), torch.cat(zeros) if zeros else None)
+    columns = W.repeat(1, len(trials))  # [n, trials * N]
+    lost = torch.zeros_like(columns[0])
+    for j in range(n):
+        value = decode(encode(columns[j].unsqueeze(1), applied, spec), applied, spec).squeeze(1)
+        error = columns[j] - value
+        lost += error.square() * cost[j]
+        columns[j + 1 :].addcmul_(R[j, j + 1 :, None], error, value=-1.0)
+    best = lost.view(len(trials), rows).argmin(0, keepdim=True)  # [1, N]
+
+    def pick(parts: list[Tensor]) -> Tensor:
+        return torch.stack([part.squeeze(1) for part in parts]).gather(0, best).T.contiguous()
+
+    return Scale(pick([trial.scale for trial in trials]), pick(zeros) if zeros else None, trials[0].outer)
 
 
 def _fold(scale: Scale) -> Scale:
@@ -105,15 +143,16 @@ class ColumnRounder:
         group: int | None,
         scale: Scale | None,
         outer: Tensor | None,
+        cost: Tensor | None = None,
     ) -> Rounded:
         """As round_columns; W is left alone on a GPU."""
         if not W.is_cuda:
             with _one_thread():
-                return round_columns(W, R, spec, group, scale, outer)
-        given = [W, R, outer, *((scale.scale, scale.zero_point, scale.outer) if scale is not None else ())]
+                return round_columns(W, R, spec, group, scale, outer, cost)
+        given = [W, R, outer, cost, *((scale.scale, scale.zero_point, scale.outer) if scale is not None else ())]
         key = (W.shape, W.device, spec, group, tuple(t is not None for t in given))
         if key not in self._recordings:
-            self._recordings[key] = _record(W, R, spec, group, scale, outer)
+            self._recordings[key] = _record(W, R, spec, group, scale, outer, cost)
         recording = self._recordings[key]
         for static, tensor in zip(recording.inputs, [t for t in given if t is not None], strict=True):
             static.copy_(tensor)
@@ -123,21 +162,28 @@ class ColumnRounder:
 
 
 def _record(
-    W: Tensor, R: Tensor, spec: TensorSpec | None, group: int | None, scale: Scale | None, outer: Tensor | None
+    W: Tensor,
+    R: Tensor,
+    spec: TensorSpec | None,
+    group: int | None,
+    scale: Scale | None,
+    outer: Tensor | None,
+    cost: Tensor | None,
 ) -> _Recording:
     """Capture round_columns on copies of its inputs, after one plain run that loads the kernels."""
     static_W, static_R = W.clone(), R.clone()
     static_outer = None if outer is None else outer.clone()
+    static_cost = None if cost is None else cost.clone()
     static_scale = None if scale is None else _map(scale)
     stream = torch.cuda.Stream(W.device)
     stream.wait_stream(torch.cuda.current_stream(W.device))
     with torch.cuda.stream(stream):
-        round_columns(static_W, static_R, spec, group, static_scale, static_outer)
+        round_columns(static_W, static_R, spec, group, static_scale, static_outer, static_cost)
     torch.cuda.current_stream(W.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = round_columns(static_W, static_R, spec, group, static_scale, static_outer)
-    inputs = [static_W, static_R, static_outer]
+        result = round_columns(static_W, static_R, spec, group, static_scale, static_outer, static_cost)
+    inputs = [static_W, static_R, static_outer, static_cost]
     if static_scale is not None:
         inputs += [static_scale.scale, static_scale.zero_point, static_scale.outer]
     return _Recording(graph, [t for t in inputs if t is not None], result)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 Offload = Literal["auto", "on", "off"]
 Precision = Literal["highest", "high"]
 Clip = Literal["measured", "constant"]
+Rotate = Literal["none", "residual"]
+ScaleSearch = Literal["rounding", "feedback"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,17 @@ class CalibrationConfig:
     damping: float = 0.01
     """GPTQ: share of the Hessian's mean diagonal that is added to the diagonal."""
 
+    scale_search: ScaleSearch = "rounding"
+    """GPTQ, where weight clips are searched (mse): by a group's rounding error alone, or by what GPTQ makes of it."""
+
+    true_sequential: bool = False
+    """GPTQ: o sees what rounded q, k and v give, gate and up what rounded o gives, down what all of them give."""
+
     clip: Clip = "measured"
     """Activation clips: measured for each kind of input by its linears' output error, or the scheme's constant."""
+
+    rotate: Rotate = "none"
+    """residual folds a Hadamard rotation of the residual stream, and of each head's values, into the weights."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto: cuda where there is one."""
@@ -60,6 +71,10 @@ class CalibrationConfig:
             raise ValueError(f"damping is a share between 0 and 1, got {self.damping}; use 0.01")
         if self.clip not in ("measured", "constant"):
             raise ValueError(f"clip must be measured or constant, got {self.clip!r}; use measured")
+        if self.scale_search not in ("rounding", "feedback"):
+            raise ValueError(f"scale_search must be rounding or feedback, got {self.scale_search!r}; use feedback")
+        if self.rotate not in ("none", "residual"):
+            raise ValueError(f"rotate must be none or residual, got {self.rotate!r}; use residual")
         if self.offload not in ("auto", "on", "off"):
             raise ValueError(f"offload must be auto, on or off, got {self.offload!r}; use auto")
         if self.matmul_precision not in ("highest", "high"):

@@ -25,6 +25,7 @@ from atom.quant.rounding import Quantized, Scale, choose_scale
 from atom.quant.schemes import LinearScheme, TensorSpec
 
 from .columns import ColumnRounder
+from .config import ScaleSearch
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def gptq(
     damping: float = 0.01,
     name: str = "weight",
     rounder: ColumnRounder | None = None,
+    scale_search: ScaleSearch = "rounding",
 ) -> list[MixedWeight]:
     """Quantize the weights of linears that share an input, their rows stacked.
 
@@ -47,6 +49,7 @@ def gptq(
     linear    the scheme of all of them
     damping   share of the mean diagonal added to the diagonal, tenfold again whenever Cholesky fails
     rounder   keeps recorded column steps from call to call (CUDA graphs); made anew if None
+    scale_search  where clips are searched: by rounding error, or by the loss of GPTQ's loop over the group
     Raises ValueError on a weight that holds NaN or infinity, CalibrationError where no damping up to 10 helps.
     """
     assert linear.weight is not None
@@ -56,8 +59,8 @@ def gptq(
     whole = _whole_scales(W[:normal], sizes, linear.weight)
     W[hessian.diagonal() == 0] = 0.0  # dead columns
     with exact_float32():
-        factor = unit_cholesky(hessian, damping, name)
-        run = _Run(W, factor, rounder or ColumnRounder())
+        factor, cost = inverse_factor(hessian, damping, name)
+        run = _Run(W, factor, rounder or ColumnRounder(), cost if scale_search == "feedback" else None)
         codes, scale = run.round_normal(normal, linear.weight, whole, sizes)
         outlier_codes, outlier_scale = run.round_outliers(normal, linear) if outliers else (None, None)
     parts = []
@@ -83,6 +86,7 @@ class _Run:
     W: Tensor
     R: Tensor
     rounder: ColumnRounder
+    cost: Tensor | None
 
     def round_normal(self, normal: int, spec: TensorSpec, whole: list[Scale], sizes: list[int]) -> tuple[Tensor, Scale]:
         """Codes [normal, N] and scales [N, groups] of the first columns."""
@@ -116,6 +120,7 @@ class _Run:
                 refresh,
                 scale if refresh is None else None,
                 outer if refresh is not None else None,
+                None if self.cost is None or refresh is None else self.cost[start:stop],
             )
             codes.append(block.codes.clone())
             scales += block.scales
@@ -134,8 +139,11 @@ def blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def unit_cholesky(H: Tensor, damping: float, name: str) -> Tensor:
-    """R [K, K] upper triangular with a unit diagonal: U over its diagonal, where the damped H^-1 = U^T U.
+def inverse_factor(H: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor]:
+    """The damped H^-1 = U^T U as R [K, K], which is U over its diagonal, and cost [K] = 1 / diag(U)^2.
+
+    R is upper triangular with a unit diagonal; an error e in column j costs cost_j e^2 once all later columns have
+    made up for it as well as they can.
 
     With J the reversal and J H J = L L^T, U = J L^-1 J: one factorisation and one triangular inverse, and the
     inverse of H itself is never formed. Channels that never fire get the mean of the others. H is overwritten.
@@ -160,7 +168,8 @@ def unit_cholesky(H: Tensor, damping: float, name: str) -> Tensor:
     del H
     eye = torch.eye(len(diagonal), device=L.device, dtype=L.dtype)
     U: Tensor = torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1)
-    return U.div_(U.diagonal().clone().unsqueeze(1))
+    diagonal = U.diagonal().clone()
+    return U.div_(diagonal.unsqueeze(1)), diagonal.square().reciprocal()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from .config import CalibrationConfig
 from .gptq import gptq
 from .hidden import HiddenStates, LayerRunner
 from .observe import Sample, observe_energies, observe_hessians, sample_outputs
-from .plan import InputPlan, plan_layer
+from .plan import InputPlan, plan_layer, unrotate_input
 from .stats import HessianAccumulator
 
 REFERENCE: Kernels = "reference"  # rounding that is the same on every device
@@ -71,13 +71,8 @@ class LayerQuantizer:
             for plan in plans:
                 if plan.needs_order:
                     plan.perm = energy_order(energies[plan.group.name])
-        hessians: dict[str, HessianAccumulator] = {}
-        with self.clock.phase("hessian"):
-            permute_layer_(layer, plans)
-            if self.config.gptq:
-                hessians = observe_hessians(layer, index, plans, hidden, self.runner, self.scheme)
-        with self.clock.phase("gptq"):
-            tensors, weight_errors = self._round(layer, index, plans, hessians)
+        permute_layer_(layer, plans)
+        tensors, weight_errors = self._round(layer, index, plans, hidden)
         with self.clock.phase("propagate"):
             self._swap(layer, tensors, index)
             after = self.propagate(layer, plans, hidden)
@@ -130,27 +125,33 @@ class LayerQuantizer:
         quantize_layer_(layer, self.model.family, self.scheme, tensors, layer_prefix(index), REFERENCE)
 
     def _round(
-        self, layer: DecoderLayer, index: int, plans: list[InputPlan], hessians: dict[str, HessianAccumulator]
+        self, layer: DecoderLayer, index: int, plans: list[InputPlan], hidden: HiddenStates
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """All tensors of the layer as the checkpoint holds them, and the relative error of each quantized weight."""
+        """All tensors of the layer as the checkpoint holds them, and the relative error of each quantized weight.
+
+        With true_sequential the layer's own weights become the rounded ones, input group by input group, and each
+        group's Hessian is that of what the rounded ones before it give.
+        """
         prefix = f"{layer_prefix(index)}."
         tensors: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
+        in_turn = self.config.gptq and self.config.true_sequential
+        hessians = self._observe(layer, index, plans, hidden) if self.config.gptq and not in_turn else {}
         for plan in plans:
             if not plan.is_quantized:
                 continue
-            accumulator = hessians.pop(plan.group.name, None)
-            H = None if accumulator is None else accumulator.finish()
-            for linear, names in _by_scheme(plan).items():
-                weights = [_linear(layer, name).weight for name in names]
-                own = H.clone() if H is not None and len(set(plan.schemes.values())) > 1 else H
-                rounded = self._round_weights(weights, own, linear, [prefix + name for name in names])
-                for name, weight, found in zip(names, weights, rounded, strict=True):
+            if in_turn:
+                hessians = self._observe(layer, index, plans, hidden, plan.group.name)
+            with self.clock.phase("gptq"):
+                for name, found in self._round_group(layer, plan, hessians, prefix).items():
+                    linear, weight = plan.schemes[name], _linear(layer, name).weight
                     errors[name] = _weight_error(weight, found, linear)
                     for part, tensor in store_weight(found, linear).items():
                         tensors[f"{prefix}{name}.{part}"] = tensor
                     if plan.perm is not None and plan.group.is_gathered:
                         tensors[f"{prefix}{name}.input_perm"] = plan.perm.to(torch.int32)
+                    if in_turn:
+                        weight.copy_(unrotate_input(dequantize_weight(found, linear), linear))
         if layer.self_attn.key_offset is not None:
             tensors[prefix + KEY_OFFSET] = layer.self_attn.key_offset
         quantized = {f"{name}.weight" for name in errors}
@@ -159,12 +160,33 @@ class LayerQuantizer:
                 tensors[prefix + name] = parameter.detach().to(self.source.dtype(prefix + name))
         return tensors, errors
 
+    def _observe(
+        self, layer: DecoderLayer, index: int, plans: list[InputPlan], hidden: HiddenStates, only: str | None = None
+    ) -> dict[str, HessianAccumulator]:
+        with self.clock.phase("hessian"):
+            return observe_hessians(layer, index, plans, hidden, self.runner, self.scheme, only)
+
+    def _round_group(
+        self, layer: DecoderLayer, plan: InputPlan, hessians: dict[str, HessianAccumulator], prefix: str
+    ) -> dict[str, MixedWeight]:
+        """The rounded weights of one input group's linears by name; its Hessian is spent."""
+        accumulator = hessians.pop(plan.group.name, None)
+        H = None if accumulator is None else accumulator.finish()
+        rounded: dict[str, MixedWeight] = {}
+        for linear, names in _by_scheme(plan).items():
+            weights = [_linear(layer, name).weight for name in names]
+            own = H.clone() if H is not None and len(set(plan.schemes.values())) > 1 else H
+            found = self._round_weights(weights, own, linear, [prefix + name for name in names])
+            rounded.update(zip(names, found, strict=True))
+        return rounded
+
     def _round_weights(
         self, weights: list[Tensor], H: Tensor | None, linear: LinearScheme, names: list[str]
     ) -> list[MixedWeight]:
         if H is None:
             return [quantize_weight(w, linear, name) for w, name in zip(weights, names, strict=True)]
-        return gptq(weights, H, linear, self.config.damping, ", ".join(names), self.rounder)
+        config = self.config
+        return gptq(weights, H, linear, config.damping, ", ".join(names), self.rounder, config.scale_search)
 
 
 def permute_layer_(layer: DecoderLayer, plans: list[InputPlan]) -> None:

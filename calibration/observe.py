@@ -77,8 +77,12 @@ def observe_hessians(
     hidden: HiddenStates,
     runner: LayerRunner,
     scheme: Scheme,
+    only: str | None = None,
 ) -> dict[str, HessianAccumulator]:
-    """Run the permuted layer on rounded inputs: the Hessian accumulator of every quantized input group."""
+    """Run the permuted layer on rounded inputs: the Hessian accumulator of every quantized input group.
+
+    only  the one group that is wanted; the layer runs no further than its input
+    """
     hessians: dict[str, HessianAccumulator] = {}
 
     def watch(plan: InputPlan) -> Hook:
@@ -88,10 +92,11 @@ def observe_hessians(
             if plan.perm is not None and plan.group.is_gathered:
                 x = x[..., plan.perm]
             rounded = fake_quantize_activation(x, plan.linear)
-            if name not in hessians:
-                where = input_name(plan, index)
-                hessians[name] = HessianAccumulator(x.shape[-1], x.device, where)
-            hessians[name].add(rounded)
+            if only in (None, name):
+                if name not in hessians:
+                    where = input_name(plan, index)
+                    hessians[name] = HessianAccumulator(x.shape[-1], x.device, where)
+                hessians[name].add(rounded)
             return unrotate_input(rounded, plan.linear)
 
         return hook
@@ -99,7 +104,8 @@ def observe_hessians(
     watched = {plan.group.producer: watch(plan) for plan in plans if plan.is_quantized}
     if not watched:
         return hessians
-    with hooked(watched, layer), stopped_after(list(watched)[-1], layer):
+    last = list(watched)[-1] if only is None else next(p.group.producer for p in plans if p.group.name == only)
+    with hooked(watched, layer), stopped_after(last, layer):
         for number in range(len(hidden)):
             with suppress(_SeenEnough):
                 runner.run(layer, hidden, number, scheme)

@@ -39,6 +39,7 @@ from .layer import LayerQuantizer
 from .plan import check_sizes, plan_layer
 from .progress import Progress, Silent
 from .report import Report, total
+from .rotated import rotate_source
 from .sample import sample_windows
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ def quantize_source(
     """As quantize_model, from an opened source and given tokens; `windows` None copies the weights as they are."""
     started = time.perf_counter()
     config = replace(config, device=str(choose_device(config.device)))
+    if config.rotate == "residual":
+        source = rotate_source(source, config.seed, config.device)
     model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
     check_source(model_tensors(model, None), source, model)
     _check_scheme(model, scheme)
@@ -214,7 +217,7 @@ def _copy_layers(source: Source, model: Model, writer: CheckpointWriter, progres
 def _outside(source: Source, model: Model) -> dict[str, Tensor]:
     """Everything that is in no decoder layer: embedding, final norm, head."""
     names = [n for n in source.names() if not n.startswith("model.layers.") and not is_ignored(n, model)]
-    tensors = {name: source.get(name) for name in names}
+    tensors = {name: source.get(name).to(source.dtype(name)) for name in names}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from atom.calibration.gptq import blocks, gptq, unit_cholesky
+from atom.calibration.gptq import blocks, gptq, inverse_factor
 from atom.calibration.stats import EnergyAccumulator, HessianAccumulator
 from atom.errors import CalibrationError
 from atom.quant.granularity import Channel, Group
@@ -35,6 +35,8 @@ SCHEMES = {
     "nvint4": PRESETS["nvint4"].default_linear,
     "rotated": LinearScheme(INT4, None, rotation=RotationSpec("block_hadamard", 32)),
 }
+nvint4 = PRESETS["nvint4"].default_linear.weight
+assert nvint4 is not None
 COLUMNS = 300  # two blocks and a bit, not a multiple of any group
 
 
@@ -173,7 +175,7 @@ def test_damping_grows_with_a_message(caplog: pytest.LogCaptureFixture) -> None:
     H = torch.eye(4)
     H[0, 1] = H[1, 0] = 1.05  # indefinite until 5 % is added
     with caplog.at_level("WARNING"):
-        R = unit_cholesky(H, 0.01, "model.layers.3.mlp.down_proj")
+        R, _ = inverse_factor(H, 0.01, "model.layers.3.mlp.down_proj")
     assert torch.isfinite(R).all()
     assert "Cholesky failed for model.layers.3.mlp.down_proj with damping 0.01; trying 0.1" in caplog.text
 
@@ -182,7 +184,38 @@ def test_gives_up_with_the_name() -> None:
     H = torch.eye(4)
     H[0, 1] = H[1, 0] = 100.0
     with pytest.raises(CalibrationError, match=r"Hessian of layers\.3\.down is not positive definite.*--no-gptq"):
-        unit_cholesky(H, 0.01, "layers.3.down")
+        inverse_factor(H, 0.01, "layers.3.down")
+
+
+def test_cost_is_the_loss_that_is_left_once_later_columns_made_up() -> None:
+    """Fix column j of a row to be wrong by 1 and solve for the columns behind it: the loss left is cost_j / 2."""
+    _, x = problem(columns=40)
+    H = hessian_of(x)
+    _, cost = inverse_factor(H.clone(), 1e-6, "w")
+    j = 11
+    rest = H[j + 1 :, j + 1 :].double()
+    left = H[j, j].double() - H[j, j + 1 :].double() @ torch.linalg.solve(rest, H[j + 1 :, j].double())
+    assert float(cost[j]) == pytest.approx(float(left), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["int4-mse", "int4-asymmetric-mse", "nvint4-mse", "int4-two-level-mse"])
+def test_scales_searched_with_feedback_lose_less(name: str) -> None:
+    linears = {
+        "int4-mse": SCHEMES["int4-mse"],
+        "int4-asymmetric-mse": LinearScheme(replace(INT4, symmetric=False, clip="mse", scale_rule="max")),
+        "nvint4-mse": LinearScheme(replace(nvint4, clip="mse")),
+        "int4-two-level-mse": LinearScheme(replace(INT4, clip="mse", scale_format="uint4", outer="channel")),
+    }
+    linear = linears[name]
+    gains = []
+    for seed in range(3):  # what later groups do with the errors is chance: a single problem may lose
+        weight, x = problem(rows=64, seed=seed)
+        H = hessian_of(x)
+        (plain,) = gptq([weight], H.clone(), linear)
+        (aware,) = gptq([weight], H.clone(), linear, scale_search="feedback")
+        losses = [loss(weight, dequantize_weight(found, linear), H, linear) for found in (plain, aware)]
+        gains.append(losses[1] / losses[0])
+    assert sum(gains) / len(gains) < 0.995
 
 
 def test_nan_weight_is_named() -> None:

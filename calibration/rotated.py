@@ -1,0 +1,155 @@
+"""Rotation of the residual stream, folded into the weights: the same function, without loud channels.
+
+With an orthogonal R the stream h becomes h R. RMSNorm commutes with R once its gain has moved into the linears behind
+it, so for a norm with gain g, linears W that read the stream, and linears V (bias b) that write to it
+
+    embedding E -> E R      W -> W diag(g) R      V -> R^T V      b -> b R      head -> head diag(g_final) R, untied
+
+and every gain becomes 1. R is a Hadamard matrix with random signs, R = diag(signs) H. The values of each head are
+turned by a Hadamard matrix of their own, v -> v Q, which o undoes: W_v -> Q^T W_v, W_o -> W_o Q by heads; that helps
+o's input and a low-bit cache of values. Nothing is left for run time; what stays to be rotated there, the inputs of o
+and down, is the scheme's `rotation`.
+
+Tensors are rotated when they are read, one at a time, so a model of any size streams through.
+Source: QuaRot, arXiv:2404.00456.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from atom.errors import UnsupportedError
+from atom.models.config import ModelConfig
+from atom.models.loader import meta_model
+from atom.models.model import Model
+from atom.models.norm import RMSNorm
+from atom.models.source import Source, Weights
+from atom.quant.rotation import hadamard, rotate
+from atom.quant.schemes import RotationSpec
+
+from .gptq import exact_float32
+
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+WHOLE = RotationSpec("hadamard")
+
+Change = Callable[[Tensor], Tensor]
+
+
+def rotate_source(source: Source, seed: int = 0, device: torch.device | str = "cpu") -> Source:
+    """`source` with its residual stream and its values rotated: the same logits, from other weights.
+
+    seed    of the signs
+    device  where products run; tensors come back on the CPU, in float32
+    Raises UnsupportedError for a family whose layers norm what they add to the stream (Gemma 3), ValueError where no
+    Hadamard matrix of the hidden size or of a head's size is known.
+    """
+    model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
+    weights = RotatedWeights(source.weights, model, seed, torch.device(device))
+    return replace(source, config={**source.config, "tie_word_embeddings": False}, weights=weights)
+
+
+class RotatedWeights:
+    """The tensors of `weights` (a `Weights` itself) under the rotation; `model` says what each of them does."""
+
+    def __init__(self, weights: Weights, model: Model, seed: int, device: torch.device) -> None:
+        _refuse_inner_norms(model)
+        self._weights = weights
+        self._model = model
+        self._device = device
+        config = model.config
+        hadamard(config.hidden_size), hadamard(config.head_dim)  # ValueError before any work
+        generator = torch.Generator().manual_seed(seed)
+        self._signs = torch.randint(0, 2, (config.hidden_size,), generator=generator).float().mul_(2).sub_(1)
+        self._signs = self._signs.to(device)
+        self._is_tied = config.tie_embeddings
+
+    def names(self) -> list[str]:
+        found = [name for name in self._weights.names() if name != HEAD]
+        return [*found, HEAD]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weights.shape(self._stored(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """That of the tensor before rotation, in which a checkpoint stores it again if it is not quantized."""
+        return self._weights.dtype(self._stored(name))
+
+    def get(self, name: str) -> Tensor:
+        change = self._change(name)
+        x = self._weights.get(self._stored(name))
+        if change is None:
+            return x
+        with exact_float32():
+            return change(x.to(self._device).float()).cpu()
+
+    def _stored(self, name: str) -> str:
+        return EMBEDDING if name == HEAD and self._is_tied else name
+
+    def _change(self, name: str) -> Change | None:
+        """What happens to the tensor `name`; None leaves it as it is."""
+        if name == EMBEDDING:
+            return self._turn
+        if name == HEAD:
+            return partial(self._read, norm=FINAL_NORM)
+        if name == FINAL_NORM:
+            return self._plain_gain
+        if not name.startswith("model.layers."):
+            return None
+        _, _, index, inner = name.split(".", 3)
+        module, _, kind = inner.rpartition(".")
+        return self._layer_change(f"model.layers.{index}", module, kind)
+
+    def _layer_change(self, prefix: str, module: str, kind: str) -> Change | None:
+        groups = self._model.family.groups
+        norms = [g.producer for g in groups if isinstance(self._module(g.producer), RMSNorm)]
+        if module in norms:
+            return self._plain_gain
+        if module == "self_attn.v_proj" and kind == "bias":
+            return self._turn_heads
+        if kind == "bias":
+            return self._turn if module in ("self_attn.o_proj", "mlp.down_proj") else None
+        if module == "self_attn.o_proj":
+            return lambda W: self._write(self._turn_heads(W))
+        if module == "mlp.down_proj":
+            return self._write
+        if module in self._model.family.linears:
+            read = partial(self._read, norm=f"{prefix}.{self._model.family.group_of(module).producer}.weight")
+            return (lambda W: self._turn_heads(read(W).T).T) if module == "self_attn.v_proj" else read
+        return None
+
+    def _module(self, name: str) -> torch.nn.Module:
+        return self._model.model.layers[0].get_submodule(name)
+
+    def _turn(self, x: Tensor) -> Tensor:
+        """x [..., hidden_size] -> x R."""
+        return rotate(x * self._signs, WHOLE)
+
+    def _turn_heads(self, x: Tensor) -> Tensor:
+        """x [..., heads * head_dim] -> each head times Q."""
+        return rotate(x.unflatten(-1, (-1, self._model.config.head_dim)), WHOLE).flatten(-2)
+
+    def _read(self, W: Tensor, norm: str) -> Tensor:
+        """A weight [N, hidden_size] that reads what `norm` gives."""
+        gain = self._weights.get(norm).to(self._device).float() + self._model.config.norm_offset
+        return self._turn(W * gain)
+
+    def _write(self, W: Tensor) -> Tensor:
+        """A weight [hidden_size, K] that writes to the stream."""
+        return self._turn(W.T).T.contiguous()
+
+    def _plain_gain(self, gain: Tensor) -> Tensor:
+        return torch.full_like(gain, 1.0 - self._model.config.norm_offset)
+
+
+def _refuse_inner_norms(model: Model) -> None:
+    layer = model.model.layers[0]
+    known = [group.producer for group in model.family.groups]
+    inner = [name for name, module in layer.named_children() if isinstance(module, RMSNorm) and name not in known]
+    if inner or model.config.embedding_scale is not None:
+        raise UnsupportedError(
+            f"the residual stream of {model.config.architecture} cannot be rotated: {' and '.join(inner)} norm what is "
+            "added to it, and their gains cannot move on; use --rotation block_hadamard, which needs no folding"
+        )
