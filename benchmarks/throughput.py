@@ -7,10 +7,12 @@
     atom report bench benchmarks/results/h200/throughput.json benchmarks/results/h200/quality-presets.json
 
 paper   the Atom paper's: Llama-2-7B's shape, 24 GiB for everything, targets of 100 ms and 5 ms for a token, its length
-        distribution and one like ShareGPT's, equal batches beside
-today   Llama-3-8B's shape: 512 requests of 512/256 on the whole GPU and in 24 GiB, then other lengths
-traces  Llama-3-8B's shape under the Azure 2023 traces' lengths, in the order of the traces, all at once
-Weights are random: speed is that of real ones, text is not.
+        distribution and one like ShareGPT's; equal batches beside, those that 24 GiB do not hold on the whole GPU
+today   Llama-3-8B's shape: 512 requests of 512/256 on the whole GPU and in 24 GiB
+lengths the same shape on the whole GPU: 128/128 to 20000/2000
+traces  the same shape under the Azure 2023 traces' lengths, in the order of the traces, all at once
+Weights are random: speed is that of real ones, text is not. `paper` and `lengths` measure WINDOW_S seconds of a steady
+state each (serving/bench/window.py); `today` and `traces` run all requests to their ends, start and tail included.
 """
 
 import json
@@ -29,14 +31,16 @@ from atom.serving.bench.sweep import SweepConfig, run_sweep, throughput_rows
 PAPER_SCHEMES = ("bf16", "w8a8+kv16", "w8a8", "fp8", "w4a16", "w4a8", "w4a4")
 TODAY_SCHEMES = ("bf16", "fp8", "w8a8", "w4a16", "w4a8", "w4a4")
 PAPER_BATCHES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-LENGTHS = ("512/256", "128/128", "1000/1000", "2048/2048", "500/2000", "20000/2000")
+EQUAL_BATCHES = (32, 64, 128)  # on the whole GPU: what some scheme cannot hold in 24 GiB
+LENGTHS = ("128/128", "1000/1000", "2048/2048", "500/2000", "20000/2000")
+WINDOW_S = 4.0  # some hundred steps
 
 
 @dataclass(frozen=True)
 class Run:
     """Run an experiment, or what is missing of it."""
 
-    experiment: Annotated[Literal["paper", "today", "traces"], tyro.conf.Positional]
+    experiment: Annotated[Literal["paper", "today", "lengths", "traces"], tyro.conf.Positional]
     """Which one."""
 
     output: Path
@@ -44,6 +48,15 @@ class Run:
 
     schemes: tuple[str, ...] = ()
     """Only these; default: the experiment's own."""
+
+    workload: tuple[str, ...] = ()
+    """Only these lengths; default: the experiment's own."""
+
+    memory_gb: tuple[int, ...] = ()
+    """Only in these budgets, 0 for the whole GPU; default: the experiment's own."""
+
+    window_s: float = WINDOW_S
+    """Seconds of a steady state, where the experiment measures one."""
 
     data: Path | None = None
     """Folder that holds conv.csv.gz and code.csv.gz of the Azure traces; for `traces`."""
@@ -63,33 +76,44 @@ class Join:
 def sweeps(options: Run) -> list[SweepConfig]:
     """The sweeps of an experiment, each in a folder of its own below options.output."""
     if options.quick:
-        lengths = {"paper": ("paper:64",), "today": ("16/8",), "traces": ("sharegpt",)}[options.experiment]
-        small: dict[str, Any] = {"memory_gb": (0.05,), "concurrency": (2, 0), "num_requests": 8}
+        lengths = {"paper": ("paper:64",), "today": ("16/8",), "lengths": ("16/8", "9/30"), "traces": ("sharegpt",)}
+        steady = {"window_s": 0.3} if options.experiment in ("paper", "lengths") else {}
+        small: dict[str, Any] = {"memory_gb": (0.05,), "concurrency": (2, 0), "num_requests": 8, **steady}
         schemes = options.schemes or ("bf16", "w4a8")
-        return [SweepConfig(("tiny",), options.output / "quick", schemes, workload=lengths, **small)]
-    if options.experiment == "paper":
-        schemes, targets = options.schemes or PAPER_SCHEMES, (100.0, 5.0)
-        work = ("paper", "sharegpt")
-        return [
-            SweepConfig(
-                ("llama-2-7b",), options.output / "24", schemes, (24.0,), PAPER_BATCHES, workload=work, tpot_ms=targets
-            ),
-            SweepConfig(
-                ("llama-2-7b",), options.output / "whole", schemes, (0.0,), (8, 32, 64, 128), workload=("paper",)
-            ),
-        ]
-    schemes, shape = options.schemes or TODAY_SCHEMES, ("llama-3-8b",)
+        work = options.workload or lengths[options.experiment]
+        return [SweepConfig(("tiny",), options.output / "quick", schemes, workload=work, **small)]
+    found = _paper(options) if options.experiment == "paper" else _today(options)
+    return [sweep for sweep in found if not options.memory_gb or sweep.memory_gb[0] in options.memory_gb]
+
+
+def _paper(options: Run) -> list[SweepConfig]:
+    shape, out, schemes = ("llama-2-7b",), options.output, options.schemes or PAPER_SCHEMES
+    work, steady, targets = options.workload or ("paper", "sharegpt"), options.window_s, (100.0, 5.0)
+    return [
+        SweepConfig(
+            shape, out / "24", schemes, (24.0,), PAPER_BATCHES, workload=work, window_s=steady, tpot_ms=targets
+        ),
+        SweepConfig(shape, out / "whole", schemes, (0.0,), EQUAL_BATCHES, workload=work[:1], window_s=steady),
+    ]
+
+
+def _today(options: Run) -> list[SweepConfig]:
+    """All requests at once: the engine takes as many as memory holds, 512 at most."""
+    shape, out, schemes = ("llama-3-8b",), options.output, options.schemes or TODAY_SCHEMES
+    most: dict[str, Any] = {"concurrency": (0,), "engine_args": "--max-num-seqs 512"}
     if options.experiment == "today":
-        long = {"engine_args": "--max-num-seqs 512", "num_requests": 512}
+        work = options.workload or ("512/256",)
         return [
-            SweepConfig(shape, options.output / "24", schemes, (24.0,), (0,), workload=("512/256",), **long),
-            SweepConfig(shape, options.output / "whole", schemes, (0.0,), (0,), workload=LENGTHS, **long),
+            SweepConfig(shape, out / name, schemes, (memory,), workload=work, num_requests=512, **most)
+            for name, memory in (("24", 24.0), ("whole", 0.0))
         ]
+    if options.experiment == "lengths":
+        work = options.workload or LENGTHS
+        return [SweepConfig(shape, out / "whole", schemes, (0.0,), workload=work, window_s=options.window_s, **most)]
     if options.data is None:
         raise ValueError("the traces lie outside the repository; name their folder with --data")
     files = tuple(f"trace:{options.data / name}.csv.gz" for name in ("conv", "code"))
-    seqs = "--max-num-seqs 512"
-    return [SweepConfig(shape, options.output / "whole", schemes, (0.0,), (0,), workload=files, engine_args=seqs)]
+    return [SweepConfig(shape, out / "whole", schemes, (0.0,), workload=options.workload or files, **most)]
 
 
 def run(options: Run) -> None:

@@ -142,7 +142,8 @@ def _tokenizer(model: str, options: EngineConfig) -> Any:
 
 def _load(model: str, options: EngineConfig, device: torch.device, dtype: torch.dtype) -> Model:
     if options.load_format == "dummy":
-        source = dummy_source(model, None if options.scheme is None else get_scheme(options.scheme))
+        scheme = None if options.scheme is None else get_scheme(options.scheme)
+        source = dummy_source(model, scheme, device=device)
     else:
         source = open_source(model, options.revision)
     return load_source(source, device, dtype, options.kernels)

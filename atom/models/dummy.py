@@ -2,6 +2,7 @@
 
 The weights are a `Source` like any other, so that a dummy model goes through the same loader, kernels and engine as a
 real one. Values are of a trained model's order of magnitude and mean nothing; the same bytes come again and again.
+On a GPU they are cut from a pool that lies there: 16 GB then take a second instead of crossing the bus.
 """
 
 from collections.abc import Mapping
@@ -56,13 +57,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-70b": {**_LLAMA_3, **_sizes(8192, 28672, 80, 64)},
 }
 POOL = 1 << 22  # random elements that all weights are cut from
+STD = 0.02  # of weights that are not quantized
 
 
-def dummy_source(model: str | Path, scheme: Scheme | None = None, seed: int = 0) -> Source:
+def dummy_source(
+    model: str | Path, scheme: Scheme | None = None, seed: int = 0, device: torch.device | str = "cpu"
+) -> Source:
     """A source of random weights.
 
     model   a name of SHAPES, or a directory with a config.json (whose weights, if any, are not read)
     scheme  how the weights are quantized; None: they are not
+    device  where the weights are made; they are the same everywhere
     Raises CheckpointError for a name that is neither.
     """
     name = str(model)
@@ -80,19 +85,26 @@ def dummy_source(model: str | Path, scheme: Scheme | None = None, seed: int = 0)
     else:
         scheme = None
     expected = model_tensors(meta_model(ModelConfig.from_hf(raw)), scheme)
-    return Source(Path(name), raw, {}, {"source": name, "kind": "dummy"}, DummyWeights(expected, scheme, seed))
+    return Source(Path(name), raw, {}, {"source": name, "kind": "dummy"}, DummyWeights(expected, scheme, seed, device))
 
 
 class DummyWeights:
     """Random tensors in the names, shapes and dtypes of `expected`; bfloat16 where those leave the dtype open."""
 
-    def __init__(self, expected: Mapping[str, Expected], scheme: Scheme | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        expected: Mapping[str, Expected],
+        scheme: Scheme | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._expected = expected
+        self._device = torch.device(device)
         weight = None if scheme is None else scheme.weight
         self._has_factors = weight is not None and weight.scale_format == "uint4"
         generator = torch.Generator().manual_seed(seed)
-        self._bytes = torch.randint(0, 256, (POOL,), dtype=torch.uint8, generator=generator)
-        self._normal = torch.randn(POOL, generator=generator).to(torch.bfloat16)
+        self._bytes = torch.randint(0, 256, (POOL,), dtype=torch.uint8, generator=generator).to(self._device)
+        self._normal = (torch.randn(POOL, generator=generator).to(torch.bfloat16) * STD).to(self._device)
 
     def names(self) -> list[str]:
         return list(self._expected)
@@ -106,29 +118,33 @@ class DummyWeights:
     def get(self, name: str) -> Tensor:
         shape, dtype, part = self.shape(name), self.dtype(name), name.rpartition(".")[2]
         if part == PERM:  # linears that share an input share its order: of one length, all do
-            return torch.randperm(shape[0], generator=torch.Generator().manual_seed(shape[0])).to(dtype)
+            perm = torch.randperm(shape[0], generator=torch.Generator().manual_seed(shape[0]))
+            return perm.to(self._device, dtype)
         if part == "weight_zero_point":
-            return torch.full(shape, 8, dtype=dtype)
+            return self._full(shape, 8, dtype)
         if part.endswith("scale"):
             return self._scale(part, shape, dtype)
         if part in ("weight_packed", "outlier_weight") and dtype != torch.bfloat16:
             return self._codes(shape, dtype)
         if "norm" in name:
-            return torch.ones(shape, dtype=dtype)
+            return self._full(shape, 1, dtype)
         if part == "bias":
-            return torch.zeros(shape, dtype=dtype)
-        return (self._cut(self._normal, shape) * 0.02).to(dtype)
+            return self._full(shape, 0, dtype)
+        return self._cut(self._normal, shape).to(dtype)
+
+    def _full(self, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full(shape, value, dtype=dtype, device=self._device)
 
     def _scale(self, part: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Weights of about 0.02 for codes of a few units; of two levels, the outer one is the small one."""
         outer = "weight_tensor_scale" in part or "weight_channel_scale" in part
         if dtype == torch.uint8:  # a factor, or an exponent biased by 127
-            return torch.full(shape, 8 if self._has_factors else 127 - 7, dtype=dtype)
+            return self._full(shape, 8 if self._has_factors else 127 - 7, dtype)
         if self._has_factors and outer:
-            return torch.full(shape, 0.0006, dtype=dtype)
+            return self._full(shape, 0.0006, dtype)
         if dtype.itemsize == 1:
-            return torch.ones(shape, dtype=dtype)
-        return torch.full(shape, 0.005 if outer or dtype == torch.bfloat16 else 0.0003, dtype=dtype)
+            return self._full(shape, 1, dtype)
+        return self._full(shape, 0.005 if outer or dtype == torch.bfloat16 else 0.0003, dtype)
 
     def _codes(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         codes = self._cut(self._bytes, shape)

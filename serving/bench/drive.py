@@ -7,7 +7,6 @@ read there, once, so that a batch of any size costs one clock reading.
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from atom.errors import AtomError
 
@@ -17,20 +16,14 @@ from ..request import FinishReason, Request
 from ..sampling_params import SamplingParams
 from ..sequence import Output
 from .sample import Sample
+from .under_way import MARK
+from .window import FULL, StepTime
 from .workload import WorkItem
 
 PAUSE_S = 0.01  # after the engine's queue was full
+LOOK_S = 0.05  # between two looks at whether enough was measured
 
 Progress = Callable[[int, int, int], None]  # (requests done, in all, tokens so far, about)
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """One call from the engine: when, with how many sequences' tokens, and how many tokens."""
-
-    at_s: float
-    sequences: int
-    tokens: int
 
 
 class Driver:
@@ -43,6 +36,7 @@ class Driver:
         self._changed = threading.Condition()
         self._open: dict[str, Sample] = {}
         self._runs = 0
+        self._is_windowed = False
         self._start = 0.0
         self._news: list[tuple[float, tuple[str, ...], tuple[int, ...]]] = []  # a step: when, who, how many tokens
         self._death: str | None = None
@@ -58,35 +52,44 @@ class Driver:
         concurrency: int | None = None,
         due_s: Sequence[float] | None = None,
         progress: Progress = lambda done, total, tokens: None,
+        window_s: float | None = None,
     ) -> list[Sample]:
         """Run the items and return a sample for each; `steps` has the engine's steps of this run.
 
         concurrency  requests handed to the engine at once; None: all, and the engine chooses
         due_s        when each arrives, ascending; None: as soon as concurrency allows
+        window_s     seconds of a full batch (window.py) after which the run is cut; None: run all to their ends
         Raises InvalidRequestError for an item that the engine can never serve, and AtomError if it dies.
         """
         prompts = [tuple(self._draw(item, seed)) for item in items]
         self._runs += 1
+        self._is_windowed = window_s is not None
         self._news = []
         samples: list[Sample] = []
         self._start = time.perf_counter()
         try:
             for index, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
-                due = self._wait_for_turn(concurrency, None if due_s is None else due_s[index])
+                due = self._wait_for_turn(concurrency, None if due_s is None else due_s[index], window_s)
+                if due is None:
+                    break
                 sample = Sample(index, item.prompt_tokens, item.output_tokens, due, free_s=due)
+                sample.is_under_way = item.is_under_way
                 samples.append(sample)
                 self._submit(sample, prompt)
                 progress(index + 1 - len(self._open), len(items), self._tokens())
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: not self._open or self._death, timeout=0.2)
+                    self._changed.wait_for(lambda: not self._open or self._death, timeout=LOOK_S if window_s else 0.2)
                     self._check_alive()
-                    if not self._open:
+                    if not self._open or self._is_measured(window_s):
                         break
                 progress(len(items) - len(self._open), len(items), self._tokens())
-        finally:  # an error, or the user's Ctrl-C
+        finally:  # enough was measured; or an error, or the user's Ctrl-C
             for request_id in list(self._open):
                 self._engine.abort(request_id)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open or self._death)
+            self._check_alive()
         self.steps = self._count(samples)
         return samples
 
@@ -95,17 +98,20 @@ class Driver:
         return len(self._news) * len(self._news[-1][1]) if self._news else 0
 
     def _name(self, sample: Sample) -> str:
-        return f"bench-{self._runs}-{sample.index}"
+        return f"{MARK if sample.is_under_way else ''}bench-{self._runs}-{sample.index}"
 
     def _now(self) -> float:
         return time.perf_counter() - self._start
 
-    def _wait_for_turn(self, concurrency: int | None, due: float | None) -> float:
-        """Wait until a request may go; returns when it was due."""
+    def _wait_for_turn(self, concurrency: int | None, due: float | None, window_s: float | None) -> float | None:
+        """Wait until a request may go; returns when it was due, None if enough was measured meanwhile."""
         if due is not None:
             time.sleep(max(0.0, due - self._now()))
         with self._changed:
-            self._changed.wait_for(lambda: concurrency is None or len(self._open) < concurrency or bool(self._death))
+            while not (concurrency is None or len(self._open) < concurrency or self._death):
+                self._changed.wait(None if window_s is None else LOOK_S)
+                if self._is_measured(window_s):
+                    return None
             self._check_alive()
         if due is not None:
             return due
@@ -128,6 +134,15 @@ class Driver:
                 with self._changed:
                     del self._open[name]
                 raise
+
+    def _is_measured(self, window_s: float | None) -> bool:
+        """Whether steps of a full batch span window_s by now."""
+        news = self._news
+        if window_s is None or not news:
+            return False
+        batch = max(len(names) for _, names, _ in news)
+        first = next(now for now, names, _ in news if len(names) >= FULL * batch)
+        return news[-1][0] - first >= window_s
 
     def _check_alive(self) -> None:
         if self._death is not None:
@@ -156,7 +171,8 @@ class Driver:
             return
         sample.end_s, sample.finish_reason = now, output.finish_reason.value
         sample.cached_tokens = output.cached_tokens
-        if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+        failures = (FinishReason.ERROR,) if self._is_windowed else (FinishReason.ERROR, FinishReason.ABORT)
+        if output.finish_reason in failures:
             sample.error = f"engine {output.finish_reason.value}"
 
     def _count(self, samples: Sequence[Sample]) -> list[StepTime]:

@@ -11,6 +11,7 @@ from atom.kernels.bounds import GPUS, Gpu
 from atom.models.device import choose_device
 from atom.quant.presets import get_scheme
 
+from ..engine import Engine
 from ..engine_config import EngineConfig
 from ..startup import Ready, start_up
 from .drive import Driver
@@ -18,6 +19,7 @@ from .floor import GIB, ModelFloor, model_floor
 from .offline_config import ModelChoice
 from .prompts import Vocabulary
 from .sample import Sample
+from .under_way import UnderWayScheduler, fill_pool
 from .workload import Segment, WorkItem
 
 Say = Callable[[str], None]
@@ -34,6 +36,11 @@ def running(choice: ModelChoice, say: Say) -> Iterator[tuple[Ready, Driver]]:
         vocabulary = Vocabulary.of_range(low if ready.limits.vocab_size > 1024 else 0, ready.limits.vocab_size)
     else:
         vocabulary = Vocabulary.of_tokenizer(ready.tokenizer)
+    scheduler = None
+    if choice.is_dummy:
+        scheduler = UnderWayScheduler(ready.limits)
+        watchdog_s = options.watchdog_s(ready.model.device.type == "cpu")
+        ready = replace(ready, engine=Engine(ready.runner, scheduler, watchdog_s))
     driver = Driver(ready.engine, vocabulary.token_ids)
     driver.start()
     try:
@@ -42,6 +49,8 @@ def running(choice: ModelChoice, say: Say) -> Iterator[tuple[Ready, Driver]]:
         length = min(prompt, ready.limits.max_sequence_tokens - output)
         items = [WorkItem((Segment(f"warm-up {i}", length),), output) for i in range(count)]
         check_samples(driver.run(items, seed=choice.seed), "the warm-up")
+        if scheduler is not None and scheduler.written:
+            fill_pool(ready.runner.kv.pool, scheduler.written)
         yield ready, driver
     finally:
         ready.engine.shutdown()

@@ -10,10 +10,11 @@ from atom.errors import UnsupportedError
 from atom.models.dummy import SHAPES
 
 from ..startup import Ready
-from .drive import Driver, StepTime
+from .drive import Driver
 from .engine_run import Say, check_samples, known_gpu, running, served_floor
 from .floor import ModelFloor
 from .offline_config import LatencyConfig
+from .window import StepTime
 from .workload import Segment, WorkItem
 
 

@@ -57,8 +57,11 @@ class ThroughputConfig(ModelChoice):
     Example: atom bench throughput llama-3-8b --load-format dummy --scheme w4a8 --workload 512/256 --num-requests 512
     """
 
-    workload: str = "512/256"
-    """Lengths, as for atom bench serve."""
+    workload: tuple[str, ...] = ("512/256",)
+    """Lengths, as for atom bench serve; all of them on one engine, one after the other."""
+
+    window_s: float | None = None
+    """Measure so many seconds of a full batch, from requests of every age, instead of all requests to their end."""
 
     num_requests: int | None = None
     """How many; default: all of a trace, else 4 for each one under way, at least 64 (512 if all come at once)."""
@@ -74,14 +77,19 @@ class ThroughputConfig(ModelChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.workload.startswith(("trace:", "turns:")):
-            parse_workload(self.workload)
+        for workload in self.workload:
+            if not workload.startswith(("trace:", "turns:")):
+                parse_workload(workload)
+        if not self.workload:
+            raise ValueError("--workload names no lengths; 512/256 is the default")
+        if self.window_s is not None and (self.window_s <= 0 or self.rate):
+            raise ValueError("--window-s is above 0, and for a closed loop: drop --rate")
         if any(c < 0 for c in self.concurrency) or any(r <= 0 for r in self.rate):
             raise ValueError("--concurrency is at least 0 and --rate above 0; 0 under way means all at once")
 
-    def requests_at(self, concurrency: int) -> int | None:
+    def requests_at(self, workload: str, concurrency: int) -> int | None:
         """None: all of a trace."""
-        if self.num_requests is not None or self.workload.startswith(("trace:", "turns:")):
+        if self.num_requests is not None or workload.startswith(("trace:", "turns:")):
             return self.num_requests
         return max(64, 4 * concurrency) if concurrency else 512
 

@@ -20,10 +20,12 @@ def points_table(config: ThroughputConfig, points: Sequence[Point]) -> str:
         times = [None if spread is None else spread.p50 for spread in (s.ttft, s.tpot)]
         tail = None if s.tpot is None else s.tpot.p99
         rates = (s.out_tok_s, point.steady_tok_s, s.total_tok_s)
-        body.append([load, point.batch, s.completed, *rates, *times, tail, share, sum(s.errors.values())])
-    titles = ["load", "batch", "requests", "out tok/s", "at full batch", "tok/s with prompts"]
+        body.append(
+            [point.workload, load, point.batch, s.completed, *rates, *times, tail, share, sum(s.errors.values())]
+        )
+    titles = ["workload", "load", "batch", "requests", "out tok/s", "at full batch", "tok/s with prompts"]
     titles += ["TTFT p50 ms", "TPOT p50 ms", "TPOT p99 ms", "of bound", "errors"]
-    return "\n".join([_headline(config.is_dummy, facts), points[0].workload, "", text_table(titles, body)])
+    return "\n".join([_headline(config.is_dummy, facts), "", text_table(titles, body)])
 
 
 def latency_table(config: LatencyConfig, found: Sequence[StepLatency], facts: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@ class Sample:
     token_s    each chunk of the answer that carried tokens
     end_s      the answer was complete, or failed
     output_tokens, prompt_tokens   as the server's usage says; None if it said nothing
+    is_under_way  as WorkItem.is_under_way
+    is_cut     it began before what was measured (window.py): its TTFT is not known
     error      None, or its kind: connect, timeout, disconnect, malformed, "http 503", server error, empty, interrupted
     """
 
@@ -37,6 +39,8 @@ class Sample:
     finish_reason: str | None = None
     error: str | None = None
     message: str = ""
+    is_cut: bool = False
+    is_under_way: bool = False
 
     @property
     def is_good(self) -> bool:
@@ -49,8 +53,8 @@ class Sample:
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token, from when the request was due."""
-        return self.token_s[0] - self.due_s if self.token_s else None
+        """Time to first token, from when the request was due; None if its beginning was not measured."""
+        return self.token_s[0] - self.due_s if self.token_s and not self.is_cut else None
 
     @property
     def tpot_s(self) -> float | None:

@@ -59,6 +59,9 @@ class SweepConfig:
     num_requests: int | None = None
     """Of each run; default as for atom bench throughput."""
 
+    window_s: float | None = None
+    """Measure so many seconds of a full batch, from requests of every age, instead of all requests to their end."""
+
     tpot_ms: tuple[float, ...] = ()
     """Targets of the median time per output token: the best batch under each is reported."""
 
@@ -76,6 +79,8 @@ class SweepConfig:
             raise ValueError("name a shape or at least one checkpoint")
         for scheme in self.schemes:
             get_scheme(scheme)
+        if self.window_s is not None and (self.window_s <= 0 or self.rate):
+            raise ValueError("--window-s is above 0, and for a closed loop: drop --rate")
         for workload in self.workload:
             if not workload.startswith(("trace:", "turns:")):
                 parse_workload(workload)
@@ -94,34 +99,39 @@ class Job:
     model: str
     scheme: str | None
     memory_gb: float
-    workload: str
+    workload: tuple[str, ...]
     concurrency: tuple[int, ...]
     rate: tuple[float, ...]
 
     @property
     def name(self) -> str:
         memory = f"{self.memory_gb:g} GiB" if self.memory_gb else "all memory"
-        return f"{self.model} {self.scheme or ''} in {memory}, {self.workload}".replace("  ", " ")
+        return f"{self.model} {self.scheme or ''} in {memory}, {', '.join(self.workload)}".replace("  ", " ")
 
-    def key(self, concurrency: int, rate: float | None) -> tuple[Any, ...]:
-        return (self.model, self.scheme, float(self.memory_gb), self.workload, concurrency, rate)
+    def key(self, workload: str, concurrency: int, rate: float | None) -> tuple[Any, ...]:
+        return (self.model, self.scheme, float(self.memory_gb), workload, concurrency, rate)
 
 
 def pending_jobs(config: SweepConfig, done: Sequence[dict[str, Any]]) -> Iterator[Job]:
-    """What is still to be run: one job for each engine and workload, without the runs in `done`."""
+    """What is still to be run, without the runs in `done`: a job for each engine and its workloads.
+
+    Workloads of which other runs are missing go to a job of their own.
+    """
     have = {_key(entry) for entry in done if "error" not in entry}
     for model in config.model:
         schemes: tuple[str | None, ...] = config.schemes if model in SHAPES else (None,)
         for scheme in schemes:
             for memory in config.memory_gb:
+                missing: dict[tuple[Any, ...], list[str]] = {}
                 for workload in config.workload:
-                    job = Job(model, scheme, memory, workload, (), ())
-                    rates = tuple(r for r in config.rate if job.key(0, r) not in have)
-                    counts = tuple(c for c in config.concurrency if job.key(c, None) not in have)
-                    if config.rate and rates:
-                        yield Job(model, scheme, memory, workload, (), rates)
-                    elif not config.rate and counts:
-                        yield Job(model, scheme, memory, workload, counts, ())
+                    key = Job(model, scheme, memory, (), (), ()).key
+                    rates = tuple(r for r in config.rate if key(workload, 0, r) not in have)
+                    counts = tuple(c for c in config.concurrency if key(workload, c, None) not in have)
+                    runs = ((), rates) if config.rate else (counts, ())
+                    if any(runs):
+                        missing.setdefault(runs, []).append(workload)
+                for (counts, rates), workloads in missing.items():
+                    yield Job(model, scheme, memory, tuple(workloads), counts, rates)
 
 
 def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -159,13 +169,15 @@ def _run_job(config: SweepConfig, job: Job) -> str | None:
     """Run one engine in a process; returns the last of what it said if it failed."""
     fresh = config.output / RUNNING
     asked = {"model": job.model, "asked_scheme": job.scheme, "asked_memory_gb": float(job.memory_gb)}
-    fresh.write_text(json.dumps(asked | {"asked_workload": job.workload}) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "atom", "bench", "throughput", job.model, "--workload", job.workload]
+    fresh.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "atom", "bench", "throughput", job.model, "--workload", *job.workload]
     command += ["--points", str(fresh)]
     if job.scheme is not None:
         command += ["--load-format", "dummy", "--scheme", job.scheme]
     if job.memory_gb:
         command += ["--memory-gb", f"{job.memory_gb:g}"]
+    if config.window_s is not None:
+        command += ["--window-s", f"{config.window_s:g}"]
     if config.num_requests is not None:
         command += ["--num-requests", str(config.num_requests)]
     command += ["--rate", *(f"{r:g}" for r in job.rate)] if job.rate else []

@@ -10,12 +10,13 @@ from atom.kernels.bounds import GPUS
 
 from ..startup import Ready
 from .arrivals import Arrivals
-from .drive import Driver, StepTime
+from .drive import Driver
 from .engine_run import Say, known_gpu, running, served_floor
 from .floor import Mix, ModelFloor
 from .lengths import parse_workload
 from .offline_config import ThroughputConfig
 from .summary import Summary, summarize
+from .window import StepTime, full_window, mid_life, within
 from .workload import drop_long, mean_context
 
 
@@ -25,7 +26,7 @@ class Point:
 
     batch        most sequences that one step decoded
     steady_tok_s output tokens a second between the first and the last step of at least nine tenths of that batch; None
-                 where those span less than a fifth of the run
+                 where those span less than a fifth of the run; with window_s all is of that window alone
     bound_tok_s  what the GPU allows at that batch, where its rates are known
     weight_bytes of the weights as packed for kernels
     """
@@ -71,7 +72,7 @@ class Point:
 def bench_throughput(
     config: ThroughputConfig, say: Say = lambda text: None, found: Callable[[Point], None] = lambda point: None
 ) -> list[Point]:
-    """One point for each concurrency or rate, in order; `found` is called with each as it is done.
+    """One point for each workload and concurrency (or rate), in order; `found` is called with each as it is done.
 
     Of the concurrencies that the cache cannot hold on average the smallest is run (there memory decides), and larger
     ones are left out: the file of points then has an entry `skipped` for each.
@@ -83,20 +84,24 @@ def bench_throughput(
         runs: list[tuple[int, float | None]] = (
             [(0, rate) for rate in config.rate] if config.rate else [(c, None) for c in config.concurrency]
         )
-        held = cache_holds(config, ready)
-        beyond = min((c for c, _ in runs if c > held), default=0)
-        for number, (concurrency, rate) in enumerate(runs):
-            if beyond and concurrency > beyond:
-                why = f"the cache holds {held:.0f} requests on average, so that {beyond} show what {concurrency} would"
-                say(f"skipped: {why}")
-                _keep(config, {"concurrency": concurrency, "rate": rate, "skipped": why})
-                continue
-            point = _point(config, ready, driver, floor, number, concurrency, rate, say)
-            if gpu is None:
-                point = replace(point, bound_tok_s=None)
-            points.append(point)
-            found(point)
-            _keep(config, point.to_dict() | {"is_memory_bound": concurrency > held})
+        number = 0
+        for asked in config.workload:
+            held = cache_holds(config, ready, asked)
+            beyond = min((c for c, _ in runs if c > held), default=0)
+            for concurrency, rate in runs:
+                keys = {"asked_workload": asked, "concurrency": concurrency, "rate": rate}
+                if beyond and concurrency > beyond:
+                    why = f"the cache holds {held:.0f} requests on average: {beyond} show what {concurrency} would"
+                    say(f"skipped: {why}")
+                    _keep(config, keys | {"skipped": why})
+                    continue
+                number += 1
+                point = _point(config, ready, driver, floor, asked, number, concurrency, rate, say)
+                if gpu is None:
+                    point = replace(point, bound_tok_s=None)
+                points.append(point)
+                found(point)
+                _keep(config, point.to_dict() | keys | {"is_memory_bound": concurrency > held})
     return points
 
 
@@ -106,9 +111,9 @@ def _keep(config: ThroughputConfig, entry: dict[str, Any]) -> None:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
 
-def cache_holds(config: ThroughputConfig, ready: Ready) -> float:
+def cache_holds(config: ThroughputConfig, ready: Ready, workload: str) -> float:
     """Requests of the workload that the KV cache holds at once, each of its mean length over its life."""
-    items = parse_workload(config.workload).items(config.requests_at(0), config.seed)
+    items = parse_workload(workload).items(config.requests_at(workload, 0), config.seed)
     items, _ = drop_long(items, ready.limits.max_sequence_tokens)
     return ready.limits.cache_tokens / mean_context(items) if items else 0.0
 
@@ -118,19 +123,24 @@ def _point(
     ready: Ready,
     driver: Driver,
     floor: ModelFloor,
+    asked: str,
     number: int,
     concurrency: int,
     rate: float | None,
     say: Say,
 ) -> Point:
-    workload = parse_workload(config.workload)
-    wanted = config.requests_at(concurrency)
+    workload = parse_workload(asked)
+    wanted = config.requests_at(asked, concurrency)
     items, too_long = drop_long(workload.items(wanted, config.seed), ready.limits.max_sequence_tokens)
     if not items:
         raise ValueError(
             f"no request of {workload.name} fits the engine's {ready.limits.max_sequence_tokens} tokens; give it more "
             "memory, or shorter requests"
         )
+    mix = Mix.of(items)
+    if config.window_s is not None:
+        under_way = concurrency or min(ready.limits.max_num_seqs, int(ready.limits.cache_tokens / mix.context))
+        items = mid_life(items, under_way, config.seed) + items
     due = None if rate is None else Arrivals(rate).times(items, config.seed)
     what = f"{rate:g} requests/s" if rate is not None else f"{concurrency or 'all'} at once"
 
@@ -138,22 +148,24 @@ def _point(
         say(f"{workload.name}, {what}: {done} of {total} requests, about {tokens:,} tokens")
 
     started = time.perf_counter()
-    seed = config.seed + 1 + number  # other prompts for each run, or the prefix cache would know them from the last
-    samples = driver.run(items, seed, concurrency or None, due, show)
-    summary = summarize(samples)
+    seed = config.seed + number  # other prompts for each run, or the prefix cache would know them from the last
+    samples = driver.run(items, seed, concurrency or None, due, show, config.window_s)
     batch = max((step.sequences for step in driver.steps), default=0)
-    mix = Mix.of(items)
+    steady = steady_rate(driver.steps, 0.0 if config.window_s else 0.2)
+    if config.window_s is not None and (window := full_window(driver.steps)) is not None:
+        samples = within(samples, *window)
+    summary = summarize(samples)
     return Point(
         concurrency,
         rate,
         workload.name,
-        len(items),
+        len(samples),
         too_long,
         batch,
         round(float(mix.prompts.mean()), 1),
-        round(mix.outputs / len(items), 1),
+        round(mix.outputs / len(mix.prompts), 1),
         summary,
-        steady_rate(driver.steps),
+        steady,
         round(floor.bound(mix, max(1, batch)).out_tok_s, 1),
         floor.weight_bytes,
         ready.facts,
@@ -162,14 +174,10 @@ def _point(
     )
 
 
-def steady_rate(steps: Sequence[StepTime]) -> float | None:
-    """See `Point.steady_tok_s`."""
-    batch = max((step.sequences for step in steps), default=0)
-    full = [index for index, step in enumerate(steps) if step.sequences >= 0.9 * batch]
-    if len(full) < 2:
+def steady_rate(steps: Sequence[StepTime], least: float = 0.2) -> float | None:
+    """See `Point.steady_tok_s`; `least` is the share of the run that has to be steady."""
+    window = full_window(steps)
+    if window is None or window[1] - window[0] < least * steps[-1].at_s:
         return None
-    first, last = full[0], full[-1]
-    span = steps[last].at_s - steps[first].at_s
-    if span < steps[-1].at_s / 5:
-        return None
-    return round(sum(step.tokens for step in steps[first + 1 : last + 1]) / span, 1)
+    start, end = window
+    return round(sum(step.tokens for step in steps if start < step.at_s <= end) / (end - start), 1)

@@ -22,12 +22,14 @@ class WorkItem:
     """One request to send.
 
     output_tokens  how many the server is asked for (max_tokens)
+    is_under_way   it stands for a request that has run for a while, its prompt for what it has so far (window.py)
     arrival_s      seconds after the first request, as a trace recorded it; None where there is no such time
     """
 
     segments: tuple[Segment, ...]
     output_tokens: int
     arrival_s: float | None = None
+    is_under_way: bool = False
 
     @property
     def prompt_tokens(self) -> int:

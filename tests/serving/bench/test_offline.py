@@ -33,7 +33,7 @@ def engine() -> Iterator[tuple[object, object]]:
 def test_throughput_of_closed_loops_and_of_all_at_once(tmp_path: Path) -> None:
     points = tmp_path / "points.jsonl"
     config = ThroughputConfig(
-        "tiny", engine=ENGINE, workload="20/6", num_requests=12, concurrency=(3, 0), points=points
+        "tiny", engine=ENGINE, workload=("20/6",), num_requests=12, concurrency=(3, 0), points=points
     )
     three, everything = bench_throughput(config)
     for point in (three, everything):
@@ -55,7 +55,7 @@ def test_more_than_the_cache_holds_is_run_once(tmp_path: Path) -> None:
     """Sequences of 40 tokens on average, in a cache for 192: the first count beyond it shows what memory allows."""
     points = tmp_path / "points.jsonl"
     small = replace(ENGINE, kv_cache_bytes="192Ki", scheme="bf16")
-    config = ThroughputConfig("tiny", engine=small, workload="30/20", num_requests=6, points=points)
+    config = ThroughputConfig("tiny", engine=small, workload=("30/20",), num_requests=6, points=points)
     found = bench_throughput(replace(config, concurrency=(1, 5, 6, 7)))
     entries = [json.loads(line) for line in points.read_text().splitlines()]
     ran = [entry["concurrency"] for entry in entries if "skipped" not in entry]
@@ -68,13 +68,32 @@ def test_more_than_the_cache_holds_is_run_once(tmp_path: Path) -> None:
 
 def test_rates_and_lengths_that_do_not_fit() -> None:
     config = ThroughputConfig(
-        "tiny", engine=replace(ENGINE, max_model_len=64), workload="uniform:40-80/4-4", rate=(200.0,)
+        "tiny", engine=replace(ENGINE, max_model_len=64), workload=("uniform:40-80/4-4",), rate=(200.0,)
     )
     (point,) = bench_throughput(replace(config, num_requests=30))
     assert point.rate == 200.0 and point.too_long > 0 and point.requests + point.too_long == 30
     assert point.summary.completed == point.requests
     with pytest.raises(ValueError, match=r"no request of 64/1 fits the engine's 64 tokens"):
-        bench_throughput(replace(config, workload="64/1", rate=(), num_requests=3))
+        bench_throughput(replace(config, workload=("64/1",), rate=(), num_requests=3))
+
+
+def test_a_window_of_a_full_batch(tmp_path: Path) -> None:
+    """Two workloads on one engine, each cut after half a second at its full batch."""
+    points = tmp_path / "points.jsonl"
+    config = ThroughputConfig(
+        "tiny", engine=ENGINE, workload=("20/400", "9/90"), concurrency=(3, 0), window_s=0.5, points=points
+    )
+    found = bench_throughput(config)
+    assert [(p.workload, p.concurrency, p.batch) for p in found] == [
+        ("20/400", 3, 3), ("20/400", 0, 8), ("9/90", 3, 3), ("9/90", 0, 8)
+    ]  # fmt: skip
+    for point in found:
+        assert not point.summary.errors and 0.5 <= point.summary.duration_s < 5
+        assert point.steady_tok_s == pytest.approx(point.summary.out_tok_s, rel=0.02)
+        assert point.summary.tpot is not None and point.requests < 512
+    assert (found[0].input, found[0].output) == (20, 400), "of the workload, not of what was under way"
+    entries = [json.loads(line) for line in points.read_text().splitlines()]
+    assert [entry["asked_workload"] for entry in entries] == ["20/400"] * 2 + ["9/90"] * 2
 
 
 def test_driver_keeps_due_times_and_refuses_bad_requests(engine: tuple[object, object]) -> None:
@@ -128,8 +147,8 @@ def test_rate_at_full_batch() -> None:
 def test_options() -> None:
     assert ThroughputConfig("llama-3-8b").engine_options.load_format == "dummy"
     assert not ThroughputConfig("some/dir").is_dummy
-    assert [ThroughputConfig("tiny").requests_at(c) for c in (0, 8, 100)] == [512, 64, 400]
-    assert ThroughputConfig("tiny", workload="trace:x").requests_at(0) is None
+    assert [ThroughputConfig("tiny").requests_at("8/3", c) for c in (0, 8, 100)] == [512, 64, 400]
+    assert ThroughputConfig("tiny").requests_at("trace:x", 0) is None
     with pytest.raises(ValueError, match="above 0, got -1"):
         ThroughputConfig("tiny", memory_gb=-1)
     with pytest.raises(ValueError, match="unknown scheme 'w5a5'"):

@@ -44,7 +44,8 @@ class FakeRuns:
         (scheme,), (memory,) = option(command, "--scheme"), option(command, "--memory-gb") or ["0"]
         runs = [(int(c), None) for c in option(command, "--concurrency")]
         runs += [(0, float(r)) for r in option(command, "--rate")]
-        lines = [json.dumps(point(scheme, float(memory), c, r, option(command, "--workload")[0])) for c, r in runs]
+        lengths = option(command, "--workload")
+        lines = [json.dumps(point(scheme, float(memory), c, r, w)) for w in lengths for c, r in runs]
         if scheme in self.failing:
             lines = [lines[0], lines[0][:40]]  # it died while it wrote
         with Path(option(command, "--points")[0]).open("a") as file:
@@ -58,6 +59,7 @@ def point(scheme: str, memory: float, concurrency: int, rate: float | None, work
     spread = {"p50": 1e3 * batch / tokens, "p99": 1.5e3 * batch / tokens}
     return {
         "scheme": name, "kv": "int4", "memory_gb": memory, "workload": workload, "concurrency": concurrency,
+        "asked_workload": workload,
         "rate": rate, "requests": 64, "too_long": 0, "batch": batch, "is_memory_bound": False,
         "input": 24.0, "output": 980.5,
         "bound_tok_s": 2 * tokens, "steady_tok_s": tokens, "weight_bytes": int(8e9 / SPEED[name]), "seconds": 1.0,
@@ -99,7 +101,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, runs: FakeRuns) -> Non
 
 def test_a_killed_sweep_keeps_what_its_last_process_wrote(tmp_path: Path, runs: FakeRuns) -> None:
     sweep = config(tmp_path, schemes=("bf16",))
-    asked = {"model": "llama-2-7b", "asked_scheme": "bf16", "asked_memory_gb": 24.0, "asked_workload": "512/256"}
+    asked = {"model": "llama-2-7b", "asked_scheme": "bf16", "asked_memory_gb": 24.0}
     lines = [asked, point("bf16", 24.0, 8, None, "512/256")]
     (tmp_path / "running.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run_sweep(sweep)
@@ -133,8 +135,8 @@ def test_rows_of_the_record(tmp_path: Path, runs: FakeRuns) -> None:
 def test_a_batch_that_did_not_fit_is_not_called_one(tmp_path: Path, runs: FakeRuns) -> None:
     sweep = config(tmp_path, schemes=("bf16",), concurrency=(8, 64, 128))
     bound = point("bf16", 24.0, 64, None, "512/256") | {"batch": 33, "is_memory_bound": True}
-    asked = {"model": "llama-2-7b", "asked_scheme": "bf16", "asked_memory_gb": 24.0, "asked_workload": "512/256"}
-    skipped = {"concurrency": 128, "rate": None, "skipped": "the cache holds 33"}
+    asked = {"model": "llama-2-7b", "asked_scheme": "bf16", "asked_memory_gb": 24.0}
+    skipped = {"asked_workload": "512/256", "concurrency": 128, "rate": None, "skipped": "the cache holds 33"}
     tmp_path.joinpath("points.jsonl").write_text(json.dumps(asked | bound) + "\n" + json.dumps(asked | skipped) + "\n")
     rows = throughput_rows(sweep, run_sweep(sweep))
     assert [option(command, "--concurrency") for command in runs.commands] == [["8"]], "the skipped one is done"

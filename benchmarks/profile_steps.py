@@ -1,0 +1,140 @@
+"""Where the time of a loaded engine goes: GPU time by part of the model, and decode steps against steps that prefill.
+
+    python -m benchmarks.profile_steps llama-3-8b --scheme w4a8 --workload 512/256
+    python -m benchmarks.profile_steps llama-2-7b --scheme bf16 --workload paper --memory-gb 24
+
+Weights are random. A second of a steady state is profiled (CUPTI sees the kernels of CUDA graphs too); steps are timed
+over the whole run, the profiled part included.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import threading
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atom.serving.bench.drive import Driver
+from atom.serving.bench.engine_run import running
+from atom.serving.bench.lengths import parse_workload
+from atom.serving.bench.offline_config import ModelChoice
+from atom.serving.bench.throughput import steady_rate
+from atom.serving.bench.window import mid_life
+from atom.serving.engine_config import EngineConfig
+
+from .bench_engine import Timed, TimedRunner
+
+PARTS = (  # of a kernel's name, the first that matches
+    ("decode attention", r"paged_decode|merge_partials"),
+    ("prefill attention", r"prefill|flash|fmha|sdpa|attention"),
+    ("append", r"rope_append"),
+    ("GEMM", r"gemm_sm90|gemm|cutlass_\d|nvjet|xmma|cublas|splitK"),
+    ("producers", r"producers_sm90|producer"),
+    ("sampling and other torch", r"at::native|elementwise|reduce|index|softmax|sort|cat|vectorized"),
+    ("copies", r"memcpy|memset|Memcpy|Memset"),
+)
+
+
+def part_of(kernel: str) -> str:
+    """The part of a step that a kernel's name stands for."""
+    return next((part for part, pattern in PARTS if re.search(pattern, kernel)), "other")
+
+
+def kernel_times(profile: Any) -> Counter[str]:
+    """Microseconds of the GPU by kernel."""
+    found: Counter[str] = Counter()
+    for event in profile.profiler.kineto_results.events():
+        if event.device_type() == torch._C._autograd.DeviceType.CUDA:
+            found[event.name()] += event.duration_ns() / 1e3
+    return found
+
+
+def kinds(steps: list[Timed]) -> dict[str, dict[str, float]]:
+    """Steps that only decode, and steps with prompts: how many, milliseconds between results, tokens, host time."""
+    found: dict[str, dict[str, float]] = {}
+    timed = [(later, later.ended - max(earlier.ended, 0.0)) for earlier, later in pairwise(steps) if later.ended]
+    for name, group in (
+        ("decode", [(s, t) for s, t in timed if s.num_decodes == s.num_tokens]),
+        ("mixed", [(s, t) for s, t in timed if s.num_decodes != s.num_tokens]),
+    ):
+        if group:
+            found[name] = {
+                "steps": len(group),
+                "seconds": round(sum(t for _, t in group), 3),
+                "ms": round(1e3 * statistics.median(t for _, t in group), 3),
+                "decodes": round(statistics.mean(s.num_decodes for s, _ in group), 1),
+                "tokens": round(statistics.mean(s.num_tokens for s, _ in group), 1),
+                "host_ms": round(1e3 * statistics.mean(t - s.waited for s, t in group), 3),
+            }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--scheme", default="w4a8")
+    parser.add_argument("--workload", default="512/256")
+    parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=256, help="requests under way")
+    parser.add_argument("--memory-gb", type=float, default=None)
+    parser.add_argument("--after", type=float, default=1.0, help="seconds of the run before the profile")
+    parser.add_argument("--seconds", type=float, default=1.0, help="that are profiled")
+    parser.add_argument("--top", type=int, default=16, help="kernels to list")
+    parser.add_argument("-o", "--out", type=Path)
+    args = parser.parse_args()
+    engine = EngineConfig(load_format="dummy", scheme=args.scheme, max_num_seqs=args.batch, seed=0)
+    started = time.perf_counter()
+    with running(ModelChoice(args.model, args.memory_gb, engine), lambda text: None) as (ready, driver):
+        print(f"ready after {time.perf_counter() - started:.1f} s: {json.dumps(ready.facts, default=str)}", flush=True)
+        runner = TimedRunner(ready.runner)
+        ready.engine._runner = runner
+        found = profile_run(driver, runner, args)
+    found = {"model": args.model, "scheme": args.scheme, "workload": args.workload, **found}
+    if args.out is not None:
+        args.out.write_text(json.dumps(found))
+    print(json.dumps(found), flush=True)
+
+
+def profile_run(driver: Driver, runner: TimedRunner, args: argparse.Namespace) -> dict[str, Any]:
+    fresh = parse_workload(args.workload).items(args.requests, 0)
+    items = mid_life(fresh, args.batch, 0) + fresh
+    window_s = args.after + args.seconds + 0.5
+    outcome: dict[str, Any] = {}
+    thread = threading.Thread(
+        target=lambda: outcome.update(samples=driver.run(items, 1, args.batch, window_s=window_s))
+    )
+    thread.start()
+    time.sleep(args.after)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        began = time.perf_counter()
+        time.sleep(args.seconds)
+        torch.cuda.synchronize()
+        wall_us = 1e6 * (time.perf_counter() - began)
+    thread.join()
+    times = kernel_times(profile)
+    parts: Counter[str] = Counter()
+    for kernel, us in times.items():
+        parts[part_of(kernel)] += us
+    busy = sum(times.values())
+    print(f"GPU busy {busy / wall_us:.1%} of {wall_us / 1e6:.2f} s (kernels that overlap count twice)")
+    for part, us in parts.most_common():
+        print(f"  {us / wall_us:6.1%}  {part}")
+    for kernel, us in times.most_common(args.top):
+        print(f"    {us / wall_us:6.2%}  {kernel[:150]}")
+    steps = runner.steps
+    rate = steady_rate(driver.steps, 0.0)
+    print(f"{rate} output tok/s at full batch, the profile's cost included")
+    for name, row in kinds(steps).items():
+        print(f"  {name}: {row}")
+    shares = {part: round(us / wall_us, 4) for part, us in parts.items()}
+    return {"shares": shares, "steps": kinds(steps), "out_tok_s": rate}
+
+
+if __name__ == "__main__":
+    main()
