@@ -12,6 +12,7 @@ Schemes whose kernels have not been verified take part with ATOM_UNVERIFIED_KERN
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,9 +44,10 @@ UINT4 = TensorSpec("int4", Group(128), scale_format="uint4", outer="channel")
 
 
 def schemes() -> dict[str, LinearScheme]:
-    """The presets, and w4a8 with two-level integer weight scales."""
+    """The presets, and w4a4 with integer factors on both sides."""
     found = {name: get_scheme(name).for_linear("x") for name in PRESETS if name not in ("bf16", "w3a3")}
-    return found | {"w4a8-uint4": LinearScheme(UINT4, found["w4a8"].activation)}
+    factors = replace(found["w4a4"], weight=UINT4, activation=replace(UINT4, dynamic=True, outer="token"))
+    return found | {"w4a4-uint4": factors}
 
 
 def chosen(linear: LinearScheme, shape: str, M: int) -> Iterator[GemmConfig]:
@@ -93,15 +95,13 @@ def candidates(linear: LinearScheme, shape: str, M: int) -> Iterator[GemmConfig]
 
 
 def has_int8_units(linear: LinearScheme) -> bool:
-    assert linear.weight is not None
-    return linear.outliers.count > 0 or (linear.weight.format == "int8" and weight_kind(linear) == "int4_uint4")
+    return linear.outliers.count > 0
 
 
 def unit_count(linear: LinearScheme, K: int) -> int:
     """Units along K, see gemm_pack.py."""
     normal, outliers = linear.split(K)
-    step = 64 if has_int8_units(linear) and not outliers else 128
-    return -(-normal // step) + -(-outliers // 64)
+    return -(-normal // 128) + -(-outliers // 64)
 
 
 class Launcher:

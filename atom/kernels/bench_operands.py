@@ -58,16 +58,20 @@ def random_activation(linear: LinearScheme, M: int, K: int, device: torch.device
     columns, groups, units = activation_columns(linear, K)
     codes = torch.zeros(M, columns, dtype=torch.int8, device=device)
     codes[:, :normal] = found.codes.view(torch.int8)
-    if kind == "token":
-        return RandomActivation(codes, found.scale.scale.T.contiguous(), dense)
-    scales = torch.full((units, -(-M // 16) * 16), float("nan"), device=device)
-    scales[:groups, :M] = found.scale.scale.T
+    by_factor = spec.scale_format == "uint4"
+    if by_factor:
+        codes[:, :normal] = values * inner
+    if kind == "token" and not outliers:
+        return RandomActivation(codes, (outer if by_factor else found.scale.scale).T.contiguous(), dense)
+    scales = torch.full((2, M) if by_factor else (units, -(-M // 16) * 16), float("nan"), device=device)
+    groups_of_scales = 1 if by_factor else groups
+    scales[:groups_of_scales, :M] = (outer if by_factor else found.scale.scale).T
     if outliers:
         tail_spec = linear.outliers.spec(Token(), dynamic=True)
         assert tail_spec is not None
         tail = _random(tail_spec, M, outliers, device)
         codes[:, groups * 128 : groups * 128 + outliers] = tail.codes
-        scales[groups:, :M] = tail.scale.scale.T
+        scales[groups_of_scales:, :M] = tail.scale.scale.T
         dense = torch.cat((dense, tail.codes.double() * tail.scale.scale.double()), 1)
     return RandomActivation(codes, scales, dense)
 

@@ -26,7 +26,6 @@ from .gemm_pack import (
     PackedWeight,
     pack_channel_scaled,
     pack_group_scaled,
-    pack_int8_units,
     pack_verbatim,
 )
 from .gemm_pack_bf16 import pack_group_of_16, pack_group_of_32, pack_row_scaled
@@ -56,8 +55,6 @@ def pack_weight(linear: LinearScheme, weight: MixedWeight) -> PackedWeight:
     """A quantized weight as the kernel reads it; on the weight's device."""
     spec, codes, scale, kind = linear.weight, weight.normal.codes, weight.normal.scale, weight_kind(linear)
     assert spec is not None
-    if spec.format == "int8" and kind == "int4_uint4":
-        return pack_int8_units(codes, scale.scale)
     if kind in ("int8", "e4m3"):
         return pack_verbatim(codes, scale.scale, kind)
     if kind == "int4_bf16":
@@ -67,22 +64,25 @@ def pack_weight(linear: LinearScheme, weight: MixedWeight) -> PackedWeight:
     if kind in ("int4_g16", "e2m1_g16"):
         assert scale.outer is not None
         return pack_group_of_16(codes, scale.scale, scale.outer, is_float=spec.format == "e2m1")
+    outliers, outlier_scale = None, None
+    if weight.outlier is not None:
+        assert isinstance(weight.outlier, Quantized)
+        outliers, outlier_scale = weight.outlier.codes, weight.outlier.scale.scale
     if kind == "int4_uint4":
         assert scale.outer is not None
-        return pack_channel_scaled(codes, scale.scale.to(torch.uint8), scale.outer)
-    outlier = weight.outlier
-    if outlier is None:
-        return pack_group_scaled(codes, scale.scale, None, None)
-    assert isinstance(outlier, Quantized)
-    return pack_group_scaled(codes, scale.scale, outlier.codes, outlier.scale.scale)
+        return pack_channel_scaled(codes, scale.scale.to(torch.uint8), scale.outer, outliers, outlier_scale)
+    return pack_group_scaled(codes, scale.scale, outliers, outlier_scale)
 
 
 def token_scales(linear: LinearScheme) -> str:
-    """Which scales an activation brings with it: "group", "token" or "none"."""
+    """Which scales an activation brings with it: "group", "token" or "none".
+
+    "token" is float32 [1, T], with a second row for the scales of INT8 outliers where there are any.
+    """
     spec = linear.activation
     if spec is None or (spec.outer is None and spec.scale_format == "e8m0"):
         return "none"
-    return "group" if spec.group_size == INT4_COLUMNS else "token"
+    return "group" if spec.group_size == INT4_COLUMNS and spec.outer is None else "token"
 
 
 def takes_bf16(linear: LinearScheme) -> bool:
@@ -136,7 +136,7 @@ class Gemm:
         )
 
     def __call__(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """codes int8 [T, columns] or bfloat16 [T, K], scales float32 [units, padded T], [1, T] or any -> [T, N]."""
+        """codes int8 [T, columns] or bfloat16 [T, K], scales float32: see token_scales. Returns bfloat16 [T, N]."""
         tokens = codes.shape[0]
         y = torch.empty((tokens, self.weight.features), dtype=torch.bfloat16, device=self.device)
         if tokens == 0:

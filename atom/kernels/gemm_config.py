@@ -47,6 +47,16 @@ class GemmConfig:
         return KINDS[self.weight]
 
     @property
+    def scaled_early(self) -> bool:
+        """Sums are scaled before the outliers' are added, under scales of their own, and not at the end."""
+        return self.int8_units and not self.kind.promoted
+
+    @property
+    def sums_float(self) -> bool:
+        """What leaves the main loop is float32."""
+        return self.kind.promoted or self.scaled_early
+
+    @property
     def x_bytes(self) -> int:
         """Activations of one stage: 128 columns of bytes, or twice 64 of bfloat16, for every token."""
         return 128 * self.tile_m * self.kind.operand_bytes

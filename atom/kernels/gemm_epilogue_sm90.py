@@ -23,6 +23,8 @@ class GemmEpilogue:
     def store(self, pool, sums, mS, mC, mB, mY, thread, group, row_tile, token0, low, high):
         """Scale, add the bias, transpose through this warpgroup's own staging, 16 tokens x 64 features at a time."""
         config = self.config
+        by_channel = self.kind.channel_scaled and not config.scaled_early
+        by_token = config.token_scales == "token" and not config.scaled_early
         features = mY.shape[1]
         tokens = mY.shape[0]
         lane = thread % 32
@@ -34,7 +36,7 @@ class GemmEpilogue:
             row_scale[r] = Float32(1.0)
             offset[r] = Float32(0.0)
             if row + 8 * r < features:
-                if cutlass.const_expr(self.kind.channel_scaled):
+                if cutlass.const_expr(by_channel):
                     row_scale[r] = mC[row + 8 * r]
                 if cutlass.const_expr(config.bias):
                     offset[r] = Float32(mB[row + 8 * r])
@@ -52,7 +54,7 @@ class GemmEpilogue:
                         scales = []
                         for c in cutlass.range_constexpr(2):
                             factor = Float32(1.0)
-                            if cutlass.const_expr(config.token_scales == "token"):
+                            if cutlass.const_expr(by_token):
                                 token = token0 + 8 * j + 2 * (lane % 4) + c
                                 factor = mS[0, cutlass.min(token, tokens - 1)]
                             scales.append(factor)
@@ -60,9 +62,9 @@ class GemmEpilogue:
                             for c in cutlass.range_constexpr(2):
                                 i = 4 * j + 2 * r + c
                                 value = Float32(sums[i])
-                                if cutlass.const_expr(config.token_scales == "token"):
+                                if cutlass.const_expr(by_token):
                                     value = value * scales[c]
-                                if cutlass.const_expr(self.kind.channel_scaled):
+                                if cutlass.const_expr(by_channel):
                                     value = value * row_scale[r]
                                 if cutlass.const_expr(config.bias):
                                     value = value + offset[r]

@@ -45,8 +45,11 @@ class GemmMainloop:
         )
 
     @cute.jit
-    def consume(self, sX, sW, sS, acc, out, full, empty, thread, group, begin, end, int4_units, stage, phase):
-        """One warpgroup: decode the units of its 64 rows and multiply them with the tokens."""
+    def consume(
+        self, sX, sW, sS, mS, mC, acc, out, full, empty, thread, group, row0, token0, begin, end, int4_units,
+        stage, phase,
+    ):  # fmt: skip
+        """One warpgroup: decode the units of its 64 rows, from `row0` on, and multiply them with the tokens."""
         config = self.config
         tiled_mma = self.tiled_mma()
         tCrB = tiled_mma.make_fragment_B(tiled_mma.get_slice(thread).partition_B(sX))
@@ -106,20 +109,87 @@ class GemmMainloop:
             self.promote(acc, out, sS, scale, thread, this)
             self.release(empty, this)
         if cutlass.const_expr(config.int8_units):
+            if cutlass.const_expr(config.scaled_early):
+                self.scale_sums(acc, out, mS, mC, thread, row0, token0)
+                acc = cute.make_rmem_tensor(self.outlier_mma().partition_shape_C((64, self.outlier_tokens)), Int32)
             for unit in cutlass.range(cutlass.max(start, middle), end, unroll=1):
-                scale.store(loaded.load())
                 codes.store(raw.load())
                 this = stage
                 stage, phase = self.advance(stage, phase)
+                if cutlass.const_expr(not config.scaled_early):
+                    scale.store(loaded.load())
                 if unit + 1 < end:
                     cute.arch.mbarrier_wait(full + stage, phase)
                     self.load_unit(sW, raw, loaded, thread, group, stage)
                 for j in cutlass.range_constexpr(8):
                     rA32[j] = codes[j]
-                self.multiply(rA, tCrB, acc, this, 2)
-                self.promote(acc, out, sS, scale, thread, this)
+                if cutlass.const_expr(config.scaled_early):
+                    self.add_outliers(rA, sX, sW, acc, out, mS, thread, group, token0, this)
+                else:
+                    self.multiply(rA, tCrB, acc, this, 2)
+                    self.promote(acc, out, sS, scale, thread, this)
                 self.release(empty, this)
         return stage, phase
+
+    @property
+    def outlier_tokens(self) -> int:
+        """Tokens whose outlier sums are added at a time: their INT32 sums stand beside those of the whole tile."""
+        return 32 if self.tile_m == 256 else min(self.tile_m, 64)
+
+    def outlier_mma(self) -> cute.TiledMma:
+        shape, major = (64, self.outlier_tokens), OperandMajorMode.K
+        return sm90.make_trivial_tiled_mma(
+            self.operand, self.operand, major, major, self.sum_type, (1, 1, 1), shape, wg.OperandSource.RMEM
+        )
+
+    @cute.jit
+    def scale_sums(self, acc, out, mS, mC, thread, row0, token0):
+        """out = the whole sum of the INT4 columns x scale of the row x scale of the token."""
+        if cutlass.const_expr(self.config.pdl):
+            cute.arch.griddepcontrol_wait()
+        row = row0 + (thread // 32) * 16 + (thread % 32) // 4
+        row_scale = cute.make_rmem_tensor((2,), Float32)
+        for r in cutlass.range_constexpr(2):
+            row_scale[r] = mC[cutlass.min(row + 8 * r, mC.shape[0] - 1)]
+        for j in cutlass.range_constexpr(self.tile_m // 8):
+            for c in cutlass.range_constexpr(2):
+                token = token0 + (8 * j + 2 * (thread % 4) + c)
+                factor = mS[0, cutlass.min(token, mS.shape[1] - 1)]
+                for r in cutlass.range_constexpr(2):
+                    i = 4 * j + 2 * r + c
+                    out[i] = Float32(acc[i]) * (row_scale[r] * factor)
+
+    @cute.jit
+    def add_outliers(self, rA, sX, sW, acc, out, mS, thread, group, token0, stage):
+        """out += the sum of a unit of INT8 outlier columns x scale of the row x scale of the token's outliers."""
+        tokens = self.outlier_tokens
+        unit = sW.iterator + (stage * self.config.warpgroups + group) * self.unit_words
+        scales = cute.make_tensor(
+            cute.recast_ptr(unit + self.kind.code_bytes // 4, dtype=BFloat16), cute.make_layout(64)
+        )
+        row = (thread // 32) * 16 + (thread % 32) // 4
+        row_scale = (Float32(scales[row]), Float32(scales[row + 8]))
+        for part in cutlass.range_constexpr(self.tile_m // tokens):
+            mma = self.outlier_mma()
+            tile = cute.local_tile(sX, (tokens, 128, self.config.stages), (part, 0, 0))
+            tCrB = mma.make_fragment_B(mma.get_slice(thread).partition_B(tile))
+            wg.fence()
+            for k in cutlass.range_constexpr(2):
+                mma.set(wg.Field.ACCUMULATE, k != 0)
+                cute.gemm(mma, acc, rA[None, None, k], tCrB[None, None, k, stage], acc)
+            wg.commit_group()
+            factors = cute.make_rmem_tensor((tokens // 4,), Float32)
+            for j in cutlass.range_constexpr(tokens // 8):
+                for c in cutlass.range_constexpr(2):
+                    token = token0 + (part * tokens + 8 * j + 2 * (thread % 4) + c)
+                    factors[2 * j + c] = mS[1, cutlass.min(token, mS.shape[1] - 1)]
+            wg.wait_group(0)
+            for j in cutlass.range_constexpr(tokens // 8):
+                for c in cutlass.range_constexpr(2):
+                    for r in cutlass.range_constexpr(2):
+                        i = 2 * r + c
+                        at = part * (tokens // 2) + 4 * j + i
+                        out[at] = out[at] + Float32(acc[4 * j + i]) * (row_scale[r] * factors[2 * j + c])
 
     @cute.jit
     def multiply_pair(self, rA, rA2, tCrB, acc, acc2, stage, stage2):

@@ -96,39 +96,44 @@ def pack_group_scaled(
     outlier_scale  [N, 1] or None
     """
     # the kernel leaves an INT4 code in the high half of its byte (16 x code): the power of two moves into the scale
-    parts = [with_scales(pack_int4_codes(codes), scale.float().div(16).to(torch.bfloat16))]
-    if outliers is not None and outliers.shape[1]:
-        assert outlier_scale is not None
-        packed = pack_int8_codes(outliers)
-        wide = outlier_scale.to(torch.bfloat16).expand(-1, packed.shape[1])
-        parts.append(with_scales(packed, wide))
+    shifted = scale.float().div(16).to(torch.bfloat16)
+    parts = [with_scales(pack_int4_codes(codes), shifted), *outlier_units(outliers, outlier_scale)]
     units = torch.cat(parts, dim=1).contiguous()
     return PackedWeight("int4", units, parts[0].shape[1], torch.empty(0, device=codes.device), codes.shape[0])
 
 
-def pack_channel_scaled(codes: Tensor, factors: Tensor, channel_scale: Tensor) -> PackedWeight:
-    """Units with an unsigned integer factor per row and group under one float32 scale per row.
+def pack_channel_scaled(
+    codes: Tensor,
+    factors: Tensor,
+    channel_scale: Tensor,
+    outliers: Tensor | None = None,
+    outlier_scale: Tensor | None = None,
+) -> PackedWeight:
+    """Units with an unsigned integer factor per row and group under one float32 scale per row, then INT8 outliers.
 
-    codes          int8 [N, K]             within [-8, 7]
-    factors        uint8 [N, ceil(K/128)]  within [0, 15]; code x factor stays within INT8
+    codes          int8 [N, Kn]             within [-8, 7]; the last group may be short
+    factors        uint8 [N, ceil(Kn/128)]  within [0, 15]; code x factor stays within INT8
     channel_scale  float32 [N, 1]
+    outliers       int8 [N, outliers] or None
+    outlier_scale  [N, 1] bfloat16 values, or None
     """
     if int(factors.max()) > 15:
         raise ValueError(f"a group factor is at most 15, got {int(factors.max())}; use scale_format='uint4'")
-    units = with_scales(pack_int4_codes(codes, offset=8), factors.to(torch.uint8))
-    return PackedWeight("int4_uint4", units, units.shape[1], channel_scale.reshape(-1).float(), codes.shape[0])
+    parts = [
+        with_scales(pack_int4_codes(codes, offset=8), factors.to(torch.uint8)),
+        *outlier_units(outliers, outlier_scale),
+    ]
+    units = torch.cat(parts, dim=1).contiguous()
+    return PackedWeight("int4_uint4", units, parts[0].shape[1], channel_scale.reshape(-1).float(), codes.shape[0])
 
 
-def pack_int8_units(codes: Tensor, channel_scale: Tensor) -> PackedWeight:
-    """Units of INT8 alone under one float32 scale per row (w8a8).
-
-    codes          int8 [N, K]
-    channel_scale  float32 [N, 1]
-    """
-    packed = pack_int8_codes(codes)
-    units = with_scales(packed, codes.new_zeros(codes.shape[0], packed.shape[1], dtype=torch.bfloat16))
-    # the kernel of "int4_uint4" without a unit of its kind: what ran on a GPU before "int8" was written
-    return PackedWeight("int4_uint4", units, 0, channel_scale.reshape(-1).float(), codes.shape[0])
+def outlier_units(outliers: Tensor | None, scale: Tensor | None) -> list[Tensor]:
+    """Units of INT8 outlier columns int8 [N, outliers] under a bfloat16 scale [N, 1] per row; none without any."""
+    if outliers is None or not outliers.shape[1]:
+        return []
+    assert scale is not None
+    packed = pack_int8_codes(outliers)
+    return [with_scales(packed, scale.to(torch.bfloat16).expand(-1, packed.shape[1]))]
 
 
 def pack_verbatim(codes: Tensor, channel_scale: Tensor, kind: str) -> PackedWeight:

@@ -50,7 +50,7 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         self,
         mW: cute.Tensor,  # [row tiles, units, unit bytes / 4] uint32
         mX: cute.Tensor,  # [M, padded K] of bytes, or [M, K] bfloat16
-        mS: cute.Tensor,  # float32: [units, padded M] (token scales by group) or [1, M]
+        mS: cute.Tensor,  # float32: [units, padded M] (token scales by group) or [1, M]; [2, M] with outliers' own
         mC: cute.Tensor,  # [N] float32 channel scales (of a channel-scaled kind)
         mB: cute.Tensor,  # [N] bfloat16 bias
         mY: cute.Tensor,  # [M, N] bfloat16
@@ -171,21 +171,23 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             acc_shape = self.tiled_mma().partition_shape_C((64, self.tile_m))
             acc = cute.make_rmem_tensor(acc_shape, self.sum_type)
             out = cute.make_rmem_tensor(acc_shape, Float32)
-            sums = out if cutlass.const_expr(self.kind.promoted) else acc
+            sums = out if cutlass.const_expr(config.sums_float) else acc
             stage = Int32(0)
             phase = Int32(0)
             first = Int32(1)
             for item in cutlass.range(work, total, stride, unroll=1):
                 row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
-                sums.fill(0)
+                (out if cutlass.const_expr(self.kind.promoted) else acc).fill(0)
                 if cutlass.const_expr(self.kind.is_verbatim):
                     stage, phase = self.consume_verbatim(
                         sXm, sA, acc, out, full, empty, thread, group, begin, end, stage, phase
                     )
                 else:
+                    row0 = (row_tile * config.warpgroups + group) * 64
                     stage, phase = self.consume(
-                        sX, sW, sS, acc, out, full, empty, thread, group, begin, end, int4_units, stage, phase
-                    )
+                        sX, sW, sS, mS, mC, acc, out, full, empty, thread, group, row0, token0, begin, end, int4_units,
+                        stage, phase,
+                    )  # fmt: skip
                 if cutlass.const_expr(config.pdl):
                     if first == 1:
                         cute.arch.griddepcontrol_wait()

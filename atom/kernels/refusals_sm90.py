@@ -76,7 +76,7 @@ def refuses_scheme(linear: LinearScheme) -> str | None:
         return "a searched clip is too slow at run time"
     if outliers.count > 256 or (outliers.count and outliers.format != "int8"):
         return f"outliers must be at most 256 INT8 columns, got {outliers.count} in {outliers.format}"
-    by_group = activation is not None and _is_integer(activation) and activation.granularity == Group(128)
+    by_group = activation is not None and _is_integer(activation) and activation.group_size == 128
     if outliers.count and not by_group:
         return "outlier columns need INT4 activations in groups of 128"
     if weight.format in ("int8", "fp8_e4m3"):
@@ -90,8 +90,11 @@ def refuses_scheme(linear: LinearScheme) -> str | None:
     if weight.granularity != Group(128) or weight.format not in ("int4", "int3"):
         return f"weights in {weight} have no kernel yet for activations in {activation}"
     by_token = _plain(activation, "int8", Token())
+    by_factor = by_group and activation.scale_format == "uint4" and activation.outer == "token"
+    by_factor = by_factor and activation.format != "int8"  # code x factor must stay within INT8
     if weight.outer == "channel" and weight.scale_format == "uint4":
-        return None if by_token else "integer scales need INT8 activations per token"
+        wants = "INT8 activations per token, or INT4 in groups of 128 under factors per token"
+        return None if by_token or by_factor else f"integer scales need {wants}"
     if not _groups_of_128(weight):
         return f"{weight.scale_format} weight scales under {weight.outer} have no kernel yet"
     if by_token or (by_group and activation.outer is None and activation.scale_format == "bf16"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from .formats import Format, get_format
 from .granularity import Group
 from .granularity import Tensor as PerTensor
-from .scales import LARGEST, floor_log2, power_of_two, round_scale
+from .scales import LARGEST, LARGEST_DYNAMIC, floor_log2, power_of_two, round_scale
 from .schemes import TensorSpec
 
 MSE_RATIOS = tuple(1.0 - 0.025 * i for i in range(21))  # clips that clip="mse" tries: 1.0 down to 0.5
@@ -177,7 +177,9 @@ def _choose(blocks: Tensor, spec: TensorSpec, clip: float, outer: Tensor | None 
         return Scale(round_scale(torch.where(raw > 0, raw, 1.0), spec.scale_format))
     if outer is None:
         over = _extreme(raw, spec.outer == "tensor").unsqueeze(-1)
-        over = over * (1.0 / LARGEST[spec.scale_format]) if spec.scale_format in LARGEST else torch.ones_like(over)
+        largest_inner = LARGEST_DYNAMIC if spec.dynamic else LARGEST
+        known = spec.scale_format in largest_inner
+        over = over * (1.0 / largest_inner[spec.scale_format]) if known else torch.ones_like(over)
         outer = torch.where(over > 0, over.clamp_min(2.0**-117), 1.0)  # scale * outer stays a normal number
     return Scale(round_scale(raw * outer.reciprocal(), spec.scale_format), None, outer)
 

@@ -22,6 +22,7 @@ from atom.kernels.norm import rms_norm
 from atom.kernels.producers import QuantizingProducer
 from atom.quant.mixed import fake_quantize_activation
 from atom.quant.presets import PRESETS, get_scheme
+from atom.quant.schemes import LinearScheme
 
 from .ptx_emulator import Tensor as Argument
 from .ptx_wgmma import Columns, Sizes, TensorCoreKernel, TensorMap
@@ -32,6 +33,16 @@ pytestmark = [
     pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]"),
 ]
 LOW_BIT = [name for name in PRESETS if name != "bf16"]
+
+
+def linear_scheme(name: str) -> LinearScheme:
+    """A preset's, or w4a4 with integer factors on both sides."""
+    if name != "w4a4-factors":
+        return get_scheme(name).for_linear("x")
+    found = get_scheme("w4a4").for_linear("x")
+    assert found.weight is not None and found.activation is not None
+    weight = replace(found.weight, clip=1.0, scale_format="uint4", outer="channel")
+    return replace(found, weight=weight, activation=replace(found.activation, scale_format="uint4", outer="token"))
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +66,9 @@ CASES = [(name, 19, 75, 328, 16, 2, True) for name in LOW_BIT if name != "w3a3"]
     ("w8a8", 260, 72, 136, 256, 2, False),
     ("w4a16", 130, 72, 136, 128, 2, False),
     ("nvfp4", 70, 72, 136, 64, 2, False),
+    ("w4a4-factors", 19, 75, 328, 16, 2, True),
+    ("w4a4-factors", 130, 72, 328, 128, 2, False),
+    ("w4a4-factors", 260, 72, 328, 256, 2, True),
 ]
 
 
@@ -77,6 +91,9 @@ SHARED = {
     [
         ("w4a4", "split"),
         ("w4a4", "split over units of a pair"),
+        ("w4a4-factors", "split"),
+        ("w4a4-factors", "split over units of a pair"),
+        ("w4a4-factors", "split without clusters"),
         ("nvfp4", "split"),
         ("fp8", "split without clusters"),
         ("fp8", "multicast"),
@@ -93,7 +110,7 @@ def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: Ge
     from atom.kernels.gemm_sm90 import PackedWeightGemm, compile_gemm
 
     torch.manual_seed(0)
-    linear = get_scheme(name).for_linear("x")
+    linear = linear_scheme(name)
     weight, x = random_weight(linear, N, K, "cpu"), random_activation(linear, M, K, "cpu")
     packed = pack_weight(linear, weight)
     outliers = packed.int4_units < packed.units.shape[1]

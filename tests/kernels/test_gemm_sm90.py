@@ -172,7 +172,7 @@ def chosen() -> list[GemmConfig]:
     others = [
         GemmConfig("int4", "token", 64, 4, bias=True),
         GemmConfig("int4", "token", 16, 4, split=4, pairs=True),
-        GemmConfig("int4_uint4", "token", 16, 4, split=4, int8_units=True),  # w8a8
+        GemmConfig("int4_uint4", "token", 16, 4, split=4, int8_units=True),
         GemmConfig("int4_uint4", "token", 256, 2, int8_units=True),
         GemmConfig("int4", "group", 128, 2, int8_units=True, aligned=False),
         GemmConfig("int4_uint4", "token", 256, 2, multicast=2),

@@ -238,6 +238,8 @@ def test_nvfp4_scales_fill_e4m3() -> None:
     assert scale.scale.max() == 448
     uint4 = choose_scale(x, TensorSpec("int4", Group(16), scale_format="uint4", outer="channel"))
     assert (uint4.scale.amax(-1) == 10).all() and (uint4.scale == uint4.scale.round()).all()
+    dynamic = TensorSpec("int4", Group(16), dynamic=True, scale_format="uint4", outer="token")
+    assert (choose_scale(x, dynamic).scale.amax(-1) == 15).all()
     spec = TensorSpec("int4", Group(16), scale_format="uint4", outer="channel")
     grown = choose_scale(x * 1.5, spec, uint4.outer)  # as error feedback makes weights grow after the outer scale
     assert (grown.scale.amax(-1) == 15).all()
