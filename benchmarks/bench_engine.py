@@ -2,19 +2,25 @@
 
     python -m benchmarks.bench_engine --out engine.json     on the GPU: rows of the record engine-latency
     python -m benchmarks.bench_engine --record engine.json  writes benchmarks/results/h200/engine-latency.json from them
+    python -m benchmarks.bench_engine --profile 1,64        also prints the kernels of a step at these batches
     python -m benchmarks.bench_engine --host                any machine: the record engine-host, without a device
 
-Weights are dummies in the shape of Llama-3-8B; every sequence has a prompt of its own, so nothing is shared in a cache.
+Weights are dummies in the shape of Llama-3-8B. Decoding is what is measured, so prompts are not computed: the cache is
+filled with random keys and values once, and every sequence finds its prompt there, in blocks of its own.
 `--host` replaces model and sampling kernels by nothing and counts the processor time of the engine's thread.
 """
 
 import argparse
-import gc
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +47,7 @@ from atom.serving.scheduler import Scheduler
 from atom.serving.sequence import Output
 from atom.serving.startup import start_up
 
+from .profile_step import Span, record, split_steps, table
 from .timing import keep, save
 
 SCHEMES = ("bf16", "fp8", "w4a8", "w4a4")
@@ -48,6 +55,8 @@ BATCHES = (1, 16, 64, 128, 256)
 CONTEXTS = (512, 4096)
 STEPS = 64  # that are measured
 WARM = 16  # decode steps before them
+PROFILED = 12  # decode steps of a profile
+FILL = 2048  # blocks of the cache that are drawn; the others repeat them
 
 
 @dataclass
@@ -105,9 +114,26 @@ def prompts(batch: int, context: int, vocabulary: int, seed: int) -> list[tuple[
     return [tuple(draw.integers(0, vocabulary, context).tolist()) for _ in range(batch)]
 
 
-def output_length(batch: int, context: int, step_tokens: int) -> int:
-    """Tokens for each: the first prompts decode while the last are still being computed."""
-    return -(-batch * context // (step_tokens - batch)) + WARM + STEPS
+def fill_cache(pool: KVPool) -> None:
+    """Random keys and values of a normal distribution everywhere, the same in every layer and every FILL blocks."""
+    first, count = pool.layer(0), min(FILL, pool.num_blocks)
+    slots = torch.arange(count * pool.block_size, device=pool.device)
+    shape = (len(slots), pool.config.num_kv_heads, pool.config.head_dim)
+    for part in (0, 1):
+        pool.layout.write(first, slots, part, torch.randn(shape, dtype=pool.dtype, device=pool.device))
+    for start in range(0, pool.num_blocks, count):
+        room = min(count, pool.num_blocks - start)
+        pool.storage[:, start : start + room] = first[:room].clone()
+
+
+def find_prompts(scheduler: Scheduler) -> None:
+    """Have every new sequence find all of its prompt but the last token in the cache, in blocks that are its own."""
+    allocate = scheduler.blocks.allocate
+
+    def found(sequence_id: int, length: int, digests: Any, reserve: int) -> int | None:
+        return None if allocate(sequence_id, length, digests, reserve) is None else length - 1
+
+    scheduler.blocks.allocate = found  # type: ignore[method-assign]
 
 
 def decode(engine: Engine, asked: list[tuple[int, ...]], tokens: int, done: threading.Event, tag: str) -> None:
@@ -120,30 +146,58 @@ def decode(engine: Engine, asked: list[tuple[int, ...]], tokens: int, done: thre
         raise RuntimeError(f"{tag}: {engine.error or 'no end after 300 s'}; see the log.")
 
 
-def measure(scheme: str, batches: tuple[int, ...], contexts: tuple[int, ...], shape: str) -> list[dict[str, Any]]:
-    """Rows of one scheme."""
-    options = EngineConfig(
-        load_format="dummy",
-        scheme=scheme,
-        device="cuda",
-        max_num_seqs=max(batches),
-        enable_prefix_caching=False,
-        seed=0,
-    )
-    started = time.perf_counter()
-    ready = start_up(shape, options)
-    print(f"{scheme}: ready after {time.perf_counter() - started:.1f} s, {ready.facts}", flush=True)
-    runner = TimedRunner(ready.runner)
-    engine = Engine(runner, Scheduler(ready.limits))
-    done, open_ = threading.Event(), 0
+class Bench:
+    """An engine with dummy weights in `shape` that decodes at batches of one's choice."""
 
-    def listen(outputs: list[Output]) -> None:
-        nonlocal open_
-        open_ -= sum(output.finish_reason is not None for output in outputs)
-        if not open_:
-            done.set()
+    def __init__(self, scheme: str, shape: str, max_num_seqs: int) -> None:
+        options = EngineConfig(
+            load_format="dummy",
+            scheme=scheme,
+            device="cuda",
+            max_num_seqs=max_num_seqs,
+            enable_prefix_caching=False,
+            seed=0,
+        )
+        started = time.perf_counter()
+        ready = start_up(shape, options)
+        self.facts = {**ready.facts, "ready_s": round(time.perf_counter() - started, 2)}
+        self.limits = ready.limits
+        self.runner = TimedRunner(ready.runner)
+        self.scheduler = Scheduler(ready.limits)
+        fill_cache(ready.runner.kv.pool)
+        find_prompts(self.scheduler)
+        self.engine = Engine(self.runner, self.scheduler)
+        self._done, self._open = threading.Event(), 0
+        self.engine.start(self._listen)
 
-    engine.start(listen)
+    def _listen(self, outputs: list[Output]) -> None:
+        self._open -= sum(output.finish_reason is not None for output in outputs)
+        if not self._open:
+            self._done.set()
+
+    def fits(self, batch: int, context: int) -> bool:
+        return batch * (context + WARM + STEPS + 16) <= self.limits.cache_tokens
+
+    def decode(self, batch: int, context: int, tokens: int) -> list[Timed]:
+        """Decode `tokens` tokens of each sequence, greedily, around `context`; the steps that do nothing else."""
+        length = max(1, context - tokens // 2)
+        asked = prompts(batch, length, self.limits.vocab_size, context + batch)
+        self._open, self.runner.steps = batch, []
+        decode(self.engine, asked, tokens, self._done, f"{context}-{batch}-{tokens}")
+        return [t for t in self.runner.steps if t.num_decodes == t.num_tokens == batch]
+
+    def profile(self, batch: int, context: int) -> list[list[Span]]:
+        """The kernels of consecutive decode steps."""
+        spans = record(lambda: self.decode(batch, context, PROFILED + 1))
+        return split_steps(spans, PROFILED)[2:]  # the first is the prompts' last tokens
+
+
+def measure(
+    scheme: str, batches: tuple[int, ...], contexts: tuple[int, ...], shape: str, profiled: tuple[int, ...] = ()
+) -> list[dict[str, Any]]:
+    """Rows of one scheme; prints where a step's time goes at batches in `profiled`."""
+    bench = Bench(scheme, shape, max(batches))
+    print(f"{scheme}: {bench.facts}", flush=True)
     rows = []
     bare, kv = get_scheme(scheme).name, kv_name(get_scheme(scheme))
     floor = model_floor(shape, scheme, GPUS["h200"])
@@ -151,24 +205,27 @@ def measure(scheme: str, batches: tuple[int, ...], contexts: tuple[int, ...], sh
         for batch in batches:
             row = {"shape": shape, "scheme": bare, "kv": kv, "batch": batch, "context": context}
             row["sol_ms"] = round(floor.step_us(batch, context) / 1e3, 3)
-            tokens = output_length(batch, context, ready.limits.max_num_batched_tokens)
-            if batch * (context + tokens + 16) > ready.limits.cache_tokens:
+            if not bench.fits(batch, context):
                 rows.append({**row, "ms": None, "host_ms": None, "idle": None, "note": "does not fit"})
                 continue
-            open_, runner.steps = batch, []
-            length = max(1, context - tokens // 2)  # the measured steps lie around the context
-            vocabulary = ready.limits.vocab_size
-            decode(
-                engine, prompts(batch, length, vocabulary, context + batch), WARM + STEPS, done, f"{context}-{batch}"
-            )
-            full = [t for t in runner.steps if t.num_decodes == t.num_tokens == batch]
-            rows.append({**row, **summary(full[-STEPS:])})
+            rows.append({**row, **summary(bench.decode(batch, context, WARM + STEPS)[-STEPS:])})
             print(rows[-1], flush=True)
-    engine.shutdown()
-    del engine, runner, ready
-    gc.collect()
-    torch.cuda.empty_cache()
+            if batch in profiled:
+                print(f"{scheme}, batch {batch}, context {context}\n{table(bench.profile(batch, context))}", flush=True)
+    bench.engine.shutdown()
     return rows
+
+
+def measure_apart(scheme: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one scheme, from a process of its own: it leaves its memory to the next."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        chosen = ("batches", "contexts", "profile", "shape")
+        options = [f"--{name}={getattr(args, name)}" for name in chosen]
+        command = [sys.executable, "-m", "benchmarks.bench_engine", f"--schemes={scheme}", f"--out={out}", *options]
+        subprocess.run(command, check=True)
+        rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
+        return rows
 
 
 def summary(steps: list[Timed]) -> dict[str, Any]:
@@ -197,7 +254,9 @@ def host_rows(batches: tuple[int, ...], contexts: tuple[int, ...]) -> list[dict[
 
 def host_row(batch: int, context: int, top_p: float) -> dict[str, Any]:
     model = load_source(dummy_source("tiny"))
-    answer = output_length(batch, context, 8192)
+    answer = (
+        -(-batch * context // (8192 - batch)) + WARM + STEPS
+    )  # the first prompts decode while the last are computed
     tokens = context + answer + 8
     limits = SchedulerConfig(258, tokens, batch * -(-tokens // 16) + 8, max_num_seqs=batch)
     pool = KVPool(model.config, None, limits.num_blocks + 1, limits.block_size)
@@ -286,6 +345,7 @@ def main() -> None:
     parser.add_argument("--schemes", default=",".join(SCHEMES), help="separated by commas, w4a4,bf16+kv4 say")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
+    parser.add_argument("--profile", default="", help="batches whose kernels are listed")
     parser.add_argument("--shape", default="llama-3-8b")
     parser.add_argument("-o", "--out", help="write rows and circumstances there instead of a record")
     parser.add_argument("--record", metavar="FILE", help="write the record from what -o wrote")
@@ -293,7 +353,9 @@ def main() -> None:
     if args.record:
         save("engine-latency", args.record)
         return
-    batches, contexts = (tuple(int(part) for part in text.split(",")) for text in (args.batches, args.contexts))
+    batches, contexts, profiled = (
+        tuple(int(part) for part in text.split(",") if part) for text in (args.batches, args.contexts, args.profile)
+    )
     if args.host:
         rows = host_rows(batches, contexts)
         for row in rows:
@@ -301,7 +363,11 @@ def main() -> None:
         if not args.out:
             print(write_record("engine-host", rows, "cpu"))
         return
-    rows = [row for scheme in args.schemes.split(",") for row in measure(scheme, batches, contexts, args.shape)]
+    schemes = args.schemes.split(",")
+    if len(schemes) == 1:
+        rows = measure(schemes[0], batches, contexts, args.shape, profiled)
+    else:
+        rows = [row for scheme in schemes for row in measure_apart(scheme, args)]
     keep("engine-latency", rows, args.out)
 
 
