@@ -272,10 +272,9 @@ def host_row(batch: int, context: int, top_p: float) -> dict[str, Any]:
     model.forward = lambda t, p, kv: hidden[: len(t)]  # type: ignore[method-assign]
     model.logits = lambda h: hidden[: len(h)]  # type: ignore[method-assign]
     buckets._compute = lambda size: None  # type: ignore[method-assign]
-    fine = torch.zeros(batch, dtype=torch.bool)
     sampler.run = (
-        lambda raw, plan: Sampled(  # type: ignore[method-assign]
-            tokens_out[: len(raw)], fine[: len(raw)], None, plan.num_logprobs
+        lambda raw, plan, lanes: Sampled(  # type: ignore[method-assign]
+            tokens_out[: len(raw)], tokens_out[: len(raw)], None, plan.num_logprobs
         )
     )
     for part, owner, name in (

@@ -102,7 +102,7 @@ class DecodeBuckets:
     def _compute(self, size: int) -> None:
         inputs = self._inputs(size)
         hidden = self.model(inputs.tokens(self._last_tokens), inputs.positions, self.kv)
-        self._logits[:size] = self.model.logits(hidden)
+        self.model.logits(hidden, self._logits[:size])
 
     def _prepare(self, size: int) -> None:
         """Run a bucket once with long sequences, so that whatever grows with lengths has grown; then capture it."""

@@ -50,7 +50,7 @@ def run_largest_step(model: Model, scheme: Scheme | None, options: EngineConfig)
         prefix_cache=False,
     )
     pool = KVPool(model.config, scheme, num_blocks, size, model.dtype, model.device)
-    sampler = Sampler(seqs, model.config.vocab_size, model.device, seed=0)
+    sampler = Sampler(seqs, model.config.vocab_size, model.device, 0, options.kernels)
     runner = Runner(model, pool, sampler, seqs, kernels=options.kernels)
     scheduler = Scheduler(limits)
     params = SamplingParams(max_tokens=1, top_p=0.9, presence_penalty=0.5)

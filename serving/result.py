@@ -5,7 +5,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-FAULTY = -1  # instead of a token id: the logits held no number to choose by
+from atom.kernels.greedy import FAULTY as FAULTY
 
 
 class TokenLogprobs(NamedTuple):

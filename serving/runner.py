@@ -1,7 +1,7 @@
 """Steps on a real model: inputs up, one forward pass, tokens sampled on the device, results down; nothing waits.
 
-The device keeps, for every lane, the token that was sampled last, so that the next step can be launched before this
-one's tokens have come back. Decode steps run in buckets of fixed batch sizes (serving/decode_buckets.py), as CUDA
+The sampler keeps, on the device, the token that each lane sampled last, so that the next step can be launched before
+this one's tokens have come back. Decode steps run in buckets of fixed batch sizes (serving/decode_buckets.py), as CUDA
 graphs on a GPU. On a CPU `launch` computes at once and everything else is the same.
 """
 
@@ -64,11 +64,10 @@ class Runner:
         self._sampler = sampler
         self._guided = GuidedLanes(model.config.vocab_size)
         self._staging = Staging(self.device, depth)
-        self._last_tokens = torch.zeros(num_lanes, dtype=torch.int64, device=self.device)
         self.buckets: DecodeBuckets | None = None
         if buckets:
             varies = split_tokens is not None
-            self.buckets = DecodeBuckets(model, self.kv, self._last_tokens, buckets, depth, max_blocks, varies)
+            self.buckets = DecodeBuckets(model, self.kv, sampler.last_tokens, buckets, depth, max_blocks, varies)
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -91,8 +90,7 @@ class Runner:
             return Launched(self.device, parts, prompt, None)
         lanes = step.batch.sample_lanes
         mask, masks_stop = self._guided.mask(lanes, step.batch.masks_stop)  # may wait for the step before, not for this
-        sampled = self._sampler.sample(logits, lanes, masks_stop, mask)
-        self._last_tokens[sample_lanes] = sampled.tokens
+        sampled = self._sampler.sample(logits, lanes, masks_stop, mask, sample_lanes)
         launched = Launched(self.device, parts, prompt, sampled)
         self._guided.follow(lanes, launched.tokens)
         return launched
@@ -114,7 +112,7 @@ class Runner:
             return *self.buckets.run(batch), None
         inputs = step_inputs(batch, self._staging)
         self.kv.begin(batch, inputs.attention)
-        hidden = self.model(inputs.tokens(self._last_tokens), inputs.positions, self.kv)
+        hidden = self.model(inputs.tokens(self._sampler.last_tokens), inputs.positions, self.kv)
         prompt = self._prompt_logprobs(hidden, parts) if parts else None
         logits = self.model.logits(hidden[inputs.sample_rows]) if len(batch.sample_rows) else None
         return logits, inputs.sample_lanes, prompt
@@ -138,7 +136,7 @@ class Launched:
     ) -> None:
         self._parts = parts
         self._num_logprobs = None if sampled is None else sampled.num_logprobs
-        self._tokens = None if sampled is None else _to_host(sampled.for_host())
+        self._tokens = None if sampled is None else _to_host(sampled.told)
         self._logprobs = None if sampled is None or sampled.logprobs is None else _to_host(sampled.logprobs.packed)
         self._prompt = None if prompt is None else _to_host(prompt.packed)
         self._event: torch.cuda.Event | None = None

@@ -19,6 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from atom.kernels.greedy import GREEDY, Greedy
+from atom.kernels.registry import Kernels, Problem, device_arch
+
 from .filters import floor_by_sort, min_p_floor, ties_beyond, top_k_floor, top_p_floor
 from .logprobs import Logprobs, logprobs_of
 from .penalties import TokenCounts
@@ -37,29 +40,33 @@ class Sampled:
     """What a step sampled, on the device.
 
     tokens        int64 [S], valid token ids in any case: what the next step may read at once
-    faulty        bool [S]: the row's logits hold a NaN or +inf, or every token of it is forbidden. Its token means
-                  nothing, and the sequence should end with an error
+    told          int64 [S], the same for the host, FAULTY (-1) where the row's logits hold a NaN or +inf, or all its
+                  tokens are forbidden: its token means nothing, and the sequence should end with an error
     logprobs      of the rows with num_logprobs >= 0, in their order; None if there are none
     num_logprobs  int32 [S] on the host: alternatives to report for each row, -1 for no logprobs
     """
 
     tokens: Tensor
-    faulty: Tensor
+    told: Tensor
     logprobs: Logprobs | None
     num_logprobs: NDArray[np.int32]
-
-    def for_host(self) -> Tensor:
-        """int64 [S], FAULTY (-1) where the row is faulty: the one tensor to copy to the host."""
-        return self.tokens.masked_fill(self.faulty, FAULTY)
 
 
 class Sampler:
     """State by lane, and the sampling of a step. Used by one thread, in the order of the steps.
 
-    seed  makes the seeds of requests without one reproducible (by order of admission)
+    seed         makes the seeds of requests without one reproducible (by order of admission)
+    last_tokens  int64 [num_lanes] on the device: the token that each lane sampled last
     """
 
-    def __init__(self, num_lanes: int, vocab_size: int, device: torch.device | str, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        num_lanes: int,
+        vocab_size: int,
+        device: torch.device | str,
+        seed: int | None = None,
+        kernels: Kernels = "auto",
+    ) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         self._upload = Upload(self.device)
@@ -69,6 +76,11 @@ class Sampler:
         self._bias_ids = torch.zeros(num_lanes, MAX_LOGIT_BIAS, dtype=torch.int64, device=self.device)
         self._bias = torch.zeros(num_lanes, MAX_LOGIT_BIAS, device=self.device)
         self._stop_ids = torch.zeros(num_lanes, _STOP_ROOM, dtype=torch.int64, device=self.device)
+        self.last_tokens = torch.zeros(num_lanes, dtype=torch.int64, device=self.device)
+        self._greedy: Greedy | None = None  # rows that only want their best token; others run below
+        problem = Problem(device_arch(self.device), K=vocab_size)
+        if self.device.type == "cuda" and kernels == "auto" and not GREEDY.refusals(problem):
+            self._greedy = GREEDY.choose(problem).build()
         self._num_tiles = -(-vocab_size // TILE)
         self._counters = counters(self._num_tiles + TILE, self.device)
 
@@ -96,15 +108,19 @@ class Sampler:
         lanes: NDArray[np.int32],
         masks_stop: NDArray[np.bool_],
         mask: NDArray[np.int32] | Tensor | None = None,
+        on_device: Tensor | None = None,
     ) -> Sampled:
-        """The next token of each of S lanes. Nothing waits for the device.
+        """The next token of each of S lanes, which is their last one from then on. Nothing waits for the device.
 
         logits      [S, V], any float dtype; not changed
         lanes       int32 [S], each once; greedy ones without penalties may come several times, for drafts
         masks_stop  bool [S], the lane's EOS and stop token ids must not be sampled (`Batch.masks_stop`)
         mask        int32 [S, ceil(V / 32)], bit t % 32 of word t // 32 set where token t is allowed; None allows all
+        on_device   int64 [S], the lanes, where they lie on the device already
         """
-        return self.run(logits, self.plan(lanes, masks_stop, mask))
+        if on_device is None:
+            on_device = self._upload(lanes.astype(np.int64))
+        return self.run(logits, self.plan(lanes, masks_stop, mask), on_device)
 
     def plan(
         self,
@@ -117,20 +133,25 @@ class Sampler:
             mask = self._upload(mask)
         return self._params.plan(lanes, masks_stop, mask, self._upload)
 
-    def run(self, raw: Tensor, plan: Plan) -> Sampled:
+    def run(self, raw: Tensor, plan: Plan, lanes: Tensor) -> Sampled:
         """The device's part of `sample`: a fixed sequence of kernels for a plan's features, widths and row counts."""
         if not len(raw):
             none = torch.zeros(0, dtype=torch.int64, device=raw.device)
-            return Sampled(none, none.bool(), None, plan.num_logprobs)
+            return Sampled(none, none, None, plan.num_logprobs)
+        if self._greedy is not None and plan.is_greedy and raw.dtype == torch.bfloat16:
+            tokens, told = self._greedy(raw, lanes, self.last_tokens)
+            return Sampled(tokens, told, self._logprobs(raw, tokens, plan), plan.num_logprobs)
         logits = self._shape_logits(raw, plan)
         largest, tokens = logits.max(-1)
         if Feature.RANDOM in plan.features:
             tokens, largest = self._draw(logits, largest, tokens, plan)
         faulty = (largest - largest) != 0  # infinite, or no number
         tokens = tokens.masked_fill(faulty, 0)
-        if Feature.PENALTIES in plan.features and plan.words is not None:
-            self._counts.add(plan.words[Word.LANE], tokens)
-        return Sampled(tokens, faulty, self._logprobs(raw, tokens, plan), plan.num_logprobs)
+        if Feature.PENALTIES in plan.features:
+            self._counts.add(lanes, tokens)
+        self.last_tokens[lanes] = tokens
+        told = tokens.masked_fill(faulty, FAULTY)
+        return Sampled(tokens, told, self._logprobs(raw, tokens, plan), plan.num_logprobs)
 
     def _shape_logits(self, raw: Tensor, plan: Plan) -> Tensor:
         """Mask, bias, forbidden stop tokens, penalties: what greedy sampling obeys too."""

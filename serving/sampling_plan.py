@@ -72,6 +72,11 @@ class Plan:
     stop_width: int
     num_logprobs: NDArray[np.int32]
 
+    @property
+    def is_greedy(self) -> bool:
+        """Every row takes the largest of its logits as they are."""
+        return not self.features & ~Feature.LOGPROBS and not self.stop_width and self.mask is None
+
     def floats(self) -> dict[Word, Tensor]:
         """The float parameters, float32 [S] each."""
         assert self.words is not None

@@ -112,7 +112,7 @@ def make_runner(model: Model, scheme: Scheme | None, options: EngineConfig, limi
     buckets = bucket_sizes(limits.max_num_seqs) if has_graphs else ()
     num_blocks = limits.num_blocks + bool(buckets)  # padding rows write to a block of their own
     pool = KVPool(model.config, scheme, num_blocks, limits.block_size, model.dtype, model.device)
-    sampler = Sampler(limits.max_num_seqs, limits.vocab_size, model.device, options.seed)
+    sampler = Sampler(limits.max_num_seqs, limits.vocab_size, model.device, options.seed, options.kernels)
     depth = 2 if is_gpu and options.async_scheduling else 1  # a CPU has nothing to overlap with
     max_blocks = -(-limits.max_sequence_tokens // limits.block_size)
     split = options.attention_split_tokens

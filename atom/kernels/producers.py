@@ -99,7 +99,7 @@ class QuantizingProducer:
 
     def plan(self, dtype: torch.dtype, K: int, strided: bool) -> Plan:
         columns, _, units = activation_columns(self.linear, K)
-        is_bf16 = takes_bf16(self.linear)
+        is_bf16 = self.linear.weight is None or takes_bf16(self.linear)
         return Plan(
             kernel=producer_kernel(self.config(dtype, K, strided)),
             words=K // 2 if is_bf16 else columns // 4,

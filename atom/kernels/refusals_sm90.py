@@ -30,6 +30,8 @@ def refuses_producer(problem: Problem) -> str | None:
         return f"rows must be a multiple of 8 long, got {problem.K}"
     if problem.K > LARGEST_ROW:
         return f"rows of {problem.K} do not fit in shared memory; at most {LARGEST_ROW}"
+    if problem.linear == LinearScheme():  # nothing is rounded: the model's own format
+        return None if problem.dtype == "bfloat16" else f"full precision must be bfloat16, got {problem.dtype}"
     return refuses_scheme(problem.linear) or refuses_unverified(problem.linear)
 
 

@@ -16,6 +16,7 @@ from ..kernels.registry import Kernels
 from ..kernels.warm import warm_up
 from .config import ModelConfig
 from .device import choose_device
+from .fused import fuse_model_
 from .layers import DecoderLayer
 from .layout import check_source, layer_prefix, layer_tensors, model_tensors
 from .model import Model, build_model
@@ -59,6 +60,7 @@ def load_source(
     for index, layer in enumerate(model.model.decoder_layers()):
         load_layer_(layer, model, source, index, device, dtype, kernels)
     if torch.device(device).type == "cuda":
+        fuse_model_(model, kernels)
         warm_up(model, dtype)
     return model.eval().requires_grad_(False)
 

@@ -140,8 +140,10 @@ class Rope:
         if self.config.kind == "dynamic" and positions.numel():
             inv_freq = self._dynamic(positions.max() + 1 if lengths is None else lengths)
         angles = positions.float()[:, None] * inv_freq  # [T, head_dim / 2]
-        factor = self.config.attention_factor
-        return Rotation(angles.cos() * factor, angles.sin() * factor, positions, self)
+        cos, sin, factor = angles.cos(), angles.sin(), self.config.attention_factor
+        if factor != 1:
+            cos, sin = cos * factor, sin * factor
+        return Rotation(cos, sin, positions, self)
 
     def _dynamic(self, lengths: Tensor) -> Tensor:
         """NTK-scaled frequencies [1 or T, head_dim / 2]; the plain ones up to the pretrained length."""

@@ -498,6 +498,7 @@ def _funnel(warp: Warp, op: str, args: list[Any]) -> None:
 
 COMPARE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b), "neu": np.not_equal,
 }  # fmt: skip
 
 
@@ -700,6 +701,7 @@ HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
     (r"add\.(?!bf16).*", _binary(lambda a, b: a + b)), (r"sub\.(?!bf16).*", _binary(lambda a, b: a - b)),
     (r"mul\.(?!bf16).*", _binary(lambda a, b: a * b)),
     (r"div\..*", _binary(_divide)), (r"rem\..*", _binary(lambda a, b: np.fmod(a, b))),
+    (r"max\.NaN\..*", _binary(np.maximum)),
     (r"min\..*", _binary(np.fmin)), (r"max\..*", _binary(np.fmax)),
     (r"and\..*", _binary(lambda a, b: a & b)), (r"or\..*", _binary(lambda a, b: a | b)),
     (r"xor\..*", _binary(lambda a, b: a ^ b)), (r"not\.pred", _unary(lambda a: ~a)), (r"not\..*", _unary(lambda a: ~a)),

@@ -89,7 +89,7 @@ def write(tokens: Tokens, spec: GuidanceSpec, params: SamplingParams, limit: int
         early = np.array([sequence.num_output + 1 < params.min_tokens])
         mask, stop = lanes.mask(lane, early)
         assert mask is not None
-        found = sampler.sample(logits, lane, stop, mask).for_host().tolist()
+        found = sampler.sample(logits, lane, stop, mask).told.tolist()
         assert found[0] >= 0, "no token was left to sample"
         lanes.follow(lane, lambda found=found: found)  # type: ignore[misc]
         sequence.append(found[0])

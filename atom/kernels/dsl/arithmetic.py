@@ -101,3 +101,9 @@ def select_bytes(word: Any, selector: Any):
         write_only_types=[Uint32],
         read_only_args=[word, Uint32(0), selector],
     )
+
+
+@cute.jit
+def max_or_nan(a: Any, b: Any):
+    """The larger of two floats; NaN if one is."""
+    return cute.arch.inline_ptx("max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])

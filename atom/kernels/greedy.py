@@ -1,0 +1,85 @@
+"""Op greedy: the best token of each row of logits, told to the host and left for the next step."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..env import unverified_kernels
+from .cache import load_kernel
+from .registry import Implementation, Op, Problem
+
+ARCH = "sm_90a"
+HERE = Path(__file__).parent
+SOURCES = tuple(HERE / name for name in ("greedy_sm90.py", "dsl/arithmetic.py"))
+FAULTY = -1  # instead of a token id: the logits held no number to choose by
+
+Greedy = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def greedy_reference() -> Greedy:
+    """Builder of the op; its function takes
+
+    logits       [S, V]       bfloat16, or any float on a CPU
+    lanes        [S] int64
+    last_tokens  [num_lanes] int64: at `lanes` it becomes the rows' tokens
+    returns      [2, S] int64: the first of the largest logits of each row, 0 where a row holds a NaN or +inf or nothing
+                 but -inf; and the same with FAULTY in those rows
+    """
+
+    def run(logits: Tensor, lanes: Tensor, last_tokens: Tensor) -> Tensor:
+        largest, tokens = logits.max(-1)
+        faulty = (largest - largest) != 0
+        tokens = tokens.masked_fill(faulty, 0)
+        last_tokens[lanes] = tokens
+        return torch.stack((tokens, tokens.masked_fill(faulty, FAULTY)))
+
+    return run
+
+
+def build_greedy_sm90() -> Greedy:
+    """Builder of the op on Hopper."""
+
+    def run(logits: Tensor, lanes: Tensor, last_tokens: Tensor) -> Tensor:
+        tokens = torch.empty(2, len(logits), dtype=torch.int64, device=logits.device)
+        if len(logits):
+            greedy_kernel()(logits, lanes, last_tokens, tokens)
+        return tokens
+
+    return run
+
+
+@lru_cache
+def greedy_kernel() -> Any:
+    """The compiled kernel, from memory, disk or compiled now."""
+
+    def compile() -> Any:
+        from .greedy_sm90 import compile_greedy
+
+        return compile_greedy()
+
+    return load_kernel("greedy_sm90", "greedy", SOURCES, compile, ARCH)
+
+
+def refuses_greedy(problem: Problem) -> str | None:
+    """Why the sm_90a kernel cannot take logits of K tokens, or None."""
+    if problem.arch != "sm_90":
+        return f"it is built for sm_90, this is {problem.arch}"
+    if problem.dtype != "bfloat16":
+        return f"logits must be bfloat16, got {problem.dtype}"
+    if problem.K % 8:
+        return f"vocabularies must be a multiple of 8, got {problem.K}"
+    if not unverified_kernels():
+        return "it has not been verified on hardware yet; set ATOM_UNVERIFIED_KERNELS=1 to run it all the same"
+    return None
+
+
+GREEDY = Op(
+    name="greedy",
+    formula="last_tokens[lanes] = argmax(logits)",
+    reference=greedy_reference,
+    implementations=(Implementation("greedy_sm90", "atom.kernels.greedy:build_greedy_sm90", refuses_greedy),),
+)
