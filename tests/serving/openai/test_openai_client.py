@@ -25,7 +25,11 @@ from ..scripted import TEMPLATE, serve_app, wait_idle
 
 ROOT = os.environ.get("ATOM_TEST_MODELS", "")
 REAL = sorted(path.parent for path in Path(ROOT).glob("*/chat_template.jinja")) if ROOT else []
-PARAMS = [pytest.param(None, id="tiny")] + [pytest.param(path, id=path.name, marks=pytest.mark.slow) for path in REAL]
+PARAMS = [
+    pytest.param((None, "cpu"), id="tiny"),
+    *(pytest.param((path, "cpu"), id=path.name, marks=pytest.mark.slow) for path in REAL),
+    *(pytest.param((p, "cuda"), id=f"{p.name}-gpu", marks=[pytest.mark.slow, pytest.mark.gpu]) for p in REAL),
+]
 TOOL: Any = {
     "type": "function",
     "function": {
@@ -43,8 +47,9 @@ USER: Any = {"role": "user", "content": "What is the capital of France?"}
 
 
 class Served:
-    def __init__(self, url: str, path: Path, frontend: Frontend, is_real: bool) -> None:
+    def __init__(self, url: str, path: Path, frontend: Frontend, is_real: bool, device: str) -> None:
         self.url = url
+        self.device = device
         self.path = path
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=600)
         self.frontend = frontend
@@ -65,16 +70,22 @@ def longer(model: Path, copy: Path) -> Path:
 
 @pytest.fixture(scope="module", params=PARAMS)
 def served(request: pytest.FixtureRequest, tiny: Callable[[str], Path], tmp_path_factory: Any) -> Iterator[Served]:
-    path, template = request.param, None
+    (path, device), template = request.param, None
     if path is None:
         path = longer(tiny("llama"), tmp_path_factory.mktemp("longer") / "model")
         template = path / "template.jinja"
         template.write_text(TEMPLATE)
-    engine = EngineConfig(device="cpu", kv_cache_bytes="64MiB", max_num_seqs=8, max_num_batched_tokens=256)
+    engine = EngineConfig(
+        device=device,
+        kv_cache_bytes="64MiB",
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        attention_split_tokens=1024 if device == "cuda" else None,  # a batch is not to change what one says
+    )
     server = ServerConfig(served_model_name=("m",), chat_template=template, generation_config="none")
     service = make_service(str(path), start_up(str(path), engine), engine, server)
     with serve_app(build_app(service)) as url:
-        made = Served(url, Path(path), service.frontend, request.param is not None)
+        made = Served(url, Path(path), service.frontend, request.param[0] is not None, device)
         yield made
         made.client.close()
         wait_idle(service.frontend)
@@ -195,6 +206,8 @@ def test_errors_have_their_classes(served: Served) -> None:
 
 
 def test_lm_evals_api_model_scores_as_the_model_does(served: Served) -> None:
+    if served.device != "cpu":
+        pytest.skip("the scores are compared with those of the model on a CPU, in float32")
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
