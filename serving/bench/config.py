@@ -79,6 +79,15 @@ class ServeBenchConfig:
     extra_body: str = "{}"
     """JSON object whose fields go into every request."""
 
+    ppl: Path | None = None
+    """Also the perplexity of this text file, through the server (prompt_logprobs), after the load."""
+
+    ppl_window: int = 512
+    """Tokens of a window of it, as for atom eval."""
+
+    ppl_windows: int = 64
+    """Windows at most."""
+
     max_model_len: int | None = None
     """Longer requests are left out, and counted; default: what the server says of its model."""
 
@@ -105,6 +114,10 @@ class ServeBenchConfig:
             value, low = getattr(self, name), int(name == "num_requests")
             if value is not None and value < low:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {value}; leave it out")
+        if self.ppl_window < 2 or self.ppl_windows < 1:
+            raise ValueError("--ppl-window is at least 2 tokens and --ppl-windows at least 1")
+        if self.ppl is not None and self.token_ids is not None:
+            raise ValueError("--ppl needs the tokenizer; give --tokenizer instead of --token-ids")
         for name in ("timeout", "duration"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"--{name} is in seconds and above 0, got {value}; leave it out")

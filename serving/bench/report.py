@@ -143,13 +143,15 @@ def quality_tables(data: BenchData) -> list[tuple[str, Table]]:
 
 def loads_table(loads: Sequence[Row]) -> Table:
     titles = ["file", "server", "workload", "load", "requests", "errors", "output tok/s", "goodput/s"]
-    titles += ["TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "complete"]
+    titles += ["TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "perplexity", "complete"]
     body = []
     for load in loads:
         s, config = load["summary"], load["config"]
         times = [None if s[m] is None else s[m][p] for m in ("ttft", "tpot") for p in ("p50", "p99")]
         start = (load["file"], load_label(load), config["workload"], config["arrivals"], s["requests"])
         rest = (sum(s["errors"].values()), s["out_tok_s"], s["goodput_s"])
+        quality = load["server"].get("perplexity")
+        times.append(None if quality is None else round(quality["perplexity"], 3))
         body.append([*start, *rest, *times, "yes" if load["is_complete"] else "no, stopped"])
     return titles, body
 

@@ -17,7 +17,8 @@ class ServeResult:
 
     is_complete  false where the run was stopped before all was sent and answered
     config       the options as they were used
-    server       version, model entry and the server's own latencies over the run, where it has them
+    server       version, model entry and the server's own latencies over the run, where it has them; the perplexity
+                 that was measured through it (served_perplexity.py)
     provenance   date, command, commit, machine and versions of the client
     samples      one entry for each request that was due
     """
@@ -71,6 +72,11 @@ class ServeResult:
             )
         if s.cached_tokens:
             lines.append(f"prefix cache {s.cached_tokens:,} of {s.prompt_tokens:,} prompt tokens")
+        if (quality := self.server.get("perplexity")) is not None:
+            lines.append(
+                f"perplexity   {quality['perplexity']:.3f} of {quality['text']} through the server, "
+                f"{quality['windows']} windows of {quality['window']} tokens"
+            )
         lines += ["", f"{'ms':<12}" + "".join(f"{name:>11}" for name in ("mean", "p50", "p90", "p99", "max"))]
         for name, label in _MEASURES.items():
             if (spread := getattr(s, name)) is not None:

@@ -5,9 +5,11 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from httpx import AsyncClient
 
 from atom.models.source import load_tokenizer
 from atom.records import circumstances, current_commit
@@ -19,6 +21,7 @@ from .load import Plan, Progress, run_load
 from .prompts import Vocabulary
 from .result import ServeResult, notes_on
 from .sample import Sample
+from .served_perplexity import served_perplexity
 from .server_facts import ServerFacts, ask_server, make_client, metric_changes, read_metrics, server_latencies
 from .slo import Slo
 from .summary import summarize
@@ -76,7 +79,21 @@ async def _bench(config: ServeBenchConfig, watch: Watch) -> ServeResult:
         if not progress.samples:
             raise KeyboardInterrupt
         after = await read_metrics(asking, base_url)
-        return _result(config, facts, entry, progress, too_long, workload.shares_prefixes, before, after)
+        quality = await _perplexity(asking, target, config, vocabulary)
+        result = _result(config, facts, entry, progress, too_long, workload.shares_prefixes, before, after)
+        return replace(result, server=result.server | quality)
+
+
+async def _perplexity(
+    asking: AsyncClient, target: Target, config: ServeBenchConfig, vocabulary: Vocabulary
+) -> dict[str, Any]:
+    """What the result says of the server's quality; nothing without --ppl."""
+    if config.ppl is None:
+        return {}
+    tokenizer: Any = vocabulary.tokenizer
+    window, limit = config.ppl_window, config.ppl_windows
+    found = await served_perplexity(asking, target.base_url, target.model, tokenizer, config.ppl, window, limit)
+    return {"perplexity": found.to_dict()}
 
 
 def _prompt(vocabulary: Vocabulary, config: ServeBenchConfig, item: WorkItem, seed: int) -> list[int] | str:
@@ -180,7 +197,8 @@ def _result(
         notes.append(f"{unsent} of {progress.total} requests were not sent: the run ended before they were due")
     found = circumstances("cpu")
     provenance = {**found, "commit": current_commit(), "seed": config.seed}
-    options = {**asdict(config), "output": None, "arrivals": _arrivals_text(config)}
+    ppl = None if config.ppl is None else config.ppl.name
+    options = {**asdict(config), "output": None, "ppl": ppl, "arrivals": _arrivals_text(config)}
     options |= {"model": entry["id"], "prompt_format": config.chosen_format, "requests_too_long": too_long}
     options = {key: (None if value == float("inf") else value) for key, value in options.items()}
     samples = [sample.to_dict() for sample in progress.samples]

@@ -1,0 +1,91 @@
+"""From a command to its first token, cold and warm: `atom serve` in a process of its own, asked as soon as it answers.
+
+    python benchmarks/start_up.py smollm2-w4a8
+    python benchmarks/start_up.py smollm2-w4a8 --cold         first with an empty cache of compiled kernels
+    python benchmarks/start_up.py llama-3-8b --scheme w4a8    a shape, in process: random weights have no tokenizer
+
+Times are seconds from the start of the process, Python's own included.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import httpx
+
+from atom.models.dummy import SHAPES
+
+LIMIT_S = 600
+CHILD = """
+import json, sys, time
+from atom.serving.engine_config import EngineConfig
+from atom.serving.llm import LLM
+from atom.serving.sampling_params import SamplingParams
+with LLM(sys.argv[1], load_format="dummy", scheme=sys.argv[2]) as llm:
+    (found,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
+    assert len(found.token_ids) == 1
+    print(json.dumps({"at": time.time(), **{k: llm.ready.facts[k] for k in ("weights_s", "start_up_s")}}), flush=True)
+"""
+
+
+def serve(model: str, options: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """Start a server, ask for one token until it comes, end the server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "atom", "serve", model, "--port", str(port), *options]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        while True:
+            try:
+                answer = httpx.get(f"http://127.0.0.1:{port}/health/generate", timeout=60)
+                if answer.status_code == 200:
+                    return {"first_token_s": round(time.perf_counter() - began, 2)}
+            except httpx.TransportError:
+                pass
+            if process.poll() is not None or time.perf_counter() - began > LIMIT_S:
+                raise RuntimeError(f"no token after {time.perf_counter() - began:.0f} s, exit code {process.poll()}")
+            time.sleep(0.05)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def in_process(shape: str, scheme: str, environment: dict[str, str]) -> dict[str, Any]:
+    """The same for a shape with random weights."""
+    began = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, shape, scheme], env=environment, capture_output=True, text=True, timeout=LIMIT_S
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {"first_token_s": round(found.pop("at") - began, 2), **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a checkpoint, or a shape")
+    parser.add_argument("--scheme", default="w4a8", help="of a shape")
+    parser.add_argument("--cold", action="store_true", help="first with an empty ATOM_CACHE")
+    parser.add_argument("--runs", type=int, default=2, help="warm ones")
+    args, options = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as empty:
+        for kind in ("cold",) * args.cold + ("warm",) * args.runs:
+            environment = dict(os.environ) | ({"ATOM_CACHE": empty} if args.cold else {})
+            if args.model in SHAPES:
+                found = in_process(args.model, args.scheme, environment)
+            else:
+                found = serve(args.model, options, environment)
+            print(json.dumps({"model": args.model, "kind": kind, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
