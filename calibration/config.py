@@ -49,6 +49,18 @@ class CalibrationConfig:
     rotate: Rotate = "none"
     """residual folds a Hadamard rotation of the residual stream, and of each head's values, into the weights."""
 
+    distill_steps: int = 0
+    """Train the rounded checkpoint to predict what the full model predicts, for so many batches of --batch-tokens."""
+
+    distill_seconds: float = 600.0
+    """Fewer steps, if they would take longer than this."""
+
+    distill_windows: int = 512
+    """Windows of calibration text to train on; others are drawn to judge by."""
+
+    distill_rate: float = 0.01
+    """Learning rate of codes, in steps of their grid; a tenth of it for scales (relative), norms and biases."""
+
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto: cuda where there is one."""
 
@@ -62,7 +74,7 @@ class CalibrationConfig:
     """float32 products: high allows TF32 on a GPU, highest does not."""
 
     def __post_init__(self) -> None:
-        for name in ("windows", "window_length", "batch_tokens"):
+        for name in ("windows", "window_length", "batch_tokens", "distill_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; leave it out for the default")
         if self.window_length < 2:
@@ -71,6 +83,11 @@ class CalibrationConfig:
             raise ValueError(f"damping is a share between 0 and 1, got {self.damping}; use 0.01")
         if self.clip not in ("measured", "constant"):
             raise ValueError(f"clip must be measured or constant, got {self.clip!r}; use measured")
+        if self.distill_steps < 0 or self.distill_seconds <= 0 or self.distill_rate <= 0:
+            raise ValueError(
+                f"distill_steps {self.distill_steps}, distill_seconds {self.distill_seconds}, distill_rate "
+                f"{self.distill_rate}: steps count from 0, time and rate are positive; try 300 steps, 600 s, 0.01"
+            )
         if self.scale_search not in ("rounding", "feedback"):
             raise ValueError(f"scale_search must be rounding or feedback, got {self.scale_search!r}; use feedback")
         if self.rotate not in ("none", "residual"):

@@ -48,14 +48,23 @@ class Windows:
         return cls(tokens, source, hash_tokens(tokens))
 
 
-def load_windows(data: str, tokenizer: Tokenizer, num_windows: int, window_length: int, seed: int) -> Windows:
+def load_windows(
+    data: str,
+    tokenizer: Tokenizer,
+    num_windows: int,
+    window_length: int,
+    seed: int,
+    part: tuple[float, float] = (0.0, 1.0),
+) -> Windows:
     """Draw `num_windows` windows of `window_length` tokens from the text that `data` names.
 
+    part  where in the text, as shares of its length
     Raises CalibrationError if the text is missing, empty, too short, damaged or not UTF-8.
     Source: the sampling of GPTQ, arXiv:2210.17323: starts drawn uniformly, windows may overlap.
     """
     text = read_calibration_text(data)
     ids = torch.tensor(encode_plain(tokenizer, text), dtype=torch.int64)
+    ids = ids[int(part[0] * len(ids)) : int(part[1] * len(ids))]
     bos = [] if (token := leading_bos(tokenizer)) is None else [token]
     body = window_length - len(bos)
     if len(ids) < body:

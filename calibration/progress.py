@@ -12,6 +12,7 @@ class Progress(Protocol):
     def __exit__(self, *error: object) -> None: ...
     def layer(self, index: int, total: int, doing: str) -> None: ...
     def done(self, record: dict[str, Any]) -> None: ...
+    def step(self, number: int, total: int, loss: float) -> None: ...
 
 
 class Silent:
@@ -27,6 +28,9 @@ class Silent:
         return None
 
     def done(self, record: dict[str, Any]) -> None:
+        return None
+
+    def step(self, number: int, total: int, loss: float) -> None:
         return None
 
 
@@ -75,6 +79,17 @@ class Bar:
             completed=done,
             layers=f"{done}/{self._total} layers",
             memory=self._memory(record["peak_gpu_bytes"]),
+        )
+
+    def step(self, number: int, total: int, loss: float) -> None:
+        """A step of distillation; the loss is in nats a token."""
+        self._progress.update(
+            self._task,
+            description=f"distilling, {loss:.4f} nats",
+            completed=number,
+            total=total,
+            layers=f"{number}/{total} steps",
+            memory=self._memory(0),
         )
 
     def _memory(self, gpu_bytes: int) -> str:

@@ -22,6 +22,7 @@ class Report:
     totals       seconds by phase and in all, bytes written, peak memory
     clips        the activation clips that were chosen for each kind of input, the output errors of all candidates,
                  the tokens it was measured on, seconds; None where the scheme's constants were taken
+    distilled    steps, tokens, seconds, and the divergence on held-back text before and after; None without
     """
 
     provenance: dict[str, Any]
@@ -30,6 +31,7 @@ class Report:
     layers: list[dict[str, Any]] = field(default_factory=list)
     totals: dict[str, Any] = field(default_factory=dict)
     clips: dict[str, Any] | None = None
+    distilled: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

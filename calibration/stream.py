@@ -7,6 +7,7 @@ loses at most the layer it was in. A resumed run keeps no activations: it runs t
 
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -34,6 +35,7 @@ from .clips import ClipProbe, Measured, measured_groups, probe_windows
 from .clock import Clock
 from .config import CalibrationConfig
 from .data import SELF, Windows, load_windows
+from .distill import DistillText, distill_checkpoint, load_distill_text
 from .hidden import HiddenStates
 from .layer import LayerQuantizer
 from .plan import check_sizes, plan_layer
@@ -74,7 +76,34 @@ def quantize_model(
     else:
         load_tokenizer(opened.path)  # missing files are an error now rather than at the first prompt
         windows = None
+    if windows is not None and config.distill_steps:
+        text = load_distill_text(opened, config, windows)
+        return quantize_and_distill(opened, scheme, out, config, windows, text, resume, progress)
     return quantize_source(opened, scheme, out, config, windows, resume, progress)
+
+
+def quantize_and_distill(
+    source: Source,
+    scheme: Scheme,
+    out: Path,
+    config: CalibrationConfig,
+    windows: Windows,
+    text: DistillText,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """As quantize_source, then train what was rounded (distill.py). In between it lies in OUT.rounded.
+
+    A killed run resumes at the layer it was in, or, once all layers are rounded, at the first step of training.
+    """
+    config = replace(config, device=str(choose_device(config.device)))
+    rounded = out.with_name(f"{out.name}.rounded")
+    if not (resume and rounded.exists()):
+        quantize_source(source, scheme, rounded, config, windows, resume, progress)
+    with _MatmulPrecision(config), progress or Silent() as shown:
+        distill_checkpoint(source, rounded, out, text, config, shown)
+    shutil.rmtree(rounded)
+    return Report.read(out)
 
 
 def quantize_source(

@@ -1,0 +1,235 @@
+"""End-to-end distillation of a rounded checkpoint: codes, scales, norms and biases learn what the full model predicts.
+
+Rounding layer by layer cannot know what later layers do with an error. Here the rounded model, exactly as it will be
+run, is trained for some minutes to predict what the full-precision model predicts: the loss is the divergence
+KL(full || rounded) of the next token, on calibration text. Nothing changes in form, so nothing is paid at run time.
+A part of the text is held back, and where the divergence does not fall on it the checkpoint stays as it was rounded.
+
+Sources: straight-through training of codes and of scales in units of the grid, as LSQ (arXiv:1902.08153); distillation
+of quantized language models on the full model's own predictions, LLM-QAT (arXiv:2305.17888), EfficientQAT
+(arXiv:2407.11062). Here training starts at GPTQ's codes, and a code moves once its latent has drifted half a step.
+"""
+
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atom.checkpoint import REPORT_FILE, RUN_FILE, CheckpointWriter, read_json, read_scheme
+from atom.errors import CalibrationError
+from atom.models.loader import load_source
+from atom.models.model import Model
+from atom.models.source import Source, load_tokenizer, open_source
+
+from .config import CalibrationConfig
+from .data import SELF, Windows, load_windows
+from .progress import Progress, Silent
+from .student import Student
+
+HELD_BACK = 0.05  # of the text
+CHUNK_BYTES = 512 * 2**20  # of one chunk of float32 logits
+WARM_UP_STEPS = 10
+OTHERS = 0.1  # learning rate of scales (relative), norms and biases, as a share of that of codes (in grid steps)
+
+
+@dataclass(frozen=True)
+class DistillText:
+    """Tokens to train on, and tokens of another part of the text to judge by; [windows, length] each."""
+
+    training: Tensor
+    held_back: Tensor
+
+
+def load_distill_text(source: Source, config: CalibrationConfig, windows: Windows) -> DistillText:
+    """Windows from the calibration text: the first 95 % of it to train on, the rest to judge by.
+
+    windows  those of calibration; split instead, where the text was sampled from the model itself
+    Raises CalibrationError if the text is too short.
+    """
+    count = config.distill_windows
+    held = max(1, round(count * HELD_BACK))
+    if config.calib == SELF:
+        held = max(1, round(len(windows.tokens) * HELD_BACK))
+        if held == len(windows.tokens):
+            raise CalibrationError("distillation needs 2 windows or more of sampled text; raise --windows")
+        return DistillText(windows.tokens[:-held], windows.tokens[-held:])
+    tokenizer = load_tokenizer(source.path)
+    parts = [
+        load_windows(config.calib, tokenizer, n, config.window_length, config.seed + 1, part).tokens
+        for n, part in ((count, (0.0, 1.0 - HELD_BACK)), (held, (1.0 - HELD_BACK, 1.0)))
+    ]
+    return DistillText(*parts)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What training did: steps made, the divergence in nats a token on held-back text before and after, seconds."""
+
+    steps: int
+    tokens: int
+    kl_before: float
+    kl_after: float
+    seconds: float
+
+    @property
+    def is_better(self) -> bool:
+        return self.kl_after < self.kl_before
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {"kl_before": float(f"{self.kl_before:.5g}"), "kl_after": float(f"{self.kl_after:.5g}")}
+        return {"steps": self.steps, "tokens": self.tokens, "seconds": round(self.seconds, 2), **found}
+
+
+def distill_checkpoint(
+    source: Source,
+    rounded: Path,
+    out: Path,
+    text: DistillText,
+    config: CalibrationConfig,
+    progress: Progress | None = None,
+) -> Distilled:
+    """Train the checkpoint in `rounded` towards `source` and write the result to `out`.
+
+    source  the full-precision model that it was made from
+    Raises CalibrationError if the loss is not finite.
+    """
+    device = torch.device(config.device)
+    checkpoint = open_source(rounded)
+    scheme = read_scheme(checkpoint.config)
+    assert scheme is not None, "a checkpoint of this calibrator has a scheme"
+    teacher = load_source(source, device, torch.float32)
+    student = Student(checkpoint, scheme, device)
+    found = Training(teacher, student, text, config, progress or Silent()).run()
+    _write(student if found.is_better else None, checkpoint, rounded, out, found)
+    return found
+
+
+@dataclass
+class Training:
+    """One run of training; see distill_checkpoint."""
+
+    teacher: Model
+    student: Student
+    text: DistillText
+    config: CalibrationConfig
+    progress: Progress
+
+    def run(self) -> Distilled:
+        """Train for the configured steps, fewer if these would take longer than the configured seconds."""
+        started = time.perf_counter()
+        latent, others = self.student.parameters()
+        rate = self.config.distill_rate
+        groups = [{"params": latent, "lr": rate}, {"params": others, "lr": rate * OTHERS}]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=self.student.device.type == "cuda")
+        before = self.divergence(self.text.held_back)
+        steps = self.config.distill_steps
+        pace = time.perf_counter()
+        done = 0
+        for batch in self._batches(self.text.training):
+            if done == steps:
+                break
+            factor = min(1.0, (done + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * done / steps))
+            for group, base in zip(optimizer.param_groups, (rate, rate * OTHERS), strict=True):
+                group["lr"] = base * factor
+            loss = self.step(batch)
+            if not math.isfinite(loss):
+                raise CalibrationError(
+                    f"the distillation loss became {loss} at step {done}; lower --distill-rate from {rate:g}"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done += 1
+            self.progress.step(done, steps, loss)
+            if done == min(5, steps):
+                pace = (time.perf_counter() - pace) / done
+                steps = max(done, min(steps, int(self.config.distill_seconds / pace)))
+        del optimizer
+        after = self.divergence(self.text.held_back)
+        return Distilled(done, done * batch.numel(), before, after, time.perf_counter() - started)
+
+    def step(self, tokens: Tensor) -> float:
+        """The mean divergence over tokens [windows, length]; gradients are added to the student's parameters."""
+        hidden = self.student.hidden(tokens)
+        expected = self._expected(tokens)
+        leaf = hidden.detach().requires_grad_()
+        total = 0.0
+        for rows in self._chunks(len(leaf)):
+            loss = self._kl(leaf[rows], expected[rows]) / len(leaf)
+            loss.backward()
+            total += loss.item()
+        hidden.backward(leaf.grad)
+        return total
+
+    @torch.no_grad()
+    def divergence(self, tokens: Tensor) -> float:
+        """Mean KL(full || rounded) over tokens [windows, length], in nats."""
+        total = 0.0
+        for batch in tokens.split(self._batch_size(tokens)):
+            hidden, expected = self.student.hidden(batch), self._expected(batch)
+            total += sum(float(self._kl(hidden[rows], expected[rows])) for rows in self._chunks(len(hidden)))
+        return total / tokens.numel()
+
+    @torch.no_grad()
+    def _expected(self, tokens: Tensor) -> Tensor:
+        """The full model's hidden states [windows * length, hidden_size]."""
+        from atom.models.generate import scheme_cache
+
+        kv = scheme_cache(self.teacher, len(tokens))
+        hidden: Tensor = self.teacher(tokens.to(self.student.device).flatten(), kv.positions(tokens.shape[1]), kv)
+        return hidden
+
+    def _kl(self, hidden: Tensor, expected: Tensor) -> Tensor:
+        """The sum over tokens of KL(full || rounded), from hidden states."""
+        found = self.student.model.logits(hidden).float().log_softmax(-1)
+        with torch.no_grad():
+            wanted = self.teacher.logits(expected).float().log_softmax(-1)
+        return torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+
+    def _chunks(self, rows: int) -> Iterator[slice]:
+        size = max(1, CHUNK_BYTES // (4 * self.teacher.config.vocab_size))
+        for start in range(0, rows, size):
+            yield slice(start, start + size)
+
+    def _batch_size(self, tokens: Tensor) -> int:
+        return max(1, self.config.batch_tokens // tokens.shape[1])
+
+    def _batches(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Batches of whole windows in an order drawn anew every time round, without end."""
+        draw = random.Random(self.config.seed)
+        size = min(self._batch_size(tokens), len(tokens))
+        order = list(range(len(tokens)))
+        while True:
+            draw.shuffle(order)
+            for start in range(0, len(order) - size + 1, size):
+                yield tokens[order[start : start + size]]
+
+
+def _write(student: Student | None, checkpoint: Source, rounded: Path, out: Path, found: Distilled) -> None:
+    """The checkpoint with what was learned in the place of what was rounded; all of it as it was without a student."""
+    layers = sorted({name.split(".")[2] for name in checkpoint.names() if name.startswith("model.layers.")}, key=int)
+    writer = CheckpointWriter(out, {"distilled": rounded.name}, len(layers) + 1, resume=True)
+    for number, index in enumerate([None, *map(int, layers)], 1):
+        own = [name for name in checkpoint.names() if _belongs(name, index)]
+        learned = {} if student is None else dict(student.tensors(index))
+        tensors = {name: checkpoint.get(name) for name in own}
+        for name, tensor in learned.items():
+            tensors[name] = tensor.to(tensors[name].dtype)
+        writer.write_shard(number, tensors)
+    report = {**read_json(rounded / REPORT_FILE), "distilled": found.to_dict()}
+    weights = (".safetensors", "config.json", REPORT_FILE, "model.safetensors.index.json", RUN_FILE)
+    files = [file for file in rounded.iterdir() if not file.name.endswith(weights) or file.name in _EXTRA]
+    writer.finish(dict(checkpoint.config), report, files)
+
+
+_EXTRA = ("generation_config.json", "tokenizer_config.json")  # end like config.json and are not it
+
+
+def _belongs(name: str, index: int | None) -> bool:
+    is_layer = name.startswith("model.layers.")
+    return not is_layer if index is None else name.startswith(f"model.layers.{index}.")

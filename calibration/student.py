@@ -1,0 +1,255 @@
+"""A rounded checkpoint as a model that can be trained: the same numbers, with gradients.
+
+Every rounded column keeps a latent value in units of its own grid, starting at its code; what runs is the latent
+rounded, times the group's scale, which has a factor to learn as well. Rounding passes gradients as if it were not
+there (the straight-through estimator, arXiv:1308.3432), and none where the grid ends. Norms and biases are learned
+too; embedding and head are not.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from atom.models.config import ModelConfig
+from atom.models.kv import DenseKV
+from atom.models.layers import DecoderLayer
+from atom.models.layout import KEY_OFFSET, PERM, layer_prefix
+from atom.models.loader import meta_model
+from atom.models.model import Model
+from atom.models.source import Source
+from atom.quant.formats import get_format
+from atom.quant.granularity import Channel
+from atom.quant.mixed import MixedWeight, fake_quantize_activation
+from atom.quant.rotation import rotate
+from atom.quant.rounding import Quantized, Scale, code_values, encode_float, expand_scale
+from atom.quant.scales import round_scale
+from atom.quant.schemes import LinearScheme, Scheme, TensorSpec
+from atom.quant.stored import load_weight, store_weight
+
+from .observe import Hook
+
+
+def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of `exact`."""
+    return exact + (rounded - exact).detach()
+
+
+class TrainableColumns(nn.Module):
+    """Columns of a weight under one spec.
+
+    latent       [N, k] in units of the grid, whatever the scale; starts at the codes' values
+    log_factor   like the scale; the scale is what was stored times exp(log_factor), rounded to its storage format
+    """
+
+    scale: Tensor
+    outer: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(self, columns: Quantized, spec: TensorSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.format = get_format(spec.format)
+        values = code_values(columns.codes, self.format)
+        self.latent = nn.Parameter(values)
+        self.log_factor = nn.Parameter(torch.zeros_like(columns.scale.scale))
+        self.register_buffer("scale", columns.scale.scale.clone())
+        self.register_buffer("outer", columns.scale.outer)
+        self.register_buffer("zero_point", columns.scale.zero_point)
+
+    def values(self) -> Tensor:
+        """What the columns stand for, float32 [N, k]."""
+        low, high = self._range()
+        inside = self.latent.clamp(low, high)
+        grid = inside.round() if self.format.is_integer else self._nearest_float(inside)
+        codes = straight_through(inside, grid)
+        if self.zero_point is not None:
+            codes = codes - expand_scale(self.zero_point, codes.shape[1], self.spec)
+        scale = self.scale * self.log_factor.exp()
+        scale = straight_through(scale, self._stored_scale())
+        if self.outer is not None:
+            scale = scale * self.outer
+        return codes * expand_scale(scale, codes.shape[1], self.spec)
+
+    @torch.no_grad()
+    def quantized(self) -> Quantized:
+        """Codes and scales that dequantize to `values`."""
+        low, high = self._range()
+        latent = self.latent.clamp(low, high)
+        if self.format.is_integer:
+            codes = latent.round().to(self.format.dtype if self.spec.symmetric else torch.uint8)
+        else:
+            codes = encode_float(latent, self.format)
+        return Quantized(codes, Scale(self._stored_scale(), self.zero_point, self.outer))
+
+    def _range(self) -> tuple[float, float]:
+        if not self.format.is_integer:
+            return -self.format.max, self.format.max
+        return self.format.code_range(self.spec.symmetric)
+
+    def _nearest_float(self, x: Tensor) -> Tensor:
+        return code_values(encode_float(x.detach(), self.format), self.format)
+
+    def _stored_scale(self) -> Tensor:
+        return round_scale((self.scale * self.log_factor.exp()).detach(), self.spec.scale_format)
+
+
+class TrainableLinear(nn.Module):
+    """A quantized linear whose codes, scales and bias can learn. Outliers that keep bf16 stay as they are."""
+
+    kept: Tensor | None
+
+    def __init__(self, linear: LinearScheme, weight: MixedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        assert linear.weight is not None
+        self.linear = linear
+        self.normal = TrainableColumns(weight.normal, linear.weight)
+        self.outlier: TrainableColumns | None = None
+        kept = None
+        if isinstance(weight.outlier, Quantized):
+            spec = linear.outliers.spec(Channel(), dynamic=False)
+            assert spec is not None
+            self.outlier = TrainableColumns(weight.outlier, spec)
+        elif weight.outlier is not None:
+            kept = weight.outlier
+        self.register_buffer("kept", kept)
+        self.bias = None if bias is None else nn.Parameter(bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, K], permuted, rotated and rounded -> [T, N]."""
+        columns = [self.normal.values()]
+        if self.outlier is not None:
+            columns.append(self.outlier.values())
+        elif self.kept is not None:
+            columns.append(self.kept.float())
+        return functional.linear(x, torch.cat(columns, 1), self.bias)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint that hold this weight, and its bias in float32, by name without prefix."""
+        outlier = self.kept if self.outlier is None else self.outlier.quantized()
+        tensors = store_weight(MixedWeight(self.normal.quantized(), outlier), self.linear)
+        return tensors if self.bias is None else {**tensors, "bias": self.bias.detach()}
+
+
+class TrainingKV(DenseKV):
+    """The dense cache, whose rounding passes gradients."""
+
+    def _round(self, x: Tensor) -> Tensor:
+        return straight_through(x, super()._round(x))
+
+
+class Student:
+    """A rounded checkpoint in training. `model` runs like the loaded checkpoint, in float32, on the reference path.
+
+    Raises CheckpointError like any reader if a tensor is missing.
+    """
+
+    def __init__(self, source: Source, scheme: Scheme, device: torch.device) -> None:
+        self.scheme = scheme
+        self.device = device
+        self.model: Model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
+        outside = [name for name in self.model.state_dict() if not name.startswith("model.layers.")]
+        self.model.load_state_dict({name: self._read(source, name) for name in outside}, assign=True, strict=False)
+        self.model.requires_grad_(False)
+        for index, layer in enumerate(self.model.model.decoder_layers()):
+            self._load_layer(source, layer, index)
+        self.model.model.norm.requires_grad_(True)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Hidden states behind the final norm [windows * length, hidden_size] of tokens [windows, length].
+
+        Each layer keeps its input alone and runs again for its gradients.
+        """
+        decoder = self.model.model
+        states = decoder.embed(tokens.to(self.device).flatten())
+        for layer in decoder.decoder_layers():
+            states = checkpoint(self._run_layer, layer, states, tokens.shape, use_reentrant=False)
+        normed: Tensor = decoder.norm(states)
+        return normed
+
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """(latent columns, everything else that is learned: scales, norms, biases)."""
+        latent: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                (latent if name.endswith(".latent") else others).append(parameter)
+        return latent, others
+
+    def tensors(self, index: int | None) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of all that was learned in layer `index`, or outside of layers, as checkpoints name it."""
+        if index is None:
+            yield "model.norm.weight", self.model.model.norm.weight.detach()
+            return
+        prefix = layer_prefix(index)
+        for name, module in self.model.get_submodule(prefix).named_modules():
+            if isinstance(module, TrainableLinear):
+                yield from ((f"{prefix}.{name}.{part}", tensor) for part, tensor in module.stored().items())
+        for name, parameter in self.model.get_submodule(prefix).named_parameters():
+            if name.endswith("norm.weight"):
+                yield f"{prefix}.{name}", parameter.detach()
+
+    def _run_layer(self, layer: DecoderLayer, states: Tensor, shape: torch.Size) -> Tensor:
+        scheme = self.scheme
+        kv = TrainingKV(
+            self.model.config,
+            shape[0],
+            scheme.kv,
+            scheme.kv_pre_rope,
+            self.device,
+            offset_apart=scheme.kv_offset != "none",
+        )
+        out: Tensor = layer(states, layer.rope(kv.positions(shape[1])), kv)
+        return out
+
+    def _read(self, source: Source, name: str) -> Tensor:
+        return source.get(name).to(self.device).float()
+
+    def _load_layer(self, source: Source, layer: DecoderLayer, index: int) -> None:
+        prefix = layer_prefix(index)
+        names = set(source.names())
+        plain = [name for name in layer.state_dict() if f"{prefix}.{name}" in names]
+        loaded = {name: self._read(source, f"{prefix}.{name}") for name in plain}
+        layer.load_state_dict(loaded, assign=True, strict=False)
+        layer.requires_grad_(False)
+        if f"{prefix}.{KEY_OFFSET}" in names:
+            layer.self_attn.key_offset = source.get(f"{prefix}.{KEY_OFFSET}").to(self.device)
+        for group in self.model.family.groups:
+            perm, shared = None, self.scheme.for_linear(f"{prefix}.{group.linears[0]}")
+            if shared.weight is None:
+                continue
+            for name in group.linears:
+                full, own = f"{prefix}.{name}", self.scheme.for_linear(f"{prefix}.{name}")
+                parts = {n.removeprefix(f"{full}."): source.get(n).to(self.device) for n in names if _is_of(n, full)}
+                perm, bias = parts.pop(PERM, None), parts.pop("bias", None)
+                shape = layer.get_submodule(name).in_features
+                assert isinstance(shape, int)
+                layer.set_submodule(name, TrainableLinear(own, load_weight(parts, shape, own), bias))
+            layer.get_submodule(group.producer).register_forward_hook(round_inputs(shared, perm))
+        for name, parameter in layer.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.requires_grad_(True)
+
+
+def round_inputs(linear: LinearScheme, perm: Tensor | None) -> Hook:
+    """A hook on a producer that makes its output what the linears behind it take, with gradients."""
+    order = None if perm is None else perm.long()
+
+    def hook(module: nn.Module, args: object, x: Tensor) -> Tensor:
+        if order is not None:
+            x = x[..., order]
+        exact = x
+        if linear.rotation is not None:
+            normal, _ = linear.split(x.shape[-1])
+            exact = torch.cat((rotate(x[..., :normal], linear.rotation), x[..., normal:]), -1)
+        with torch.no_grad():
+            rounded = fake_quantize_activation(x, linear)
+        return straight_through(exact, rounded)
+
+    return hook
+
+
+def _is_of(name: str, linear: str) -> bool:
+    return name.startswith(f"{linear}.")

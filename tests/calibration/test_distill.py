@@ -1,0 +1,116 @@
+"""Distillation: the student is the checkpoint, gradients reach it, and what is written predicts better."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from atom.calibration.config import CalibrationConfig
+from atom.calibration.report import Report
+from atom.calibration.stream import quantize_model
+from atom.calibration.student import Student, TrainableColumns
+from atom.checkpoint import read_scheme
+from atom.models.generate import scheme_cache
+from atom.models.loader import load_model
+from atom.models.source import open_source
+from atom.quant.granularity import Channel, Group
+from atom.quant.presets import PRESETS, get_scheme
+from atom.quant.rounding import dequantize, quantize
+from atom.quant.schemes import RotationSpec, TensorSpec
+
+Tiny = Callable[[str], Path]
+Close = Callable[[Path, Path], float]
+SPECS = {
+    "int4": TensorSpec("int4", Group(32), clip=0.85, scale_rule="range"),
+    "int4-asymmetric": TensorSpec("int4", Group(32), symmetric=False),
+    "int8-channel": TensorSpec("int8", Channel(), scale_format="fp32"),
+    "int4-two-level": TensorSpec("int4", Group(32), scale_format="uint4", outer="channel"),
+    "nvfp4": PRESETS["nvfp4"].weight,
+    "mxfp4": PRESETS["mxfp4"].weight,
+    "fp8": PRESETS["fp8"].weight,
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_columns_start_as_they_were_rounded_and_learn(name: str) -> None:
+    spec = SPECS[name]
+    assert spec is not None
+    rounded = quantize(torch.randn(24, 80, generator=torch.Generator().manual_seed(0)), spec)
+    columns = TrainableColumns(rounded, spec)
+    torch.testing.assert_close(columns.values(), dequantize(rounded, spec), rtol=1e-6, atol=0)
+    assert torch.equal(columns.quantized().codes, rounded.codes)
+    # Towards another weight: codes and scales move, and what would be stored is what ran.
+    start = dequantize(rounded, spec)
+    target = 0.5 * start + 0.5 * start.roll(1, 1)
+    rate = 0.005 * columns.latent.detach().abs().max().item()  # of the grid's reach
+    optimizer = torch.optim.Adam([{"params": [columns.latent], "lr": rate}, {"params": [columns.log_factor]}], lr=0.005)
+    losses = []
+    for _ in range(100):
+        loss = (columns.values() - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+    torch.testing.assert_close(dequantize(columns.quantized(), spec), columns.values().detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme"),
+    [("llama", "w4a4"), ("llama-biased", "w4a8"), ("qwen2", "nvfp4"), ("qwen3", "w4a16+kv4"), ("gemma3", "nvint4")],
+)
+def test_the_student_is_the_checkpoint(
+    model: str, scheme: str, tiny: Tiny, quick: CalibrationConfig, tmp_path: Path
+) -> None:
+    chosen = replace(get_scheme(scheme), rotation=RotationSpec("block_hadamard", 16))
+    quantize_model(tiny(model), chosen, tmp_path / "out", quick)
+    source = open_source(tmp_path / "out")
+    found = read_scheme(source.config)
+    assert found is not None
+    student = Student(source, found, torch.device("cpu"))
+    loaded = load_model(tmp_path / "out")
+    tokens = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        kv = scheme_cache(loaded, 2)
+        expected = loaded(tokens.flatten(), kv.positions(30), kv)
+        torch.testing.assert_close(student.hidden(tokens), expected, rtol=1e-3, atol=1e-3)
+    student.hidden(tokens).square().sum().backward()
+    latent, others = student.parameters()
+    assert len(latent) >= 7 * 3
+    for parameter in [*latent, *others]:
+        assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all())
+    assert all(float(parameter.grad.abs().max()) > 0 for parameter in latent if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "nvfp4"])
+def test_distillation_brings_predictions_closer(
+    scheme: str, tiny: Tiny, logit_error: Close, quick: CalibrationConfig, tmp_path: Path
+) -> None:
+    plain = quantize_model(tiny("llama"), get_scheme(scheme), tmp_path / "rounded", quick)
+    config = replace(quick, distill_steps=40, distill_windows=60, distill_rate=0.03)
+    report = quantize_model(tiny("llama"), get_scheme(scheme), tmp_path / "out", config)
+    found = report.distilled
+    assert found is not None and plain.distilled is None
+    assert found["steps"] == 40 and found["kl_after"] < 0.9 * found["kl_before"]
+    assert logit_error(tmp_path / "out", tiny("llama")) < 0.97 * logit_error(tmp_path / "rounded", tiny("llama"))
+    assert Report.read(tmp_path / "out") == report
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in (tmp_path / "rounded").iterdir()}
+    assert not (tmp_path / "out.rounded").exists()
+
+
+def test_the_time_limit_cuts_steps(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    config = replace(quick, distill_steps=500, distill_seconds=0.5, distill_windows=20)
+    report = quantize_model(tiny("llama"), get_scheme("w8a8"), tmp_path / "out", config)
+    assert report.distilled is not None and 5 <= report.distilled["steps"] < 200
+
+
+def test_a_checkpoint_that_did_not_gain_stays_as_it_was(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "rounded", quick)
+    config = replace(quick, distill_steps=12, distill_windows=20, distill_rate=30.0)  # far too fast
+    report = quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "out", config)
+    assert report.distilled is not None and report.distilled["kl_after"] > report.distilled["kl_before"]
+    for path in (tmp_path / "rounded").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
