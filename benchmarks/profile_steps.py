@@ -18,8 +18,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from atom.serving.bench.drive import Driver
 from atom.serving.bench.engine_run import running
 from atom.serving.bench.lengths import parse_workload
@@ -29,6 +27,7 @@ from atom.serving.bench.window import mid_life
 from atom.serving.engine_config import EngineConfig
 
 from .bench_engine import Timed, TimedRunner
+from .profile_step import Span, record
 
 PARTS = (  # of a kernel's name, the first that matches
     ("decode attention", r"paged_decode|merge_partials"),
@@ -36,7 +35,8 @@ PARTS = (  # of a kernel's name, the first that matches
     ("append", r"rope_append"),
     ("GEMM", r"gemm_sm90|gemm|cutlass_\d|nvjet|xmma|cublas|splitK"),
     ("producers", r"producers_sm90|producer"),
-    ("sampling and other torch", r"at::native|elementwise|reduce|index|softmax|sort|cat|vectorized"),
+    ("sampling", r"greedy_sm90"),
+    ("torch", r"at::native|elementwise|reduce|index|softmax|sort|cat|vectorized"),
     ("copies", r"memcpy|memset|Memcpy|Memset"),
 )
 
@@ -46,13 +46,18 @@ def part_of(kernel: str) -> str:
     return next((part for part, pattern in PARTS if re.search(pattern, kernel)), "other")
 
 
-def kernel_times(profile: Any) -> Counter[str]:
-    """Microseconds of the GPU by kernel."""
+def busy_times(spans: list[Span]) -> tuple[Counter[str], float]:
+    """Microseconds that each kernel adds to the time of the GPU, by name, and those in which nothing runs.
+
+    Kernels overlap (programmatic dependent launch): one adds what it runs after all before it have ended.
+    """
     found: Counter[str] = Counter()
-    for event in profile.profiler.kineto_results.events():
-        if event.device_type() == torch._C._autograd.DeviceType.CUDA:
-            found[event.name()] += event.duration_ns() / 1e3
-    return found
+    end, idle = spans[0].start, 0.0
+    for span in spans:
+        idle += max(0.0, span.start - end)
+        found[span.name] += max(0.0, span.end - max(end, span.start))
+        end = max(end, span.end)
+    return found, idle
 
 
 def kinds(steps: list[Timed]) -> dict[str, dict[str, float]]:
@@ -111,18 +116,14 @@ def profile_run(driver: Driver, runner: TimedRunner, args: argparse.Namespace) -
     )
     thread.start()
     time.sleep(args.after)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        began = time.perf_counter()
-        time.sleep(args.seconds)
-        torch.cuda.synchronize()
-        wall_us = 1e6 * (time.perf_counter() - began)
+    spans = record(lambda: time.sleep(args.seconds))
     thread.join()
-    times = kernel_times(profile)
-    parts: Counter[str] = Counter()
+    times, idle = busy_times(spans)
+    wall_us = sum(times.values()) + idle
+    parts: Counter[str] = Counter({"nothing runs": idle})
     for kernel, us in times.items():
         parts[part_of(kernel)] += us
-    busy = sum(times.values())
-    print(f"GPU busy {busy / wall_us:.1%} of {wall_us / 1e6:.2f} s (kernels that overlap count twice)")
+    print(f"{wall_us / 1e6:.2f} s of the GPU, kernels by what they add")
     for part, us in parts.most_common():
         print(f"  {us / wall_us:6.1%}  {part}")
     for kernel, us in times.most_common(args.top):
