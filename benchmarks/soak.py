@@ -6,7 +6,8 @@
 Clients of random lengths stream, wait, leave at random moments, abort by id, and send what is wrong, while the cache is
 too small for all of them and steps fail at random. Every answer is compared with what the same request yielded alone;
 of an answer that was cut, what came must be its beginning. Afterwards every block is free, no request or task is left,
-and memory has not grown. --tolerant is for devices where a batch rounds differently: tokens are then counted only.
+and memory has not grown, the host's nor the GPU's. --tolerant is for devices where a batch rounds differently: tokens
+are then counted only.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 import uvicorn
 
 from atom.serving.engine_config import EngineConfig
@@ -66,14 +68,16 @@ class Report:
     faults: int = 0
     preemptions: int = 0
     memory_mib: tuple[float, float] = (0.0, 0.0)
+    device_mib: tuple[float, float] = (0.0, 0.0)
     left: dict[str, int] = field(default_factory=dict)
 
     def check(self, max_growth_mib: float) -> None:
         """AssertionError for anything lost, doubled, left or leaked, and if the soak never got hard."""
         assert not self.wrong, f"{len(self.wrong)} answers are wrong; the first: {self.wrong[0]}"
         assert not any(self.left.values()), f"left behind: {self.left}"
-        grown = self.memory_mib[1] - self.memory_mib[0]
-        assert grown < max_growth_mib, f"memory grew by {grown:.1f} MiB, at most {max_growth_mib} are allowed"
+        for where, (before, after) in (("memory", self.memory_mib), ("the GPU's memory", self.device_mib)):
+            grown = after - before
+            assert grown < max_growth_mib, f"{where} grew by {grown:.1f} MiB, at most {max_growth_mib} are allowed"
         missing = [kind for kind in ("whole", "left", "aborted", "refused", "failed") if not self.outcomes[kind]]
         assert not missing and self.preemptions, f"the soak was too easy: no {missing}, {self.preemptions} preemptions"
 
@@ -149,10 +153,11 @@ class Soak:
             for body in self.asked:  # alone, one after the other
                 self.wanted.append(await self._alone(http, body))
             await self._clients(http, warm_up_s, clients)
-            before = memory_mib()
+            before, on_device = memory_mib(), device_mib()
             await self._clients(http, seconds, clients)
         await self._wait_idle()
         self.report.memory_mib = (before, memory_mib())
+        self.report.device_mib = (on_device, device_mib())
 
     async def _alone(self, http: httpx.AsyncClient, body: dict[str, Any]) -> list[list[Token]]:
         while True:
@@ -287,6 +292,11 @@ def memory_mib() -> float:
     raise OSError("/proc/self/status does not say how much memory is used; run the soak on Linux.")
 
 
+def device_mib() -> float:
+    """What torch holds of a GPU, cached for itself or not; 0 without one."""
+    return torch.cuda.memory_reserved() / 2**20 if torch.cuda.is_available() else 0.0
+
+
 @contextlib.contextmanager
 def served(service: Service) -> Iterator[str]:
     """The service behind uvicorn, in a thread."""
@@ -320,6 +330,7 @@ def soak(
     probe = start_up(model, EngineConfig(device=device, kv_cache_bytes="16MiB", enforce_eager=True))
     token_bytes = probe.facts["kv_cache_bytes"] / probe.facts["kv_cache_tokens"]
     del probe
+    gc.collect()
     config = EngineConfig(
         device=device,
         kv_cache_bytes=int(cache_tokens * token_bytes),
