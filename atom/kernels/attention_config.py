@@ -176,7 +176,11 @@ class AppendConfig:
     """Compile-time choices of the kernel that turns, rounds and writes.
 
     clip          TensorSpec.clip
-    has_offset    keys are rounded less their offset
+    norm          of query and key heads, before they are turned: "none", "plain" (x / rms * weight) or "shifted"
+                  (x / rms * (weight + 1), Gemma's)
+    has_offset    keys are rounded less their offset, which is taken off before they are turned
+    has_centre    a constant is taken off turned keys
+    rotates       turned queries and keys are transformed by a block Hadamard matrix
     parts         tasks (heads of one kind that fill a warp) that a warp takes: several hide latency in prefill, one
                   spreads few tokens wide
     """
@@ -188,6 +192,9 @@ class AppendConfig:
     has_offset: bool = False
     parts: int = 1
     warps: int = 4
+    norm: str = "none"
+    has_centre: bool = False
+    rotates: bool = False
 
     @property
     def cache(self) -> DecodeConfig:
@@ -204,6 +211,25 @@ class AppendConfig:
         """Of one kind that a warp takes at once."""
         return 32 // self.lanes
 
+    @property
+    def is_exact(self) -> bool:
+        """Keys are rounded from float32, not from bfloat16."""
+        return self.has_centre or self.rotates
+
+    @property
+    def hadamard(self) -> int:
+        """Channels of a block of the transform: the largest power of two that divides head_dim."""
+        return self.head_dim & -self.head_dim
+
+    @property
+    def hadamard_scale(self) -> float:
+        return float(self.hadamard**-0.5)
+
+    @property
+    def octet_steps(self) -> tuple[int, ...]:
+        """The transform's strides between octets."""
+        return tuple(1 << i for i in range((self.hadamard // 8).bit_length() - 1))
+
     def tasks(self, num_heads: Any, num_kv_heads: Any) -> Any:
         """Of one token."""
         return -(-num_heads // self.heads) + 2 * -(-num_kv_heads // self.heads)
@@ -211,3 +237,33 @@ class AppendConfig:
     def ctas(self, num_tokens: Any, num_heads: Any, num_kv_heads: Any) -> Any:
         """Of a launch."""
         return -(-num_tokens * -(-self.tasks(num_heads, num_kv_heads) // self.parts) // self.warps)
+
+
+@dataclass(frozen=True)
+class GatherConfig:
+    """Compile-time choices of the kernel that reads blocks into dense keys and values."""
+
+    kv: str
+    head_dim: int
+    block_size: int
+    threads: int = 128
+
+    @property
+    def cache(self) -> DecodeConfig:
+        """Where things stand in a tile."""
+        return DecodeConfig(self.kv, self.head_dim, 1, self.block_size)
+
+    @property
+    def octets(self) -> int:
+        """Groups of 8 channels of a row."""
+        return self.head_dim // 8
+
+    @property
+    def code_words(self) -> int:
+        """Of 32 bits, that hold 8 channels."""
+        return self.cache.code_bits // 4
+
+    @property
+    def rounds(self) -> int:
+        """Octets that a thread takes of a block's keys and values."""
+        return -(-2 * self.block_size * self.octets // self.threads)

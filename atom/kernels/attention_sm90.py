@@ -8,6 +8,7 @@ The kernels have run on no GPU yet: see attention_refusals_sm90.py.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .attention_config import AppendConfig, DecodeConfig, MergeConfig, choose_de
 from .attention_plan import SEGMENT_FIELDS, AttentionPlan, most_merges, most_segments, plan_balanced, plan_fixed
 from .cache import load_kernel
 from .dense_attention import AttentionSpec
+from .head_norm import HeadNorms
 from .kv_layout import KVLayout
 from .paged_attention import PagedAttentionReference, RopeTable
 from .paged_step import PagedStep
@@ -34,7 +36,13 @@ SOURCES = {
     for name, files in {
         "paged_decode_sm90": ("paged_decode_sm90.py", "decode_codes_sm90.py", "decode_offset_sm90.py"),
         "merge_partials_sm90": ("merge_partials_sm90.py",),
-        "rope_append_sm90": ("rope_append_sm90.py", "dsl/packed_bf16.py", "dsl/wide_access.py"),
+        "rope_append_sm90": (
+            "rope_append_sm90.py",
+            "head_transforms_sm90.py",
+            "dsl/packed_bf16.py",
+            "dsl/rounded_float.py",
+            "dsl/wide_access.py",
+        ),
     }.items()
 }
 PINNED_COPIES = 4  # steps that may be under way before a host buffer is written again
@@ -183,6 +191,41 @@ class PagedAttentionSm90:
         return self.buffers[key]
 
 
+@dataclass(frozen=True)
+class GatherWork:
+    """What the gather kernel reads for a step's prefill chunks, in the order of sequences.
+
+    tiles          int32 [N, 4]      block, dense row of its first token read, first token, end token
+    sequences      int [C]           of the step, that prefill
+    cu_seqlens_k   int32 [C + 1]     dense rows of each: from the first key that its first query sees
+    """
+
+    tiles: np.ndarray
+    sequences: np.ndarray
+    cu_seqlens_k: np.ndarray
+
+
+def gather_work(step: PagedStep, window: int | None, block_size: int) -> GatherWork:
+    """Blocks of the sequences with several queries."""
+    sequences = np.flatnonzero(step.counts > 1)
+    ends = step.seqlens_k[sequences].astype(np.int64)
+    firsts = np.zeros_like(ends)
+    if window is not None:
+        firsts = np.maximum(0, ends - step.counts[sequences] - window + 1)
+    starts = np.concatenate(([0], np.cumsum(ends - firsts)))  # dense rows
+    opening = firsts // block_size
+    blocks = -(-ends // block_size) - opening
+    owner = np.repeat(np.arange(len(sequences)), blocks)
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(blocks) - blocks, blocks) + opening[owner]  # of the block
+    first = np.maximum(firsts[owner] - index * block_size, 0)
+    tiles = np.empty((len(owner), 4), dtype=np.int32)
+    tiles[:, 0] = step.tables[sequences[owner], index]
+    tiles[:, 1] = starts[owner] + index * block_size + first - firsts[owner]
+    tiles[:, 2] = first
+    tiles[:, 3] = np.minimum(ends[owner] - index * block_size, block_size)
+    return GatherWork(tiles, sequences, starts.astype(np.int32))
+
+
 class RopeAppendSm90:
     """rope_append_kv on Hopper; called as rope_append_kv_reference's function is. Negative slots store nothing."""
 
@@ -195,26 +238,38 @@ class RopeAppendSm90:
         self.largest = 1.0 if spec is None else largest_scale(get_format(spec.format))
         self.kernels: dict[AppendConfig, Any] = {}
         self.offsets = OffsetWords()
+        self.norms: dict[int, tuple[HeadNorms, Tensor]] = {}
+        self.nothing: tuple[Tensor, Tensor] | None = None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, layer: Tensor,
-        offset: Tensor | None = None,
+        offset: Tensor | None = None, norms: HeadNorms | None = None,
     ) -> Tensor:  # fmt: skip
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if not len(q):
             return out
-        parts = 1 if len(q) <= FEW_TOKENS else MANY_PARTS
-        config = AppendConfig(
-            self.kv, self.layout.head_dim, self.layout.block_size, self.clip, offset is not None, parts
-        )
+        dim, parts = self.layout.head_dim, 1 if len(q) <= FEW_TOKENS else MANY_PARTS
+        norm = "none" if norms is None else "shifted" if norms.offset else "plain"
+        config = AppendConfig(self.kv, dim, self.layout.block_size, self.clip, offset is not None, parts, norm=norm)
         if config not in self.kernels:
             self.kernels[config] = append_kernel(config)
-        any_words = _words(out).view(-1, self.layout.head_dim // 2)
+        if self.nothing is None:  # where a kernel has no use for an argument
+            self.nothing = torch.zeros(1, dim, device=q.device), _words(torch.zeros(1, dim, device=q.device).bfloat16())
+        floats, words = self.nothing
         self.kernels[config](
             _heads(q), _heads(k), _heads(v), cos.contiguous(), sin.contiguous(), slots,
-            any_words if offset is None else self.offsets.get(offset), layer, _words(out), self.largest,
+            words if offset is None else self.offsets.get(offset), floats,
+            words if norms is None else self._norm_words(norms), layer, _words(out), self.largest,
+            0.0 if norms is None else norms.eps,
         )  # fmt: skip
         return out
+
+    def _norm_words(self, norms: HeadNorms) -> Tensor:
+        """The weights of both norms as the kernel reads them: uint32 [2, head_dim / 2]; made once for a layer."""
+        key = norms.q.data_ptr()
+        if key not in self.norms:
+            self.norms[key] = (norms, _words(torch.stack((norms.q, norms.k)).bfloat16()))
+        return self.norms[key][1]
 
 
 def turn_matrix(table: RopeTable, stage_tokens: int) -> Tensor:

@@ -26,6 +26,7 @@ from .dsl.packed_bf16 import (
 )
 from .dsl.tensor_core import pick_bytes
 from .dsl.wide_access import load_floats, load_streamed, load_words, store_words
+from .head_transforms_sm90 import expand_pairs, hadamard, normalize, round_pairs
 
 LARGEST_RANGE = 2.0**126
 SMALLEST_SCALE = 2.0**-126
@@ -51,13 +52,16 @@ class RopeAppend:
         mSin: cute.Tensor,  # [T, head_dim / 2] float32
         mSlot: cute.Tensor,  # [T] int64
         mOffset: cute.Tensor,  # [num_kv_heads, head_dim / 2] uint32 where keys have an offset, else any
+        mCentre: cute.Tensor,  # [num_kv_heads, head_dim] float32 where keys have a centre, else any
+        mNorm: cute.Tensor,  # [2, head_dim / 2] uint32: weights of the norms of queries and keys, if there are any
         mKV: cute.Tensor,  # [num_blocks, num_kv_heads, tile_bytes] uint8
         mOut: cute.Tensor,  # [T, num_heads, head_dim / 2] uint32: turned queries
         largest_scale: Float32,  # rounding.largest_scale of the format
+        eps: Float32,  # of the norms
         stream: cuda.CUstream,
     ):
         config = self.config
-        self.kernel(mQ, mK, mV, mCos, mSin, mSlot, mOffset, mKV, mOut, largest_scale).launch(
+        self.kernel(mQ, mK, mV, mCos, mSin, mSlot, mOffset, mCentre, mNorm, mKV, mOut, largest_scale, eps).launch(
             grid=(config.ctas(mQ.shape[0], mQ.shape[1], mK.shape[1]), 1, 1),
             block=(32 * config.warps, 1, 1),
             stream=stream,
@@ -67,7 +71,8 @@ class RopeAppend:
     @cute.kernel
     def kernel(
         self, mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mCos: cute.Tensor, mSin: cute.Tensor,
-        mSlot: cute.Tensor, mOffset: cute.Tensor, mKV: cute.Tensor, mOut: cute.Tensor, largest_scale: Float32,
+        mSlot: cute.Tensor, mOffset: cute.Tensor, mCentre: cute.Tensor, mNorm: cute.Tensor, mKV: cute.Tensor,
+        mOut: cute.Tensor, largest_scale: Float32, eps: Float32,
     ):  # fmt: skip
         config = self.config
         tid, _, _ = cute.arch.thread_idx()
@@ -111,7 +116,12 @@ class RopeAppend:
                 x = raw[None, None, part]
                 if task < key_task:
                     head = head + task * config.heads
+                    self.normalize(x, mNorm, 0, column, eps, share)
                     self.turn(x, cos, sin)
+                    if cutlass.const_expr(config.rotates):
+                        values = expand_pairs(x)
+                        hadamard(config, values, lane)
+                        round_pairs(values, x)
                     if (head < heads) & (8 * share < self.half):
                         target = self.row(mOut, token, head)
                         for h in cutlass.range_constexpr(2):
@@ -122,11 +132,21 @@ class RopeAppend:
                         head = head + (task - value_task) * config.heads
                     else:
                         head = head + (task - key_task) * config.heads
+                        self.normalize(x, mNorm, 1, column, eps, share)
                         if cutlass.const_expr(config.has_offset):
                             self.take_off(x, mOffset, cutlass.min(head, kv_heads - 1), column)
                         self.turn(x, cos, sin)
                     is_there = (head < kv_heads) & (8 * share < self.half) & (slot >= 0)
-                    self.store(x, mKV, slot, head, is_value, column, share, is_there, largest_scale)
+                    if cutlass.const_expr(config.is_exact):
+                        values = expand_pairs(x)
+                        if task < value_task:
+                            if cutlass.const_expr(config.has_centre):
+                                self.centre(values, mCentre, cutlass.min(head, kv_heads - 1), column)
+                            if cutlass.const_expr(config.rotates):
+                                hadamard(config, values, lane)
+                        self.store(values, mKV, slot, head, is_value, column, share, is_there, largest_scale)
+                    else:
+                        self.store(x, mKV, slot, head, is_value, column, share, is_there, largest_scale)
 
     @cute.jit
     def row(self, mX, token, head):
@@ -143,6 +163,26 @@ class RopeAppend:
             pairs.append(pack_bf16x2(found[0], found[1]))
             pairs.append(pack_bf16x2(found[2], found[3]))
         return pairs
+
+    @cute.jit
+    def normalize(self, x, mNorm, which: cutlass.Constexpr, column, eps, share):
+        if cutlass.const_expr(self.config.norm != "none"):
+            weights = cute.make_rmem_tensor((4, 2), Uint32)
+            address = mNorm[which, None].iterator.toint() + 2 * column
+            for h in cutlass.range_constexpr(2):
+                word = load_words(address + 2 * h * self.half)
+                for w in cutlass.range_constexpr(4):
+                    weights[w, h] = word[w]
+            normalize(self.config, x, weights, eps, share)
+
+    @cute.jit
+    def centre(self, values, mCentre, head, column):
+        address = mCentre[head, None].iterator.toint() + 4 * column
+        for h in cutlass.range_constexpr(2):
+            for part in cutlass.range_constexpr(2):
+                found = load_floats(address + 4 * h * self.half + 16 * part)
+                for i in cutlass.range_constexpr(4):
+                    values[4 * part + i, h] = values[4 * part + i, h] - found[i]
 
     @cute.jit
     def turn(self, x, cos, sin):
@@ -178,7 +218,7 @@ class RopeAppend:
         if cutlass.const_expr(config.kv == "bf16"):
             if is_there:
                 for h in cutlass.range_constexpr(2):
-                    store_words(tile + (codes + h * half_bytes), [x[w, h] for w in range(4)])
+                    store_words(tile + (codes + h * half_bytes), self.pairs(x, h))
         else:
             scale, zero = self.choose(x, largest_scale)
             inverse = reciprocal(scale)
@@ -193,18 +233,7 @@ class RopeAppend:
     def choose(self, x, largest_scale):
         """Scale and zero point of a row, as rounding.py chooses them; both bfloat16 values. Its lanes all have them."""
         config = self.config
-        most = x[0, 0]
-        least = x[0, 0]
-        for h in cutlass.range_constexpr(2):
-            for w in cutlass.range_constexpr(4):
-                most = larger_pairs(most, x[w, h])
-                least = smaller_pairs(least, x[w, h])
-        minus = least ^ Uint32(0x80008000)
-        both = larger_pairs(pick_bytes(most, minus, Uint32(0x5410)), pick_bytes(most, minus, Uint32(0x7632)))
-        for step in cutlass.range_constexpr(config.lanes.bit_length() - 1):
-            both = larger_pairs(both, cute.arch.shuffle_sync_bfly(both, offset=1 << step))
-        high = low_float(both)
-        low = -high_float(both)
+        low, high = self.extremes(x)
         zero = Float32(0.0)
         if cutlass.const_expr(self.qmax):
             low = cute.arch.fmin(cute.arch.fmax(low, Float32(-LARGEST_RANGE)), Float32(0.0))
@@ -223,15 +252,54 @@ class RopeAppend:
         return scale, zero
 
     @cute.jit
+    def extremes(self, x):
+        """The least and the largest value of a head."""
+        config = self.config
+        if cutlass.const_expr(config.is_exact):
+            low = x[0, 0]
+            high = x[0, 0]
+            for h in cutlass.range_constexpr(2):
+                for i in cutlass.range_constexpr(8):
+                    low = cute.arch.fmin(low, x[i, h])
+                    high = cute.arch.fmax(high, x[i, h])
+            for step in cutlass.range_constexpr(config.lanes.bit_length() - 1):
+                low = cute.arch.fmin(low, cute.arch.shuffle_sync_bfly(low, offset=1 << step))
+                high = cute.arch.fmax(high, cute.arch.shuffle_sync_bfly(high, offset=1 << step))
+            return low, high
+        most = x[0, 0]
+        least = x[0, 0]
+        for h in cutlass.range_constexpr(2):
+            for w in cutlass.range_constexpr(4):
+                most = larger_pairs(most, x[w, h])
+                least = smaller_pairs(least, x[w, h])
+        minus = least ^ Uint32(0x80008000)
+        both = larger_pairs(pick_bytes(most, minus, Uint32(0x5410)), pick_bytes(most, minus, Uint32(0x7632)))
+        for step in cutlass.range_constexpr(config.lanes.bit_length() - 1):
+            both = larger_pairs(both, cute.arch.shuffle_sync_bfly(both, offset=1 << step))
+        return -high_float(both), low_float(both)
+
+    @cute.jit
+    def value(self, x, i: cutlass.Constexpr, h: cutlass.Constexpr):
+        """Channel i of an octet as float32."""
+        if cutlass.const_expr(self.config.is_exact):
+            return x[i, h]
+        return high_float(x[i // 2, h]) if i % 2 else low_float(x[i // 2, h])
+
+    @cute.jit
+    def pairs(self, x, h: cutlass.Constexpr):
+        if cutlass.const_expr(self.config.is_exact):
+            return [pack_bf16x2(x[2 * w, h], x[2 * w + 1, h]) for w in range(4)]
+        return [x[w, h] for w in range(4)]
+
+    @cute.jit
     def encode(self, x, h, inverse, zero):
         """The codes of eight channels: one word of INT4, two of INT8 or FP8."""
         config = self.config
         words = []
         if cutlass.const_expr(config.kv == "fp8_e4m3"):
-            for w in cutlass.range_constexpr(0, 4, 2):
-                near = pack_e4m3x2(low_float(x[w, h]) * inverse, high_float(x[w, h]) * inverse)
-                far = pack_e4m3x2(low_float(x[w + 1, h]) * inverse, high_float(x[w + 1, h]) * inverse)
-                words.append(near | (far << 16))
+            for i in cutlass.range_constexpr(0, 8, 4):
+                scaled = [self.value(x, i + j, h) * inverse for j in range(4)]
+                words.append(pack_e4m3x2(scaled[0], scaled[1]) | (pack_e4m3x2(scaled[2], scaled[3]) << 16))
         else:
             bits = config.cache.code_bits
             most = Float32(self.qmax) - zero
@@ -241,9 +309,8 @@ class RopeAppend:
             for first in cutlass.range_constexpr(0, 8, each):
                 word = bias
                 for i in cutlass.range_constexpr(each):
-                    pair = x[(first + i) // 2, h]
-                    value = high_float(pair) if (first + i) % 2 else low_float(pair)
-                    value = cute.arch.fmin(cute.arch.fmax(value * inverse, -zero), most)
+                    value = self.value(x, first + i, h) * inverse
+                    value = cute.arch.fmin(cute.arch.fmax(value, -zero), most)
                     word = word + (as_bits(value + Float32(ROUNDER)) << (bits * i))
                 words.append(word)
         return words
@@ -270,8 +337,11 @@ def compile_append(config: AppendConfig, options: str = "") -> object:
         compact(Float32, (cute.sym_int(), half), 16),
         compact(Int64, (cute.sym_int(),), 8),
         compact(Uint32, (cute.sym_int(), half), 16),
+        compact(Float32, (cute.sym_int(), config.head_dim), 16),
+        compact(Uint32, (cute.sym_int(), half), 16),
         compact(Uint8, (cute.sym_int(), cute.sym_int(), config.cache.tile_bytes), 128),
         compact(Uint32, (cute.sym_int(), cute.sym_int(), half), 16),
+        Float32(1.0),
         Float32(1.0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",

@@ -710,6 +710,7 @@ HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
     (r"setp\..*", _setp), (r"selp\..*", _selp), (r"prmt\..*", _prmt), (r"mov\..*", _mov), (r"cvt\..*", _cvt),
     (r"cvta\..*", _mov),
     (r"ex2\..*", _unary(np.exp2)), (r"lg2\..*", _unary(np.log2)), (r"rcp\..*", _unary(lambda a: F32(1.0) / a)),
+    (r"sqrt\..*", _unary(np.sqrt)),
     (r"shfl\..*", _shfl), (r"vote\..*", _vote), (r"elect\..*", _elect), (r"movmatrix\..*", _movmatrix),
     (r"ldmatrix\..*", _ldmatrix), (r"mma\..*", _mma), (r"bar\.sync|barrier\.sync.*", _bar),
     (r"mbarrier\..*", _mbarrier),

@@ -27,7 +27,7 @@ from .test_attention_sm90 import needs_dsl
 
 DECODE_STATIC = {0: (2,), 1: (2,), 6: (1,), 7: (2,), 8: (1, 2), 9: (1,), 10: (1,), 11: (1,), 12: (1,), 13: (1,)}
 MERGE_STATIC = {0: (1,), 2: (1, 2), 3: (1,), 4: (2,)}
-APPEND_STATIC = {0: (2,), 1: (2,), 2: (2,), 3: (1,), 4: (1,), 6: (1,), 7: (2,), 8: (2,)}
+APPEND_STATIC = {0: (2,), 1: (2,), 2: (2,), 3: (1,), 4: (1,), 6: (1,), 7: (1,), 8: (1,), 9: (2,), 10: (2,)}
 
 
 def emulated(
@@ -88,7 +88,7 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def shape(*a: Any) -> Any:
             return (config.ctas(len(a[0]), a[0].shape[1], a[1].shape[1]), 1), threads, 1024
 
-        return emulated(kernel, APPEND_STATIC, {config.head_dim // 2, config.cache.tile_bytes}, shape)
+        return emulated(kernel, APPEND_STATIC, {config.head_dim, config.head_dim // 2, config.cache.tile_bytes}, shape)
 
     monkeypatch.setattr(attention_sm90, "decode_kernel", decode)
     monkeypatch.setattr(attention_sm90, "merge_kernel", merge)

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from atom.kernels.attention_config import AppendConfig
+from atom.kernels.head_norm import normalize_heads
 from atom.kernels.kv_layout import KVLayout
 from atom.kernels.rope_append import rope_append_kv_reference
+from atom.kernels.rotate import rotate
 from atom.quant.formats import get_format
+from atom.quant.rotation import hadamard
 from atom.quant.rounding import largest_scale
 
 from .ptx_emulator import Part
@@ -94,13 +97,116 @@ def test_bytes_on_a_model_of_the_machine(
             Argument(sin.numpy(), (1,)),
             Argument(slots.numpy()),
             Argument(offsets, (1,)),
+            Argument(np.zeros((1, dim), dtype=np.float32), (1,)),
+            Argument(np.zeros((2, dim // 2), dtype=np.int32), (1,)),
             Argument(found, (2,)),
             Argument(out, (2,)),
             1.0 if spec is None else largest_scale(get_format(spec.format)),
+            0.0,
         ],
     )
     assert torch.equal(torch.from_numpy(out).view(torch.bfloat16), turned)
     assert torch.equal(torch.from_numpy(found), wanted)
+
+
+# kv, head_dim, norm, centre, transform
+TRANSFORMS = [
+    ("int4", 128, "none", True, False),
+    ("int4", 128, "none", False, True),
+    ("int4", 64, "plain", True, True),
+    ("int4", 256, "shifted", True, True),
+    ("int8", 80, "plain", False, True),
+    ("fp8_e4m3", 96, "shifted", True, True),
+    ("bf16", 128, "plain", False, False),
+    ("bf16", 128, "none", False, True),
+]
+
+
+def butterflies(x: Tensor) -> Tensor:
+    """The normalised block Hadamard transform of x [..., head_dim] in float32, as sums and differences."""
+    size = x.shape[-1] & -x.shape[-1]
+    x = x.float()
+    for stride in (1 << i for i in range(size.bit_length() - 1)):
+        a, b = x.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        x = torch.stack((a + b, a - b), -2).flatten(-3)
+    return x * torch.tensor(size**-0.5)
+
+
+@needs_dsl
+@pytest.mark.slow
+@pytest.mark.parametrize("kv,dim,norm,has_centre,rotates", TRANSFORMS, ids=lambda v: str(v))
+def test_transformed_bytes_on_a_model_of_the_machine(
+    kv: str, dim: int, norm: str, has_centre: bool, rotates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norm before turning, the centre and the Hadamard transform after it, bit for bit."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels.rope_append_sm90 import compile_append
+
+    tokens, heads, kv_heads, eps = 4, 5, 2, 1e-6
+    q, k, v, cos, sin = inputs(dim, heads, kv_heads, tokens)
+    layout = KVLayout(SPECS[kv], torch.bfloat16, kv_heads, dim, 16)
+    slots = torch.tensor([15, 32, 55, 5])
+    weights = torch.randn(2, dim, generator=torch.Generator().manual_seed(2)).bfloat16()
+    centre = offset_for(kv_heads, dim)
+    turned, keys = q, k
+    if norm != "none":
+        turned, keys = (
+            normalize_heads(x, w, eps, float(norm == "shifted")) for x, w in zip((q, k), weights, strict=True)
+        )
+    turned, keys = rotate(turned, cos, sin), rotate(keys, cos, sin)
+    if has_centre:
+        keys = keys.float() - centre
+    if rotates:
+        turned, keys = butterflies(turned).bfloat16(), butterflies(keys)
+    wanted = torch.full(layout.shape(4), 255, dtype=torch.uint8)
+    layout.write(wanted, slots, 0, keys)
+    layout.write(wanted, slots, 1, v)
+
+    config = AppendConfig(kv, dim, 16, parts=2, norm=norm, has_centre=has_centre, rotates=rotates)
+    kernel = ptx(compile_append(config, f"--keep-ptx --dump-dir {tmp_path}"))
+    found = np.full(layout.shape(4), 255, dtype=np.uint8)
+    out = np.zeros((tokens, heads, dim // 2), dtype=np.int32)
+    spec = SPECS[kv]
+    kernel.launch(
+        (config.ctas(tokens, heads, kv_heads), 1),
+        32 * config.warps,
+        [
+            *(Argument(x.contiguous().view(torch.int32).numpy(), (2,)) for x in (q, k, v)),
+            Argument(cos.numpy(), (1,)),
+            Argument(sin.numpy(), (1,)),
+            Argument(slots.numpy()),
+            Argument(np.zeros((1, dim // 2), dtype=np.int32), (1,)),
+            Argument(centre.numpy(), (1,)),
+            Argument(weights.view(torch.int32).numpy(), (1,)),
+            Argument(found, (2,)),
+            Argument(out, (2,)),
+            1.0 if spec is None else largest_scale(get_format(spec.format)),
+            eps,
+        ],
+    )
+    assert torch.equal(torch.from_numpy(out).view(torch.bfloat16), turned)
+    assert torch.equal(torch.from_numpy(found), wanted)
+
+
+def test_butterflies_are_the_hadamard_matrix() -> None:
+    for dim in (64, 80, 96, 128, 256):
+        x = torch.randn(3, dim, dtype=torch.float64)
+        size = dim & -dim
+        wanted = (x.unflatten(-1, (-1, size)) @ hadamard(size).double()).flatten(-2)
+        torch.testing.assert_close(butterflies(x).double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@needs_dsl
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_transforms_spill_nothing(dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels.rope_append_sm90 import compile_append
+
+    config = AppendConfig("int4", dim, 16, parts=2, norm="shifted", has_centre=True, rotates=True)
+    compiled = compile_append(config, f"--keep-cubin --dump-dir {tmp_path}")
+    sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]
+    assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spilled"
 
 
 @needs_dsl

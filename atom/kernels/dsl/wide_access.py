@@ -37,6 +37,19 @@ def load_floats(address: Any):
 
 
 @cute.jit
+def load_some(address: Any, count: cutlass.Constexpr):
+    """One, two or four 32-bit words, aligned to their size together, that are read once."""
+    vector = "" if count == 1 else f".v{count}"
+    names = "{$w0}" if count == 1 else "{" + ", ".join(f"{{$w{i}}}" for i in range(count)) + "}"
+    found = cute.arch.inline_ptx(
+        f"ld.global.L1::no_allocate{vector}.b32 {names}, [{{$r0}}];",
+        write_only_types=[Uint32] * count,
+        read_only_args=[address],
+    )
+    return [found] if count == 1 else list(found)
+
+
+@cute.jit
 def store_words(address: Any, words: Any):
     """One, two or four 32-bit words, aligned to their size together."""
     if cutlass.const_expr(len(words) == 1):

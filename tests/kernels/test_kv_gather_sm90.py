@@ -1,0 +1,78 @@
+"""The sm_90a gather kernel: its PTX run on a CPU, its machine code without a GPU."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from atom.kernels.attention_config import GatherConfig
+from atom.kernels.attention_sm90 import gather_work
+
+from .ptx_emulator import Tensor as Argument
+from .test_attention_sm90 import SPECS, needs_dsl, ptx
+from .test_gemm_sm90 import disassemble
+from .test_paged_attention import make_case
+
+# kv, head_dim, block size
+GATHERS = [
+    ("int4", 128, 16),
+    ("int4", 80, 32),
+    ("int8", 64, 64),
+    ("fp8_e4m3", 96, 16),
+    ("bf16", 256, 16),
+]
+
+
+@needs_dsl
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("kv,dim,block_size", GATHERS)
+def test_reads_on_a_model_of_the_machine(
+    kv: str, dim: int, block_size: int, window: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal to KVLayout.read bit for bit, from scattered blocks among NaN; decodes are not read."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels.kv_gather_sm90 import compile_gather
+
+    case = make_case(
+        SPECS[kv], (block_size + 3, 70, 2 * block_size, 1), (5, 1, 2, 0), 2, 2, dim, block_size, dtype=torch.bfloat16
+    )
+    step, layout = case.step, case.layout
+    work = gather_work(step, window, block_size)
+    total = int(work.cu_seqlens_k[-1])
+    firsts = [0 if window is None else max(0, step.seqlens_k[i] - step.counts[i] - window + 1) for i in (0, 2)]
+    assert total == sum(step.seqlens_k[i] - first for i, first in zip((0, 2), firsts, strict=True))
+    keys, values = np.zeros((2, total, 2, dim // 2), dtype=np.int32)
+    config = GatherConfig(kv, dim, block_size)
+    kernel = ptx(compile_gather(config, f"--keep-ptx --dump-dir {tmp_path}"))
+    kernel.launch(
+        (len(work.tiles), 2),
+        config.threads,
+        [Argument(case.layer.numpy(), (2,)), Argument(work.tiles, (1,)), Argument(keys, (2,)), Argument(values, (2,))],
+    )
+    at = 0
+    for index, first in zip((0, 2), firsts, strict=True):
+        length = int(step.seqlens_k[index])
+        tiles = layout.gather(case.layer, layout.tile_rows(step.block_tables[index, : -(-length // block_size)]))
+        for part, found in enumerate((keys, values)):
+            wanted = layout.read(tiles, part).flatten(1, 2)[:, first:length].transpose(0, 1)
+            got = torch.from_numpy(found[at : at + length - first]).view(torch.bfloat16)
+            assert torch.equal(got, wanted)
+        at += length - first
+    assert at == total
+
+
+@needs_dsl
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", SPECS)
+def test_machine_code(kv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels.kv_gather_sm90 import compile_gather
+
+    compiled = compile_gather(GatherConfig(kv, 128, 16), f"--keep-cubin --dump-dir {tmp_path}")
+    sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]
+    assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spilled"
+    width = {"int4": "", "int8": r"\.64", "fp8_e4m3": r"\.64", "bf16": r"\.128"}[kv]
+    assert len(re.findall(rf"LDG\.E\.NA{width} ", sass)) >= 4 and len(re.findall(r"STG\.E\.128", sass)) == 4
