@@ -82,7 +82,7 @@ def _matches(name: str, allowed: Iterable[str]) -> bool:
 
 _KV = {"kv": KV_FORMATS}
 _PRESETS = RecordSchema(
-    ("model", "text", "scheme|method", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
+    ("model", "text", "scheme", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
     ("task:", *PERPLEXITY_EXTRAS),
     {"path": PATHS, **_KV},
 )
@@ -94,7 +94,11 @@ SCHEMAS: dict[str, RecordSchema] = {
         {"step": LADDER_STEPS, "path": PATHS},
     ),
     "quality-presets": _PRESETS,
-    "accuracy-frontier": _PRESETS,
+    "accuracy-frontier": RecordSchema(
+        ("model", "text", "method", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
+        ("scheme", "task:", *PERPLEXITY_EXTRAS),
+        {"path": PATHS, "scheme": ("w4a4", "w4a8"), **_KV},
+    ),
     "kv-rope": RecordSchema(
         ("model", "text", "kv", "place", "ppl", "windows", "path"),
         PERPLEXITY_EXTRAS,

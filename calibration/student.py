@@ -181,7 +181,7 @@ class Student:
     def tensors(self, index: int | None) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all that was learned in layer `index`, or outside of layers, as checkpoints name it."""
         if index is None:
-            yield "model.norm.weight", self.model.model.norm.weight.detach()
+            yield "model.norm.weight", self.model.get_parameter("model.norm.weight").detach()
             return
         prefix = layer_prefix(index)
         for name, module in self.model.get_submodule(prefix).named_modules():

@@ -54,7 +54,7 @@ def test_overwrites_the_earlier_run(tmp_path: Path) -> None:
 def test_alternatives_and_prefixes() -> None:
     check_rows("quality-presets", [{**PRESET, "task:piqa": 0.7, "task:piqa:stderr": 0.01}])
     method = {key: value for key, value in PRESET.items() if key != "scheme"} | {"method": "quarot"}
-    check_rows("accuracy-frontier", [method])
+    check_rows("accuracy-frontier", [method, {**method, "scheme": "w4a8"}])
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,8 @@ def test_alternatives_and_prefixes() -> None:
         ("quality-ladder", {**LADDER, "ppl": float("inf")}, "ppl is inf, which JSON cannot hold; write null"),
         ("quality-presets", {**PRESET, "scheme": "w4a4+kv8"}, "write the preset's bare name"),
         ("quality-presets", {**PRESET, "kv": "kv4"}, "kv is 'kv4'; it must be one of int4"),
-        ("quality-presets", {**PRESET, "method": "x"}, "needs scheme or method, got both scheme and method"),
+        ("quality-presets", {**PRESET, "method": "x"}, "unknown key 'method'"),
+        ("accuracy-frontier", PRESET, "needs method, got only model"),
         ("speed", LADDER, "unknown record 'speed'; the records are quality-ladder"),
     ],
 )

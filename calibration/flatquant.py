@@ -1,0 +1,183 @@
+"""Learned affine transforms and clips by block-wise distillation, to compare with: FlatQuant's idea in small.
+
+The input x [T, K] of a group of linears becomes x' = L^T (x / c) R, K folded to a matrix of n1 rows and n2 columns; its
+weights W become L^-1 (W c) R^-T, rows folded alike, so that x' W'^T = x W^T exactly while nothing is rounded. L, R, c,
+the share of its largest magnitude that each rounded token (one share for an input) and each weight row reaches are
+learned, decoder layer by decoder layer, to bring the rounded layer's output close to the full layer's on the full
+model's hidden states (mean squared error). One scale a token and a weight row, weights rounded to nearest.
+
+L, R and c run online, which no kernel here does: the result is a model in memory, not a checkpoint.
+Source: FlatQuant, arXiv:2410.09426, with shorter training; o's transform is one Kronecker product over heads and head.
+"""
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from atom.models.kv import DenseKV
+from atom.models.layers import DecoderLayer
+from atom.models.model import Model
+from atom.quant.schemes import Scheme
+
+from .student import TrainingKV, straight_through
+
+REACH = 4.0  # logit of the share that a grid reaches at first: 0.98
+
+
+@dataclass(frozen=True)
+class FlatConfig:
+    """How the transforms are learned, and to how many bits tokens and weight rows are rounded."""
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    steps: int = 60
+    rate: float = 5e-3
+    clip_rate: float = 5e-2
+    seed: int = 0
+
+
+class FlatInput(nn.Module):
+    """What happens to the input of a group of linears, [T, K] -> [T, K]."""
+
+    def __init__(self, K: int, bits: int, generator: torch.Generator, device: torch.device) -> None:
+        super().__init__()
+        self.rows = next(n for n in range(isqrt(K), 0, -1) if K % n == 0)
+        self.bits = bits
+        self.left = nn.Parameter(_orthogonal(self.rows, generator).to(device))
+        self.right = nn.Parameter(_orthogonal(K // self.rows, generator).to(device))
+        self.log_scale = nn.Parameter(torch.zeros(K, device=device))
+        self.reach = nn.Parameter(torch.full((1,), REACH, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return round_rows(self.transform(x), self.reach, self.bits)
+
+    def transform(self, x: Tensor) -> Tensor:
+        folded = (x * (-self.log_scale).exp()).unflatten(-1, (self.rows, -1))
+        y: Tensor = (self.left.T @ folded @ self.right).flatten(-2)
+        return y
+
+    def transform_weight(self, W: Tensor) -> Tensor:
+        """W [N, K] for inputs that `transform` has changed."""
+        folded = (W * self.log_scale.exp()).unflatten(-1, (self.rows, -1))
+        left, right = torch.linalg.inv(self.left), torch.linalg.inv(self.right)
+        y: Tensor = (left @ folded @ right.T).flatten(-2)
+        return y
+
+
+class FlatLinear(nn.Module):
+    """A linear behind a FlatInput, its weight transformed and rounded anew in every run."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear, source: FlatInput, bits: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.source = [source]  # in a list: its parameters are not this module's
+        self.bits = bits
+        self.reach = nn.Parameter(torch.full((linear.out_features, 1), REACH, device=linear.weight.device))
+
+    def rounded(self) -> Tensor:
+        return round_rows(self.source[0].transform_weight(self.weight), self.reach, self.bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.rounded(), self.bias)
+
+
+def round_rows(x: Tensor, reach: Tensor, bits: int) -> Tensor:
+    """x [..., K] on a symmetric grid whose end lies at sigmoid(reach) of each row's largest magnitude."""
+    levels = (1 << (bits - 1)) - 1
+    scale = torch.sigmoid(reach) * x.abs().amax(-1, keepdim=True).clamp_min(1e-8) / levels
+    inside = (x / scale).clamp(-levels - 1, levels)
+    return straight_through(inside, inside.round()) * scale
+
+
+def flatten_model(model: Model, tokens: Tensor, scheme: Scheme, config: FlatConfig) -> dict[str, Any]:
+    """Learn transforms for every layer of `model` and round it, in place; the losses of each layer, first and last.
+
+    model   in full precision and float32; afterwards it runs rounded, its cache as `scheme` says
+    tokens  [windows, length] of calibration text
+    """
+    losses = []
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        hidden = torch.stack([model.model.embed(row.to(model.device)) for row in tokens])
+    for layer in model.model.decoder_layers():
+        with torch.no_grad():
+            target = torch.cat([_run(layer, model, part, None) for part in hidden.split(4)])
+        losses.append(_learn(layer, model, hidden, target, scheme, config, generator))
+        hidden = target
+    model.scheme = scheme
+    return {"losses": losses}
+
+
+def _learn(
+    layer: DecoderLayer,
+    model: Model,
+    hidden: Tensor,
+    target: Tensor,
+    scheme: Scheme,
+    config: FlatConfig,
+    generator: torch.Generator,
+) -> tuple[float, float]:
+    inputs: list[FlatInput] = []
+    linears: dict[str, FlatLinear] = {}
+    for group in model.family.groups:
+        found = [(name, layer.get_submodule(name)) for name in group.linears]
+        K = layer.get_parameter(f"{group.linears[0]}.weight").shape[1]
+        source = FlatInput(K, config.activation_bits, generator, model.device)
+        inputs.append(source)
+        layer.get_submodule(group.producer).register_forward_hook(lambda module, args, x, source=source: source(x))
+        for name, linear in found:
+            assert isinstance(linear, nn.Linear)
+            linears[name] = FlatLinear(linear, source, config.weight_bits)
+            layer.set_submodule(name, linears[name])
+    shapes = [p for source in inputs for p in (source.left, source.right, source.log_scale)]
+    reaches = [module.reach for module in (*inputs, *linears.values())]
+    for parameter in (*shapes, *reaches):
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        [{"params": shapes, "lr": config.rate}, {"params": reaches, "lr": config.clip_rate}], weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, eta_min=config.rate * 1e-3)
+    size = float(target.square().mean())
+    first = last = 0.0
+    for step in range(config.steps):
+        rows = torch.randint(0, len(hidden), (4,), generator=generator).to(hidden.device)
+        loss = (_run(layer, model, hidden[rows], scheme) - target[rows]).square().mean() / size
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        last = loss.item()
+        first = last if step == 0 else first
+    for parameter in (*shapes, *reaches):
+        parameter.requires_grad_(False)
+    for name, flat in linears.items():
+        plain = nn.Linear(1, 1, bias=False)
+        plain.weight = nn.Parameter(flat.rounded(), requires_grad=False)
+        if flat.bias is not None:
+            plain.register_parameter("bias", nn.Parameter(flat.bias, requires_grad=False))
+        layer.set_submodule(name, plain)
+    return first, last
+
+
+def _run(layer: DecoderLayer, model: Model, hidden: Tensor, scheme: Scheme | None) -> Tensor:
+    """The layer's output for hidden [windows, length, hidden_size]."""
+    count, length, _ = hidden.shape
+    kv = DenseKV(model.config, count, device=model.device)
+    if scheme is not None:
+        kv = TrainingKV(model.config, count, scheme.kv, scheme.kv_pre_rope, model.device)
+    out: Tensor = layer(hidden.flatten(0, 1), layer.rope(kv.positions(length)), kv)
+    return out.view(hidden.shape)
+
+
+def _orthogonal(n: int, generator: torch.Generator) -> Tensor:
+    Q: Tensor
+    Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator))
+    return Q.mul_(R.diagonal().sign())

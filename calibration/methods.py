@@ -1,0 +1,127 @@
+"""The methods that docs/accuracy-methods.md compares, each as a scheme and how its weights are found.
+
+Every one stands for W4A4 and for W4A8, under a cache given to all of them. Published methods are as published where a
+scheme can say that: Atom's constants, QuaRot's rotations with groups of 128, NVFP4's own scales.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from atom.quant.granularity import Channel, Group, Token
+from atom.quant.presets import get_scheme
+from atom.quant.schemes import LinearScheme, OutlierSpec, Override, RotationSpec, Scheme, TensorSpec
+
+from .config import CalibrationConfig
+from .ladder import PAPER_ACTIVATION_CLIP, PAPER_WEIGHT_CLIP
+
+Bits = Literal["w4a4", "w4a8"]
+A8 = TensorSpec("int8", Token(), dynamic=True, scale_format="fp32")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison.
+
+    scheme    with a 16-bit cache
+    changes   fields of CalibrationConfig that it sets
+    learned   by flatquant.py, in memory; else a checkpoint is written, loaded and run
+    """
+
+    name: str
+    scheme: Scheme
+    changes: dict[str, Any] = field(default_factory=dict)
+    learned: bool = False
+
+    def config(self, base: CalibrationConfig) -> CalibrationConfig:
+        return replace(base, **self.changes)
+
+
+def methods(bits: Bits) -> dict[str, Method]:
+    """All methods for weights of 4 bits and activations of 4 or 8, by name, full precision first."""
+    found = [make(bits) for make in _MAKERS]
+    return {method.name: method for method in found if method is not None}
+
+
+def _fp(bits: Bits) -> Method:
+    return Method("fp", get_scheme("bf16"))
+
+
+def _rtn(bits: Bits) -> Method:
+    """One scale a weight row and token, the largest magnitude, rounded to nearest."""
+    weight, activation = TensorSpec("int4", Channel()), TensorSpec("int4", Token(), dynamic=True)
+    return Method("rtn", Scheme(bits, weight, _activation(bits, activation)), {"gptq": False, "clip": "constant"})
+
+
+def _atom(bits: Bits) -> Method:
+    """Atom as published: order by energy, 128 INT8 outliers, groups of 128, clips 0.85 and 0.9, GPTQ.
+
+    With 8-bit activations the paper's own W4A8 has the same weights; outliers are INT8 on both sides then.
+    """
+    recipe = get_scheme("w4a4+kv16")
+    assert recipe.weight is not None and recipe.activation is not None
+    weight = replace(recipe.weight, clip=PAPER_WEIGHT_CLIP)
+    activation = _activation(bits, replace(recipe.activation, clip=PAPER_ACTIVATION_CLIP))
+    scheme = Scheme(bits, weight, activation, outliers=OutlierSpec(128), reorder=True)
+    return Method("atom", scheme, {"clip": "constant"})
+
+
+def _quarot(bits: Bits) -> Method:
+    """QuaRot (arXiv:2404.00456) with groups of 128: the residual stream and values rotated in the weights, the inputs
+    of o and down at run time, GPTQ, activations clipped at 0.9."""
+    weight = TensorSpec("int4", Group(128), clip="mse", scale_rule="range")
+    activation = TensorSpec("int4", Group(128), dynamic=True, clip=PAPER_ACTIVATION_CLIP)
+    scheme = rotated_online(Scheme(bits, weight, _activation(bits, activation)), RotationSpec("hadamard"))
+    return Method("quarot", scheme, {"clip": "constant", "rotate": "residual"})
+
+
+def _flatquant(bits: Bits) -> Method:
+    """FlatQuant in small (flatquant.py): learned transforms and clips, one scale a weight row and token."""
+    weight, activation = TensorSpec("int4", Channel()), TensorSpec("int4", Token(), dynamic=True)
+    return Method("flatquant", Scheme(bits, weight, _activation(bits, activation)), learned=True)
+
+
+def _nvfp4_rtn(bits: Bits) -> Method | None:
+    if bits == "w4a8":
+        return None  # NVFP4 has no 8-bit activations
+    return Method("nvfp4-rtn", get_scheme("nvfp4+kv16"), {"gptq": False})
+
+
+def _nvfp4_gptq(bits: Bits) -> Method | None:
+    """MR-GPTQ (arXiv:2509.23202) in its essentials: Hadamard blocks of a group's size, searched scales, GPTQ."""
+    if bits == "w4a8":
+        return None
+    scheme = get_scheme("nvfp4+kv16")
+    assert scheme.weight is not None
+    scheme = replace(scheme, weight=replace(scheme.weight, clip="mse"), rotation=RotationSpec("block_hadamard", 16))
+    return Method("nvfp4-gptq", scheme)
+
+
+def _ours(bits: Bits) -> Method:
+    """Groups of 32 with E4M3 scales, Hadamard blocks of a group's size, GPTQ, distillation: 4.25 bits."""
+    weight = TensorSpec("int4", Group(32), clip="mse", scale_format="e4m3", outer="tensor")
+    activation = TensorSpec("int4", Group(32), dynamic=True, scale_format="e4m3", outer="token")
+    scheme = Scheme(bits, weight, _activation(bits, activation), rotation=RotationSpec("block_hadamard", 32))
+    return Method("ours", scheme, {"clip": "constant", "distill_steps": 300})
+
+
+_MAKERS: tuple[Callable[[Bits], Method | None], ...] = (
+    _fp,
+    _rtn,
+    _atom,
+    _quarot,
+    _flatquant,
+    _nvfp4_rtn,
+    _nvfp4_gptq,
+    _ours,
+)
+
+
+def rotated_online(scheme: Scheme, rotation: RotationSpec) -> Scheme:
+    """`scheme` with the inputs of o and down rotated at run time, where a folded rotation does not reach."""
+    linear: LinearScheme = replace(scheme.default_linear, rotation=rotation)
+    return replace(scheme, overrides=tuple(Override(f"*.{name}", linear) for name in ("o_proj", "down_proj")))
+
+
+def _activation(bits: Bits, four: TensorSpec) -> TensorSpec:
+    return four if bits == "w4a4" else A8

@@ -1,0 +1,53 @@
+"""Every method of the comparison quantizes, loads and predicts; what they are at bits is what the tables say."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from atom.calibration.config import CalibrationConfig
+from atom.calibration.methods import Bits, methods
+from atom.calibration.stream import quantize_model
+from atom.quant.presets import get_scheme
+
+Tiny = Callable[[str], Path]
+Close = Callable[[Path, Path], float]
+WEIGHT_BITS = {
+    "fp": 16.0,
+    "rtn": 4.004,
+    "atom": 4.25,
+    "quarot": 4.125,
+    "flatquant": 4.004,
+    "nvfp4-rtn": 4.5,
+    "nvfp4-gptq": 4.5,
+    "ours": 4.25,
+}
+
+
+@pytest.mark.parametrize("bits", get_args(Bits))
+def test_bits_at_the_width_of_llama(bits: Bits) -> None:
+    for name, method in methods(bits).items():
+        assert round(method.scheme.weight_bits(4096), 3) == WEIGHT_BITS[name]
+        if name != "fp":
+            assert method.scheme.activation_bits(4096) < (4.52 if bits == "w4a4" else 8.02)
+    assert set(WEIGHT_BITS) - set(methods(bits)) == (set() if bits == "w4a4" else {"nvfp4-rtn", "nvfp4-gptq"})
+    assert methods("w4a4")["ours"].scheme.activation_bits(4096) < 4.26
+
+
+@pytest.mark.parametrize("bits", get_args(Bits))
+def test_each_writes_a_checkpoint_that_predicts(
+    bits: Bits, tiny: Tiny, logit_error: Close, quick: CalibrationConfig, tmp_path: Path
+) -> None:
+    cache = get_scheme("w4a4")
+    errors = {}
+    for name, method in methods(bits).items():
+        if method.learned or name == "fp":
+            continue
+        scheme = replace(method.scheme, kv=cache.kv, kv_offset=cache.kv_offset)
+        config = method.config(quick)
+        config = replace(config, distill_steps=min(config.distill_steps, 4), distill_windows=20)
+        quantize_model(tiny("qwen2"), scheme, tmp_path / name, config)
+        errors[name] = logit_error(tmp_path / name, tiny("qwen2"))
+    assert errors["ours"] < errors["rtn"] and errors["atom"] < errors["rtn"] and max(errors.values()) < 0.8
