@@ -46,6 +46,9 @@ class CalibrationConfig:
     clip: Clip = "measured"
     """Activation clips: measured for each kind of input by its linears' output error, or the scheme's constant."""
 
+    balance_keys: bool = True
+    """Where the cache rotates keys: divide them by factors that queries undo, pair by pair, in the weights."""
+
     rotate: Rotate = "none"
     """residual folds a Hadamard rotation of the residual stream, and of each head's values, into the weights."""
 

@@ -44,6 +44,15 @@ class HiddenStates:
         """Tokens of all windows."""
         return self._states.shape[0] * self._states.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where layers run over them."""
+        return self._device
+
+    def first_tokens(self) -> "HiddenStates":
+        """Those of every window's first token, as windows of one token in one batch."""
+        return HiddenStates(self._states[:, :1], self._states.shape[0], self._device)
+
     def windows_in(self, number: int) -> int:
         return self._part(number).shape[0]
 

@@ -13,8 +13,9 @@ from torch.nn.functional import adaptive_max_pool1d
 
 from atom.errors import CheckpointError
 from atom.kernels.registry import Kernels
+from atom.models.attention import Attention
 from atom.models.layers import DecoderLayer
-from atom.models.layout import KEY_OFFSET, layer_prefix
+from atom.models.layout import KEY_CENTRE, KEY_OFFSET, layer_prefix
 from atom.models.loader import load_layer_
 from atom.models.model import Model, build_layer
 from atom.models.quantized import quantize_layer_
@@ -30,7 +31,8 @@ from .columns import ColumnRounder
 from .config import CalibrationConfig
 from .gptq import gptq
 from .hidden import HiddenStates, LayerRunner
-from .observe import Sample, observe_energies, observe_hessians, sample_outputs
+from .keys import KeyStatistics, centre_on_sink, fold_factors_, has_norms
+from .observe import Sample, first_keys, observe_energies, observe_hessians, sample_outputs
 from .plan import InputPlan, plan_layer, unrotate_input
 from .stats import HessianAccumulator
 
@@ -65,9 +67,8 @@ class LayerQuantizer:
             layer = self.load(index)
         plans = plan_layer(self.model.family, self.scheme, index)
         with self.clock.phase("stats"):
-            energies, key_mean, before = observe_energies(layer, index, plans, hidden, self.runner)
-            if self.scheme.stores_key_offset:
-                layer.self_attn.key_offset = key_mean.to(torch.bfloat16)
+            energies, keys, before = observe_energies(layer, index, plans, hidden, self.runner)
+            self._prepare_keys(layer.self_attn, keys, before)
             for plan in plans:
                 if plan.needs_order:
                     plan.perm = energy_order(energies[plan.group.name])
@@ -75,6 +76,7 @@ class LayerQuantizer:
         tensors, weight_errors = self._round(layer, index, plans, hidden)
         with self.clock.phase("propagate"):
             self._swap(layer, tensors, index)
+            self._centre_on_sink(layer, tensors, index, hidden)
             after = self.propagate(layer, plans, hidden)
         record = {
             "layer": index,
@@ -85,6 +87,29 @@ class LayerQuantizer:
             "peak_host_bytes": peak_host_bytes(),
         }
         return tensors, record
+
+    def _prepare_keys(self, attention: Attention, keys: KeyStatistics, before: Sample) -> None:
+        """Fold the keys' factors into the weights, and into the sample; set their mean or centre."""
+        centre = keys.centre
+        if self.scheme.rotates_keys and self.config.balance_keys:
+            factors = keys.factors(has_norms(attention))
+            for name, rows in fold_factors_(attention, factors).items():
+                before.linears[name] = before.linears[name] * rows
+            centre = centre / torch.cat((factors, factors), -1)
+        if self.scheme.stores_key_offset:
+            attention.key_offset = keys.mean.to(torch.bfloat16)
+        if self.scheme.stores_key_centre:
+            attention.key_centre = centre
+
+    def _centre_on_sink(
+        self, layer: DecoderLayer, tensors: dict[str, Tensor], index: int, hidden: HiddenStates
+    ) -> None:
+        """Move the centre of the quantized layer's keys by the error of sequences' first key."""
+        centre = layer.self_attn.key_centre
+        if centre is None:
+            return
+        centre = centre_on_sink(centre, first_keys(layer, hidden, self.runner), self.scheme)
+        layer.self_attn.key_centre = tensors[f"{layer_prefix(index)}.{KEY_CENTRE}"] = centre
 
     def load(self, index: int) -> DecoderLayer:
         """The full-precision layer in float32 on the device. Raises CheckpointError naming a tensor that is NaN."""
@@ -154,6 +179,8 @@ class LayerQuantizer:
                         weight.copy_(unrotate_input(dequantize_weight(found, linear), linear))
         if layer.self_attn.key_offset is not None:
             tensors[prefix + KEY_OFFSET] = layer.self_attn.key_offset
+        if layer.self_attn.key_centre is not None:
+            tensors[prefix + KEY_CENTRE] = layer.self_attn.key_centre
         quantized = {f"{name}.weight" for name in errors}
         for name, parameter in layer.named_parameters():
             if name not in quantized:

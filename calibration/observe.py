@@ -18,6 +18,7 @@ from atom.quant.mixed import fake_quantize_activation
 from atom.quant.schemes import Scheme
 
 from .hidden import HiddenStates, LayerRunner
+from .keys import KeyStatistics
 from .plan import InputPlan, unrotate_input
 from .stats import EnergyAccumulator, HessianAccumulator
 
@@ -36,17 +37,20 @@ class Sample:
 
 def observe_energies(
     layer: DecoderLayer, index: int, plans: list[InputPlan], hidden: HiddenStates, runner: LayerRunner
-) -> tuple[dict[str, Tensor], Tensor, Sample]:
-    """Run the full-precision layer: channel energies [K] of every input group, the mean key before RoPE
-    [num_kv_heads, head_dim], and a sample of its outputs.
+) -> tuple[dict[str, Tensor], KeyStatistics, Sample]:
+    """Run the full-precision layer: channel energies [K] of every input group, what keys and queries are like, and a
+    sample of its outputs.
 
     All batches run if an input is to be reordered, else only the first, which the report wants.
     """
     energies: dict[str, EnergyAccumulator] = {}
-    keys: list[Tensor] = []  # the mean of every batch; all but the last are equally long
+    keys = KeyStatistics(layer.rope, hidden.length, hidden.device)
 
     def watch_keys(module: nn.Module, args: Any, k: Tensor) -> None:
-        keys.append(k.mean(0))
+        keys.add_keys(k)
+
+    def watch_queries(module: nn.Module, args: Any, q: Tensor) -> None:
+        keys.add_queries(q)
 
     def watch(plan: InputPlan) -> Hook:
         name = plan.group.name
@@ -60,14 +64,14 @@ def observe_energies(
         return hook
 
     watched = {plan.group.producer: watch(plan) for plan in plans}
-    with hooked({**watched, "self_attn.k_norm": watch_keys}, layer):
+    with hooked({**watched, "self_attn.q_norm": watch_queries, "self_attn.k_norm": watch_keys}, layer):
         sample = sample_outputs(layer, plans, hidden, runner, None)
         if any(plan.needs_order for plan in plans):
             with stopped_after(plans[-1].group.producer, layer):
                 for number in range(1, len(hidden)):
                     with suppress(_SeenEnough):
                         runner.run(layer, hidden, number, None)
-    return {name: energy.mean() for name, energy in energies.items()}, torch.stack(keys).mean(0), sample
+    return {name: energy.mean() for name, energy in energies.items()}, keys, sample
 
 
 def observe_hessians(
@@ -110,6 +114,18 @@ def observe_hessians(
             with suppress(_SeenEnough):
                 runner.run(layer, hidden, number, scheme)
     return hessians
+
+
+def first_keys(layer: DecoderLayer, hidden: HiddenStates, runner: LayerRunner) -> Tensor:
+    """The mean key after RoPE of the first token of every window, float32 [num_kv_heads, head_dim]."""
+    found: list[Tensor] = []
+
+    def watch(module: nn.Module, args: Any, k: Tensor) -> None:
+        found.append(layer.rope(torch.zeros(len(k), dtype=torch.int64, device=k.device)).apply(k.float()).mean(0))
+
+    with hooked({"self_attn.k_norm": watch}, layer), stopped_after("self_attn.k_norm", layer), suppress(_SeenEnough):
+        runner.run(layer, hidden.first_tokens(), 0, None)
+    return found[0]
 
 
 def sample_outputs(

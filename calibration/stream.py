@@ -154,8 +154,8 @@ def quantize_source(
 
 
 def is_calibrated(source: Source, scheme: Scheme) -> bool:
-    """Whether calibration has anything to find, weights or key offsets: else weights are copied."""
-    if scheme.stores_key_offset:
+    """Whether calibration has anything to find, weights or what keys have in common: else weights are copied."""
+    if scheme.stores_key_offset or scheme.stores_key_centre:
         return True
     model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
     return any(

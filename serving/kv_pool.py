@@ -18,6 +18,7 @@ from atom.kernels.paged_step import PagedStep
 from atom.kernels.registry import Kernels, Problem, device_arch
 from atom.kernels.rope_append import ROPE_APPEND_KV
 from atom.models.config import ModelConfig
+from atom.models.kv import SOFT_CAP
 from atom.models.rope import RopeConfig, Rotation
 from atom.quant.schemes import Scheme
 
@@ -37,7 +38,9 @@ def bytes_per_block(config: ModelConfig, scheme: Scheme | None, dtype: torch.dty
 
 def _has_key_offset(config: ModelConfig, scheme: Scheme | None) -> bool:
     """Some layer's keys have an offset: the stored mean, or their projection's bias with no norm behind it."""
-    return scheme is not None and (scheme.kv_offset == "mean" or (config.qkv_bias and not config.qk_norm))
+    if scheme is None or scheme.kv_offset not in ("bias", "mean"):
+        return False
+    return scheme.kv_offset == "mean" or (config.qkv_bias and not config.qk_norm)
 
 
 class KVPool:
@@ -116,7 +119,11 @@ class PagedKV:
         config, scheme = pool.config, pool.scheme
         self.pool = pool
         self.pre_rope = scheme is not None and scheme.kv is not None and scheme.kv_pre_rope
-        self.offset_apart = scheme is not None and scheme.kv is not None and scheme.kv_offset != "none"
+        self.offset_apart = scheme is not None and scheme.kv is not None and scheme.kv_offset in ("bias", "mean")
+        self.centred = scheme is not None and scheme.stores_key_centre
+        rotates = scheme is not None and scheme.rotates_keys
+        if self.centred and config.attention_soft_cap is not None:
+            raise UnsupportedError(SOFT_CAP)
         if self.pre_rope and any(rope.kind == "dynamic" for rope in config.ropes):
             raise UnsupportedError(
                 "a paged KV cache of keys before dynamic RoPE is not supported: the angles of stored keys would change "
@@ -130,10 +137,12 @@ class PagedKV:
             num_kv_heads=config.num_kv_heads,
             block_size=pool.block_size,
             kv_pre_rope=self.pre_rope,
+            kv_centred=self.centred,
+            kv_rotates=rotates,
             dtype=str(pool.dtype).removeprefix("torch."),
         )
         self.choices = (ROPE_APPEND_KV.choose(problem, kernels), PAGED_ATTENTION.choose(problem, kernels))
-        self._append = self.choices[0].build(pool.layout, self.pre_rope)
+        self._append = self.choices[0].build(pool.layout, self.pre_rope, rotates)
         has_offset = self.offset_apart and _has_key_offset(config, scheme)
         self._attend = self.choices[1].build(pool.layout, self.pre_rope, split_tokens, has_offset)
         self._step: PagedStep | None = None
@@ -157,9 +166,10 @@ class PagedKV:
             rotation = self._by_length(step, rotation)
         # keys under dynamic RoPE stand at the angles of the length they were stored at, which nobody knows later
         offset = spec.key_offset if self.offset_apart and not is_dynamic else None
+        centre = spec.key_centre if self.centred else None
         spec = AttentionSpec(spec.scale, spec.window, spec.soft_cap, offset)
         storage = self.pool.layer(layer)
-        q = self._append(q, k, v, rotation.cos, rotation.sin, step.slots, storage, offset)
+        q = self._append(q, k, v, rotation.cos, rotation.sin, step.slots, storage, offset, centre=centre)
         turns = self.pre_rope or offset is not None
         out: Tensor = self._attend(q, storage, step, spec, self._table(step, rotation) if turns else None)
         return out

@@ -134,6 +134,8 @@ def _attention_problem(arch: str, config: ModelConfig, scheme: Scheme) -> Proble
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         kv_pre_rope=scheme.kv is not None and scheme.kv_pre_rope,
+        kv_centred=scheme.stores_key_centre,
+        kv_rotates=scheme.rotates_keys,
     )
 
 

@@ -229,8 +229,8 @@ def gather_work(step: PagedStep, window: int | None, block_size: int) -> GatherW
 class RopeAppendSm90:
     """rope_append_kv on Hopper; called as rope_append_kv_reference's function is. Negative slots store nothing."""
 
-    def __init__(self, layout: KVLayout, pre_rope: bool = False) -> None:
-        assert not pre_rope
+    def __init__(self, layout: KVLayout, pre_rope: bool = False, rotates: bool = False) -> None:
+        assert not pre_rope and not rotates
         self.layout = layout
         spec = layout.spec
         self.kv = "bf16" if spec is None else spec.format
@@ -243,8 +243,9 @@ class RopeAppendSm90:
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, layer: Tensor,
-        offset: Tensor | None = None, norms: HeadNorms | None = None,
+        offset: Tensor | None = None, norms: HeadNorms | None = None, centre: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        assert centre is None
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if not len(q):
             return out

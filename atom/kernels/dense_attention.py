@@ -18,12 +18,15 @@ class AttentionSpec:
 
     key_offset  [num_kv_heads, head_dim], what every key (before RoPE) has in common: its projection's bias, or the
                 mean that calibration found; None where nothing is known
+    key_centre  float32 [num_kv_heads, head_dim], a constant after RoPE that calibration found; keys less of it give the
+                same softmax (without a soft cap), so it is never added back; None where nothing is known
     """
 
     scale: float
     window: int | None = None
     soft_cap: float | None = None
     key_offset: Tensor | None = None
+    key_centre: Tensor | None = None
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:

@@ -25,7 +25,7 @@ class Problem:
     N, K     out and in features (0 where they do not matter)
 
     For attention: the cache's format (None: the model's own), its head_dim, query and KV heads, tokens of a block,
-    whether keys are stored before RoPE, and the model's dtype.
+    whether keys are stored before RoPE, less a centre, or turned by a Hadamard matrix, and the model's dtype.
     """
 
     arch: str
@@ -38,6 +38,8 @@ class Problem:
     num_kv_heads: int = 0
     block_size: int = 16
     kv_pre_rope: bool = False
+    kv_centred: bool = False
+    kv_rotates: bool = False
     dtype: str = "bfloat16"
 
 

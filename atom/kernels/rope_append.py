@@ -2,13 +2,15 @@
 
 One call takes all tokens of a step, of prefill chunks and of decodes alike: where a token's key and value go is said by
 its slot. Keys are stored turned unless `pre_rope`; where the scheme keeps a key offset apart, the offset is taken off
-before anything else and comes back when keys are read (paged_attention.py).
+before anything else and comes back when keys are read (paged_attention.py). A centre is taken off after RoPE and never
+comes back, and heads of keys and queries may be turned by a Hadamard matrix last (atom/quant/keys.py).
 """
 
 from collections.abc import Callable
 
 from torch import Tensor
 
+from ..quant.keys import prepare_keys, rotate_head
 from .attention_refusals_sm90 import refuses_attention
 from .kv_layout import KVLayout
 from .registry import Implementation, Op
@@ -17,7 +19,7 @@ from .rotate import rotate
 Append = Callable[..., Tensor]
 
 
-def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False) -> Append:
+def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False, rotates: bool = False) -> Append:
     """Builder of the op; its function takes
 
     q       [T, num_heads, head_dim]      before RoPE
@@ -26,7 +28,10 @@ def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False) -> Append
     slots   [T] int64
     layer   uint8, KVLayout.shape: written in place
     offset  [num_kv_heads, head_dim], taken off every key, or None
+    centre  float32 [num_kv_heads, head_dim], taken off every key after RoPE, or None
     returns q turned
+
+    rotates  heads of q, and of k less its centre, are multiplied by a Hadamard matrix after RoPE
     """
 
     def run(
@@ -38,19 +43,25 @@ def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False) -> Append
         slots: Tensor,
         layer: Tensor,
         offset: Tensor | None = None,
+        centre: Tensor | None = None,
     ) -> Tensor:
         if offset is not None:
             k = k - offset.to(k.dtype)
-        layout.write(layer, slots, 0, k if pre_rope else rotate(k, cos, sin))
+        if not pre_rope:
+            k = rotate(k, cos, sin)
+        if centre is not None or rotates:
+            k = prepare_keys(k, centre, rotates)
+        layout.write(layer, slots, 0, k)
         layout.write(layer, slots, 1, v)
-        return rotate(q, cos, sin)
+        q = rotate(q, cos, sin)
+        return rotate_head(q).to(q.dtype) if rotates else q
 
     return run
 
 
 ROPE_APPEND_KV = Op(
     name="rope_append_kv",
-    formula="blocks[slots] = quantize(rope(k - offset)), quantize(v); returns rope(q)",
+    formula="blocks[slots] = quantize((rope(k - offset) - centre) H), quantize(v); returns rope(q) H",
     reference=rope_append_kv_reference,
     implementations=(
         Implementation("rope_append_sm90", "atom.kernels.attention_sm90:RopeAppendSm90", refuses_attention),

@@ -34,6 +34,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_offset)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_offset)
         self.key_offset: Tensor | None = None  # [num_kv_heads, head_dim], from a checkpoint that stores it
+        self.key_centre: Tensor | None = None  # float32, likewise
         self.o_input: nn.Module = nn.Identity()
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
 
@@ -46,7 +47,9 @@ class Attention(nn.Module):
         return y
 
     def _spec(self) -> AttentionSpec:
-        """The rules, with the offset of keys: the stored one, else the bias of k where nothing stands behind it."""
+        """The rules, with what keys have in common: as stored, else the bias of k where nothing stands behind it."""
+        if self.key_centre is not None:
+            return replace(self._rules, key_centre=self.key_centre)
         if self.key_offset is not None:
             return replace(self._rules, key_offset=self.key_offset)
         bias = self.k_proj.bias

@@ -9,11 +9,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..kernels.dense_attention import AttentionSpec, attend_dense
+from ..quant.keys import prepare_keys, rotate_head
 from ..quant.rounding import fake_quantize
 from ..quant.schemes import Scheme, TensorSpec
 from .config import ModelConfig
 from .rope import Rotation
+
+SOFT_CAP = (
+    "keys less their centre (kv_offset 'centre') do not fit attention with a soft cap, which would notice; "
+    "quantize with --kv-offset mean --kv-rotation none."
+)
 
 
 class KV(Protocol):
@@ -36,8 +43,9 @@ class DenseKV:
     Prefill and decode alike append to it: each call of a model adds its tokens to the end of every sequence. With
     `scheme_kv`, keys and values are rounded on the way in, one scale per token and head, and attention (of the same
     call too) reads the rounded ones; `pre_rope` rounds keys before RoPE and turns them when they are read;
-    `offset_apart` rounds keys less their offset, which is added back (turned) when they are read. Storage
-    grows as needed, or is allocated once with `max_len`. A layer that is never run takes no memory.
+    `offset_apart` rounds keys less their offset, which is added back (turned) when they are read; `centred` rounds
+    turned keys less their centre, which is not; `rotates` multiplies their heads, and those of queries, by a Hadamard
+    matrix. Storage grows as needed, or is allocated once with `max_len`. A layer that is never run takes no memory.
     """
 
     def __init__(
@@ -50,12 +58,18 @@ class DenseKV:
         dtype: torch.dtype = torch.float32,
         max_len: int | None = None,
         offset_apart: bool = False,
+        centred: bool = False,
+        rotates: bool = False,
     ) -> None:
+        if centred and config.attention_soft_cap is not None:
+            raise UnsupportedError(SOFT_CAP)
         self.config = config
         self.batch = batch
         self.scheme_kv = scheme_kv
         self.pre_rope = pre_rope
         self.offset_apart = offset_apart
+        self.centred = centred
+        self.rotates = rotates
         self.device = torch.device(device)
         self.dtype = dtype
         self.max_len = max_len
@@ -76,7 +90,18 @@ class DenseKV:
         """The cache that a scheme asks for; in full precision where there is none."""
         if scheme is None:
             return cls(config, batch, device=device, dtype=dtype, max_len=max_len)
-        return cls(config, batch, scheme.kv, scheme.kv_pre_rope, device, dtype, max_len, scheme.kv_offset != "none")
+        return cls(
+            config,
+            batch,
+            scheme.kv,
+            scheme.kv_pre_rope,
+            device,
+            dtype,
+            max_len,
+            offset_apart=scheme.kv_offset in ("bias", "mean"),
+            centred=scheme.stores_key_centre,
+            rotates=scheme.rotates_keys,
+        )
 
     @property
     def length(self) -> int:
@@ -95,8 +120,14 @@ class DenseKV:
                 f"pass a multiple of {self.batch} tokens, or make the cache with another batch."
             )
         q = rotation.apply(q)
+        if self.rotates:
+            q = rotate_head(q).to(q.dtype)
         offset = spec.key_offset if self.offset_apart and self.scheme_kv is not None else None
-        k = self._round_keys(k, offset, rotation)
+        centre = spec.key_centre if self.centred else None
+        if centre is not None or self.rotates:
+            k = self._round(prepare_keys(rotation.apply(k), centre, self.rotates)).to(k.dtype)
+        else:
+            k = self._round_keys(k, offset, rotation)
         keys, values = self._append(layer, self._by_sequence(k), self._by_sequence(self._round(v)))
         if self.pre_rope:
             keys = self._rotate_stored(keys, rotation)

@@ -20,6 +20,7 @@ from .source import Source
 
 PERM = "input_perm"
 KEY_OFFSET = "self_attn.key_offset"
+KEY_CENTRE = "self_attn.key_centre"
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,22 @@ def layer_tensors(layer: nn.Module, family: Family, scheme: Scheme | None, prefi
             expected.pop(f"{full}.weight")
             tensors = linear_tensors(linear, scheme.for_linear(full), group.is_gathered)
             expected.update({f"{full}.{key}": value for key, value in tensors.items()})
-    if scheme.stores_key_offset:
-        expected[f"{prefix}.{KEY_OFFSET}"] = key_offset_tensor(layer)
+    expected.update({f"{prefix}.{name}": value for name, value in key_tensors(layer, scheme).items()})
     return expected
 
 
-def key_offset_tensor(layer: nn.Module) -> Expected:
-    """The mean key that calibration stores: bfloat16 [num_kv_heads, head_dim]."""
+def key_tensors(layer: nn.Module, scheme: Scheme) -> dict[str, Expected]:
+    """What calibration stores of a layer's keys, [num_kv_heads, head_dim], by name within the layer.
+
+    The mean before RoPE in bfloat16, or the centre after RoPE in float32.
+    """
+    if not scheme.stores_key_offset and not scheme.stores_key_centre:
+        return {}
     head_dim = cast(int, layer.get_submodule("self_attn").head_dim)
-    return Expected((layer.get_parameter("self_attn.k_proj.weight").shape[0] // head_dim, head_dim), torch.bfloat16)
+    shape = (layer.get_parameter("self_attn.k_proj.weight").shape[0] // head_dim, head_dim)
+    if scheme.stores_key_centre:
+        return {KEY_CENTRE: Expected(shape, torch.float32)}
+    return {KEY_OFFSET: Expected(shape, torch.bfloat16)}
 
 
 def model_tensors(model: Model, scheme: Scheme | None) -> dict[str, Expected]:

@@ -15,7 +15,7 @@ from ..quant.schemes import LinearScheme, Scheme
 from ..quant.stored import load_weight
 from .family import Family, InputGroup
 from .layers import GatedActivation
-from .layout import KEY_OFFSET, PERM, Expected, check_tensor, group_scheme, key_offset_tensor, linear_tensors
+from .layout import PERM, Expected, check_tensor, group_scheme, key_tensors, linear_tensors
 from .norm import RMSNorm
 from .shards import some
 from .together import LinearPart, stack_biases, stack_rows
@@ -44,7 +44,7 @@ def quantize_layer_(
     tensor, UnsupportedError if the device has no implementation of an op.
     """
     device, dtype = _placement(layer)
-    offset = key_offset_tensor(layer) if scheme.stores_key_offset else None
+    of_keys = key_tensors(layer, scheme)
     for group in family.groups:
         shared = group_scheme(family, scheme, prefix, group.name)
         if shared.weight is None:
@@ -66,8 +66,9 @@ def quantize_layer_(
         _place_linears(layer, parts, dtype, kernels)
         perm = _shared_perm(perms, group, prefix)
         layer.set_submodule(group.producer, _producer(layer, group, shared, perm, size, device, kernels))
-    if offset is not None:
-        layer.get_submodule("self_attn").key_offset = _key_offset(offset, tensors, prefix, device)
+    for name, expected in of_keys.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(layer.get_submodule(module), attribute, _key_tensor(name, expected, tensors, prefix, device))
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,13 @@ def _place_linears(layer: nn.Module, parts: list[_Part], dtype: torch.dtype, ker
         start += part.shape[0]
 
 
-def _key_offset(expected: Expected, tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> Tensor:
-    """The stored mean key of a layer, checked, on `device`."""
-    name = f"{prefix}.{KEY_OFFSET}"
+def _key_tensor(
+    own: str, expected: Expected, tensors: Mapping[str, Tensor], prefix: str, device: torch.device
+) -> Tensor:
+    """What is stored of a layer's keys, the mean or the centre, checked, on `device`."""
+    name = f"{prefix}.{own}"
     if name not in tensors:
-        raise CheckpointError(f"{name} is missing; a scheme with kv_offset 'mean' needs it; quantize again.")
+        raise CheckpointError(f"{name} is missing; the scheme's kv_offset needs it; quantize again.")
     tensor = tensors[name]
     check_tensor(name, tuple(tensor.shape), tensor.dtype, expected, "checkpoint")
     return tensor.to(device)

@@ -13,7 +13,8 @@ from .formats import get_format
 from .granularity import Granularity, Group, Tensor, parse_granularity
 
 ScaleRule = Literal["max", "range"]
-KeyOffset = Literal["none", "bias", "mean"]
+KeyOffset = Literal["none", "bias", "mean", "centre"]
+KeyRotation = Literal["none", "hadamard"]
 Outer = Literal["tensor", "channel", "token"]
 SCALE_FORMATS = {"fp32": 32, "bf16": 16, "fp16": 16, "e4m3": 8, "e8m0": 8, "uint4": 4}  # name -> bits of one scale
 
@@ -198,8 +199,12 @@ class Scheme:
 
     reorder        sort the input channels of every linear by energy, ascending; the last are the outliers
     kv_pre_rope    keys are rounded before RoPE and rotated when read
-    kv_offset      what keys are rounded less of, to be added back when they are read: "none"; "bias", that of their
-                   projection (Qwen2) where there is one; "mean", the mean key of each channel, measured in calibration
+    kv_offset      what keys are rounded less of: "none"; "centre", a constant after RoPE, measured in calibration, that
+                   nobody needs back, since softmax does not see what all scores of a query have in common; or what is
+                   added back when keys are read: "bias", that of their projection (Qwen2) where there is one, "mean",
+                   the mean key of each channel before RoPE, measured in calibration
+    kv_rotation    "hadamard" turns every head of keys, less their centre, and of queries after RoPE (keys.py);
+                   their products stay the same
     overrides      first match wins
     """
 
@@ -212,12 +217,22 @@ class Scheme:
     reorder: bool = False
     kv_pre_rope: bool = False
     kv_offset: KeyOffset = "bias"
+    kv_rotation: KeyRotation = "none"
     overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
         self.default_linear  # noqa: B018  its checks are ours too
         if self.kv_offset not in get_args(KeyOffset):
             raise ValueError(f"unknown kv_offset {self.kv_offset!r}; use one of {', '.join(get_args(KeyOffset))}")
+        if self.kv_rotation not in get_args(KeyRotation):
+            raise ValueError(f"unknown kv_rotation {self.kv_rotation!r}; use one of {', '.join(get_args(KeyRotation))}")
+        if self.kv_pre_rope and (self.kv_offset == "centre" or self.kv_rotation != "none"):
+            raise ValueError("kv_offset 'centre' and kv_rotation act after RoPE; use kv_pre_rope=False, or neither")
+        if self.kv_rotation != "none" and self.kv_offset in ("bias", "mean"):
+            raise ValueError(
+                f"kv_rotation goes with kv_offset 'centre' or 'none', not with {self.kv_offset!r}, which is added back "
+                "when keys are read; use 'centre'"
+            )
         for spec, what in ((self.activation, "activation"), (self.kv, "kv")):
             if spec is not None and not spec.dynamic:
                 raise ValueError(f"{what} scales are chosen at run time; set dynamic=True")
@@ -237,6 +252,16 @@ class Scheme:
     def stores_key_offset(self) -> bool:
         """A checkpoint holds the mean key of every layer."""
         return self.kv is not None and self.kv_offset == "mean"
+
+    @property
+    def stores_key_centre(self) -> bool:
+        """A checkpoint holds the centre of every layer's keys."""
+        return self.kv is not None and self.kv_offset == "centre"
+
+    @property
+    def rotates_keys(self) -> bool:
+        """Keys and queries are turned by a Hadamard matrix before keys are rounded."""
+        return self.kv is not None and self.kv_rotation == "hadamard"
 
     @property
     def is_quantized(self) -> bool:

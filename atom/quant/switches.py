@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .granularity import Channel, Group, Token
-from .schemes import KeyOffset, OutlierSpec, RotationSpec, Scheme
+from .schemes import KeyOffset, KeyRotation, OutlierSpec, RotationSpec, Scheme
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ class Switches:
     """Round keys before RoPE instead of after."""
 
     kv_offset: KeyOffset | None = None
-    """What the cache leaves out of keys before it rounds them: none, the bias of k, or their mean in calibration."""
+    """What the cache leaves out of keys before it rounds them: a centre or mean from calibration, the bias, or none."""
+
+    kv_rotation: KeyRotation | None = None
+    """Turn the heads of keys and queries by a Hadamard matrix after RoPE, or none."""
 
     def apply(self, scheme: Scheme, gptq: bool = True) -> Scheme:
         """`scheme` with these changes; ValueError if they do not fit together.
@@ -72,6 +75,7 @@ class Switches:
             rotation=rotation,
             kv_pre_rope=self.kv_pre_rope or scheme.kv_pre_rope,
             kv_offset=self.kv_offset or scheme.kv_offset,
+            kv_rotation=self.kv_rotation or scheme.kv_rotation,
         )
 
     def _refuse_idle(self, scheme: Scheme) -> None:
@@ -85,6 +89,7 @@ class Switches:
             "rotation": ("quantized weights", scheme.weight),
             "kv_pre_rope": ("a quantized cache", scheme.kv),
             "kv_offset": ("a quantized cache", scheme.kv),
+            "kv_rotation": ("a quantized cache", scheme.kv),
         }
         for name, (what, found) in needs.items():
             if getattr(self, name) not in (None, False) and found is None:

@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from atom.calibration.config import CalibrationConfig
+from atom.calibration.keys import centre_on_sink
 from atom.calibration.stream import quantize_model
 from atom.errors import CheckpointError
 from atom.models.loader import load_model
 from atom.models.source import open_source
+from atom.quant.keys import prepare_keys, rotate_head
 from atom.quant.presets import get_scheme
+from atom.quant.rounding import fake_quantize
 
 Tiny = Callable[[str], Path]
 KEY = "model.layers.1.self_attn.key_offset"
@@ -47,6 +50,34 @@ def test_it_is_measured_stored_and_helps(
     bias = open_source(loud).get("model.layers.1.self_attn.k_proj.bias").float()
     assert (stored.float().flatten() - bias).abs().max() < 6.0  # the mean of the projection itself is small beside 30
     assert KEY not in open_source(tmp_path / "bias").names()
+
+
+def test_a_rotated_cache_with_factors_and_a_centre(
+    loud: Path, tiny: Tiny, quick: CalibrationConfig, logit_error: Callable[[Path, Path], float], tmp_path: Path
+) -> None:
+    """It helps, and folding the factors leaves the model what it is."""
+    plain, turned = {"kv_offset": "none"}, {"kv_offset": "centre", "kv_rotation": "hadamard"}
+    for name, source in (("loud", loud), ("qwen3", tiny("qwen3")), ("gemma3", tiny("gemma3"))):
+        errors = []
+        for number, (kv, fields) in enumerate((("kv4", plain), ("kv4", turned), ("kv8", turned))):
+            scheme = replace(get_scheme(f"bf16+{kv}"), **fields)  # type: ignore[arg-type]
+            out = tmp_path / f"{name}-{number}"
+            quantize_model(source, scheme, out, quick)
+            errors.append(logit_error(out, source))
+        assert errors[1] < errors[0] and errors[2] < errors[1] / 5, (name, errors)
+    stored = open_source(tmp_path / "loud-1").get("model.layers.1.self_attn.key_centre")
+    assert stored.dtype == torch.float32 and stored.shape == (2, 32)
+
+
+def test_the_first_key_of_a_sequence_is_on_the_grid() -> None:
+    scheme = replace(get_scheme("bf16+kv4"), kv_offset="centre", kv_rotation="hadamard")
+    generator = torch.Generator().manual_seed(0)
+    first, centre = torch.randn(3, 64, generator=generator) * 9, torch.randn(3, 64, generator=generator)
+    moved = centre_on_sink(centre, first, scheme)
+    assert scheme.kv is not None
+    read = rotate_head(fake_quantize(prepare_keys(first, moved, True), scheme.kv)) + moved
+    plain = rotate_head(fake_quantize(prepare_keys(first, centre, True), scheme.kv)) + centre
+    assert (read - first).norm() < 1e-3 * (plain - first).norm()
 
 
 def test_only_four_bit_caches_of_calibrated_presets_ask_for_it() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atom.checkpoint import quantization_config
 from atom.models.config import ModelConfig
-from atom.models.layout import KEY_OFFSET, PERM, layer_prefix
+from atom.models.layout import KEY_CENTRE, KEY_OFFSET, PERM, layer_prefix
 from atom.models.model import Model, build_model
 from atom.quant.mixed import MixedWeight, quantize_weight
 from atom.quant.schemes import Scheme
@@ -99,6 +99,8 @@ def quantized_state(
         if scheme.stores_key_offset:
             shape = (model.config.num_kv_heads, model.config.head_dim)
             state[f"{prefix}.{KEY_OFFSET}"] = torch.zeros(shape, dtype=torch.bfloat16)
+        if scheme.stores_key_centre:
+            state[f"{prefix}.{KEY_CENTRE}"] = torch.zeros(model.config.num_kv_heads, model.config.head_dim)
         for group in reversed(model.family.groups):  # down first: its order is the rows of gate and up
             names = [f"{prefix}.{name}" for name in group.linears]
             if scheme.for_linear(names[0]).weight is None:

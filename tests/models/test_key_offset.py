@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from atom.errors import UnsupportedError
 from atom.models.config import ModelConfig
 from atom.models.generate import scheme_cache
 from atom.models.kv import DenseKV
@@ -14,7 +15,7 @@ from atom.models.model import Model, build_model
 from atom.quant.presets import get_scheme
 from atom.quant.schemes import Scheme
 
-from .random_models import LLAMA, QWEN2, QWEN3, random_model
+from .random_models import GEMMA3, LLAMA, QWEN2, QWEN3, random_model
 
 TOKENS = torch.arange(40) % 61
 
@@ -58,6 +59,38 @@ def test_decode_equals_prefill(pre_rope: bool) -> None:
     scheme = replace(get_scheme("bf16+kv4"), kv_pre_rope=pre_rope)
     model = biased_model()
     assert torch.allclose(logits(model, scheme), logits(model, scheme, (17, 1, 1, 21)), atol=1e-4, rtol=1e-4)
+
+
+def centred_model() -> Model:
+    """The biased model, its keys' centre known, as calibration finds it."""
+    model = biased_model()
+    for layer in model.model.decoder_layers():
+        bias = layer.self_attn.k_proj.bias
+        assert bias is not None
+        offset = bias.view(1, -1, layer.self_attn.head_dim).expand(40, -1, -1)
+        layer.self_attn.key_centre = layer.rope(torch.arange(40)).apply(offset).mean(0)
+    return model
+
+
+CENTRED = replace(get_scheme("bf16+kv4"), kv_offset="centre", kv_rotation="hadamard")
+
+
+def test_a_centre_and_a_rotation_change_nothing_but_rounding() -> None:
+    model = centred_model()
+    plain = get_scheme("bf16+kv8")
+    fine = replace(plain, kv_offset="centre", kv_rotation="hadamard")
+    assert error(model, fine) < 0.6 * error(model, replace(plain, kv_offset="none"))
+
+
+def test_decode_equals_prefill_with_a_centre() -> None:
+    model = centred_model()
+    assert torch.allclose(logits(model, CENTRED), logits(model, CENTRED, (17, 1, 1, 21)), atol=1e-4, rtol=1e-4)
+
+
+def test_a_soft_cap_refuses_a_centre() -> None:
+    model = random_model({**GEMMA3, "attn_logit_softcapping": 30.0})
+    with pytest.raises(UnsupportedError, match="kv-offset mean"):
+        logits(model, CENTRED)
 
 
 @pytest.mark.parametrize("raw", [LLAMA, QWEN3], ids=["llama", "qwen3"])

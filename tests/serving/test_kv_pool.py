@@ -57,6 +57,8 @@ SCHEMES = {
     "int4 symmetric": get_scheme("bf16").with_kv(replace(KV4, symmetric=True)),
     "int4 before RoPE": replace(get_scheme("bf16+kv4"), kv_pre_rope=True),
     "int4, offset inside": replace(get_scheme("bf16+kv4"), kv_offset="none"),
+    "int4, centred and turned": replace(get_scheme("bf16+kv4"), kv_offset="centre", kv_rotation="hadamard"),
+    "fp8, turned": replace(get_scheme("bf16+kvfp8"), kv_offset="none", kv_rotation="hadamard"),
 }
 LENGTHS = (37, 16, 5, 1)  # beyond two blocks, a whole one, a part, one token
 BLOCK = 16
@@ -71,6 +73,10 @@ def small_model(name: str, scheme: Scheme | None = None) -> Model:
         if key.endswith("k_proj.bias"):
             parameter.data[::5] += 20.0
     model.scheme = scheme
+    if scheme is not None and scheme.stores_key_centre:
+        for layer in model.model.decoder_layers():
+            shape = (model.config.num_kv_heads, model.config.head_dim)
+            layer.self_attn.key_centre = torch.randn(shape, generator=generator) * 0.5
     return model.requires_grad_(False)
 
 
