@@ -5,7 +5,7 @@
     python -m benchmarks.bench_attention --kv int4 --only decode
     python -m benchmarks.bench_attention -o F; ... --record F    measure on a machine without the checkout's history
 
-Needs ATOM_UNVERIFIED_KERNELS=1 until the kernels have been verified. A kernel that does not match float64 in this run,
+A kernel that does not match float64 in this run,
 or whose results change from one run to the next, is reported and left out. Times are of decode and merge together.
 """
 

@@ -1,6 +1,5 @@
 """What the sm_90a attention kernels refuse, and why. Imports no kernel, so that the ops can name it."""
 
-from ..env import unverified_kernels
 from .attention_config import MOST_QUERIES
 from .registry import Problem
 
@@ -24,6 +23,4 @@ def refuses_attention(problem: Problem) -> str | None:
         return f"queries must be bfloat16, got {problem.dtype}"
     if problem.block_size not in (16, 32, 64):
         return f"block_size must be 16, 32 or 64, got {problem.block_size}"
-    if not unverified_kernels():
-        return "it has not been verified on hardware yet; set ATOM_UNVERIFIED_KERNELS=1 to run it all the same"
     return None

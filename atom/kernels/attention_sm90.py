@@ -3,8 +3,6 @@
 Decodes (sequences with one query) run the split decode kernel and the merge; prefill chunks read their prefix into
 dense memory and run torch's attention, as the reference does. What changes from step to step lies in buffers that keep
 their place, so that a CUDA graph captured over one step replays any other of the same batch size: `prepare` fills them.
-
-The kernels have run on no GPU yet: see attention_refusals_sm90.py.
 """
 
 from collections.abc import Callable, Iterable

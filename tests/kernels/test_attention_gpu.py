@@ -1,7 +1,4 @@
-"""The attention kernels on a GPU: against float64, against themselves, in a poisoned pool, in a graph, end to end.
-
-Until they have passed here they run on request only (ATOM_UNVERIFIED_KERNELS=1); these tests set it themselves.
-"""
+"""The attention kernels on a GPU: against float64, against themselves, in a poisoned pool, in a graph, end to end."""
 
 import os
 from dataclasses import replace
@@ -203,7 +200,7 @@ def test_appended_bytes(kv: str, tokens: int, dim: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2-fp16", "qwen-0.5b-fp16", "gemma-270m-fp16"])
 @pytest.mark.parametrize("kv", ["kv4", "kv8", "kvfp8"])
-def test_perplexity_equals_the_reference_s(name: str, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perplexity_equals_the_reference_s(name: str, kv: str) -> None:
     """Teacher-forced, token by token after a prefill, within 0.2 % on the same windows."""
     from atom.models.loader import load_model
     from atom.quant.presets import get_scheme
@@ -213,7 +210,6 @@ def test_perplexity_equals_the_reference_s(name: str, kv: str, monkeypatch: pyte
     folder = Path(os.environ.get("ATOM_TEST_MODELS") or "/nowhere") / name
     if not folder.exists():
         pytest.skip("needs real models; set ATOM_TEST_MODELS to a directory of them")
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
     model = load_model(folder, device="cuda", dtype=torch.bfloat16)
     model.scheme = get_scheme(f"bf16+{kv}")
     ids = [[(31 * row + 7 * i + i * i) % 4000 + 100 for i in range(160)] for row in range(16)]

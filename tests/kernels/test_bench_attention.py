@@ -20,14 +20,11 @@ def test_bounds_are_the_bytes_of_codes_and_words() -> None:
     )
 
 
-def test_every_cell_says_what_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ATOM_UNVERIFIED_KERNELS", raising=False)
+def test_every_cell_says_what_would_run() -> None:
     rows = bench_kernels(KernelsConfig(op="paged_attention"))
     assert len(rows) == len(CELLS) * len(FORMATS) - sum(shape.has_offset for shape in CELLS)
-    assert all(row["us"] is None and row["sol_us"] > 1 and "verified on hardware" in row["runs"] for row in rows)
+    assert all(row["us"] is None and row["sol_us"] > 1 and row["runs"] == "paged_decode_sm90" for row in rows)
     assert "16.28" in table(rows) and not any(records(rows).values())
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
-    assert {row["runs"] for row in bench_kernels(KernelsConfig(op="paged_attention"))} == {"paged_decode_sm90"}
 
 
 def test_what_it_cannot_write_is_refused() -> None:

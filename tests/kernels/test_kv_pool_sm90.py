@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from atom.env import unverified_kernels
 from atom.errors import UnsupportedError
 from atom.kernels import attention_sm90
 from atom.kernels.attention_config import SHARED_BYTES, AppendConfig, DecodeConfig, MergeConfig
@@ -17,6 +16,7 @@ from atom.kernels.attention_plan import SEGMENT_FIELDS
 from atom.kernels.attention_refusals_sm90 import refuses_attention
 from atom.kernels.paged_attention import PAGED_ATTENTION
 from atom.kernels.registry import Problem
+from atom.kernels.rope_append import ROPE_APPEND_KV
 from atom.quant.presets import KV4
 from atom.serving.kv_pool import KVPool, PagedKV, _has_key_offset
 
@@ -124,13 +124,11 @@ def problem(**changes: Any) -> Problem:
     return Problem(**{"arch": "sm_90", "kv": KV4, "head_dim": 128, "num_heads": 32, "num_kv_heads": 8, **changes})
 
 
-def test_nothing_unverified_runs_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ATOM_UNVERIFIED_KERNELS", raising=False)
-    assert not unverified_kernels()
-    with pytest.raises(UnsupportedError, match="not been verified on hardware yet; set ATOM_UNVERIFIED_KERNELS=1"):
-        PAGED_ATTENTION.choose(problem())
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+def test_the_kernels_run_unasked() -> None:
     assert PAGED_ATTENTION.choose(problem()).name == "paged_decode_sm90"
+    assert ROPE_APPEND_KV.choose(problem()).name == "rope_append_sm90"
+    with pytest.raises(UnsupportedError, match="multiple of 16"):
+        PAGED_ATTENTION.choose(problem(head_dim=72))
 
 
 @pytest.mark.parametrize(
@@ -144,8 +142,7 @@ def test_nothing_unverified_runs_unasked(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"block_size": 8}, "16, 32 or 64"),
     ],
 )
-def test_refusals_say_why(changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+def test_refusals_say_why(changes: dict[str, Any], reason: str) -> None:
     assert reason in (refuses_attention(problem(**changes)) or "")
 
 
