@@ -23,11 +23,12 @@ from .admission import check_room
 from .batch import Entry, LaneTables, Step
 from .block_manager import BlockManager
 from .config import SchedulerConfig
+from .drafts import Drafting, Sampled
 from .errors import InvalidRequestError
 from .ngram import NgramIndex, can_speculate
 from .prefix import PrefixHasher
 from .request import FinishReason, Request
-from .result import FAULTY, StepResult, TokenLogprobs
+from .result import FAULTY, StepResult
 from .sequence import Output, Sequence
 from .stats import Stats
 
@@ -67,8 +68,7 @@ class Scheduler:
         self._finished = 0
         self._prompt_tokens = 0
         self._output_tokens = 0
-        self._drafts = 0
-        self._accepted = 0
+        self._drafting = Drafting(config, self.blocks, self._extend_lane)
         self._prefix_queries = 0
         self._prefix_hits = 0
 
@@ -174,7 +174,7 @@ class Scheduler:
         for entry in step.entries:
             sequence, _, epoch, _, end, samples, _, drafts = entry  # in half the time of asking for each by name
             if drafts:
-                found = [(next(tokens), next(logprobs)) for _ in range(1 + len(drafts))]
+                found = self._drafting.take(entry, tokens, logprobs)
                 if sequence.finish_reason is None:
                     outputs.append(self._verify(entry, found))
                 continue
@@ -217,8 +217,8 @@ class Scheduler:
             num_prompt_tokens=self._prompt_tokens,
             num_output_tokens=self._output_tokens,
             waiting_new=self._new_seqs,
-            num_draft_tokens=self._drafts,
-            num_accepted_tokens=self._accepted,
+            num_draft_tokens=self._drafting.proposed,
+            num_accepted_tokens=self._drafting.accepted,
         )
 
     def check(self) -> None:
@@ -272,7 +272,7 @@ class Scheduler:
                 continue
             elif start % size or self._grow(sequence):
                 masks = length + 1 < sequence.min_length
-                if sequence.ngrams is not None and not masks and (drafts := self._draft(sequence, spare)):
+                if sequence.ngrams is not None and not masks and (drafts := self._drafting.propose(sequence, spare)):
                     end = length + len(drafts)
                     spare -= len(drafts)
                     drafted.append(_entry(sequence, sequence.lane, start, end, True, False, drafts))
@@ -283,46 +283,19 @@ class Scheduler:
                 sequence.pending += 1
         return decodes, drafted, prefills
 
-    def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:
-        """Guesses at what follows a sequence's last token, with blocks for them; nobody is preempted for a guess."""
-        assert sequence.ngrams is not None
-        length = sequence.length
-        most = min(self.config.num_speculative_tokens, spare, sequence.max_length - length - 1)
-        drafts = sequence.ngrams.propose(sequence.token_ids, most)
-        if not drafts:
-            return ()
-        blocks = self.blocks
-        if blocks.num_free > self.config.watermark_blocks and blocks.append(sequence.sequence_id, length + len(drafts)):
-            self._extend_lane(sequence)
-        return drafts[: len(blocks.table(sequence.sequence_id)) * self.config.block_size - length]
-
-    def _verify(self, entry: Entry, found: list[tuple[int, TokenLogprobs | None]]) -> Output:
-        """Take what was sampled from a sequence's last token and from its drafts, as far as the drafts were right.
-
-        found  a token and its logprobs of each row
-        """
-        sequence, drafts = entry.sequence, entry.drafts
-        right = 0
-        while right < len(drafts) and found[right][0] == drafts[right]:
-            right += 1
-        found = found[: right + 1]
-        if any(token == FAULTY for token, _ in found):
+    def _verify(self, entry: Entry, found: list[Sampled]) -> Output:
+        """Take what was sampled from a sequence's last token and from those of its drafts that were right."""
+        sequence = entry.sequence
+        if found[-1][0] == FAULTY:
             self._output_tokens -= 1
             return self._end(sequence, FinishReason.ERROR)
-        sequence.pending -= 1
-        taken = 0
-        while taken < len(found) and not sequence.is_finished:
-            sequence.append(found[taken][0])
-            taken += 1
-        self._output_tokens += taken - 1
-        self._drafts += len(drafts)
-        self._accepted += taken - 1
-        if sequence.lane is not None and sequence.epoch == entry.epoch:  # not preempted since
-            sequence.scheduled = sequence.computed = entry.start + taken  # what follows was computed for wrong tokens
-            if self.config.prefix_cache and sequence.computed // self.config.block_size > sequence.registered:
-                self._register(sequence, sequence.computed // self.config.block_size)
-        logprobs = tuple(each for _, each in found[:taken] if each is not None)
-        output = sequence.output(tuple(token for token, _ in found[:taken]), logprobs or None)
+        taken = self._drafting.accept(entry, found)
+        self._output_tokens += len(taken) - 1
+        full = sequence.computed // self.config.block_size
+        if self.config.prefix_cache and sequence.lane is not None and full > sequence.registered:
+            self._register(sequence, full)
+        logprobs = tuple(each for _, each in taken if each is not None)
+        output = sequence.output(tuple(token for token, _ in taken), logprobs or None)
         if sequence.is_finished:
             self._remove(sequence)
         return output
