@@ -71,8 +71,9 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Make every decode bucket ready; progress(done, of)."""
+        """Make sampling and every decode bucket ready; progress(done, of) counts the buckets."""
         self._enter_device()
+        self._sampler.warm_up()
         if self.buckets is not None:
             self.buckets.warm_up(progress)
 

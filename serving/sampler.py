@@ -7,8 +7,9 @@ A draw goes in two stages, so that noise is needed for few candidates instead of
 tiles of 512 tokens by their mass, then a token of that tile, both as the argmax of log-probability plus Gumbel noise.
 That is exact, and rounding moves it only where two candidates nearly tie.
 
-What a step costs on a GPU, counted in kernels and passes over its logits, stands in docs/serving.md. A greedy step
-reads them once. Only top-p without a top-k, or a top-k above 1024, sorts whole rows, 32 at a time.
+On a GPU a step whose rows choose by their logits as they are (bfloat16; no penalty, bias or mask) is one kernel
+(atom/kernels/greedy.py, draw.py). The code below defines what these do and runs everything else; there, top-p without a
+top-k, or a top-k above 1024, sorts whole rows, 32 at a time. Costs stand in docs/serving.md.
 """
 
 import random
@@ -19,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atom.kernels.greedy import GREEDY, Greedy
+from atom.kernels.draw import draw, draw_kernel, refuses_draw
+from atom.kernels.greedy import GREEDY, Greedy, greedy_kernel
 from atom.kernels.registry import Kernels, Problem, device_arch
 
 from .filters import floor_by_sort, min_p_floor, ties_beyond, top_k_floor, top_p_floor
@@ -77,12 +79,21 @@ class Sampler:
         self._bias = torch.zeros(num_lanes, MAX_LOGIT_BIAS, device=self.device)
         self._stop_ids = torch.zeros(num_lanes, _STOP_ROOM, dtype=torch.int64, device=self.device)
         self.last_tokens = torch.zeros(num_lanes, dtype=torch.int64, device=self.device)
-        self._greedy: Greedy | None = None  # rows that only want their best token; others run below
         problem = Problem(device_arch(self.device), K=vocab_size)
-        if self.device.type == "cuda" and kernels == "auto" and not GREEDY.refusals(problem):
+        may = self.device.type == "cuda" and kernels == "auto"
+        self._greedy: Greedy | None = None  # for steps whose rows only want their best token
+        if may and not GREEDY.refusals(problem):
             self._greedy = GREEDY.choose(problem).build()
+        self._draws = may and refuses_draw(problem) is None  # for steps whose rows choose by their logits as they are
         self._num_tiles = -(-vocab_size // TILE)
         self._counters = counters(self._num_tiles + TILE, self.device)
+
+    def warm_up(self) -> None:
+        """Compile or load what steps will run."""
+        if self._greedy is not None:
+            greedy_kernel()
+        if self._draws:
+            draw_kernel()
 
     def admit(self, lane: int, sequence: Sequence) -> None:
         """Load a sequence into its lane, with the tokens it has: the prompt, and after a preemption its output."""
@@ -138,8 +149,9 @@ class Sampler:
         if not len(raw):
             none = torch.zeros(0, dtype=torch.int64, device=raw.device)
             return Sampled(none, none, None, plan.num_logprobs)
-        if self._greedy is not None and plan.is_greedy and raw.dtype == torch.bfloat16:
-            tokens, told = self._greedy(raw, lanes, self.last_tokens)
+        chosen = self._run_kernel(raw, plan, lanes)
+        if chosen is not None:
+            tokens, told = chosen
             return Sampled(tokens, told, self._logprobs(raw, tokens, plan), plan.num_logprobs)
         logits = self._shape_logits(raw, plan)
         largest, tokens = logits.max(-1)
@@ -152,6 +164,16 @@ class Sampler:
         self.last_tokens[lanes] = tokens
         told = tokens.masked_fill(faulty, FAULTY)
         return Sampled(tokens, told, self._logprobs(raw, tokens, plan), plan.num_logprobs)
+
+    def _run_kernel(self, raw: Tensor, plan: Plan, lanes: Tensor) -> Tensor | None:
+        """Tokens and what the host is told [2, S], where one kernel does all of it; else None."""
+        if raw.dtype != torch.bfloat16 or not raw.is_contiguous():
+            return None
+        if self._greedy is not None and plan.is_greedy:
+            return self._greedy(raw, lanes, self.last_tokens)
+        if self._draws and plan.is_plain and plan.words is not None:
+            return draw(raw, plan.words, self._counters, lanes, self.last_tokens)
+        return None
 
     def _shape_logits(self, raw: Tensor, plan: Plan) -> Tensor:
         """Mask, bias, forbidden stop tokens, penalties: what greedy sampling obeys too."""

@@ -73,9 +73,14 @@ class Plan:
     num_logprobs: NDArray[np.int32]
 
     @property
+    def is_plain(self) -> bool:
+        """Every row chooses by its logits as they are: no penalty, bias, or mask."""
+        return not self.features & (Feature.PENALTIES | Feature.BIAS) and not self.stop_width and self.mask is None
+
+    @property
     def is_greedy(self) -> bool:
         """Every row takes the largest of its logits as they are."""
-        return not self.features & ~Feature.LOGPROBS and not self.stop_width and self.mask is None
+        return self.is_plain and Feature.RANDOM not in self.features
 
     def floats(self) -> dict[Word, Tensor]:
         """The float parameters, float32 [S] each."""

@@ -307,6 +307,8 @@ class Warp:
             return value.astype({1: np.uint8, 2: np.uint16, 4: U32, 8: U64}[width]).view(dtype)
         if arg.startswith("0f"):
             return np.full(LANES, int(arg[2:], 16), dtype=U32).view(dtype)
+        if arg.startswith("0d"):
+            return np.full(LANES, int(arg[2:], 16), dtype=U64).view(dtype)
         number = int(arg, 0)
         width = np.dtype(dtype).itemsize
         return np.full(LANES, number & ((1 << 8 * width) - 1), dtype={2: np.uint16, 4: U32, 8: U64}[width]).view(dtype)
@@ -353,10 +355,11 @@ WIDTH = {
     "b64": 8,
     "u64": 8,
     "s64": 8,
+    "f64": 8,
 }
 TYPES: dict[str, Any] = {
     "u16": np.uint16, "b16": np.uint16, "s16": np.int16, "u32": U32, "b32": U32, "s32": S32, "f32": F32, "u64": U64,
-    "b64": U64, "s64": S64, "pred": bool, "u8": np.uint8, "b8": np.uint8,
+    "b64": U64, "s64": S64, "f64": np.float64, "pred": bool, "u8": np.uint8, "b8": np.uint8,
 }  # fmt: skip
 
 
@@ -456,9 +459,10 @@ def _fma(warp: Warp, op: str, args: list[Any]) -> None:
         results = [to_bf16((p[0].astype(np.float64) * p[1] + p[2]).astype(F32)) for p in zip(*parts, strict=True)]
         warp.write(args[0], results[0] | results[1] << U32(16))
         return
-    a, b, c = (warp.read(x, F32).astype(np.float64) for x in args[1:])
+    dtype, wide = (np.float64, np.longdouble) if op.endswith("f64") else (F32, np.float64)
+    a, b, c = (warp.read(x, dtype).astype(wide) for x in args[1:])
     with np.errstate(all="ignore"):
-        warp.write(args[0], (a * b + c).astype(F32))
+        warp.write(args[0], (a * b + c).astype(dtype))
 
 
 PAIRS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -498,7 +502,9 @@ def _funnel(warp: Warp, op: str, args: list[Any]) -> None:
 
 COMPARE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "nan": lambda a, b: np.isnan(a) | np.isnan(b), "neu": np.not_equal,
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b), "neu": np.not_equal, "equ": lambda a, b: ~((a < b) | (a > b)),
+    "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b),
+    "geu": lambda a, b: ~(a < b),
 }  # fmt: skip
 
 
@@ -526,13 +532,13 @@ def _prmt(warp: Warp, op: str, args: list[Any]) -> None:
 
 def _mov(warp: Warp, op: str, args: list[Any]) -> None:
     dtype = TYPES[op.split(".")[-1]]
+    half = {2: np.uint16, 4: np.uint16, 8: U32}[np.dtype(dtype).itemsize]
     if isinstance(args[1], list):
-        low, high = (warp.read(a, np.uint16).astype(U32) for a in args[1])
-        warp.write(args[0], low | high << U32(16))
+        warp.write(args[0], np.stack([warp.read(a, half) for a in args[1]], -1).view(dtype)[:, 0])
     elif isinstance(args[0], list):
-        word = warp.read(args[1], U32)
-        warp.write(args[0][0], (word & U32(0xFFFF)).astype(np.uint16))
-        warp.write(args[0][1], (word >> U32(16)).astype(np.uint16))
+        parts = warp.read(args[1], dtype).copy().view(half).reshape(LANES, 2)
+        warp.write(args[0][0], parts[:, 0].copy())
+        warp.write(args[0][1], parts[:, 1].copy())
     else:
         warp.write(args[0], warp.read(args[1], dtype))
 
@@ -571,7 +577,8 @@ def _shfl(warp: Warp, op: str, args: list[Any]) -> None:
     value = warp.read(args[1], U32)
     lanes = np.arange(LANES)
     offset = warp.read(args[2], U32).astype(np.int64)
-    source = {"idx": offset % LANES, "bfly": lanes ^ offset}[op.split(".")[2]]
+    above = np.where(lanes >= offset, lanes - offset, lanes)
+    source = {"idx": offset % LANES, "bfly": lanes ^ offset, "up": above}[op.split(".")[2]]
     warp.write(args[0].split("|")[0], value[source])
 
 
@@ -676,6 +683,14 @@ def _mbarrier(warp: Warp, op: str, args: list[Any]) -> None:
         cta.events += 1
 
 
+def _count(warp: Warp, op: str, args: list[Any]) -> None:
+    """red.shared.add: lanes that meet in one place add one after another."""
+    shared = warp.cta.shared
+    at, adds = shared.index(warp.address(args[0], U32)[warp.active], 4), warp.read(args[1], S32)[warp.active]
+    for place, add in zip(at, adds, strict=True):
+        shared.bytes[place] = (np.ascontiguousarray(shared.bytes[place]).view(S32) + add).view(np.uint8)
+
+
 def _bulk(warp: Warp, op: str, args: list[Any]) -> None:
     targets, barriers = (warp.address(a, U32)[warp.active] for a in (args[0], args[3]))
     sources, sizes = warp.address(args[1])[warp.active], warp.read(args[2], U32)[warp.active]
@@ -709,8 +724,8 @@ HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
     (r"shl\..*", _shift(True)), (r"shr\..*", _shift(False)), (r"shf\..*", _funnel),
     (r"setp\..*", _setp), (r"selp\..*", _selp), (r"prmt\..*", _prmt), (r"mov\..*", _mov), (r"cvt\..*", _cvt),
     (r"cvta\..*", _mov),
-    (r"ex2\..*", _unary(np.exp2)), (r"lg2\..*", _unary(np.log2)), (r"rcp\..*", _unary(lambda a: F32(1.0) / a)),
-    (r"sqrt\..*", _unary(np.sqrt)),
+    (r"ex2\..*", _unary(np.exp2)), (r"lg2\..*", _unary(np.log2)), (r"rcp\..*", _unary(lambda a: 1 / a)),
+    (r"sqrt\..*", _unary(np.sqrt)), (r"red\.shared\.add\.s32", _count),
     (r"shfl\..*", _shfl), (r"vote\..*", _vote), (r"elect\..*", _elect), (r"movmatrix\..*", _movmatrix),
     (r"ldmatrix\..*", _ldmatrix), (r"mma\..*", _mma), (r"bar\.sync|barrier\.sync.*", _bar),
     (r"mbarrier\..*", _mbarrier),

@@ -73,3 +73,9 @@ def store_matrix_transposed(target: Any, a: Any, b: Any, c: Any, d: Any):
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
         read_only_args=[target.toint(), a, b, c, d],
     )
+
+
+@cute.jit
+def count_in_shared(counter: Any):
+    """Add 1 to an int32 in shared memory."""
+    cute.arch.inline_ptx("red.shared.add.s32 [{$r0}], 1;", read_only_args=[counter])

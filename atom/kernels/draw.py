@@ -1,0 +1,61 @@
+"""Op draw: a token of each row of logits, by temperature, min-p, top-k, top-p and a seed, told to the host and left for
+the next step. Its definition is serving/sampler.py, which runs what this kernel refuses."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..env import unverified_kernels
+from .cache import load_kernel
+from .draw_config import THREADS, TILE
+from .greedy import refuses_greedy
+from .registry import Problem
+
+ARCH = "sm_90a"
+HERE = Path(__file__).parent
+SOURCES = tuple(
+    HERE / name
+    for name in ("draw_sm90.py", "draw_config.py", "dsl/arithmetic.py", "dsl/memory.py", "dsl/tensor_core.py")
+)
+
+Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def draw(logits: Tensor, words: Tensor, counters: Tensor, lanes: Tensor, last_tokens: Tensor) -> Tensor:
+    """Tokens int64 [2, S] as op greedy returns them: to go on with, and with FAULTY for the host.
+
+    logits       [S, V] bfloat16
+    words        int64 [words, S]: the rows' parameters, as draw_config.py numbers them
+    counters     int64 [TILE + tiles]: what a candidate adds to a row's key
+    lanes        int64 [S]
+    last_tokens  int64 [num_lanes]: at `lanes` it becomes the rows' tokens
+    """
+    tokens = torch.empty(2, len(logits), dtype=torch.int64, device=logits.device)
+    if len(logits):
+        draw_kernel()(logits, words, counters, lanes, last_tokens, tokens)
+    return tokens
+
+
+@lru_cache
+def draw_kernel() -> Any:
+    """The compiled kernel, from memory, disk or compiled now."""
+
+    def compile() -> Any:
+        from .draw_sm90 import compile_draw
+
+        return compile_draw()
+
+    return load_kernel("draw_sm90", "draw", SOURCES, compile, ARCH)
+
+
+def refuses_draw(problem: Problem) -> str | None:
+    """Why the sm_90a kernel cannot draw from logits of K tokens, or None."""
+    if problem.K > THREADS * TILE:
+        return f"vocabularies have at most {THREADS * TILE} tokens, got {problem.K}"
+    if not unverified_kernels():
+        return "it has not been verified on hardware yet; set ATOM_UNVERIFIED_KERNELS=1 to run it all the same"
+    return refuses_greedy(problem)
