@@ -139,7 +139,8 @@ def _point(
         )
     mix = Mix.of(items)
     if config.window_s is not None:
-        under_way = concurrency or min(ready.limits.max_num_seqs, int(ready.limits.cache_tokens / mix.context))
+        held = max(1, int(ready.limits.cache_tokens / mix.context))  # what waits has not run yet
+        under_way = min(concurrency or ready.limits.max_num_seqs, held)
         items = mid_life(items, under_way, config.seed) + items
     due = None if rate is None else Arrivals(rate).times(items, config.seed)
     what = f"{rate:g} requests/s" if rate is not None else f"{concurrency or 'all'} at once"
