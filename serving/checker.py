@@ -47,7 +47,7 @@ class Checker:
 
     def _start(self) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-I", str(PROGRAM)],
+            [sys.executable, "-s", "-P", str(PROGRAM)],  # not -I: what is installed may be on PYTHONPATH alone
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
 """A program of its own: says whether grammars compile, so that one which crashes or stalls the compiler harms nobody.
 
-    python -I guidance_check.py      lines of {"grammar", "limits"} in; lines of {"error"} out, null if all is well
+    python -s -P guidance_check.py      lines of {"grammar", "limits"} in; lines of {"error"} out, null if all is well
 
 The compiler is recursive, and a few kilobytes of a hostile grammar can exhaust its stack or keep it busy for minutes.
 No thread can be stopped in there; a process can be killed. What compiles is also tried on a random text, byte by

@@ -72,6 +72,7 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
     scheme = cache_scheme(loaded.scheme, options.kv_cache_dtype)
     say("sizing the KV cache")
     plan = _plan(loaded, scheme, options)
+    cache_s = time.perf_counter() - started - weights_s
     limits = options.limits(loaded.config.vocab_size, plan.max_model_len, plan.num_blocks, device.type == "cpu")
     runner = make_runner(loaded, scheme, options, limits)
     runner.warm_up(lambda done, total: say(f"warming up: decode batch {done} of {total}"))
@@ -92,6 +93,7 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "decode_buckets": len(runner.buckets.sizes) if runner.buckets else 0,
         "weights_s": round(weights_s, 2),
+        "cache_s": round(cache_s, 2),
         "start_up_s": round(time.perf_counter() - started, 2),
     }
     if plan.is_shortened:
