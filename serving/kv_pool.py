@@ -115,6 +115,8 @@ class PagedKV:
                   do not depend on it. None: as is fastest (on a CPU they never depend on it)
     """
 
+    takes_norms = True
+
     def __init__(self, pool: KVPool, kernels: Kernels = "auto", split_tokens: int | None = None) -> None:
         config, scheme = pool.config, pool.scheme
         self.pool = pool
@@ -167,9 +169,9 @@ class PagedKV:
         # keys under dynamic RoPE stand at the angles of the length they were stored at, which nobody knows later
         offset = spec.key_offset if self.offset_apart and not is_dynamic else None
         centre = spec.key_centre if self.centred else None
-        spec = AttentionSpec(spec.scale, spec.window, spec.soft_cap, offset)
+        norms, spec = spec.norms, AttentionSpec(spec.scale, spec.window, spec.soft_cap, offset)
         storage = self.pool.layer(layer)
-        q = self._append(q, k, v, rotation.cos, rotation.sin, step.slots, storage, offset, centre=centre)
+        q = self._append(q, k, v, rotation.cos, rotation.sin, step.slots, storage, offset, centre, norms)
         turns = self.pre_rope or offset is not None
         out: Tensor = self._attend(q, storage, step, spec, self._table(step, rotation) if turns else None)
         return out

@@ -17,8 +17,6 @@ def refuses_attention(problem: Problem) -> str | None:
         return f"symmetric {problem.kv.format} keys and values have no kernel yet"
     if problem.kv_pre_rope:
         return "keys stored before RoPE have no kernel yet"
-    if problem.kv_centred or problem.kv_rotates:
-        return "keys less their centre, or turned by a Hadamard matrix, have no kernel yet"
     if problem.dtype != "bfloat16":
         return f"queries must be bfloat16, got {problem.dtype}"
     if problem.block_size not in (16, 32, 64):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .head_norm import HeadNorms
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
@@ -20,6 +22,7 @@ class AttentionSpec:
                 mean that calibration found; None where nothing is known
     key_centre  float32 [num_kv_heads, head_dim], a constant after RoPE that calibration found; keys less of it give the
                 same softmax (without a soft cap), so it is never added back; None where nothing is known
+    norms       of query and key heads, before RoPE, for caches that take them; None where that is done, or no norm is
     """
 
     scale: float
@@ -27,6 +30,7 @@ class AttentionSpec:
     soft_cap: float | None = None
     key_offset: Tensor | None = None
     key_centre: Tensor | None = None
+    norms: HeadNorms | None = None
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:

@@ -23,7 +23,7 @@ class HeadNorms:
 def normalize_heads(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last axis, in float32; the dtype stays x's.
 
-    x       [..., head_dim], head_dim a multiple of 16
+    x       [..., head_dim], head_dim even
     weight  [head_dim]
     Rounding to a narrower dtype comes before the weight where offset is 0, after it where it is not, as the families'
     own code has it.
@@ -38,7 +38,8 @@ def normalize_heads(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) 
 def _sum(x: Tensor) -> Tensor:
     """Over the last axis: the halves of a head, then within octets of neighbours, then octets; [..., 1]."""
     first, second = x.chunk(2, -1)
-    x = (first + second).unflatten(-1, (-1, 8))
+    x = first + second
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % 8)).unflatten(-1, (-1, 8))
     for width in (4, 2, 1):
         x = x[..., :width] + x[..., width:]
     x = x[..., 0]

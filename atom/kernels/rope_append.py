@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..quant.keys import prepare_keys, rotate_head
 from .attention_refusals_sm90 import refuses_attention
+from .head_norm import HeadNorms, normalize_heads
 from .kv_layout import KVLayout
 from .registry import Implementation, Op
 from .rotate import rotate
@@ -29,6 +30,7 @@ def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False, rotates: 
     layer   uint8, KVLayout.shape: written in place
     offset  [num_kv_heads, head_dim], taken off every key, or None
     centre  float32 [num_kv_heads, head_dim], taken off every key after RoPE, or None
+    norms   of heads of q and k, before anything else, or None
     returns q turned
 
     rotates  heads of q, and of k less its centre, are multiplied by a Hadamard matrix after RoPE
@@ -44,7 +46,10 @@ def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False, rotates: 
         layer: Tensor,
         offset: Tensor | None = None,
         centre: Tensor | None = None,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
+        if norms is not None:
+            q, k = (normalize_heads(x, w, norms.eps, norms.offset) for x, w in ((q, norms.q), (k, norms.k)))
         if offset is not None:
             k = k - offset.to(k.dtype)
         if not pre_rope:
@@ -61,7 +66,7 @@ def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False, rotates: 
 
 ROPE_APPEND_KV = Op(
     name="rope_append_kv",
-    formula="blocks[slots] = quantize((rope(k - offset) - centre) H), quantize(v); returns rope(q) H",
+    formula="blocks[slots] = quantize((rope(norm(k) - offset) - centre) H), quantize(v); returns rope(norm(q)) H",
     reference=rope_append_kv_reference,
     implementations=(
         Implementation("rope_append_sm90", "atom.kernels.attention_sm90:RopeAppendSm90", refuses_attention),

@@ -1,7 +1,7 @@
 """Self-attention of one layer: projections, the optional norm of heads, and the call into the cache.
 
 The module knows neither batch nor past. It hands queries, keys and values, all before RoPE, to the cache it is
-given (atom/models/kv.py) and projects what comes back.
+given (atom/models/kv.py), which may norm heads too, and projects what comes back.
 """
 
 from dataclasses import replace
@@ -9,9 +9,10 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..kernels.dense_attention import AttentionSpec
+from ..kernels.head_norm import HeadNorms
 from .config import ModelConfig
 from .kv import KV
-from .norm import RMSNorm
+from .norm import HeadNorm
 from .rope import Rotation
 from .together import run_together
 
@@ -31,8 +32,8 @@ class Attention(nn.Module):
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_offset)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, config.norm_offset)
+            self.q_norm = HeadNorm(config.head_dim, config.rms_norm_eps, config.norm_offset)
+            self.k_norm = HeadNorm(config.head_dim, config.rms_norm_eps, config.norm_offset)
         self.key_offset: Tensor | None = None  # [num_kv_heads, head_dim], from a checkpoint that stores it
         self.key_centre: Tensor | None = None  # float32, likewise
         self.o_input: nn.Module = nn.Identity()
@@ -42,9 +43,19 @@ class Attention(nn.Module):
         """x, what the norm before produces for T tokens -> [T, hidden_size]."""
         projected = run_together((self.q_proj, self.k_proj, self.v_proj), x)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # [T, num_heads or num_kv_heads, head_dim]
-        out = kv.attend(self.index, self.q_norm(q), self.k_norm(k), v, rotation, self._spec())
+        spec = self._spec()
+        if kv.takes_norms:
+            spec = replace(spec, norms=self._norms())
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = kv.attend(self.index, q, k, v, rotation, spec)
         y: Tensor = self.o_proj(self.o_input(out.flatten(1)))
         return y
+
+    def _norms(self) -> HeadNorms | None:
+        if not isinstance(self.q_norm, HeadNorm) or not isinstance(self.k_norm, HeadNorm):
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.offset)
 
     def _spec(self) -> AttentionSpec:
         """The rules, with what keys have in common: as stored, else the bias of k where nothing stands behind it."""

@@ -24,7 +24,12 @@ SOFT_CAP = (
 
 
 class KV(Protocol):
-    """What a model needs of a cache."""
+    """What a model needs of a cache.
+
+    takes_norms  query and key heads come before their norm, which stands in the spec
+    """
+
+    takes_norms: bool
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
         """Store these tokens' keys and values, and attend causally over all tokens of each sequence.
@@ -47,6 +52,8 @@ class DenseKV:
     turned keys less their centre, which is not; `rotates` multiplies their heads, and those of queries, by a Hadamard
     matrix. Storage grows as needed, or is allocated once with `max_len`. A layer that is never run takes no memory.
     """
+
+    takes_norms = False
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.head_norm import normalize_heads
 from ..kernels.norm import normalize, rms_norm
 
 
@@ -43,3 +44,11 @@ class RMSNorm(Norm):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}, offset={self.offset}"
+
+
+class HeadNorm(RMSNorm):
+    """The norm of every query or key head: as RMSNorm, its sums in an order that the append kernel keeps too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., head_dim] -> the same shape and dtype."""
+        return normalize_heads(x, self.weight, self.eps, self.offset)

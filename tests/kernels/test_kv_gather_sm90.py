@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from atom.kernels.attention_config import GatherConfig
-from atom.kernels.attention_sm90 import gather_work
+from atom.kernels.prefill_sm90 import gather_work
 
 from .ptx_emulator import Tensor as Argument
 from .test_attention_sm90 import SPECS, needs_dsl, ptx

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from atom.errors import UnsupportedError
-from atom.kernels import attention_sm90
-from atom.kernels.attention_config import SHARED_BYTES, AppendConfig, DecodeConfig, MergeConfig
+from atom.kernels import attention_sm90, prefill_sm90
+from atom.kernels.attention_config import SHARED_BYTES, AppendConfig, DecodeConfig, GatherConfig, MergeConfig
 from atom.kernels.attention_plan import SEGMENT_FIELDS
 from atom.kernels.attention_refusals_sm90 import refuses_attention
 from atom.kernels.paged_attention import PAGED_ATTENTION
@@ -27,6 +27,7 @@ from .test_attention_sm90 import needs_dsl
 
 DECODE_STATIC = {0: (2,), 1: (2,), 6: (1,), 7: (2,), 8: (1, 2), 9: (1,), 10: (1,), 11: (1,), 12: (1,), 13: (1,)}
 MERGE_STATIC = {0: (1,), 2: (1, 2), 3: (1,), 4: (2,)}
+GATHER_STATIC = {0: (2,), 1: (1,), 2: (2,), 3: (2,)}
 APPEND_STATIC = {0: (2,), 1: (2,), 2: (2,), 3: (1,), 4: (1,), 6: (1,), 7: (1,), 8: (1,), 9: (2,), 10: (2,)}
 
 
@@ -59,6 +60,7 @@ def emulated(
 def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are compiled as ever, and their PTX is run."""
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels.kv_gather_sm90 import compile_gather
     from atom.kernels.merge_partials_sm90 import compile_merge
     from atom.kernels.paged_decode_sm90 import compile_decode
     from atom.kernels.rope_append_sm90 import compile_append
@@ -90,6 +92,13 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return emulated(kernel, APPEND_STATIC, {config.head_dim, config.head_dim // 2, config.cache.tile_bytes}, shape)
 
+    @lru_cache
+    def gather(config: GatherConfig) -> Callable[..., None]:
+        kernel = Kernel(compile_gather(config, options).__ptx__)  # type: ignore[attr-defined]
+        sizes = {4, config.head_dim // 2, config.cache.tile_bytes}
+        return emulated(kernel, GATHER_STATIC, sizes, lambda *a: ((len(a[1]), a[0].shape[1]), config.threads, 1024))
+
+    monkeypatch.setattr(prefill_sm90, "gather_kernel", gather)
     monkeypatch.setattr(attention_sm90, "decode_kernel", decode)
     monkeypatch.setattr(attention_sm90, "merge_kernel", merge)
     monkeypatch.setattr(attention_sm90, "append_kernel", append)
@@ -98,7 +107,14 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_dsl
 @pytest.mark.slow
-@pytest.mark.parametrize("name,scheme,split_tokens", [("qwen2", "int4", None), ("gemma3", "16 bits", 32)])
+@pytest.mark.parametrize(
+    "name,scheme,split_tokens",
+    [
+        ("qwen2", "int4", None),
+        ("gemma3", "16 bits", 32),
+        ("qwen3", "int4, centred and turned", None),
+    ],
+)
 def test_a_model_with_the_kernels(emulator: None, name: str, scheme: str, split_tokens: int | None) -> None:
     """Chunks and decodes in one batch, window and full layers; logits as with the references, to rounding."""
     RAW["larger"] = {**RAW[name], "head_dim": 64, "sliding_window": 20}
@@ -109,7 +125,7 @@ def test_a_model_with_the_kernels(emulator: None, name: str, scheme: str, split_
     steps = (((0, 40),), ((0, 1), (1, 3)), ((1, 1), (0, 1)))
     wanted = chunked(Cache(model, 16), steps)
     cache = Cache(model, 16)
-    cache.kv._append = attention_sm90.RopeAppendSm90(cache.pool.layout)
+    cache.kv._append = attention_sm90.RopeAppendSm90(cache.pool.layout, rotates="turned" in scheme)
     has_offset = name == "qwen2"  # its keys have a loud bias
     cache.kv._attend = attention_sm90.PagedAttentionSm90(cache.pool.layout, False, split_tokens, has_offset)
     found = chunked(cache, steps)

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from atom.kernels.attention_config import AppendConfig
-from atom.kernels.head_norm import normalize_heads
+from atom.kernels.head_norm import HeadNorms
 from atom.kernels.kv_layout import KVLayout
 from atom.kernels.rope_append import rope_append_kv_reference
-from atom.kernels.rotate import rotate
 from atom.quant.formats import get_format
-from atom.quant.rotation import hadamard
 from atom.quant.rounding import largest_scale
 
 from .ptx_emulator import Part
@@ -122,16 +120,6 @@ TRANSFORMS = [
 ]
 
 
-def butterflies(x: Tensor) -> Tensor:
-    """The normalised block Hadamard transform of x [..., head_dim] in float32, as sums and differences."""
-    size = x.shape[-1] & -x.shape[-1]
-    x = x.float()
-    for stride in (1 << i for i in range(size.bit_length() - 1)):
-        a, b = x.unflatten(-1, (-1, 2, stride)).unbind(-2)
-        x = torch.stack((a + b, a - b), -2).flatten(-3)
-    return x * torch.tensor(size**-0.5)
-
-
 @needs_dsl
 @pytest.mark.slow
 @pytest.mark.parametrize("kv,dim,norm,has_centre,rotates", TRANSFORMS, ids=lambda v: str(v))
@@ -148,19 +136,12 @@ def test_transformed_bytes_on_a_model_of_the_machine(
     slots = torch.tensor([15, 32, 55, 5])
     weights = torch.randn(2, dim, generator=torch.Generator().manual_seed(2)).bfloat16()
     centre = offset_for(kv_heads, dim)
-    turned, keys = q, k
-    if norm != "none":
-        turned, keys = (
-            normalize_heads(x, w, eps, float(norm == "shifted")) for x, w in zip((q, k), weights, strict=True)
-        )
-    turned, keys = rotate(turned, cos, sin), rotate(keys, cos, sin)
-    if has_centre:
-        keys = keys.float() - centre
-    if rotates:
-        turned, keys = butterflies(turned).bfloat16(), butterflies(keys)
     wanted = torch.full(layout.shape(4), 255, dtype=torch.uint8)
-    layout.write(wanted, slots, 0, keys)
-    layout.write(wanted, slots, 1, v)
+    given = {
+        "centre": centre if has_centre else None,
+        "norms": None if norm == "none" else HeadNorms(*weights, eps, float(norm == "shifted")),
+    }
+    turned = rope_append_kv_reference(layout, rotates=rotates)(q, k, v, cos, sin, slots, wanted, **given)
 
     config = AppendConfig(kv, dim, 16, parts=2, norm=norm, has_centre=has_centre, rotates=rotates)
     kernel = ptx(compile_append(config, f"--keep-ptx --dump-dir {tmp_path}"))
@@ -186,14 +167,6 @@ def test_transformed_bytes_on_a_model_of_the_machine(
     )
     assert torch.equal(torch.from_numpy(out).view(torch.bfloat16), turned)
     assert torch.equal(torch.from_numpy(found), wanted)
-
-
-def test_butterflies_are_the_hadamard_matrix() -> None:
-    for dim in (64, 80, 96, 128, 256):
-        x = torch.randn(3, dim, dtype=torch.float64)
-        size = dim & -dim
-        wanted = (x.unflatten(-1, (-1, size)) @ hadamard(size).double()).flatten(-2)
-        torch.testing.assert_close(butterflies(x).double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 @needs_dsl
