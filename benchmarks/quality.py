@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,15 +22,18 @@ import torch
 import tyro
 
 from atom.calibration.config import CalibrationConfig, Clip
+from atom.calibration.data import Windows as CalibrationWindows
+from atom.calibration.data import load_windows
 from atom.calibration.ladder import ladder, scaled_outliers
-from atom.calibration.stream import quantize_model
-from atom.errors import UnsupportedError
+from atom.calibration.stream import is_calibrated, quantize_source
+from atom.errors import AtomError, UnsupportedError
 from atom.eval.load import Loaded, load
-from atom.eval.perplexity import Bos, measure_perplexity
-from atom.eval.texts import Text, load_text
+from atom.eval.perplexity import Bos, make_windows, measure_perplexity
+from atom.eval.perplexity import Windows as TestWindows
+from atom.eval.texts import load_text
 from atom.models.config import ModelConfig
-from atom.models.source import read_config
-from atom.quant.presets import PRESETS, kv_name
+from atom.models.source import load_tokenizer, open_source, read_config
+from atom.quant.presets import PRESETS, get_scheme, kv_name
 from atom.quant.schemes import Scheme
 from atom.records import LADDER_STEPS, circumstances, write_record
 
@@ -83,6 +87,12 @@ class Measure:
     kernels: bool = False
     """Measure the presets that have GPU kernels through these as well, in bfloat16: rows of their own."""
 
+    kernel_schemes: tuple[str, ...] = ()
+    """Only these presets through the kernels."""
+
+    schemes: tuple[str, ...] = ()
+    """Presets to measure: all, or the ones that time allows."""
+
     steps: tuple[str, ...] = LADDER_STEPS
     """Steps of the ladder to measure: all, or the ones that time allows."""
 
@@ -134,6 +144,47 @@ class Part:
         print(record, json.dumps(row), flush=True)
 
 
+@dataclass(frozen=True)
+class Configuration:
+    """One checkpoint to make and measure, and the records that its numbers belong to.
+
+    step       rung of the ladder, or None
+    is_preset  a row of quality-presets, with tasks and, where asked for, through the kernels
+    """
+
+    scheme: Scheme
+    gptq: bool
+    clip: Clip = "measured"
+    step: str | None = None
+    is_preset: bool = False
+
+
+def configurations(options: Measure) -> list[Configuration]:
+    """What `options` ask for, the ladder first; a rung that is a preset is made once for both."""
+    found = []
+    has_presets = "presets" in options.what
+    if "ladder" in options.what:
+        for step in ladder(128):
+            if step.name in options.steps:
+                is_preset = has_presets and step.name in ("fp", "kv4")
+                found.append(Configuration(step.scheme, step.gptq, step.clip, step.name, is_preset))
+    if has_presets:
+        shared = [c.scheme for c in found if c.is_preset]
+        caches = [PRESETS["bf16"].with_kv(PRESETS[name].kv) for name in ("w8a8", "fp8")]
+        schemes = [*PRESETS.values(), get_scheme("bf16+kv4"), *caches]
+        found += [
+            Configuration(s, s.weight is not None and s.name not in ("w8a8", "fp8"), is_preset=True)
+            for s in schemes
+            if s not in shared and (not options.schemes or s.name in options.schemes)
+        ]
+    if "scaled" in options.what:
+        raw, generation = read_config(options.model)
+        count = scaled_outliers(ModelConfig.from_hf(raw, generation).hidden_size)
+        step = next(step for step in ladder(count) if step.name == "kv4")
+        found.append(Configuration(step.scheme, step.gptq, step.clip, step.name))
+    return found
+
+
 class Runner:
     """Makes, loads, measures and removes one checkpoint after another of the same model."""
 
@@ -142,6 +193,8 @@ class Runner:
         self.part = Part.open(options.output, options.machine)
         self.prepared: Any = None
         self.texts = [load_text(name) for name in options.text]
+        self.source = open_source(options.model)
+        self.tokenizer = load_tokenizer(self.source.path)
         self.calibration = CalibrationConfig(
             calib=options.calib,
             windows=options.windows,
@@ -149,23 +202,33 @@ class Runner:
             device=options.device,
         )
 
-    def loaded(self, scheme: Scheme, gptq: bool, folder: Path, clip: Clip = "measured") -> tuple[Loaded, float]:
-        """The model under `scheme`, from a checkpoint that this makes, and the seconds that took."""
+    @cached_property
+    def calibration_windows(self) -> CalibrationWindows:
+        """The calibration text, tokenised once for all checkpoints."""
+        c = self.calibration
+        return load_windows(c.calib, self.tokenizer, c.windows, c.window_length, c.seed)
+
+    @cache  # noqa: B019  the runner lives as long as the process
+    def text_windows(self, number: int) -> TestWindows:
+        """Test text `number`, tokenised once."""
+        o = self.options
+        return make_windows(self.tokenizer, self.texts[number], o.eval_window, o.bos, o.limit)
+
+    def loaded(self, configuration: Configuration, folder: Path) -> tuple[Loaded, float]:
+        """The model under a configuration, from a checkpoint that this makes, and the seconds that took."""
+        scheme = configuration.scheme
         if not scheme.is_quantized:
             return load(self.options.model, self.options.device, "float32", "reference"), 0.0
         out = folder / "checkpoint"
-        report = quantize_model(self.options.model, scheme, out, replace(self.calibration, gptq=gptq, clip=clip))
+        config = replace(self.calibration, gptq=configuration.gptq, clip=configuration.clip)
+        windows = self.calibration_windows if is_calibrated(self.source, scheme) else None
+        report = quantize_source(self.source, scheme, out, config, windows)
         return load(str(out), self.options.device, "float32", "reference"), float(report.totals["seconds"])
 
-    def perplexity(self, loaded: Loaded, text: Text) -> dict[str, Any]:
-        found = measure_perplexity(
-            loaded.model,
-            loaded.tokenizer,
-            text,
-            window=self.options.eval_window,
-            limit=self.options.limit,
-            bos=self.options.bos,
-        )
+    def perplexity(self, loaded: Loaded, number: int) -> dict[str, Any]:
+        """Of test text `number`."""
+        text, windows = self.texts[number], self.text_windows(number)
+        found = measure_perplexity(loaded.model, self.tokenizer, text, window=self.options.eval_window, windows=windows)
         return {
             "ppl": round(found.perplexity, 4),
             "windows": found.windows,
@@ -173,8 +236,8 @@ class Runner:
             "path": loaded.path,
         }
 
-    def bits(self, loaded: Loaded, scheme: Scheme) -> dict[str, float]:
-        config = loaded.model.config
+    def bits(self, scheme: Scheme) -> dict[str, float]:
+        config = ModelConfig.from_hf(self.source.config, self.source.generation_config)
         return {
             "bits_weight": round(scheme.weight_bits(config.hidden_size), 3),
             "bits_activation": round(scheme.activation_bits(config.hidden_size), 3),
@@ -189,54 +252,51 @@ class Runner:
             "seconds": round(seconds, 1),
         }
 
-    def run_ladder(self, outliers: int, only: tuple[str, ...] = LADDER_STEPS) -> None:
-        for step in ladder(outliers):
-            if step.name not in only:
-                continue
-            count = step.scheme.outliers.count
-            key = {"model": self.options.name, "step": step.name, "outliers": count}
-            if self.part.has("quality-ladder", {**key, "text": self.texts[0].name}):
-                continue
-            with scratch(self.options.scratch) as folder:
-                loaded, seconds = self.loaded(step.scheme, step.gptq, folder, step.clip)
-                for text in self.texts if step.name in ("fp", "kv4") else self.texts[:1]:
-                    row = {"model": self.options.name, "text": text.name, "step": step.name, "outliers": count}
-                    row |= self.perplexity(loaded, text) | self.bits(loaded, step.scheme)
-                    self.part.add("quality-ladder", row | self.common(seconds, step.gptq))
-                del loaded
+    def run(self, configuration: Configuration) -> None:
+        """Measure one configuration, unless the part has its rows already."""
+        scheme, text = configuration.scheme, self.texts[0].name
+        of_ladder = {"model": self.options.name, "step": configuration.step, "outliers": scheme.outliers.count}
+        of_presets = {"model": self.options.name, "scheme": scheme.name, "kv": kv_name(scheme)}
+        to_ladder = configuration.step is not None and not self.part.has("quality-ladder", {**of_ladder, "text": text})
+        to_presets = configuration.is_preset and not self.part.has("quality-presets", {**of_presets, "text": text})
+        if not to_ladder and not to_presets:
+            return
+        with scratch(self.options.scratch) as folder:
+            loaded, seconds = self.loaded(configuration, folder)
+            found = self.perplexity(loaded, 0)
+            common = self.bits(scheme) | self.common(seconds, configuration.gptq)
+            if to_ladder:
+                self.part.add("quality-ladder", {**of_ladder, "text": text, **found, **common})
+            if to_presets:
+                row = {**of_presets, "text": text, **found, "ppl_fp": self.full(found["ppl"]), **common}
+                self.part.add("quality-presets", {**row, **self.tasks(loaded)})
+            if to_ladder and configuration.step in ("fp", "kv4"):
+                for number, other in list(enumerate(self.texts))[1:]:
+                    row = {**of_ladder, "text": other.name, **self.perplexity(loaded, number), **common}
+                    self.part.add("quality-ladder", row)
+            del loaded
+            if to_presets and self.wants_kernels(scheme):
+                self.add_kernels_row(folder, row)
 
-    def run_presets(self, schemes: list[Scheme]) -> None:
-        full = {
-            row["text"]: row["ppl"]
-            for row in self.part.rows.get("quality-presets", [])
-            if row["scheme"] == "bf16" and row["kv"] == "bf16"
-        }
-        for scheme in schemes:
-            key = {"scheme": scheme.name, "kv": kv_name(scheme), "text": self.texts[0].name}
-            if self.part.has("quality-presets", key):
-                continue
-            gptq = scheme.weight is not None and scheme.name not in ("w8a8", "fp8")
-            with scratch(self.options.scratch) as folder:
-                loaded, seconds = self.loaded(scheme, gptq, folder)
-                row = {"model": self.options.name, "text": self.texts[0].name, "scheme": scheme.name}
-                row |= {"kv": kv_name(scheme), **self.perplexity(loaded, self.texts[0])}
-                full.setdefault(self.texts[0].name, row["ppl"])
-                row |= {"ppl_fp": full[self.texts[0].name], **self.bits(loaded, scheme), **self.tasks(loaded)}
-                self.part.add("quality-presets", row | self.common(seconds, gptq))
-                del loaded
-                if self.options.kernels and scheme.weight is not None:
-                    self.add_kernels_row(folder, row, self.common(seconds, gptq))
+    def full(self, default: float) -> float:
+        """Full precision's perplexity, once it has been measured; else `default`."""
+        rows = [*self.part.rows.get("quality-presets", []), *self.part.rows.get("quality-ladder", [])]
+        is_full = [r for r in rows if (r.get("scheme"), r.get("kv")) == ("bf16", "bf16") or r.get("step") == "fp"]
+        return float(next((r["ppl"] for r in is_full if r["text"] == self.texts[0].name), default))
 
-    def add_kernels_row(self, folder: Path, reference: dict[str, Any], common: dict[str, Any]) -> None:
+    def wants_kernels(self, scheme: Scheme) -> bool:
+        wanted = self.options.kernel_schemes
+        return self.options.kernels and scheme.weight is not None and (not wanted or scheme.name in wanted)
+
+    def add_kernels_row(self, folder: Path, reference: dict[str, Any]) -> None:
         """The same checkpoint and text through the kernels, if they run it here."""
         try:
             loaded = load(str(folder / "checkpoint"), self.options.device, "bfloat16", "auto")
         except UnsupportedError as error:
             print(f"{reference['scheme']}: not through the kernels: {error}", flush=True)
             return
-        row = {key: reference[key] for key in ("model", "text", "scheme", "kv", "ppl_fp")}
-        row |= {key: value for key, value in reference.items() if key.startswith("bits_")}
-        self.part.add("quality-presets", row | self.perplexity(loaded, self.texts[0]) | common)
+        row = {key: value for key, value in reference.items() if not key.startswith("task:")}
+        self.part.add("quality-presets", row | self.perplexity(loaded, 0))
 
     def tasks(self, loaded: Loaded) -> dict[str, Any]:
         if not self.options.tasks:
@@ -256,15 +316,15 @@ class Runner:
 
     def run_kv_rope(self) -> None:
         """What rounding keys before RoPE would buy: weights and activations in full precision, 4-bit cache."""
+        plain = PRESETS["bf16"].with_kv(PRESETS["w4a4"].kv)
         for place, pre in (("after", False), ("before", True)):
             if self.part.has("kv-rope", {"place": place}):
                 continue
-            scheme = replace(PRESETS["bf16"].with_kv(PRESETS["w4a4"].kv), kv_pre_rope=pre)
+            scheme = replace(plain, kv_pre_rope=pre, kv_offset="bias", kv_rotation="none")
             with scratch(self.options.scratch) as folder:
-                loaded, _ = self.loaded(scheme, False, folder)
+                loaded, _ = self.loaded(Configuration(scheme, False), folder)
                 row = {"model": self.options.name, "text": self.texts[0].name, "kv": kv_name(scheme), "place": place}
-                row |= self.perplexity(loaded, self.texts[0])
-                self.part.add("kv-rope", row | {"source": self.options.source})
+                self.part.add("kv-rope", row | self.perplexity(loaded, 0) | {"source": self.options.source})
                 del loaded
 
 
@@ -287,17 +347,13 @@ class scratch:  # noqa: N801  a context manager, named as it reads
 def measure(options: Measure) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: exact for INT4 codes under bf16 scales
     runner = Runner(options)
-    if "ladder" in options.what:
-        runner.run_ladder(128, only=options.steps)
-    if "presets" in options.what:
-        schemes = [PRESETS["bf16"], *(s for s in PRESETS.values() if s.is_quantized)]
-        extra = [PRESETS["bf16"].with_kv(PRESETS[name].kv) for name in ("w4a4", "w8a8", "fp8")]
-        runner.run_presets([*schemes, *extra])
+    for configuration in configurations(options):
+        try:
+            runner.run(configuration)
+        except (AtomError, ValueError, torch.OutOfMemoryError) as error:
+            print(f"{configuration.step or configuration.scheme.name}: not measured: {error}", flush=True)
     if "kv-rope" in options.what:
         runner.run_kv_rope()
-    if "scaled" in options.what:
-        config, generation = read_config(options.model)
-        runner.run_ladder(scaled_outliers(ModelConfig.from_hf(config, generation).hidden_size), only=("kv4",))
 
 
 def join(options: Join) -> None:

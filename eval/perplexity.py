@@ -109,6 +109,7 @@ def measure_perplexity(
     bos: Bos = "auto",
     reference: Model | None = None,
     reference_name: str | None = None,
+    windows: Windows | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Perplexity:
     """The perplexity of `text` under `model`, on the path that the model was loaded for.
@@ -117,6 +118,7 @@ def measure_perplexity(
     limit       score only the first windows
     batch_size  windows that go through the model at once; changes the speed, not the result
     reference   a model with the same vocabulary to measure the KL divergence to
+    windows     of `text`, from make_windows, for several models with one tokenizer; `limit` and `bos` are then theirs
     progress    called with (windows done, windows in all, perplexity so far)
     """
     if window is None:
@@ -128,7 +130,7 @@ def measure_perplexity(
             f"{model.config.vocab_size:,}; the KL divergence needs the same tokenizer: name the model it was made from"
         )
     began = time.perf_counter()
-    windows = make_windows(tokenizer, text, window, bos, limit)
+    windows = make_windows(tokenizer, text, window, bos, limit) if windows is None else windows
     count, length = windows.tokens.shape
     batch_size = batch_size or default_batch(model, length)
     means: list[float] = []
