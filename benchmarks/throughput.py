@@ -58,6 +58,9 @@ class Run:
     window_s: float = WINDOW_S
     """Seconds of a steady state, where the experiment measures one."""
 
+    engine_args: str = ""
+    """More options for each engine, as one text: --engine-args="--admission-interval 8"."""
+
     data: Path | None = None
     """Folder that holds conv.csv.gz and code.csv.gz of the Azure traces; for `traces`."""
 
@@ -91,16 +94,33 @@ def _paper(options: Run) -> list[SweepConfig]:
     work, steady, targets = options.workload or ("paper", "sharegpt"), options.window_s, (100.0, 5.0)
     return [
         SweepConfig(
-            shape, out / "24", schemes, (24.0,), PAPER_BATCHES, workload=work, window_s=steady, tpot_ms=targets
+            shape,
+            out / "24",
+            schemes,
+            (24.0,),
+            PAPER_BATCHES,
+            workload=work,
+            window_s=steady,
+            tpot_ms=targets,
+            engine_args=options.engine_args,
         ),
-        SweepConfig(shape, out / "whole", schemes, (0.0,), EQUAL_BATCHES, workload=work[:1], window_s=steady),
+        SweepConfig(
+            shape,
+            out / "whole",
+            schemes,
+            (0.0,),
+            EQUAL_BATCHES,
+            workload=work[:1],
+            window_s=steady,
+            engine_args=options.engine_args,
+        ),
     ]
 
 
 def _today(options: Run) -> list[SweepConfig]:
     """All requests at once: the engine takes as many as memory holds, 512 at most."""
     shape, out, schemes = ("llama-3-8b",), options.output, options.schemes or TODAY_SCHEMES
-    most: dict[str, Any] = {"concurrency": (0,), "engine_args": "--max-num-seqs 512"}
+    most: dict[str, Any] = {"concurrency": (0,), "engine_args": f"--max-num-seqs 512 {options.engine_args}"}
     if options.experiment == "today":
         work = options.workload or ("512/256",)
         return [

@@ -28,6 +28,10 @@ class SchedulerConfig:
     """Keep the blocks of finished sequences and reuse them for equal prefixes."""
     watermark: float = 0.01
     """Share of the blocks that stays free when a sequence is admitted beside others, for those to grow into."""
+    admission_interval: int = 1
+    """Steps from one that begins prompts to the next while a crowd decodes, so that several prompts share one."""
+    admission_crowd: int = 32
+    """Decoding sequences that are a crowd."""
     patience_steps: int = 256
     """Steps that one level of priority is worth: a request never waits for later ones beyond this."""
     num_speculative_tokens: int = 0

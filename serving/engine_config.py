@@ -65,6 +65,10 @@ class EngineConfig:
     watermark: float = 0.01
     """Share of the KV blocks that an admission leaves free for running sequences to grow into."""
 
+    admission_interval: int = 1
+    """Steps from one that begins prompts to the next, while 32 sequences or more decode and few prompts could begin. 1:
+    none waits. More decode faster, since a step with a prompt is no CUDA graph; a first token comes that much later."""
+
     patience_steps: int = 256
     """Steps that one level of priority is worth."""
 
@@ -147,6 +151,7 @@ class EngineConfig:
             max_num_batched_tokens=self.step_tokens(is_cpu),
             prefix_cache=self.enable_prefix_caching,
             watermark=self.watermark,
+            admission_interval=self.admission_interval,
             patience_steps=self.patience_steps,
             num_speculative_tokens=self.num_speculative_tokens,
             prompt_lookup_min=self.prompt_lookup_min,

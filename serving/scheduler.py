@@ -32,6 +32,8 @@ from .result import FAULTY, StepResult
 from .sequence import Output, Sequence
 from .stats import Stats
 
+ENOUGH = 4  # prompts of this part of a step's tokens are not made to wait for more
+
 _order = attrgetter("order")
 _new_tuple = tuple.__new__
 
@@ -64,6 +66,7 @@ class Scheduler:
         self._new_tokens = 0
         self._arrivals = 0
         self._steps = 0
+        self._last_admission = -config.admission_interval
         self._preemptions = 0
         self._finished = 0
         self._prompt_tokens = 0
@@ -141,13 +144,16 @@ class Scheduler:
                 budget -= end - sequence.scheduled
                 chunks.append((sequence, end))
         admitted = []
-        while budget and self._preemptions == preemptions and self._admit():
+        may_wait = not drafted and not chunks and self._gathers(num_decodes)
+        while not may_wait and budget and self._preemptions == preemptions and self._admit():
             sequence = self._waiting.pop(0)
             insort(self._running, sequence, key=_order)
             end = min(sequence.length, sequence.scheduled + budget)
             budget -= end - sequence.scheduled
             chunks.append((sequence, end))
             admitted.append(sequence)
+        if admitted:
+            self._last_admission = self._steps
         entries += [self._chunk(sequence, end) for sequence, end in chunks]
         if not entries:
             return None
@@ -313,6 +319,24 @@ class Scheduler:
     def _extend_lane(self, sequence: Sequence) -> None:
         assert sequence.lane is not None
         self._lanes.extend(sequence.lane, self.blocks.table(sequence.sequence_id))
+
+    def _gathers(self, num_decodes: int) -> bool:
+        """Whether what waits is left to wait for more of its kind, since a step that only decodes is cheaper.
+
+        For admission_interval steps at most, and only while a crowd decodes and little could begin.
+        """
+        config = self.config
+        if num_decodes < config.admission_crowd or self._steps - self._last_admission >= config.admission_interval:
+            return False
+        lanes, blocks, tokens = self._lanes.num_free, self.blocks.num_free - config.watermark_blocks, 0
+        for sequence in self._waiting:
+            lanes, blocks = lanes - 1, blocks - self.blocks.blocks_for(sequence.length)
+            if lanes < 0 or blocks < 0:
+                break
+            tokens += sequence.length
+            if tokens >= config.max_num_batched_tokens // ENOUGH:
+                return False
+        return True
 
     def _admit(self) -> bool:
         """Give the head of the queue a table and a lane, if it may run now; it stays in the queue."""
