@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from atom.eval.perplexity import make_windows, measure_perplexity
 from atom.eval.texts import Text
@@ -41,62 +42,79 @@ each_model = pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
 
 @dataclass(frozen=True)
 class Agreement:
-    """One text of the engine's, scored by the reference token by token.
+    """How two sets of scores agree on the tokens of some texts, at equal context everywhere.
 
-    first   index of the first token that the reference would not have taken; None if there is none
-    margins by how much the reference's logit of its own choice exceeds that of the engine's, where they differ
-    noise   largest difference of the two log-probabilities of a token that both take
+    differs  bool [T], the first set's choice is not the second's
+    margins  [T], by how much the second's logit of its own choice exceeds that of the first's choice
+    changes  [T], difference of their log-probabilities of the tokens that stand there
     """
 
-    first: int | None
-    margins: list[float]
-    noise: float
+    differs: Tensor
+    margins: Tensor
+    changes: Tensor
+
+    @classmethod
+    def of(cls, choice: Tensor, logprobs: Tensor, logits: Tensor, tokens: Tensor) -> "Agreement":
+        margins = logits.max(-1).values - logits.gather(1, choice[:, None])[:, 0]
+        changes = logprobs - logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        return cls(choice != logits.argmax(-1), margins, changes.abs())
+
+    def __str__(self) -> str:
+        worst = f", margins to {float(self.margins.max()):.3f}" if self.differs.any() else ""
+        return (
+            f"{int(self.differs.sum())} of {len(self.differs)} choices differ{worst}; log-probabilities by "
+            f"{float(self.changes.mean()):.4f} on average"
+        )
 
 
-def agreement(model: Any, prompt: list[int], answer: Any) -> Agreement:
-    """The reference reads the prompt and the engine's own answer: each position is compared at equal context."""
-    ids = torch.tensor([*prompt, *answer.token_ids[:-1]], device=model.device)
+@torch.inference_mode()
+def score(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+    """The logits [len(answer), vocab_size] from which a model would have chosen an answer's tokens."""
+    ids = torch.tensor([*prompt, *answer[:-1]], device=model.device)
     kv = scheme_cache(model)
-    with torch.inference_mode():
-        hidden = model(ids, kv.positions(len(ids)), kv)
-        logits = model.logits(hidden[len(prompt) - 1 :]).float()
-    chosen = torch.tensor(answer.token_ids, device=model.device)
-    best = logits.argmax(-1)
-    differs = best != chosen
-    margins = (logits.max(-1).values - logits.gather(1, chosen[:, None])[:, 0])[differs].tolist()
-    engine = torch.tensor([token.logprob for token in answer.logprobs], device=model.device)
-    found = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-    noise = float((engine - found).abs()[~differs].max())
-    first = int(differs.nonzero()[0]) if len(margins) else None
-    return Agreement(first, margins, noise)
+    hidden = model(ids, kv.positions(len(ids)), kv)
+    return model.logits(hidden[len(prompt) - 1 :]).float().cpu()
 
 
 @each_model
 def test_greedy_text_is_the_references(path: Path) -> None:
-    """For 200 tokens on ten prompts; where a token differs, the reference's logits of the two all but tie.
+    """For 200 tokens on ten prompts, as far as rounding lets it be.
 
-    All but: the margin is within what rounding moves the difference of two logits, twice the largest difference seen in
-    one that both agree on.
+    Engine and reference are compared token by token on the engine's own texts. Where they choose otherwise, that is a
+    tie as far as the reference itself is decided: in float32 it differs from itself in bfloat16 as much. Where inputs
+    are rounded to 4 bits that is a lot (what moves past half a step moves by a whole one), elsewhere next to nothing.
     """
     tokenizer = load_tokenizer(path)
     prompts = [tokenizer.encode(text) for text in (*PROMPTS, *MORE)]
     params = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True, logprobs=0)
     with LLM(str(path), device="cuda", max_model_len=2048, kv_cache_bytes="1GiB", max_num_seqs=16) as llm:
         answers = [completion.samples[0] for completion in llm.generate(prompts, params)]
-        used = llm.engine.stats().used_blocks
         print(f"\n{path.name}: {llm.ready.facts['kernels']}")
-    assert used == 0
+        assert llm.engine.stats().used_blocks == 0
     release()
-    model = load_model(path, "cuda", torch.bfloat16, kernels="reference")
-    found = [agreement(model, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    noise = max(each.noise for each in found)
-    for index, each in enumerate(found):
-        margins = ", ".join(f"{margin:.3f}" for margin in each.margins)
-        what = f"first differs at {each.first}, margins {margins}" if each.margins else f"equal for {NEW} tokens"
-        print(f"{path.name}, prompt {index}: {what}; logprobs differ by at most {each.noise:.3f}")
-    assert max((m for each in found for m in each.margins), default=0.0) <= 2 * noise
-    assert noise < 1.0, "that is no rounding"
-    assert sum(len(each.margins) for each in found) < 0.05 * NEW * len(found)
+    texts = [list(answer.token_ids) for answer in answers]
+    logits = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = load_model(path, "cuda", dtype, kernels="reference")
+        logits[dtype] = [score(model, prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        del model
+        release()
+    for index, (answer, found) in enumerate(zip(answers, logits[torch.bfloat16], strict=True)):
+        tokens = torch.tensor(answer.token_ids)
+        places = (found.argmax(-1) != tokens).nonzero()[:, 0].tolist()
+        margins = [float(found[place].max() - found[place, tokens[place]]) for place in places[:1]]
+        what = f"first differs at {places[0]}, by a margin of {margins[0]:.4f}" if places else f"equal for {NEW} tokens"
+        print(f"{path.name}, prompt {index}: {what}")
+    tokens, reference = torch.tensor([token for text in texts for token in text]), torch.cat(logits[torch.bfloat16])
+    said = torch.tensor([token.logprob for answer in answers for token in answer.logprobs or ()])
+    other = torch.cat(logits[torch.float32])
+    engine = Agreement.of(tokens, said, reference, tokens)
+    itself = Agreement.of(other.argmax(-1), other.log_softmax(-1).gather(1, tokens[:, None])[:, 0], reference, tokens)
+    print(f"{path.name}, engine and reference: {engine}")
+    print(f"{path.name}, reference in float32 and in bfloat16: {itself}")
+    assert engine.changes.mean() <= 1.5 * itself.changes.mean() + 1e-3
+    assert engine.differs.sum() <= 1.5 * itself.differs.sum() + 5
+    assert engine.margins.max() <= 2 * max(itself.margins.max(), itself.changes.max())
 
 
 @each_model
@@ -123,8 +141,8 @@ def test_perplexity_is_evaluations(path: Path) -> None:
         release()
     line = ", ".join(f"{name} {value:.5f}" for name, value in found.items())
     print(f"\n{path.name}: mean nll of {len(nll)} tokens: engine {engine:.5f}, atom eval: {line}")
-    assert engine == pytest.approx(found["auto"], abs=2e-3)
-    assert engine == pytest.approx(found["reference"], abs=1e-2)
+    assert engine == pytest.approx(found["auto"], abs=5e-3)
+    assert engine == pytest.approx(found["reference"], abs=2e-2)  # 4-bit inputs: see above
 
 
 def release() -> None:
