@@ -35,10 +35,13 @@ def main() -> None:
     wanted = [KernelsConfig(op=op, tokens=TOKENS) for op in OPS if op != "linear"]  # type: ignore[arg-type]
     if args.compile_only:
         configs = {
-            make_producer(op, get_scheme(name).for_linear("x"), sizes["K"], "cpu").config(torch.bfloat16, sizes["K"])
+            kernel
             for config in wanted
             for op, name, _, sizes in problems(config)
             if runs_here(op, get_scheme(name).for_linear("x"), 0, sizes["K"])[0] == "producers_sm90"
+            for kernel in make_producer(op, get_scheme(name).for_linear("x"), sizes["K"], "cpu").configs(
+                torch.bfloat16, sizes["K"]
+            )
         }
         compile_together([partial(producer_kernel, config) for config in configs])
         print(f"{len(configs)} kernels in the cache")

@@ -48,7 +48,7 @@ def run_producer(op: str, scheme: str, tensors: dict[str, Tensor]) -> Any:
         run = RMS_NORM_QUANTIZE.choose(problem).build(linear, perm, tensors["weight"], 1e-5)
         return dequantized(run(x), linear, x.shape[1])
     run = ADD_RMS_NORM_QUANTIZE.choose(problem).build(linear, perm, tensors["weight"], 1e-5)
-    total, y = run(tensors["residual"], x.clone())  # the kernel writes the sum over the update
+    total, y = run(tensors["residual"], x)
     return total, dequantized(y, linear, x.shape[1])
 
 
@@ -66,9 +66,12 @@ def dequantized(found: Any, linear: LinearScheme, K: int) -> Tensor:
     if not spec.group_size:
         return values[:, :K] * found.scale.T
     groups = -(-normal // spec.group_size)
-    scale = found.scale[:groups, :M].T.repeat_interleave(spec.group_size, 1)[:, :normal]
+    units = groups if spec.outer is None else 1  # scales of a token, before that of its outliers
+    scale = found.scale[:units, :M].T
+    if units == groups:
+        scale = scale.repeat_interleave(spec.group_size, 1)[:, :normal]
     whole: Tensor = values[:, :normal] * scale
     if outliers:
         start = groups * spec.group_size
-        whole = torch.cat((whole, values[:, start : start + outliers] * found.scale[groups, :M, None]), 1)
+        whole = torch.cat((whole, values[:, start : start + outliers] * found.scale[units, :M, None]), 1)
     return whole

@@ -1,6 +1,6 @@
 """Which producer kernel a scheme's activation runs with: pure arithmetic, no GPU, no cutlass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import frexp
 from typing import Literal
@@ -9,41 +9,57 @@ import torch
 
 from ..quant.formats import get_format
 from ..quant.rounding import largest_scale
-from ..quant.scales import LARGEST
+from ..quant.scales import LARGEST_DYNAMIC
 from ..quant.schemes import LinearScheme
+
+CHUNK = 8  # columns that a thread reads, rounds and writes together
+GROUP_CHUNKS = 16  # chunks of a group of 128
+SHARED_BYTES = 220 * 1024  # of an SM, for rows
+FEW_TOKENS = 64  # up to so many, a launch is laid out for latency, beyond for bandwidth
 
 
 @dataclass(frozen=True)
 class ProducerConfig:
     """Compile-time choices of one producer kernel.
 
-    source         "norm" (RMSNorm), "add_norm" (of x + residual, which is written back), "silu" or "gelu_tanh"
+    source         "norm" (RMSNorm), "add_norm" (of x + residual, which is written too), "silu" or "gelu_tanh"
                    (act(gate) x up), "plain"
-    rounding       "group": codes in bytes, a scale per 128 columns; "token": codes in bytes, one per row; "small":
-                   code x scale as bfloat16, a scale per `group_size` columns; "none": bfloat16
+    rounding       "group": codes in bytes, a scale per 128 columns; "token": codes in bytes, one per row; "factor":
+                   code x factor of its 128 columns in bytes, one scale per row; "small": code x scale as bfloat16, a
+                   scale per `group_size` columns; "none": bfloat16
     format         of the codes: int3, int4, int8, e2m1 or fp8_e4m3; bf16 without rounding
     ratio          scale = largest magnitude x ratio
-    scale_format   how a scale is stored: fp32, bf16, e4m3 (under a float32 per token) or e8m0
+    scale_format   how a scale is stored: fp32, bf16, uint4 or e4m3 (under a float32 per token) or e8m0
     largest_scale  where scales saturate, so that codes x scale stay finite
     permuted       whether columns are gathered by a permutation
-    outliers       whether INT8 columns under one scale of their own follow
+    rotation       columns of a block of the Hadamard rotation, or 0
+    columns        of a row
+    outliers       INT8 columns at the end of a row, under one scale of their own
     strided        whether rows of the inputs lie further apart than they are long (halves of a fused GEMM's output)
     dtype          of the input: bfloat16, float16 or float32
-    max_columns    shared memory is laid out for so many
+    threads        of a CTA
+    chunks         slots (see `place`) of one thread
+    parts          CTAs of a token
+    ctas_per_sm    so many stay on an SM and take one token after another; 0: one token, as many CTAs as it takes
     """
 
     source: str
-    rounding: Literal["group", "token", "small", "none"]
+    rounding: Literal["group", "token", "factor", "small", "none"]
     format: str
     ratio: float
     scale_format: str
     largest_scale: float
     group_size: int
     permuted: bool
-    outliers: bool
+    rotation: int
+    columns: int
+    outliers: int
     strided: bool
     dtype: str
-    max_columns: int
+    threads: int = 0
+    chunks: int = 0
+    parts: int = 1
+    ctas_per_sm: int = 0
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -54,41 +70,140 @@ class ProducerConfig:
         return self.rounding in ("small", "none")
 
     @property
+    def is_norm(self) -> bool:
+        return self.source in ("norm", "add_norm")
+
+    @property
+    def is_gated(self) -> bool:
+        return self.source in ("silu", "gelu_tanh")
+
+    @property
+    def reads_two(self) -> bool:
+        return self.source not in ("norm", "plain")
+
+    @property
+    def needs_row_max(self) -> bool:
+        """Whether a scale covers the whole row."""
+        return self.rounding in ("token", "factor") or (self.rounding == "small" and self.scale_format == "e4m3")
+
+    @property
+    def clustered(self) -> bool:
+        """Whether the CTAs of a token tell each other what they found in their parts of it."""
+        return self.parts > 1 and (self.needs_row_max or (self.is_norm and not self.permuted))
+
+    @property
+    def reaches_below(self) -> bool:
+        """Whether a value under its scale may lie below the smallest code: not where the clip is mild and codes few."""
+        reach = (1 + 2**-8) / self.ratio  # a bfloat16 scale may be rounded down
+        return not (self.rounding == "group" and self.format != "int8" and reach < 0.5 - self.code_range[0])
+
+    @property
     def outer_ratio(self) -> float:
         """The outer scale is the largest inner scale times this."""
-        return 1.0 / LARGEST[self.scale_format]
+        return 1.0 / LARGEST_DYNAMIC[self.scale_format]
 
     @property
     def exponents(self) -> tuple[int, int]:
         """(the exponent of the format's largest value, the largest exponent of a scale), for e8m0."""
         return frexp(get_format(self.format).max)[1] - 1, frexp(self.largest_scale)[1] - 1
 
+    # Slots: the chunks of the output in order, one after another: normal columns, zeros that fill up the last group,
+    # outliers, zeros that fill up their last unit of 64. Lanes of a warp hold neighbouring slots, and what shares a
+    # scale lies within a warp.
+
+    @property
+    def normal_chunks(self) -> int:
+        return (self.columns - self.outliers) // CHUNK
+
+    @property
+    def groups(self) -> int:
+        return -(-self.normal_chunks // GROUP_CHUNKS)
+
+    @property
+    def filled_chunks(self) -> int:
+        """Normal chunks and the zeros that fill up their last group."""
+        return self.normal_chunks if self.writes_bf16 else self.groups * GROUP_CHUNKS
+
+    @property
+    def outlier_slot(self) -> int:
+        """Slot of the first outlier: more than 128 of them take a warp of their own."""
+        step = 32 if self.outliers > 128 else GROUP_CHUNKS
+        return -(-self.filled_chunks // step) * step if self.outliers else self.filled_chunks
+
+    @property
+    def slots(self) -> int:
+        return self.outlier_slot + -(-self.outliers // 64) * 8
+
+    def slot_columns(self) -> list[int]:
+        """The column (behind the permutation) that each place of the slots holds, `columns` where it holds none."""
+        found = [self.columns] * (self.slots * CHUNK)
+        normal = self.columns - self.outliers
+        found[:normal] = range(normal)
+        start = self.outlier_slot * CHUNK
+        found[start : start + self.outliers] = range(normal, self.columns)
+        return found
+
 
 def producer_config(
-    source: str, linear: LinearScheme, dtype: torch.dtype, K: int, permuted: bool, strided: bool
+    source: str, linear: LinearScheme, dtype: torch.dtype, K: int, permuted: bool, strided: bool, tokens: int
 ) -> ProducerConfig:
-    """The kernel of an activation; `linear` is one that refusals_sm90.py lets pass."""
+    """The kernel of an activation of so many tokens; `linear` is one that refusals_sm90.py lets pass."""
     spec = linear.activation
     make = partial(
         ProducerConfig,
         source=source,
         permuted=permuted,
-        outliers=linear.outliers.count > 0,
+        rotation=0 if linear.rotation is None else linear.rotation.block,
+        columns=K,
+        outliers=linear.outliers.count,
         strided=strided,
         dtype=str(dtype).removeprefix("torch."),
-        max_columns=-(-K // 1024) * 1024,
     )
     if spec is None:
-        return make(rounding="none", format="bf16", ratio=1.0, scale_format="fp32", largest_scale=1.0, group_size=0)
+        config = make(rounding="none", format="bf16", ratio=1.0, scale_format="fp32", largest_scale=1.0, group_size=0)
+        return with_layout(config, tokens)
     fmt = get_format(spec.format)
     levels = (2**fmt.bits - 1) / 2 if spec.scale_rule == "range" else fmt.max
     assert spec.clip != "mse"
     size = spec.group_size or 0
-    return make(
-        rounding="token" if not size else "group" if size == 128 else "small",
+    config = make(
+        rounding="token" if not size else "small" if size != 128 else "factor" if spec.outer else "group",
         format=spec.format,
         ratio=float(spec.clip) if spec.scale_format == "e8m0" else float(spec.clip) / levels,
         scale_format=spec.scale_format,
         largest_scale=largest_scale(fmt),
         group_size=size,
     )
+    return with_layout(config, tokens)
+
+
+def with_layout(config: ProducerConfig, tokens: int) -> ProducerConfig:
+    """The config with threads, chunks and parts for so many tokens; docs/kernels/producers.md has the measurements."""
+    few = tokens <= FEW_TOKENS
+    if config.permuted and not config.needs_row_max:
+        # every CTA reads the whole row, which costs nothing while there are SMs to spare
+        return lay_out(config, 256, 1) if few else lay_out(config, 256, 2, stays=True)
+    if config.permuted or config.is_norm or config.needs_row_max:
+        # meeting in a cluster costs half a microsecond: only where one CTA would be at work for longer
+        if few and config.slots > 1024:
+            return lay_out(config, 256, 1)
+        threads = 256 if config.slots <= 1024 else 1024
+        return lay_out(config, threads, 2, most_parts=1, stays=not few and config.source == "norm")
+    return lay_out(config, 128, 1) if few else lay_out(config, 256, 2)
+
+
+def lay_out(
+    config: ProducerConfig, threads: int, chunks: int, most_parts: int = 8, stays: bool = False
+) -> ProducerConfig:
+    """About so many threads of so many chunks each, over as many CTAs as a token takes; more chunks if they must."""
+    if not (config.permuted or config.is_norm or config.needs_row_max):
+        most_parts = config.slots  # they have nothing to do with each other
+    parts = min(-(-config.slots // (threads * chunks)), most_parts)
+    while -(-config.slots // (parts * chunks)) > 1024:
+        chunks += 1
+    threads = -(-config.slots // (parts * chunks * 32)) * 32
+    ctas_per_sm = min(max(1, (768 if config.permuted else 1024) // threads), 12) if stays else 0
+    if config.permuted:  # two rows each
+        row_bytes = config.columns * (4 if config.dtype == "float32" else 2)
+        ctas_per_sm = min(ctas_per_sm, SHARED_BYTES // (2 * row_bytes))
+    return replace(config, threads=threads, chunks=chunks, parts=parts, ctas_per_sm=ctas_per_sm)

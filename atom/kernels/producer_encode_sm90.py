@@ -12,21 +12,24 @@ from .dsl.arithmetic import (
     from_bits,
     pack_e4m3x2,
     reciprocal,
+    reciprocal_of_normal,
     round_to_e4m3,
-    round_to_int,
     round_to_whole,
 )
 from .dsl.memory import pack_bf16x2
-from .producer_config import ProducerConfig
+from .dsl.tensor_core import pick_bytes
+from .producer_config import CHUNK, ProducerConfig
+
+TO_WHOLE = 12582912.0  # 1.5 * 2^23: a float32 added to it is rounded to a whole number, ties to even, in its low bits
 
 
 class ProducerEncode:
-    """From values to scales and codes; the kernel class adds the rest."""
+    """From the values of a chunk to scales and words; the kernel class adds the rest."""
 
     config: ProducerConfig
 
     @cute.jit
-    def scale(self, largest, ratio: cutlass.Constexpr, bf16: cutlass.Constexpr):
+    def scale(self, largest, ratio, bf16: cutlass.Constexpr):
         """Maximum x ratio, 1 for a zero maximum, on the storage format's grid."""
         raw = cute.arch.fmin(largest * Float32(ratio), Float32(self.config.largest_scale))
         if raw <= Float32(0.0):
@@ -69,35 +72,57 @@ class ProducerEncode:
         return found
 
     @cute.jit
-    def group_max(self, x):
-        """The largest value of the lanes that share a small group."""
-        for offset in (1, 2, 4)[: 2 if self.config.group_size == 16 else 3]:
-            x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=offset))
-        return x
+    def factor_scale(self, largest, inverse_outer):
+        """The whole number from 1 to 15 that scales a group of 128 under the outer scale."""
+        config = self.config
+        raw = cute.arch.fmin(largest * Float32(config.ratio), Float32(config.largest_scale))
+        return cute.arch.fmin(cute.arch.fmax(round_to_whole(raw * inverse_outer), Float32(1.0)), Float32(15.0))
 
     @cute.jit
-    def encode(self, value, scale, qmin: cutlass.Constexpr, qmax: cutlass.Constexpr, mQ, token, word):
-        """Four values as whole numbers in the bytes of a word."""
-        inverse = reciprocal(scale)
-        packed = Uint32(0)
-        for e in cutlass.range_constexpr(4):
+    def encode_factored(self, value, factor, effective, qmin, qmax, words):
+        """A chunk's values as whole numbers times their group's factor in bytes, four to a word."""
+        inverse = reciprocal_of_normal(effective)
+        bits = []
+        for e in cutlass.range_constexpr(CHUNK):
             scaled = cute.arch.fmin(cute.arch.fmax(value[e] * inverse, Float32(qmin)), Float32(qmax))
-            packed = packed | ((round_to_int(scaled) & Uint32(255)) << (8 * e))
-        mQ[token, word] = Int32(packed)
+            whole = (scaled + Float32(TO_WHOLE)) - Float32(TO_WHOLE)
+            bits.append(as_bits(whole * factor + Float32(TO_WHOLE)))
+        self.pack(bits, words)
 
     @cute.jit
-    def encode_e4m3(self, value, scale, mQ, token, word):
-        """Four values as E4M3, saturating."""
-        inverse = reciprocal(scale)
-        low = pack_e4m3x2(value[0] * inverse, value[1] * inverse)
-        high = pack_e4m3x2(value[2] * inverse, value[3] * inverse)
-        mQ[token, word] = Int32(low | (high << 16))
+    def encode(self, value, scale, qmin, qmax, words):
+        """A chunk's values as whole numbers in bytes, four to a word."""
+        inverse = reciprocal_of_normal(scale)
+        bits = []
+        for e in cutlass.range_constexpr(CHUNK):
+            scaled = cute.arch.fmin(value[e] * inverse, Float32(qmax))
+            if cutlass.const_expr(self.config.reaches_below):
+                scaled = cute.arch.fmax(scaled, Float32(qmin))
+            bits.append(as_bits(scaled + Float32(TO_WHOLE)))
+        self.pack(bits, words)
+
+    @cute.jit
+    def pack(self, bits, words):
+        """The low bytes of eight words in two."""
+        for w in cutlass.range_constexpr(2):
+            low = pick_bytes(bits[4 * w], bits[4 * w + 1], Uint32(0x0040))
+            high = pick_bytes(bits[4 * w + 2], bits[4 * w + 3], Uint32(0x0040))
+            words[w] = Int32(pick_bytes(low, high, Uint32(0x5410)))
+
+    @cute.jit
+    def encode_e4m3(self, value, scale, words):
+        """A chunk's values as E4M3, saturating, four to a word."""
+        inverse = reciprocal_of_normal(scale)
+        for w in cutlass.range_constexpr(2):
+            low = pack_e4m3x2(value[4 * w] * inverse, value[4 * w + 1] * inverse)
+            high = pack_e4m3x2(value[4 * w + 2] * inverse, value[4 * w + 3] * inverse)
+            words[w] = Int32(low | (high << 16))
 
     @cute.jit
     def round_small(self, value, scale, effective):
-        """Four values on the grid of E2M1 or INT4, times the scale of their small group: exact in bfloat16."""
+        """A chunk's values on the grid of E2M1 or INT4, times the scale of their small group: exact in bfloat16."""
         inverse = reciprocal(effective)
-        for e in cutlass.range_constexpr(4):
+        for e in cutlass.range_constexpr(CHUNK):
             scaled = value[e] * inverse
             if cutlass.const_expr(self.config.format == "e2m1"):
                 scaled = cute.arch.fmin(cute.arch.fmax(scaled, Float32(-6.0)), Float32(6.0))
@@ -117,10 +142,7 @@ class ProducerEncode:
                 value[e] = cute.arch.fmin(cute.arch.fmax(whole, Float32(qmin)), Float32(qmax)) * scale
 
     @cute.jit
-    def store_bf16(self, value, mQ, token, column):
-        """Four values as bfloat16, two words."""
-        words = cute.make_rmem_tensor((2,), Int32)
-        words[0] = Int32(pack_bf16x2(value[0], value[1]))
-        words[1] = Int32(pack_bf16x2(value[2], value[3]))
-        at = mQ.iterator + (cutlass.Int64(token) * mQ.shape[1] + column // 2)
-        cute.autovec_copy(words, cute.make_tensor(at.align(8), cute.make_layout(2)))
+    def encode_bf16(self, value, words):
+        """A chunk's values as bfloat16, two to a word."""
+        for w in cutlass.range_constexpr(CHUNK // 2):
+            words[w] = Int32(pack_bf16x2(value[2 * w], value[2 * w + 1]))

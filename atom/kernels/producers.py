@@ -1,7 +1,8 @@
 """Producers as implementations of the ops rms_norm_quantize, gated_quantize and permute_quantize on sm_90.
 
 They write what gemm.py reads: codes in bytes [T, columns] (each group padded to 128 columns, outliers to 64) or
-bfloat16 values [T, K], and float32 scales, [units, T padded to 16] by group or [1, T] by token.
+bfloat16 values [T, K], and float32 scales: [units, T padded to 16] by group, [1, T] by token, or [2, T] by token with
+outliers under one of their own.
 """
 
 from collections.abc import Callable
@@ -16,30 +17,35 @@ from ..quant.schemes import LinearScheme
 from .activation import Activation, QuantizedActivation
 from .cache import kernel_key, kernel_path, load_kernel
 from .gemm import ARCH, activation_columns, takes_bf16, token_scales
-from .producer_config import ProducerConfig, producer_config
+from .producer_config import FEW_TOKENS, ProducerConfig, producer_config
 
 HERE = Path(__file__).parent
 SOURCES = tuple(
     HERE / name
     for name in (
         "producers_sm90.py",
+        "producer_rows_sm90.py",
         "producer_encode_sm90.py",
         "producer_config.py",
         "dsl/arithmetic.py",
         "dsl/memory.py",
+        "dsl/tensor_core.py",
     )
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one launch of a producer needs to know, found out once for a dtype and width.
+    """What one launch of a producer needs to know, found out once for a dtype, a width and a range of token counts.
 
-    words   32-bit words of a row of codes
-    dtype   of the codes as the GEMM takes them
-    scales  "group", "token" or "none", see gemm.token_scales
-    units   along K
-    normal  columns before the outliers
+    words    32-bit words of a row of codes
+    dtype    of the codes as the GEMM takes them
+    scales   "group", "token" or "none", see gemm.token_scales
+    units    along K
+    gain     of the norm in the order of the kernel's slots (producer_config.py), or anything
+    columns  that the slots hold, behind the permutation, or anything
+    limit    CTAs that fit the GPU at a time
+    outliers whether a scale of them follows that of the token
     """
 
     kernel: Any
@@ -47,12 +53,15 @@ class Plan:
     dtype: torch.dtype
     scales: str
     units: int
-    normal: int
+    gain: Tensor
+    columns: Tensor
+    limit: int
+    outliers: bool
 
     def scales_shape(self, tokens: int) -> tuple[int, int]:
         if self.scales == "group":
             return self.units, -(-tokens // 16) * 16
-        return (1, tokens) if self.scales == "token" else (1, 1)
+        return (1 + self.outliers, tokens) if self.scales == "token" else (1, 1)
 
 
 class QuantizingProducer:
@@ -64,7 +73,7 @@ class QuantizingProducer:
         self.perm = None if perm is None else perm.to(torch.int32).contiguous()
         self.gain = None if gain is None else gain.float().contiguous()
         self.eps = eps
-        self.plans: dict[tuple[torch.dtype, int, bool], Plan] = {}
+        self.plans: dict[tuple[torch.dtype, int, bool, bool], Plan] = {}
 
     @property
     def features(self) -> int:
@@ -72,42 +81,65 @@ class QuantizingProducer:
         known = self.gain if self.gain is not None else self.perm
         return 0 if known is None else known.numel()
 
-    def config(self, dtype: torch.dtype, K: int, strided: bool = False) -> ProducerConfig:
-        return producer_config(self.source, self.linear, dtype, K, self.perm is not None, strided)
+    def config(self, dtype: torch.dtype, K: int, strided: bool = False, tokens: int = 1) -> ProducerConfig:
+        return producer_config(self.source, self.linear, dtype, K, self.perm is not None, strided, tokens)
+
+    def configs(self, dtype: torch.dtype, K: int, strided: bool = False) -> set[ProducerConfig]:
+        """Every kernel that any number of tokens runs with."""
+        return {self.config(dtype, K, strided, tokens) for tokens in (1, FEW_TOKENS + 1)}
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> QuantizedActivation:
-        """x [T, K] -> codes and scales, as atom/kernels/gemm.py takes them.
+        """x [T, K], other (up) [T, K] -> codes and scales, as atom/kernels/gemm.py takes them."""
+        return self.run(x, other, None)
 
-        x      what is rounded, or the gate, or what is added to the residual, and is overwritten with their sum
-        other  up, or the residual
-        """
+    def run(self, x: Tensor, other: Tensor | None, total: Tensor | None) -> QuantizedActivation:
+        """What __call__ returns; `other` may also be the residual, and `total` [T, K] then takes the sum."""
         strided = not (x.is_contiguous() and (other is None or other.is_contiguous()))
         if strided and self.source not in ("silu", "gelu_tanh"):
             x, other, strided = x.contiguous(), None if other is None else other.contiguous(), False
         tokens, K = x.shape
-        key = (x.dtype, K, strided)
+        key = (x.dtype, K, strided, tokens <= FEW_TOKENS)
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plans[key] = self.plan(*key)
+            plan = self.plans[key] = self.plan(x.dtype, K, strided, tokens, x.device)
         words = torch.empty((tokens, plan.words), dtype=torch.int32, device=x.device)
         scales = torch.empty(plan.scales_shape(tokens), dtype=torch.float32, device=x.device)
         if tokens:
-            gain = scales.view(-1) if self.gain is None else self.gain
-            perm = words.view(-1) if self.perm is None else self.perm
-            plan.kernel(x, x if other is None else other, gain, perm, words, scales, plan.normal, self.eps)
+            other, total = x if other is None else other, x if total is None else total
+            plan.kernel(x, other, total, plan.gain, plan.columns, words, scales, self.eps, plan.limit)
         return QuantizedActivation(words.view(plan.dtype), scales)
 
-    def plan(self, dtype: torch.dtype, K: int, strided: bool) -> Plan:
-        columns, _, units = activation_columns(self.linear, K)
+    def plan(self, dtype: torch.dtype, K: int, strided: bool, tokens: int, device: torch.device) -> Plan:
+        width, _, units = activation_columns(self.linear, K)
         is_bf16 = self.linear.weight is None or takes_bf16(self.linear)
+        config = self.config(dtype, K, strided, tokens)
+        gain, columns = self.in_slots(config, device)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         return Plan(
-            kernel=producer_kernel(self.config(dtype, K, strided)),
-            words=K // 2 if is_bf16 else columns // 4,
+            kernel=producer_kernel(config),
+            words=K // 2 if is_bf16 else width // 4,
             dtype=torch.bfloat16 if is_bf16 else torch.int8,
             scales=token_scales(self.linear),
             units=units,
-            normal=K - self.linear.outliers.count,
+            gain=gain,
+            columns=columns,
+            limit=multiprocessors * config.ctas_per_sm,
+            outliers=config.outliers > 0,
         )
+
+    def in_slots(self, config: ProducerConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(gain, columns) in the order of a kernel's slots, one word where there is none."""
+        K = config.columns
+        gain, columns = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+        if self.gain is None and self.perm is None:
+            return gain, columns
+        held = torch.tensor(config.slot_columns(), device=device)
+        if self.perm is not None:
+            held = torch.cat((self.perm, self.perm.new_tensor([K])))[held]
+            columns = held
+        if self.gain is not None:
+            gain = torch.cat((self.gain, self.gain.new_zeros(1)))[held.long()]
+        return gain, columns
 
 
 def producer_kernel(config: ProducerConfig) -> Any:
@@ -135,13 +167,13 @@ def build_rms_norm_quantize(
 
 @dataclass(frozen=True)
 class AddingProducer:
-    """(residual, update) -> (their sum, quantize(rms_norm(sum)[:, perm])); the sum takes the place of the update."""
+    """(residual, update) -> (their sum, quantize(rms_norm(sum)[:, perm]))."""
 
     producer: QuantizingProducer
 
     def __call__(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Activation]:
-        total = update.contiguous()
-        return total, self.producer(total, residual)
+        total = torch.empty_like(residual, memory_format=torch.contiguous_format)
+        return total, self.producer.run(update, residual, total)
 
 
 def build_add_rms_norm_quantize(

@@ -1,228 +1,333 @@
 # ruff: noqa: SIM102  (an `if` of the compiler around one of the GPU is not one condition)
 """Producers of quantized activations on Hopper (sm_90a), in CuTe DSL: ([add] RMSNorm | gate x up | plain) -> codes.
 
-One CTA takes one token: it reads the row once into shared memory as float32 (residual add, squared sum or gated
-product on the way), then each warp gathers groups of 128 columns in permuted order, finds their maximum, and writes
-codes and scales, or bfloat16 values, in the layout that `gemm_sm90.py` reads. The rounding stands in
-producer_encode_sm90.py.
+A thread holds a few chunks of 8 columns of a token from the load to the store. Few tokens: a CTA or more for each, laid
+out for the shortest way. Many tokens: CTAs that stay, the next token's row on its way while one is rounded. What
+happens to a row before it is rounded stands in producer_rows_sm90.py, the rounding in producer_encode_sm90.py.
 """
+
+from typing import Any
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils as utils
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, cute
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from .dsl.arithmetic import reciprocal, warp_max, warp_sum
-from .producer_config import ProducerConfig
+from .dsl.arithmetic import max_over_lanes, reciprocal_of_normal, reciprocal_root
+from .dsl.packed_floats import BYTES
+from .dsl.wide_access import load_floats, load_words, store_words
+from .producer_config import CHUNK, GROUP_CHUNKS, ProducerConfig
 from .producer_encode_sm90 import ProducerEncode
+from .producer_rows_sm90 import ProducerRows
 
-THREADS = 256
 DTYPES = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32}
 
 
-class Producer(ProducerEncode):
+class Producer(ProducerRows, ProducerEncode):
     """The compile-time choices of one kernel; see ProducerConfig."""
 
     def __init__(self, config: ProducerConfig) -> None:
         self.config = config
-        self.is_norm = config.source in ("norm", "add_norm")
-        self.warps = THREADS // 32
+        self.warps = config.threads // 32
+        held = config.threads * config.chunks * config.parts
+        assert held >= config.slots and config.threads % 32 == 0
+        assert config.parts <= 8 or not config.clustered
+        read = -(-config.columns // CHUNK)
+        self.reads = -(-read // config.threads) if config.permuted else config.chunks
+        self.is_full = (
+            read == self.reads * config.threads if config.permuted else held == config.slots == read
+        )  # no thread reads past a row
+        self.fills = held == config.slots == config.outlier_slot + config.outliers // CHUNK == config.columns // CHUNK
+        self.size = BYTES[config.dtype]
+        self.words = CHUNK * self.size // 4  # of a chunk
+        self.buffers = 2 if config.ctas_per_sm else 1
+        self.row = config.columns + CHUNK  # of shared memory, the last chunk zeros
+        self.room = -(-self.warps * config.parts // 4) * 4  # for what the warps found
 
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,  # [M, K] input, or the gate, or what is added to the residual, and then their sum
+        mX: cute.Tensor,  # [M, K] input, or the gate, or what is added to the residual
         mU: cute.Tensor,  # [M, K] up where the source is gated, the residual where it adds, else any
-        mG: cute.Tensor,  # [K] float32 gain of the norm, else any
-        mP: cute.Tensor,  # [K] int32 permutation, else any
+        mT: cute.Tensor,  # [M, K] their sum where the source adds, else as mX
+        mG: cute.Tensor,  # [slots x 8] float32 gain of the norm in the order of slots, zero where there is no column
+        mP: cute.Tensor,  # [slots x 8] int32 the columns in the order of slots, K where there is none
         mQ: cute.Tensor,  # [M, words] int32: codes, four to a word, or bfloat16, two to a word
         mS: cute.Tensor,  # float32 [units, padded M] (group), [1, M] (token, or small under an outer scale), else any
-        normal: Int32,  # columns before the outliers
         eps: Float32,
+        limit: Int32,  # CTAs that fit the GPU at a time, where they stay
         stream: cuda.CUstream,
     ):
-        self.kernel(mX, mU, mG, mP, mQ, mS, normal, eps).launch(
-            grid=(mX.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
+        config = self.config
+        ctas = mX.shape[0]
+        if cutlass.const_expr(config.ctas_per_sm > 0):
+            ctas = cutlass.min(ctas, limit // config.parts)
+        self.kernel(mX, mU, mT, mG, mP, mQ, mS, eps).launch(
+            grid=(ctas * config.parts, 1, 1),
+            block=(config.threads, 1, 1),
+            cluster=(config.parts if config.clustered else 1, 1, 1),
+            stream=stream,
+            use_pdl=True,
+            min_blocks_per_mp=config.ctas_per_sm,
+            preferred_smem_carveout=100,  # as the GEMM's: an SM need not be emptied to be divided anew
         )
 
     @cute.kernel
-    def kernel(self, mX: cute.Tensor, mU: cute.Tensor, mG: cute.Tensor, mP: cute.Tensor, mQ: cute.Tensor,
-               mS: cute.Tensor, normal: Int32, eps: Float32):  # fmt: skip
+    def kernel(self, mX: cute.Tensor, mU: cute.Tensor, mT: cute.Tensor, mG: cute.Tensor, mP: cute.Tensor,
+               mQ: cute.Tensor, mS: cute.Tensor, eps: Float32):  # fmt: skip
         config = self.config
         tid, _, _ = cute.arch.thread_idx()
-        token, _, _ = cute.arch.block_idx()
-        warp = tid // 32
-        lane = tid % 32
-        K = mX.shape[1]
+        cta, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        rank = cta % config.parts
+        first = cta // config.parts
+        step = ctas // config.parts
+        M = mX.shape[0]
+        dtype = mX.element_type
         smem = utils.SmemAllocator()
-        sV = smem.allocate_tensor(Float32, cute.make_layout(config.max_columns), byte_alignment=16)
-        sR = smem.allocate_tensor(Float32, cute.make_layout(2 * self.warps), byte_alignment=16)
+        sV: Any = None
+        if cutlass.const_expr(config.permuted):
+            sV = smem.allocate_tensor(dtype, cute.make_layout(self.buffers * self.row), byte_alignment=16)
+        sR = smem.allocate_tensor(Float32, cute.make_layout(2 * self.buffers * self.room), byte_alignment=16)
+        if cutlass.const_expr(config.clustered):
+            cute.arch.cluster_arrive_relaxed()
         cute.arch.griddepcontrol_launch_dependents()
+
+        # What does not depend on the launch before this one: columns and gains of this thread's slots.
+        rI = cute.make_rmem_tensor((CHUNK, config.chunks), Int32)
+        rG = cute.make_rmem_tensor((CHUNK, config.chunks), Float32)
+        rI.fill(config.columns)
+        rG.fill(0.0)
+        for j in cutlass.range_constexpr(config.chunks):
+            slot = (rank * config.chunks + j) * config.threads + tid
+            self.load_constants(mG, mP, sV, rI, rG, j, slot)
+        if cutlass.const_expr(config.permuted):
+            if tid < self.buffers * CHUNK:
+                sV[tid // CHUNK * self.row + config.columns + tid % CHUNK] = dtype(0.0)
+        rX = cute.make_rmem_tensor((self.words, self.reads), Uint32)
+        rU = cute.make_rmem_tensor((self.words, self.reads if config.reads_two else 1), Uint32)
+        rX.fill(0)
+        rU.fill(0)
         cute.arch.griddepcontrol_wait()
 
-        squares = self.read(mX, mU, sV, token, tid, K)
-        factor = Float32(1.0)
-        if cutlass.const_expr(self.is_norm):
-            squares = warp_sum(squares)
-            if lane == 0:
-                sR[warp] = squares
-        cute.arch.sync_threads()
-        if cutlass.const_expr(self.is_norm):
-            total = Float32(0.0)
-            for w in cutlass.range_constexpr(self.warps):
-                total = total + sR[w]
-            factor = cute.math.rsqrt(total / Float32(K) + eps)
+        self.load(mX, mU, rX, rU, first, tid, rank)
+        if cutlass.const_expr(config.clustered):
+            cute.arch.cluster_wait()  # the others have begun: their shared memory may be written
+        if cutlass.const_expr(config.ctas_per_sm > 0):
+            for pair in cutlass.range(first, M, 2 * step, unroll=1):
+                for buffer in cutlass.range_constexpr(2):
+                    token = pair + buffer * step
+                    if token < M:
+                        self.token(
+                            mX, mU, mT, mQ, mS, sV, sR, rI, rG, rX, rU, eps, buffer, token, token + step, tid, rank
+                        )
+        else:
+            self.token(mX, mU, mT, mQ, mS, sV, sR, rI, rG, rX, rU, eps, 0, first, M, tid, rank)
 
-        groups = (normal + 127) // 128
-        value = cute.make_rmem_tensor((4,), Float32)
-        if cutlass.const_expr(config.rounding == "group"):
-            for g in cutlass.range(warp, groups, self.warps, unroll=1):
-                largest = self.gather(sV, mG, mP, value, 128 * g + 4 * lane, normal, factor)
-                scale = self.scale(warp_max(largest), config.ratio, config.scale_format == "bf16")
-                self.encode(value, scale, *config.code_range, mQ, token, 32 * g + lane)
-                if lane == 0:
-                    mS[g, token] = scale
-        elif cutlass.const_expr(config.rounding == "token"):
-            largest = self.largest_of_row(sV, sR, mG, mP, value, tid, groups, normal, factor)
-            scale = self.scale(largest, config.ratio, config.scale_format == "bf16")
-            for g in cutlass.range(warp, groups, self.warps, unroll=1):
-                self.gather(sV, mG, mP, value, 128 * g + 4 * lane, normal, factor)
-                if cutlass.const_expr(config.format == "fp8_e4m3"):
-                    self.encode_e4m3(value, scale, mQ, token, 32 * g + lane)
+    @cute.jit
+    def load_constants(self, mG, mP, sV, rI, rG, j: cutlass.Constexpr, slot):
+        """Addresses in shared memory and gains of one slot."""
+        config = self.config
+        there = slot < config.slots
+        if there:
+            for half in cutlass.range_constexpr(2):
+                at = 4 * (slot * CHUNK + 4 * half)
+                if cutlass.const_expr(config.permuted):
+                    columns = load_words(mP.iterator.toint() + at)
+                    for e in cutlass.range_constexpr(4):
+                        rI[4 * half + e, j] = Int32(columns[e])
+                if cutlass.const_expr(config.is_norm):
+                    gains = load_floats(mG.iterator.toint() + at)
+                    for e in cutlass.range_constexpr(4):
+                        rG[4 * half + e, j] = gains[e]
+        if cutlass.const_expr(config.permuted):
+            for e in cutlass.range_constexpr(CHUNK):
+                rI[e, j] = sV.iterator.toint() + self.size * rI[e, j]
+
+    @cute.jit
+    def token(self, mX, mU, mT, mQ, mS, sV, sR, rI, rG, rX, rU, eps, buffer: cutlass.Constexpr, token, following, tid,
+              rank):  # fmt: skip
+        """One token from what rX and rU hold of it to its codes; what they hold of the following one is asked for."""
+        config = self.config
+        values = [cute.make_rmem_tensor((CHUNK,), Float32) for _ in range(config.chunks)]
+        squares = Float32(0.0)
+        for j in cutlass.range_constexpr(self.reads):
+            value = values[j if not config.permuted else 0]
+            self.combine(rX, rU, value, j)
+            if cutlass.const_expr(config.is_norm):
+                for e in cutlass.range_constexpr(CHUNK):
+                    squares = squares + value[e] * value[e]
+            if cutlass.const_expr(config.permuted):
+                self.share(sV, rX, buffer * self.row * self.size, j, tid, rank)
+        if cutlass.const_expr(config.source == "add_norm"):
+            self.store_sum(mT, rX, token, tid, rank)
+        if cutlass.const_expr(config.ctas_per_sm > 0):
+            if following < mX.shape[0]:
+                self.load(mX, mU, rX, rU, following, tid, rank)
+
+        room = 2 * buffer * self.room
+        factor = Float32(1.0)
+        if cutlass.const_expr(config.is_norm):
+            total = self.over_row(sR, room, squares, True, tid, rank, config.permuted)
+            factor = reciprocal_root(total / Float32(config.columns) + eps)
+        elif cutlass.const_expr(config.permuted):
+            cute.arch.sync_threads()
+
+        largest = [Float32(0.0) for _ in range(config.chunks)]
+        of_row = Float32(0.0)
+        for j in cutlass.range_constexpr(config.chunks):
+            slot = (rank * config.chunks + j) * config.threads + tid
+            if cutlass.const_expr(config.permuted):
+                self.gather(rI, buffer * self.row * self.size, values[j], j)
+            if cutlass.const_expr(config.is_norm):
+                for e in cutlass.range_constexpr(CHUNK):
+                    values[j][e] = values[j][e] * factor * rG[e, j]
+            if cutlass.const_expr(config.rotation > 0):
+                self.rotate(values[j], slot)
+            if cutlass.const_expr(config.rounding != "none"):
+                largest[j] = self.largest(values[j])
+                if cutlass.const_expr(config.outliers == 0):
+                    of_row = cute.arch.fmax(of_row, largest[j])
                 else:
-                    self.encode(value, scale, *config.code_range, mQ, token, 32 * g + lane)
-            if tid == 0:
+                    if slot < config.outlier_slot:
+                        of_row = cute.arch.fmax(of_row, largest[j])
+        if cutlass.const_expr(config.needs_row_max):
+            of_row = self.over_row(sR, room + self.room, of_row, False, tid, rank, False)
+        for j in cutlass.range_constexpr(config.chunks):
+            slot = (rank * config.chunks + j) * config.threads + tid
+            self.write(mQ, mS, values[j], largest[j], of_row, token, slot)
+
+    @cute.jit
+    def write(self, mQ, mS, value, largest, of_row, token, slot):
+        """Round one chunk and store it, and its scale where it is the first under it."""
+        config = self.config
+        words = cute.make_rmem_tensor((CHUNK // 2 if config.writes_bf16 else 2,), Int32)
+        is_bf16 = config.scale_format == "bf16"
+        if cutlass.const_expr(config.rounding == "group"):
+            self.round_group(mS, value, largest, words, token, slot)
+        elif cutlass.const_expr(config.rounding == "factor"):
+            self.round_factored(mS, value, largest, of_row, words, token, slot)
+        elif cutlass.const_expr(config.rounding == "token"):
+            scale = self.scale(of_row, config.ratio, is_bf16)
+            if cutlass.const_expr(config.format == "fp8_e4m3"):
+                self.encode_e4m3(value, scale, words)
+            else:
+                self.encode(value, scale, *config.code_range, words)
+            if slot == 0:
                 mS[0, token] = scale
         else:
-            outer = Float32(1.0)
-            if cutlass.const_expr(config.scale_format == "e4m3"):
-                outer = self.outer_scale(self.largest_of_row(sV, sR, mG, mP, value, tid, groups, normal, factor))
-                if tid == 0:
-                    mS[0, token] = outer
-            inverse_outer = reciprocal(outer)
-            for g in cutlass.range(warp, groups, self.warps, unroll=1):
-                column = 128 * g + 4 * lane
-                largest = self.gather(sV, mG, mP, value, column, normal, factor)
-                if cutlass.const_expr(config.rounding == "small"):
-                    scale = self.small_scale(self.group_max(largest), inverse_outer)
-                    self.round_small(value, scale, scale * outer)
-                if column < normal:
-                    self.store_bf16(value, mQ, token, column)
-        if cutlass.const_expr(config.outliers):
-            if warp == self.warps - 1:
-                self.outliers(sV, mG, mP, mQ, mS, value, lane, token, normal, K, groups, factor)
+            if cutlass.const_expr(config.rounding == "small"):
+                outer = Float32(1.0)
+                if cutlass.const_expr(config.scale_format == "e4m3"):
+                    outer = self.outer_scale(of_row)
+                    if slot == 0:
+                        mS[0, token] = outer
+                scale = self.small_scale(
+                    max_over_lanes(largest, config.group_size // CHUNK), reciprocal_of_normal(outer)
+                )
+                self.round_small(value, scale, scale * outer)
+            self.encode_bf16(value, words)
+        chunk = slot
+        there = slot < config.slots
+        if cutlass.const_expr(config.outlier_slot > config.filled_chunks):
+            there = there and (slot < config.filled_chunks or slot >= config.outlier_slot)
+            if slot >= config.outlier_slot:
+                chunk = slot - (config.outlier_slot - config.filled_chunks)
+        each = 4 if config.writes_bf16 else 2
+        length = (config.slots - config.outlier_slot + config.filled_chunks) * each
+        at = mQ.iterator.toint() + (Int64(token) * length + chunk * each) * 4
+        if cutlass.const_expr(self.fills):
+            store_words(at, [words[w] for w in range(each)])
+        else:
+            if there:
+                store_words(at, [words[w] for w in range(each)])
 
     @cute.jit
-    def largest_of_row(self, sV, sR, mG, mP, value, tid, groups, normal, factor):
-        """The largest magnitude of the normal columns, in every thread."""
-        warp = tid // 32
-        lane = tid % 32
-        largest = Float32(0.0)
-        for g in cutlass.range(warp, groups, self.warps, unroll=1):
-            largest = cute.arch.fmax(largest, self.gather(sV, mG, mP, value, 128 * g + 4 * lane, normal, factor))
-        largest = warp_max(largest)
-        if lane == 0:
-            sR[self.warps + warp] = largest
-        cute.arch.sync_threads()
-        for w in cutlass.range_constexpr(self.warps):
-            largest = cute.arch.fmax(largest, sR[self.warps + w])
+    def round_group(self, mS, value, largest, words, token, slot):
+        """A chunk under the scale of its 128 columns, or of the outliers."""
+        config = self.config
+        largest = self.unit_max(largest, slot)
+        qmin, qmax, ratio = self.unit_range(slot)
+        unit = slot // GROUP_CHUNKS
+        begins = slot % GROUP_CHUNKS == 0 and slot < config.filled_chunks
+        if cutlass.const_expr(config.outliers > 0):
+            if slot >= config.outlier_slot:
+                unit = config.groups + (slot - config.outlier_slot) // 8
+                begins = slot % 8 == 0 and slot < config.slots
+        scale = self.scale(largest, ratio, config.scale_format == "bf16")
+        self.encode(value, scale, qmin, qmax, words)
+        if begins:
+            mS[unit, token] = scale
+
+    @cute.jit
+    def round_factored(self, mS, value, largest, of_row, words, token, slot):
+        """A chunk under its group's factor and the token's scale, or under the scale of the outliers."""
+        config = self.config
+        outer = self.outer_scale(of_row)
+        largest = self.unit_max(largest, slot)
+        qmin, qmax, _ = self.unit_range(slot)
+        factor = self.factor_scale(largest, reciprocal_of_normal(outer))
+        effective = factor * outer
+        if slot == 0:
+            mS[0, token] = outer
+        if cutlass.const_expr(config.outliers > 0):
+            if slot >= config.outlier_slot:
+                factor = Float32(1.0)
+                effective = self.scale(largest, 1.0 / 127.0, True)
+                if slot == config.outlier_slot:
+                    mS[1, token] = effective
+        self.encode_factored(value, factor, effective, qmin, qmax, words)
+
+    @cute.jit
+    def unit_max(self, largest, slot):
+        """The largest magnitude of the group of 128 that a slot belongs to, or of the outliers."""
+        config = self.config
+        largest = max_over_lanes(largest, GROUP_CHUNKS)
+        if cutlass.const_expr(config.outliers > 128):
+            both = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=16))
+            if slot >= config.outlier_slot:
+                largest = both
         return largest
 
     @cute.jit
-    def read(self, mX, mU, sV, token, tid, K):
-        """The row as float32 into shared memory; returns this thread's sum of squares."""
+    def unit_range(self, slot):
+        """(smallest code, largest code, ratio of scale to maximum) of a slot's group, or of the outliers."""
         config = self.config
-        dtype = mX.element_type
-        squares = Float32(0.0)
-        for i in cutlass.range(tid, K // 8, THREADS, unroll=1):
-            at = Int64(token) * K + 8 * i
-            if cutlass.const_expr(config.strided):
-                at = Int64(token) * mX.stride[0] + 8 * i
-            x = cute.make_rmem_tensor((8,), dtype)
-            cute.autovec_copy(cute.make_tensor((mX.iterator + at).align(16), cute.make_layout(8)), x)
-            v = cute.make_rmem_tensor((8,), Float32)
-            v.store(x.load().to(Float32))
-            if cutlass.const_expr(config.source in ("silu", "gelu_tanh")):
-                u = cute.make_rmem_tensor((8,), dtype)
-                cute.autovec_copy(cute.make_tensor((mU.iterator + at).align(16), cute.make_layout(8)), u)
-                for e in cutlass.range_constexpr(8):
-                    v[e] = self.activate(v[e]) * Float32(u[e])
-            if cutlass.const_expr(config.source == "add_norm"):
-                old = cute.make_rmem_tensor((8,), dtype)
-                cute.autovec_copy(cute.make_tensor((mU.iterator + at).align(16), cute.make_layout(8)), old)
-                for e in cutlass.range_constexpr(8):
-                    x[e] = dtype(Float32(old[e]) + v[e])  # rounded as the residual stream is stored
-                    v[e] = Float32(x[e])
-                cute.autovec_copy(x, cute.make_tensor((mX.iterator + at).align(16), cute.make_layout(8)))
-            for e in cutlass.range_constexpr(8):
-                squares = squares + v[e] * v[e]
-            cute.autovec_copy(v, cute.make_tensor((sV.iterator + 8 * i).align(16), cute.make_layout(8)))
-        return squares
-
-    @cute.jit
-    def activate(self, x):
-        if cutlass.const_expr(self.config.source == "silu"):
-            return x / (Float32(1.0) + cute.math.exp(-x))
-        inner = Float32(0.7978845608028654) * (x + Float32(0.044715) * x * x * x)
-        # tanh(a) = 1 - 2 / (1 + exp(2 a)): safe at both ends
-        return x * (Float32(1.0) - Float32(1.0) / (Float32(1.0) + cute.math.exp(Float32(2.0) * inner)))
-
-    @cute.jit
-    def gather(self, sV, mG, mP, value, column, normal, factor):
-        """Four permuted (and normed) values from `column` on, zero past `normal`; returns the largest magnitude."""
-        config = self.config
-        largest = Float32(0.0)
-        for e in cutlass.range_constexpr(4):
-            value[e] = Float32(0.0)
-            if column + e < normal:
-                source = column + e
-                if cutlass.const_expr(config.permuted):
-                    source = mP[column + e]
-                x = sV[source]
-                if cutlass.const_expr(self.is_norm):
-                    x = x * factor * mG[source]
-                value[e] = x
-            largest = cute.arch.fmax(largest, cute.arch.fmax(value[e], -value[e]))
-        return largest
-
-    @cute.jit
-    def outliers(self, sV, mG, mP, mQ, mS, value, lane, token, normal, K, groups, factor):
-        """One warp: at most 256 columns under one INT8 scale, padded with zeros to units of 64."""
-        largest = Float32(0.0)
-        for part in cutlass.range_constexpr(2):
-            largest = cute.arch.fmax(largest, self.gather(sV, mG, mP, value, normal + 128 * part + 4 * lane, K, factor))
-        scale = self.scale(warp_max(largest), 1.0 / 127.0, True)
-        units = (K - normal + 63) // 64
-        for part in cutlass.range_constexpr(2):
-            self.gather(sV, mG, mP, value, normal + 128 * part + 4 * lane, K, factor)
-            if 2 * part + lane // 16 < units:
-                self.encode(value, scale, -128, 127, mQ, token, 32 * groups + 32 * part + lane)
-        if lane < units:
-            mS[groups + lane, token] = scale
+        qmin, qmax = (Float32(bound) for bound in config.code_range)
+        ratio = Float32(config.ratio)
+        if cutlass.const_expr(config.outliers > 0):
+            if slot >= config.outlier_slot:
+                qmin = Float32(-128.0)
+                qmax = Float32(127.0)
+                ratio = Float32(1.0 / 127.0)
+        return qmin, qmax, ratio
 
 
 def compile_producer(config: ProducerConfig, options: str = "") -> object:
     """Compile one kernel for sm_90a; needs no GPU. Arguments as in Producer.__call__, on the current stream."""
     dtype = DTYPES[config.dtype]
-    m, k, ku, gains, perms, padded = (cute.sym_int() for _ in range(6))
+    m, gains, perms, padded = (cute.sym_int() for _ in range(4))
+    k = config.columns
     if config.strided:
         pitch = cute.sym_int64(divisibility=8)
         x, up = (make_fake_tensor(dtype, (m, k), (pitch, 1), assumed_align=16) for _ in range(2))
     else:
         x = make_fake_compact_tensor(dtype, (m, k), stride_order=(1, 0), assumed_align=16)
-        up = make_fake_compact_tensor(dtype, (cute.sym_int(), ku), stride_order=(1, 0), assumed_align=16)
+        up = make_fake_compact_tensor(dtype, (cute.sym_int(), k), stride_order=(1, 0), assumed_align=16)
+    total = make_fake_compact_tensor(dtype, (cute.sym_int(), k), stride_order=(1, 0), assumed_align=16)
     words = cute.sym_int(divisibility=4 if config.writes_bf16 else 16)
     return cute.compile(
         Producer(config),
         x,
         up,
+        total if config.source == "add_norm" else x,
         make_fake_compact_tensor(Float32, (gains,), stride_order=(0,), assumed_align=4),
         make_fake_compact_tensor(Int32, (perms,), stride_order=(0,), assumed_align=4),
         make_fake_compact_tensor(Int32, (m, words), stride_order=(1, 0), assumed_align=16),
         make_fake_compact_tensor(Float32, (cute.sym_int(), padded), stride_order=(1, 0), assumed_align=4),
-        Int32(1),
         Float32(1.0),
+        Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",
     )

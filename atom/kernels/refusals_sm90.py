@@ -7,6 +7,7 @@ from ..quant.schemes import LinearScheme, TensorSpec
 from .registry import Problem
 
 LARGEST_ROW = 48 * 1024  # float32 values of a row that fit in shared memory
+LARGEST_ROTATION = 256  # columns of a Hadamard block: what a warp holds
 # Kinds that ran on an H200 and were right there (tests/kernels, commit 7950732). "e4m3" ran and was not: a few elements
 # of a product missed float64 by more than the test grants FP8's coarse sums.
 VERIFIED = ("int4", "int4_uint4", "int4_bf16", "int8", "e2m1_g16", "e2m1_g32", "int4_g16")
@@ -70,8 +71,9 @@ def refuses_scheme(linear: LinearScheme) -> str | None:
     weight, activation, outliers = linear.weight, linear.activation, linear.outliers
     if weight is None:
         return "weights are not quantized"
-    if linear.rotation is not None:
-        return "a rotated input needs a producer that rotates"
+    rotation = linear.rotation
+    if rotation is not None and (rotation.kind != "block_hadamard" or rotation.block > LARGEST_ROTATION):
+        return f"a rotation must be a block_hadamard of at most {LARGEST_ROTATION} columns, got {rotation}"
     if not weight.symmetric or (activation is not None and not activation.symmetric):
         return "asymmetric codes have no kernel yet"
     if activation is not None and activation.clip == "mse":

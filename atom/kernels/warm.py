@@ -45,8 +45,8 @@ def model_kernels(model: nn.Module, dtype: torch.dtype, tokens: Iterable[int] = 
             elif isinstance(run, QuantizingProducer):
                 gated = run.source in ("silu", "gelu_tanh")  # reads halves of one tensor where its linears are fused
                 for strided in {False, gated and fused}:
-                    config = run.config(dtype, run.features or int(getattr(module, "size", 0)), strided)
-                    found[config] = Kernel(producer_path(config), partial(producer_kernel, config))
+                    for config in run.configs(dtype, run.features or int(getattr(module, "size", 0)), strided):
+                        found[config] = Kernel(producer_path(config), partial(producer_kernel, config))
     return list(found.values())
 
 

@@ -125,8 +125,8 @@ class EmulatedGpu:
         self.weights: dict[int, Any] = {}
         plan = QuantizingProducer.plan
 
-        def emulated_plan(producer: QuantizingProducer, dtype: torch.dtype, K: int, strided: bool) -> Plan:
-            return dataclasses.replace(plan(producer, dtype, K, strided), kernel=self.producer(producer))
+        def emulated_plan(producer: QuantizingProducer, *problem: Any) -> Plan:
+            return dataclasses.replace(plan(producer, *problem), kernel=self.producer(producer))
 
         monkeypatch.setattr(producers, "producer_kernel", lambda config: None)
         monkeypatch.setattr(QuantizingProducer, "plan", emulated_plan)
@@ -135,19 +135,21 @@ class EmulatedGpu:
     def producer(self, producer: QuantizingProducer) -> Callable[..., None]:
         linear = producer.linear
 
-        def launch(x: Any, other: Any, gain: Any, perm: Any, words: Any, scales: Any, normal: int, eps: float) -> None:
+        def launch(
+            x: Any, other: Any, total: Any, gain: Any, columns: Any, words: Any, scales: Any, *rest: Any
+        ) -> None:
             self.launches.append(producer.source)
             words.fill_(0x7F7F7F7F)
             scales.fill_(float("nan"))
             if producer.source == "add_norm":
-                x.copy_(x + other)
+                x = total.copy_(x + other)
             if producer.source in ("silu", "gelu_tanh"):
                 values = gated_activation(x.float(), other.float(), producer.source)  # type: ignore[arg-type]
             else:
-                values = rms_norm(x, gain, eps) if "norm" in producer.source else x.float()
+                values = x.float() if producer.gain is None else rms_norm(x, producer.gain, producer.eps)
             if producer.perm is not None:
-                values = values[:, perm.long()]
-            spec = linear.activation
+                values = values[:, producer.perm.long()]
+            spec, normal = linear.activation, x.shape[1] - linear.outliers.count
             if spec is None:
                 words.view(torch.bfloat16).copy_(values)
                 return
@@ -162,15 +164,21 @@ class EmulatedGpu:
             codes.zero_()
             codes[:, :normal] = found.codes.view(torch.int8)
             groups = -(-normal // 128)
+            at = groups * 128
             if not spec.group_size:
                 scales[0] = found.scale.scale[:, 0]
                 return
-            scales[:groups, :tokens] = found.scale.scale.T
+            if found.scale.outer is not None:
+                codes[:, :normal] *= found.scale.scale.to(torch.int8).repeat_interleave(128, 1)[:, :normal]
+                scales[0] = found.scale.outer[:, 0]
+                groups = 1
+            else:
+                scales[:groups, :tokens] = found.scale.scale.T
             if linear.outliers.count:
                 tail_spec = linear.outliers.spec(Token(), dynamic=True)
                 assert tail_spec is not None
                 tail = quantize(values[:, normal:], tail_spec)
-                codes[:, groups * 128 : groups * 128 + linear.outliers.count] = tail.codes
+                codes[:, at : at + linear.outliers.count] = tail.codes
                 scales[groups:, :tokens] = tail.scale.scale.T
 
         return launch

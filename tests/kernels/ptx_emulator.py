@@ -478,6 +478,11 @@ def _bf16x2(warp: Warp, op: str, args: list[Any]) -> None:
         warp.write(args[0], to_bf16(function(a0, b0)) | to_bf16(function(a1, b1)) << U32(16))
 
 
+def _add_bf16(warp: Warp, op: str, args: list[Any]) -> None:
+    a, b = (from_bf16(warp.read(x, np.uint16)) for x in args[1:])
+    warp.write(args[0], to_bf16(a + b).astype(np.uint16))
+
+
 def _shift(left: bool) -> Callable[[Warp, str, list[Any]], None]:
     def run(warp: Warp, op: str, args: list[Any]) -> None:
         dtype = TYPES[op.split(".")[-1]]
@@ -712,7 +717,7 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
     (r"(ld|st)\..*", _memory_op),
     (r"mul\.wide.*|mad\.wide.*", _wide), (r"mul\.hi\..*", _high), (r"mad\.lo.*", _mad), (r"fma\..*", _fma),
-    (r"(add|sub|mul)\.rn\.bf16x2|(min|max)\.bf16x2", _bf16x2),
+    (r"(add|sub|mul)\.rn\.bf16x2|(min|max)\.bf16x2", _bf16x2), (r"add\.(rn\.)?bf16", _add_bf16),
     (r"add\.(?!bf16).*", _binary(lambda a, b: a + b)), (r"sub\.(?!bf16).*", _binary(lambda a, b: a - b)),
     (r"mul\.(?!bf16).*", _binary(lambda a, b: a * b)),
     (r"div\..*", _binary(_divide)), (r"rem\..*", _binary(lambda a, b: np.fmod(a, b))),

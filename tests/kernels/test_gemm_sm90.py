@@ -129,7 +129,7 @@ def refused() -> dict[str, tuple[LinearScheme, str]]:
     assert w4a4.activation is not None and nvfp4.weight is not None and fp8.weight is not None
     return {
         "full precision": (LinearScheme(), "not quantized"),
-        "rotated": (replace(nvfp4, rotation=RotationSpec("block_hadamard", 16)), "rotates"),
+        "rotated": (replace(nvfp4, rotation=RotationSpec("block_hadamard", 512)), "at most 256"),
         "fp8 weights, bf16 activations": (LinearScheme(fp8.weight), "fp8_e4m3 activations"),
         "fp8 outliers": (replace(w4a4, outliers=OutlierSpec(128, "fp8_e4m3")), "INT8 columns"),
         "nvfp4 with outliers": (replace(nvfp4, outliers=OutlierSpec(16), reorder=True), "INT4 activations"),

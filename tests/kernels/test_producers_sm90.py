@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from atom.kernels.activation import QuantizedActivation
 from atom.kernels.cache import compile_together
 from atom.kernels.gated import gated_activation
 from atom.kernels.norm import rms_norm
-from atom.kernels.producers import QuantizingProducer, producer_kernel
+from atom.kernels.producers import AddingProducer, QuantizingProducer, producer_kernel
 from atom.kernels.refusals_sm90 import refuses_producer
 from atom.kernels.registry import Problem
 from atom.quant.formats import get_format
@@ -60,16 +61,17 @@ def test_rows_it_cannot_hold_are_refused(K: int, reason: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
+@pytest.mark.parametrize("tokens", [1, 8192])
 @pytest.mark.parametrize("name,source", COMPILED)
 @pytest.mark.usefixtures("unverified")
-def test_machine_code(name: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code(name: str, source: str, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles for sm_90a without a GPU, reads 16 bytes at a time, spills nothing."""
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.producers_sm90 import compile_producer
 
     from .test_gemm_sm90 import disassemble
 
-    config = producer(source, name, 4096).config(torch.bfloat16, 4096, strided=source == "gelu_tanh")
+    config = producer(source, name, 4096).config(torch.bfloat16, 4096, source == "gelu_tanh", tokens)
     compiled = compile_producer(config, f"--keep-cubin --dump-dir {tmp_path}")
     sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]
     assert "LDG.E.128" in sass
@@ -90,11 +92,12 @@ def compiled() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
         configs = {
-            producer(source, name, K).config(torch.bfloat16, K, strided)
+            config
             for source in SOURCES
             for name in SCHEMES
             for K in SIZES
             for strided in {False, source == "silu"}
+            for config in producer(source, name, K).configs(torch.bfloat16, K, strided)
         }
         compile_together([partial(producer_kernel, config) for config in configs])
 
@@ -114,11 +117,13 @@ def test_codes_and_scales(name: str, source: str, K: int) -> None:
         if M > 2:
             x[1] = 0
         other = torch.randn(M, K, device="cuda").bfloat16()
-        total = x + other
         values = before(run, source, x, other)
-        found = run(x) if source in ("plain", "norm") else run(x, other)
         if source == "add_norm":
-            assert torch.equal(x, total), "the sum takes the place of the update"
+            total, found = AddingProducer(run)(other, x)
+            assert torch.equal(total, x + other)
+        else:
+            found = run(x) if source in ("plain", "norm") else run(x, other)
+        assert isinstance(found, QuantizedActivation)
         spec = scheme.activation
         if spec is None:
             check_close(found.packed.float(), values.bfloat16().float(), exact=source == "plain")

@@ -12,6 +12,23 @@ def reciprocal(x: Any):
 
 
 @cute.jit
+def reciprocal_of_normal(x: Any):
+    """1 / x, correctly rounded, for x from 2^-126 to 2^126: what rcp.rn does where it need not look for the rest."""
+    return cute.arch.inline_ptx(
+        "{ .reg .f32 r, e, n; rcp.approx.ftz.f32 r, {$r0}; neg.f32 n, {$r0}; fma.rn.f32 e, n, r, 0f3F800000;"
+        " fma.rn.f32 {$w0}, r, e, r; }",
+        write_only_types=[Float32],
+        read_only_args=[x],
+    )
+
+
+@cute.jit
+def reciprocal_root(x: Any):
+    """1 / sqrt(x) to 2 ulp, for a normal x."""
+    return cute.arch.inline_ptx("rsqrt.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
+
+
+@cute.jit
 def round_to_int(x: Any):
     """The nearest integer, ties to even, as the bits of an int32."""
     return cute.arch.inline_ptx("cvt.rni.s32.f32 {$w0}, {$r0};", write_only_types=[Uint32], read_only_args=[x])
@@ -107,3 +124,21 @@ def select_bytes(word: Any, selector: Any):
 def max_or_nan(a: Any, b: Any):
     """The larger of two floats; NaN if one is."""
     return cute.arch.inline_ptx("max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+@cute.jit
+def max_magnitude(x: Any, y: Any):
+    """The larger of x and |y|."""
+    return cute.arch.inline_ptx(
+        "{ .reg .f32 t; abs.f32 t, {$r1}; max.f32 {$w0}, {$r0}, t; }",
+        write_only_types=[Float32],
+        read_only_args=[x, y],
+    )
+
+
+@cute.jit
+def max_over_lanes(x: Any, lanes: Any):
+    """The largest value of `lanes` neighbouring lanes (a power of two, a constant), in each of them."""
+    for offset in (1, 2, 4, 8, 16)[: lanes.bit_length() - 1]:
+        x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=offset))
+    return x

@@ -79,3 +79,37 @@ def store_matrix_transposed(target: Any, a: Any, b: Any, c: Any, d: Any):
 def count_in_shared(counter: Any):
     """Add 1 to an int32 in shared memory."""
     cute.arch.inline_ptx("red.shared.add.s32 [{$r0}], 1;", read_only_args=[counter])
+
+
+@cute.jit
+def load_shared_16(address: Any, offset: Any, dtype: Any):
+    """A bfloat16 or float16 from shared memory, `offset` bytes (a constant) behind an address, as float32."""
+    widen = "mov.b32 {$w0}, {z, h};" if dtype == "bfloat16" else "cvt.f32.f16 {$w0}, h;"
+    return cute.arch.inline_ptx(
+        "{ .reg .b16 h, z; mov.b16 z, 0; ld.shared.b16 h, [{$r0}+" + str(offset) + "]; " + widen + " }",
+        write_only_types=[Float32],
+        read_only_args=[address],
+    )
+
+
+@cute.jit
+def load_shared_f32(address: Any, offset: Any):
+    """A float32 from shared memory, `offset` bytes (a constant) behind an address."""
+    return cute.arch.inline_ptx(
+        "ld.shared.f32 {$w0}, [{$r0}+" + str(offset) + "];", write_only_types=[Float32], read_only_args=[address]
+    )
+
+
+@cute.jit
+def store_shared_u32x4(address: Any, words: Any):
+    """Four 32-bit words into 16-byte aligned shared memory."""
+    cute.arch.inline_ptx("st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words])
+
+
+@cute.jit
+def store_at_peer(address: Any, rank: Any, value: Any):
+    """A float32 into the shared memory of CTA `rank` of the cluster, at this CTA's address."""
+    cute.arch.inline_ptx(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, {$r0}, {$r1}; st.shared::cluster.f32 [there], {$r2}; }",
+        read_only_args=[address, rank, value],
+    )

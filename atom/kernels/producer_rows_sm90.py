@@ -1,0 +1,225 @@
+"""A token's row on its way into registers: loads, residual, gate, what is found over the row, permutation, rotation.
+
+Columns travel in chunks of 8. Without a permutation a thread rounds the chunks that it loads. With one, every CTA
+takes the whole row into shared memory as it is, and each thread gathers its chunks from there.
+"""
+
+from math import sqrt
+from typing import Any
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+
+from .dsl.arithmetic import max_magnitude, warp_max, warp_sum
+from .dsl.memory import load_shared_16, load_shared_f32, store_at_peer, store_shared_u32x4
+from .dsl.packed_floats import add, unpack
+from .dsl.tensor_core import exp2, reciprocal_approx
+from .dsl.wide_access import load_words, store_words
+from .producer_config import CHUNK, ProducerConfig
+
+
+class ProducerRows:
+    """What happens to a row before it is rounded; the kernel class adds the rest."""
+
+    config: ProducerConfig
+    warps: int
+    reads: int
+    size: int
+    words: int
+    is_full: bool
+
+    @cute.jit
+    def source_chunk(self, slot):
+        """The chunk of the input that a slot holds, and whether there is one."""
+        config = self.config
+        chunk = slot
+        there = slot < config.columns // CHUNK
+        if cutlass.const_expr(config.outliers > 0 and not self.is_full):
+            there = slot < config.normal_chunks
+            if slot >= config.outlier_slot:
+                chunk = slot - (config.outlier_slot - config.normal_chunks)
+                there = chunk < config.columns // CHUNK
+        return chunk, there
+
+    @cute.jit
+    def place_of_read(self, j: cutlass.Constexpr, tid, rank):
+        """The chunk of the input that a thread reads as its j-th, and whether there is one."""
+        config = self.config
+        chunk = Int32(j * config.threads) + tid
+        there = chunk < config.columns // CHUNK
+        if cutlass.const_expr(not config.permuted):
+            chunk, there = self.source_chunk((rank * config.chunks + j) * config.threads + tid)
+        return chunk, there
+
+    @cute.jit
+    def load(self, mX, mU, rX, rU, token, tid, rank):
+        """What this thread reads of a row, into registers; zeros where there is nothing."""
+        config = self.config
+        for j in cutlass.range_constexpr(self.reads):
+            chunk, there = self.place_of_read(j, tid, rank)
+            at = Int64(token) * config.columns + chunk * CHUNK
+            if cutlass.const_expr(config.strided):
+                at = Int64(token) * mX.stride[0] + chunk * CHUNK
+            if cutlass.const_expr(self.is_full):
+                self.load_chunk(mX, mU, rX, rU, j, at)
+            else:
+                if there:
+                    self.load_chunk(mX, mU, rX, rU, j, at)
+
+    @cute.jit
+    def load_chunk(self, mX, mU, rX, rU, j: cutlass.Constexpr, at):
+        for q in cutlass.range_constexpr(self.words // 4):
+            words = load_words(mX.iterator.toint() + (at * self.size + 16 * q))
+            for w in cutlass.range_constexpr(4):
+                rX[4 * q + w, j] = words[w]
+            if cutlass.const_expr(self.config.reads_two):
+                words = load_words(mU.iterator.toint() + (at * self.size + 16 * q))
+                for w in cutlass.range_constexpr(4):
+                    rU[4 * q + w, j] = words[w]
+
+    @cute.jit
+    def combine(self, rX, rU, value, j: cutlass.Constexpr):
+        """Chunk j as float32 into `value`: the input itself, the gated product, or the residual sum, also into rX."""
+        config = self.config
+        if cutlass.const_expr(config.source == "add_norm"):
+            for w in cutlass.range_constexpr(self.words):
+                rX[w, j] = add(rU[w, j], rX[w, j], config.dtype)  # rounded as the residual stream is stored
+        x = unpack([rX[w, j] for w in range(self.words)], config.dtype)
+        if cutlass.const_expr(config.is_gated):
+            up = unpack([rU[w, j] for w in range(self.words)], config.dtype)
+            x = [self.activate(x[e]) * up[e] for e in range(CHUNK)]
+        for e in cutlass.range_constexpr(CHUNK):
+            value[e] = x[e]
+
+    @cute.jit
+    def activate(self, x):
+        """silu, or gelu by tanh(a) = 1 - 2 / (1 + exp(2 a)): safe at both ends."""
+        if cutlass.const_expr(self.config.source == "silu"):
+            return x * sigmoid(x)
+        inner = Float32(0.7978845608028654) * (x + Float32(0.044715) * x * x * x)
+        return x * sigmoid(inner + inner)
+
+    @cute.jit
+    def store_sum(self, mT, rX, token, tid, rank):
+        """The residual sum to memory; of CTAs that all have the row each writes a part."""
+        config = self.config
+        for j in cutlass.range_constexpr(self.reads):
+            chunk, there = self.place_of_read(j, tid, rank)
+            if cutlass.const_expr(config.permuted and config.parts > 1):
+                there = there and j // config.chunks == rank
+            if there:
+                at = mT.iterator.toint() + (Int64(token) * config.columns + chunk * CHUNK) * self.size
+                for q in cutlass.range_constexpr(self.words // 4):
+                    store_words(at + 16 * q, [rX[4 * q + w, j] for w in range(4)])
+
+    @cute.jit
+    def share(self, sV, rX, offset: cutlass.Constexpr, j: cutlass.Constexpr, tid, rank):
+        """Chunk j as it was read into shared memory, where `offset` bytes in a row begins."""
+        chunk, there = self.place_of_read(j, tid, rank)
+        at = sV.iterator.toint() + (offset + chunk * (CHUNK * self.size))
+        if cutlass.const_expr(self.is_full):
+            for q in cutlass.range_constexpr(self.words // 4):
+                store_shared_u32x4(at + 16 * q, [rX[4 * q + w, j] for w in range(4)])
+        else:
+            if there:
+                for q in cutlass.range_constexpr(self.words // 4):
+                    store_shared_u32x4(at + 16 * q, [rX[4 * q + w, j] for w in range(4)])
+
+    @cute.jit
+    def over_row(
+        self, sR, at: cutlass.Constexpr, value, is_sum: cutlass.Constexpr, tid, rank, is_whole: cutlass.Constexpr
+    ):
+        """The sum or maximum of all threads' values, in every thread.
+
+        at        where in sR there is room for `parts x warps` values
+        is_whole  whether each CTA of the token has all of it, so that none needs to ask the others
+        """
+        config = self.config
+        warp = tid // 32
+        lane = tid % 32
+        value = over_warp(value, is_sum)
+        clustered = config.clustered and not is_whole
+        count = self.warps * (config.parts if clustered else 1)
+        if cutlass.const_expr(clustered):
+            if lane < config.parts:
+                store_at_peer(sR.iterator.toint() + 4 * (at + rank * self.warps + warp), lane, value)
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            if lane == 0:
+                sR[at + warp] = value
+            cute.arch.sync_threads()
+        if cutlass.const_expr(count > 16):
+            found = Float32(0.0)
+            for i in cutlass.range_constexpr(-(-count // 32)):
+                part = Float32(0.0)
+                if 32 * i + lane < count:
+                    part = sR[at + 32 * i + lane]
+                found = reduced([found, part], is_sum)
+            value = over_warp(found, is_sum)
+        else:
+            value = reduced([sR[at + i] for i in range(count)], is_sum)
+        return value
+
+    @cute.jit
+    def gather(self, rI, offset: cutlass.Constexpr, value, j: cutlass.Constexpr):
+        """The values of slot j in permuted order: they lie in shared memory, `offset` bytes behind rI's addresses."""
+        for e in cutlass.range_constexpr(CHUNK):
+            address = rI[e, j]
+            if cutlass.const_expr(self.config.dtype == "float32"):
+                value[e] = load_shared_f32(address, offset)
+            else:
+                value[e] = load_shared_16(address, offset, self.config.dtype)
+
+    @cute.jit
+    def rotate(self, value, slot):
+        """Blocks of normal columns times Sylvester's Hadamard matrix; what is left of a last block stays."""
+        config = self.config
+        block = config.rotation
+        whole = (config.columns - config.outliers) // block * block
+        turned = [value[e] for e in range(CHUNK)]
+        for step in (1, 2, 4)[: block.bit_length() - 1]:
+            turned = butterflies(turned, step)
+        for lanes in (1, 2, 4, 8, 16)[: (block // CHUNK).bit_length() - 1 if block > CHUNK else 0]:
+            sign = Float32(1.0)
+            if (slot & lanes) != 0:
+                sign = Float32(-1.0)
+            turned = [cute.arch.shuffle_sync_bfly(t, offset=lanes) + sign * t for t in turned]
+        if slot * CHUNK < whole:
+            for e in cutlass.range_constexpr(CHUNK):
+                value[e] = turned[e] * Float32(1.0 / sqrt(block))
+
+    @cute.jit
+    def largest(self, value):
+        """The largest magnitude of a chunk."""
+        found = max_magnitude(Float32(0.0), value[0])
+        for e in cutlass.range_constexpr(1, CHUNK):
+            found = max_magnitude(found, value[e])
+        return found
+
+
+@cute.jit
+def sigmoid(x: Any):
+    """1 / (1 + exp(-x)); 0 or 1 at the ends."""
+    return reciprocal_approx(Float32(1.0) + exp2(x * Float32(-1.4426950408889634)))
+
+
+def over_warp(value: Any, is_sum: bool) -> Any:
+    """The sum or maximum over a warp, in every lane."""
+    return warp_sum(value) if is_sum else warp_max(value)
+
+
+def butterflies(values: list[Any], step: int) -> list[Any]:
+    """Sums and differences of values `step` apart."""
+    return [values[e] + values[e + step] if e & step == 0 else values[e - step] - values[e] for e in range(len(values))]
+
+
+def reduced(values: list[Any], is_sum: bool) -> Any:
+    """The sum or maximum of values, pairwise."""
+    while len(values) > 1:
+        pairs = [
+            (values[i] + values[i + 1] if is_sum else cute.arch.fmax(values[i], values[i + 1]))
+            for i in range(0, len(values) - 1, 2)
+        ]
+        values = pairs + values[len(pairs) * 2 :]
+    return values[0]
