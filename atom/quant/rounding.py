@@ -27,7 +27,7 @@ _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 class Scale:
     """Scales of a tensor, all float32 and on the grid of their storage formats.
 
-    scale        granularity.scale_shape(x.shape), never zero
+    scale        granularity.scale_shape(x.shape), never zero; negative only under the rule "signed"
     zero_point   same shape, whole numbers; None if symmetric
     outer        [1, ..., 1] (tensor) or [..., 1] (channel, token); None if the spec has none
     """
@@ -171,17 +171,22 @@ def _choose(blocks: Tensor, spec: TensorSpec, clip: float, outer: Tensor | None 
         log2 = floor_log2(largest * clip) - (frexp(fmt.max)[1] - 1)
         log2_cap = frexp(largest_scale(fmt))[1] - 1
         return Scale(torch.where(largest > 0, power_of_two(log2.clamp_max(log2_cap)), 1.0))
-    levels = (2**fmt.bits - 1) / 2 if spec.scale_rule == "range" else fmt.max
+    levels = {"max": fmt.max, "range": (2**fmt.bits - 1) / 2, "signed": 2 ** (fmt.bits - 1)}[spec.scale_rule]
     raw = (largest * (clip / levels)).clamp_max(largest_scale(fmt))
+    is_negative = torch.zeros_like(raw, dtype=torch.bool)
+    if spec.scale_rule == "signed":  # the largest value takes the lowest code, which has no counterpart
+        is_negative = _extreme(blocks, whole) > -_extreme(blocks, whole, lowest=True)
     if spec.outer is None:
-        return Scale(round_scale(torch.where(raw > 0, raw, 1.0), spec.scale_format))
+        scale = torch.where(raw > 0, raw, 1.0)
+        return Scale(round_scale(torch.where(is_negative, -scale, scale), spec.scale_format))
     if outer is None:
         over = _extreme(raw, spec.outer == "tensor").unsqueeze(-1)
         largest_inner = LARGEST_DYNAMIC if spec.dynamic else LARGEST
         known = spec.scale_format in largest_inner
         over = over * (1.0 / largest_inner[spec.scale_format]) if known else torch.ones_like(over)
         outer = torch.where(over > 0, over.clamp_min(2.0**-117), 1.0)  # scale * outer stays a normal number
-    return Scale(round_scale(raw * outer.reciprocal(), spec.scale_format), None, outer)
+    inner = raw * outer.reciprocal()
+    return Scale(round_scale(torch.where(is_negative, -inner, inner), spec.scale_format), None, outer)
 
 
 def _choose_asymmetric(blocks: Tensor, spec: TensorSpec, fmt: Format, clip: float) -> Scale:

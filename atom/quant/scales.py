@@ -24,19 +24,19 @@ _SMALLEST = {"fp32": 2.0**-126, "bf16": 2.0**-126, "fp16": 2.0**-24, "e4m3": 2.0
 
 
 def round_scale(scale: Tensor, scale_format: str) -> Tensor:
-    """The nearest positive scale of `scale_format`, as float32; never zero, ties to even.
+    """The nearest scale of `scale_format` with the sign of `scale`, as float32; never zero, ties to even.
 
     E8M0 rounds down to a power of two.
     """
     if scale_format == "e8m0":
         return power_of_two(floor_log2(scale))
-    scale = scale.clamp_min(_SMALLEST[scale_format])
-    if scale_format == "fp32":
-        return scale
+    magnitude = scale.abs().clamp_min(_SMALLEST[scale_format])
     if scale_format == "uint4":
-        return scale.round().clamp_max(15.0)
-    dtype = STORAGE_DTYPES[scale_format]
-    return scale.clamp_max(torch.finfo(dtype).max).to(dtype).float()
+        return magnitude.round().clamp_max(15.0)
+    if scale_format != "fp32":
+        dtype = STORAGE_DTYPES[scale_format]
+        magnitude = magnitude.clamp_max(torch.finfo(dtype).max).to(dtype).float()
+    return magnitude.copysign(scale)
 
 
 def floor_log2(x: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from typing import Any, Literal, get_args
 from .formats import get_format
 from .granularity import Granularity, Group, Tensor, parse_granularity
 
-ScaleRule = Literal["max", "range"]
+ScaleRule = Literal["max", "range", "signed"]
 KeyOffset = Literal["none", "bias", "mean", "centre"]
 KeyRotation = Literal["none", "hadamard"]
 Outer = Literal["tensor", "channel", "token"]
+SIGNED_SCALES = ("fp32", "bf16", "fp16", "e4m3")
 SCALE_FORMATS = {"fp32": 32, "bf16": 16, "fp16": 16, "e4m3": 8, "e8m0": 8, "uint4": 4}  # name -> bits of one scale
 
 
@@ -29,7 +30,9 @@ class TensorSpec:
     dynamic       scales are chosen at run time (activations, KV) or in calibration (weights)
     clip          share of the largest magnitude that the grid reaches, or "mse" to search it (static tensors only)
     scale_format  how a scale is stored; codes are chosen after the scale was rounded to it
-    scale_rule    "max": scale = clip * max|x| / qmax; "range": clip * 2 max|x| / (2^bits - 1), GPTQ's grid (integers)
+    scale_rule    "max": scale = clip * max|x| / qmax; "range": clip * 2 max|x| / (2^bits - 1), GPTQ's grid (integers);
+                  "signed": clip * max|x| / 2^(bits - 1), negative where the largest value is positive, so that it
+                  takes the lowest code (integers)
     outer         a second FP32 scale over the scales: one per tensor (NVFP4), channel or token, or None
     """
 
@@ -62,6 +65,13 @@ class TensorSpec:
             raise ValueError("e8m0 scales follow the maximum alone; use symmetric=True, scale_rule='max', outer=None")
         if self.scale_rule == "range" and not fmt.is_integer:
             raise ValueError(f"scale_rule 'range' counts integer levels, {self.format} has none; use 'max'")
+        if self.scale_rule == "signed" and not (
+            fmt.is_integer and self.symmetric and self.scale_format in SIGNED_SCALES
+        ):
+            raise ValueError(
+                "scale_rule 'signed' needs symmetric integer codes under scales that have a sign "
+                f"({', '.join(SIGNED_SCALES)}), got {self.format} under {self.scale_format}; use 'max'"
+            )
         if self.scale_format == "uint4" and self.outer is None:
             raise ValueError("uint4 scales are multiples of an outer scale; set outer='channel'")
         if self.clip == "mse":

@@ -28,6 +28,8 @@ def _specs() -> dict[str, TensorSpec]:
         if fmt.is_integer and scale_format in ("bf16", "fp32"):
             variants["-asym"] = {**plain, "symmetric": False}
             variants["-range"] = {**plain, "scale_rule": "range", "clip": 0.85}
+        if fmt.is_integer and scale_format in ("bf16", "e4m3"):
+            variants["-signed"] = {**plain, "scale_rule": "signed", "clip": 0.95}
         if isinstance(granularity, Group) and fmt.bits < 16:
             variants["-mse"] = {**plain, "clip": "mse"}
         for suffix, fields in variants.items():
@@ -98,6 +100,7 @@ def linear_schemes() -> dict[str, LinearScheme]:
     int4 = TensorSpec("int4", Group(16))
     for fmt in ("int8", "fp8_e4m3", "bf16"):
         schemes[f"outliers-{fmt}"] = LinearScheme(int4, None, OutlierSpec(16, fmt), reorder=True)
+    schemes["signed"] = LinearScheme(TensorSpec("int4", Group(16), scale_rule="signed", clip="mse"))
     schemes["rotated"] = LinearScheme(int4, rotation=RotationSpec("block_hadamard", 8))
     for fmt in ("int3", "int4", "int8"):
         schemes[f"asymmetric-{fmt}"] = LinearScheme(TensorSpec(fmt, Group(16), symmetric=False))

@@ -43,7 +43,7 @@ def test_codes_and_fake_quantize_agree_on_every_input(spec: TensorSpec) -> None:
         assert values.shape == x.shape and values.dtype == torch.float32, name
         assert torch.isfinite(values).all(), name
         assert q.scale.scale.shape == spec.granularity.scale_shape(tuple(x.shape)), name
-        assert (q.scale.scale > 0).all(), name
+        assert (q.scale.scale > 0).all() or (spec.scale_rule == "signed" and (q.scale.scale != 0).all()), name
 
 
 @every_spec
@@ -66,8 +66,9 @@ def check_bound(x: torch.Tensor, spec: TensorSpec) -> None:
     if fmt.is_integer:
         qmin, qmax = fmt.code_range(spec.symmetric)
         zero = 0.0 if scale.zero_point is None else expand_scale(scale.zero_point, x.shape[-1], spec).double()
-        low, high = (qmin - zero) * s, (qmax - zero) * s
-        bound = s / 2
+        ends = (qmin - zero) * s, (qmax - zero) * s
+        low, high = torch.minimum(*ends), torch.maximum(*ends)
+        bound = s.abs() / 2
     else:
         low, high = -fmt.max * s, fmt.max * s
         relative, step = FLOAT_ERROR[fmt.name]
@@ -298,3 +299,27 @@ def test_given_scales_broadcast() -> None:
     x = INPUTS["randn"]
     codes = encode(x, Scale(torch.full((3, 3), 0.25)), spec)
     assert torch.equal(codes, (x / 0.25).round().clamp(-128, 127).to(torch.int8))
+
+
+def test_a_signed_scale_gives_the_largest_value_the_lowest_code() -> None:
+    spec = TensorSpec("int4", Group(4), scale_rule="signed", scale_format="fp32")
+    x = torch.tensor([[8.0, -3.0, 1.0, 0.0, -8.0, 3.0, 1.0, 0.0, 4.0, -4.0, 0.0, 2.0]])
+    q = quantize(x, spec)
+    assert q.scale.scale.tolist() == [[-1.0, 1.0, 0.5]]  # of two alike the negative value has the lowest code
+    assert q.codes.tolist() == [[-8, 3, -1, 0, -8, 3, 1, 0, 7, -8, 0, 4]]
+
+
+@pytest.mark.parametrize(("size", "share"), [(16, 0.82), (32, 0.81), (128, 0.80)])
+def test_signed_scales_leave_less_error_at_the_same_bits(size: int, share: float) -> None:
+    x = torch.randn(200, 8 * size, generator=torch.Generator().manual_seed(0))
+    errors = [
+        float((fake_quantize(x, TensorSpec("int4", Group(size), scale_rule=rule)) - x).square().mean())
+        for rule in ("signed", "max")
+    ]
+    assert errors[0] < share * errors[1]
+
+
+@pytest.mark.parametrize("fields", [{"scale_format": "uint4", "outer": "channel"}, {"symmetric": False}])
+def test_signed_scales_need_a_sign(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="use 'max'"):
+        TensorSpec("int4", Group(16), scale_rule="signed", **fields)
