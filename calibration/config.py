@@ -11,6 +11,7 @@ Offload = Literal["auto", "on", "off"]
 Precision = Literal["highest", "high"]
 Clip = Literal["measured", "constant"]
 Rotate = Literal["none", "residual"]
+Order = Literal["ascending", "dealt"]
 ScaleSearch = Literal["rounding", "feedback"]
 
 
@@ -52,6 +53,12 @@ class CalibrationConfig:
     rotate: Rotate = "none"
     """residual folds a Hadamard rotation of the residual stream, and of each head's values, into the weights."""
 
+    order: Order = "ascending"
+    """Of reordered channels: ascending in energy, or dealt out to the blocks of a block_hadamard rotation."""
+
+    balance: bool = False
+    """Fold a factor per channel into norms, v and up, so that activations and weights round equally well."""
+
     distill_steps: int = 0
     """Train the rounded checkpoint to predict what the full model predicts, for so many batches of --batch-tokens."""
 
@@ -91,6 +98,8 @@ class CalibrationConfig:
                 f"distill_steps {self.distill_steps}, distill_seconds {self.distill_seconds}, distill_rate "
                 f"{self.distill_rate}: steps count from 0, time and rate are positive; try 300 steps, 600 s, 0.01"
             )
+        if self.order not in ("ascending", "dealt"):
+            raise ValueError(f"order must be ascending or dealt, got {self.order!r}; use dealt with block_hadamard")
         if self.scale_search not in ("rounding", "feedback"):
             raise ValueError(f"scale_search must be rounding or feedback, got {self.scale_search!r}; use feedback")
         if self.rotate not in ("none", "residual"):

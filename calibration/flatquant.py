@@ -172,7 +172,7 @@ def _run(layer: DecoderLayer, model: Model, hidden: Tensor, scheme: Scheme | Non
     count, length, _ = hidden.shape
     kv = DenseKV(model.config, count, device=model.device)
     if scheme is not None:
-        kv = TrainingKV(model.config, count, scheme.kv, scheme.kv_pre_rope, model.device)
+        kv = TrainingKV.for_scheme(model.config, scheme, count, model.device)
     out: Tensor = layer(hidden.flatten(0, 1), layer.rope(kv.positions(length)), kv)
     return out.view(hidden.shape)
 

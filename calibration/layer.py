@@ -21,11 +21,12 @@ from atom.models.model import Model, build_layer
 from atom.models.quantized import quantize_layer_
 from atom.models.source import Source
 from atom.quant.mixed import MixedWeight, dequantize_weight, quantize_weight
-from atom.quant.permutation import energy_order
+from atom.quant.permutation import dealt_order, energy_order
 from atom.quant.rotation import rotate
 from atom.quant.schemes import LinearScheme, Scheme
 from atom.quant.stored import store_weight
 
+from .balance import balance_layer_
 from .clock import Clock, peak_gpu_bytes, peak_host_bytes
 from .columns import ColumnRounder
 from .config import CalibrationConfig
@@ -67,11 +68,12 @@ class LayerQuantizer:
             layer = self.load(index)
         plans = plan_layer(self.model.family, self.scheme, index)
         with self.clock.phase("stats"):
-            energies, keys, before = observe_energies(layer, index, plans, hidden, self.runner)
+            energies, keys, before = observe_energies(layer, index, plans, hidden, self.runner, self.config.balance)
             self._prepare_keys(layer.self_attn, keys, before)
+            factors = self._balance(layer, index, plans, energies) if self.config.balance else {}
             for plan in plans:
                 if plan.needs_order:
-                    plan.perm = energy_order(energies[plan.group.name])
+                    plan.perm = self._order(plan, energies[plan.group.name])
         permute_layer_(layer, plans)
         tensors, weight_errors = self._round(layer, index, plans, hidden)
         with self.clock.phase("propagate"):
@@ -81,7 +83,7 @@ class LayerQuantizer:
         record = {
             "layer": index,
             "output_error": relative_error(after.output, before.output),
-            "linears": _linear_errors(plans, before, after, weight_errors),
+            "linears": _linear_errors(plans, before, after, weight_errors, factors),
             "inputs": {plan.group.name: _input_record(plan, energies[plan.group.name]) for plan in plans},
             "peak_gpu_bytes": peak_gpu_bytes(self.device),
             "peak_host_bytes": peak_host_bytes(),
@@ -148,6 +150,18 @@ class LayerQuantizer:
 
     def _swap(self, layer: DecoderLayer, tensors: dict[str, Tensor], index: int) -> None:
         quantize_layer_(layer, self.model.family, self.scheme, tensors, layer_prefix(index), REFERENCE)
+
+    def _balance(
+        self, layer: DecoderLayer, index: int, plans: list[InputPlan], energies: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        norm = f"{layer_prefix(index)}.{plans[0].group.producer}.weight"
+        return balance_layer_(layer, plans, energies, self.source.dtype(norm))
+
+    def _order(self, plan: InputPlan, energy: Tensor) -> Tensor:
+        rotation = plan.linear.rotation
+        if self.config.order == "ascending" or rotation is None or rotation.kind != "block_hadamard":
+            return energy_order(energy)
+        return dealt_order(energy, rotation.block, plan.linear.outliers.count)
 
     def _round(
         self, layer: DecoderLayer, index: int, plans: list[InputPlan], hidden: HiddenStates
@@ -245,11 +259,17 @@ def _weight_error(weight: Tensor, found: MixedWeight, linear: LinearScheme) -> f
 
 
 def _linear_errors(
-    plans: list[InputPlan], before: Sample, after: Sample, weights: dict[str, float]
+    plans: list[InputPlan],
+    before: Sample,
+    after: Sample,
+    weights: dict[str, float],
+    factors: dict[str, Tensor],
 ) -> dict[str, dict[str, Any]]:
     rows = {name: plan.perm for plan in plans if plan.perm is not None for name in plan.group.fold_into_rows}
     records = {}
     for name, expected in before.linears.items():
+        if name in factors:
+            expected = expected * factors[name]
         if name in rows:
             expected = expected[:, rows[name]]
         records[name] = {

@@ -36,12 +36,17 @@ class Sample:
 
 
 def observe_energies(
-    layer: DecoderLayer, index: int, plans: list[InputPlan], hidden: HiddenStates, runner: LayerRunner
+    layer: DecoderLayer,
+    index: int,
+    plans: list[InputPlan],
+    hidden: HiddenStates,
+    runner: LayerRunner,
+    all_batches: bool = False,
 ) -> tuple[dict[str, Tensor], KeyStatistics, Sample]:
     """Run the full-precision layer: channel energies [K] of every input group, what keys and queries are like, and a
     sample of its outputs.
 
-    All batches run if an input is to be reordered, else only the first, which the report wants.
+    All batches run if an input is to be reordered, or if asked for, else only the first, which the report wants.
     """
     energies: dict[str, EnergyAccumulator] = {}
     keys = KeyStatistics(layer.rope, hidden.length, hidden.device)
@@ -66,7 +71,7 @@ def observe_energies(
     watched = {plan.group.producer: watch(plan) for plan in plans}
     with hooked({**watched, "self_attn.q_norm": watch_queries, "self_attn.k_norm": watch_keys}, layer):
         sample = sample_outputs(layer, plans, hidden, runner, None)
-        if any(plan.needs_order for plan in plans):
+        if all_batches or any(plan.needs_order for plan in plans):
             with stopped_after(plans[-1].group.producer, layer):
                 for number in range(1, len(hidden)):
                     with suppress(_SeenEnough):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from atom.models.config import ModelConfig
 from atom.models.kv import DenseKV
 from atom.models.layers import DecoderLayer
-from atom.models.layout import KEY_OFFSET, PERM, layer_prefix
+from atom.models.layout import PERM, key_tensors, layer_prefix
 from atom.models.loader import meta_model
 from atom.models.model import Model
 from atom.models.source import Source
@@ -192,15 +192,7 @@ class Student:
                 yield f"{prefix}.{name}", parameter.detach()
 
     def _run_layer(self, layer: DecoderLayer, states: Tensor, shape: torch.Size) -> Tensor:
-        scheme = self.scheme
-        kv = TrainingKV(
-            self.model.config,
-            shape[0],
-            scheme.kv,
-            scheme.kv_pre_rope,
-            self.device,
-            offset_apart=scheme.kv_offset != "none",
-        )
+        kv = TrainingKV.for_scheme(self.model.config, self.scheme, shape[0], self.device)
         out: Tensor = layer(states, layer.rope(kv.positions(shape[1])), kv)
         return out
 
@@ -214,8 +206,8 @@ class Student:
         loaded = {name: self._read(source, f"{prefix}.{name}") for name in plain}
         layer.load_state_dict(loaded, assign=True, strict=False)
         layer.requires_grad_(False)
-        if f"{prefix}.{KEY_OFFSET}" in names:
-            layer.self_attn.key_offset = source.get(f"{prefix}.{KEY_OFFSET}").to(self.device)
+        for name in key_tensors(layer, self.scheme):
+            setattr(layer.self_attn, name.rpartition(".")[2], source.get(f"{prefix}.{name}").to(self.device))
         for group in self.model.family.groups:
             perm, shared = None, self.scheme.for_linear(f"{prefix}.{group.linears[0]}")
             if shared.weight is None:

@@ -15,6 +15,24 @@ def energy_order(energy: Tensor) -> Tensor:
     return torch.sort(energy, stable=True).indices
 
 
+def dealt_order(energy: Tensor, block: int, outliers: int = 0) -> Tensor:
+    """Permutation int64 [K] that deals loud channels out, one to each block of `block` columns, before any gets two.
+
+    For rotations within blocks, which spread a loud channel over its own block alone: with the ascending order all loud
+    channels meet in the last ones. The loudest `outliers` channels stay last, ascending; of the others the quietest
+    fill what is left over when K is cut into blocks, and the rest are dealt back and forth, loudest first.
+    """
+    order = energy_order(energy)
+    normal = order.numel() - outliers
+    blocks = normal // block
+    if blocks == 0:
+        return order
+    quiet = normal - blocks * block
+    rows = order[quiet:normal].flip(0).view(block, blocks).clone()  # one row goes round the blocks
+    rows[1::2] = rows[1::2].flip(1)
+    return torch.cat((rows.T.flatten(), order[:quiet], order[normal:]))
+
+
 def invert(perm: Tensor) -> Tensor:
     """The permutation that undoes perm [K]: y[..., invert(perm)] is x."""
     inverse = torch.empty_like(perm)
