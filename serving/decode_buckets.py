@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atom.kernels.registry import Kernels
 from atom.models.model import Model
 
 from .batch import Batch
-from .kv_pool import DeviceArrays, PagedKV
-from .step_inputs import Staging, StepInputs, pad_decodes
+from .decode_inputs import decode_inputs
+from .kv_pool import PagedKV
+from .step_inputs import pad_decodes
 
 Replay = Callable[[], None]
 
@@ -44,17 +46,16 @@ class DecodeBuckets:
         depth: int,
         max_blocks: int,
         plans_vary: bool = False,
+        kernels: Kernels = "auto",
     ) -> None:
         self.sizes = sizes
         self.model = model
         self.kv = kv
-        self._last_tokens = last_tokens
         self._plans_vary = plans_vary
         self._scratch_block = kv.pool.num_blocks - 1
         device, largest = model.device, sizes[-1]
-        self._staging = Staging(device, depth)
-        self._words = torch.zeros(4, largest, dtype=torch.int64, device=device)  # tokens, sources, positions, slots
-        self._tables = torch.zeros(largest, max_blocks, dtype=torch.int32, device=device)
+        self._max_blocks = max_blocks
+        self._inputs = decode_inputs(model, last_tokens, largest, max_blocks, kv.pool.block_size, depth, kernels)
         self._logits = torch.zeros(largest, model.config.vocab_size, dtype=model.dtype, device=device)
         self._replays: dict[int, Replay] = {}
         self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -82,32 +83,17 @@ class DecodeBuckets:
 
     def _load(self, padded: Batch) -> Tensor:
         """Fill the buffers; returns the lanes that sample."""
-        size, width = padded.block_tables.shape
-        words = np.empty((4, size), dtype=np.int64)
-        words[0], words[1], words[2], words[3] = padded.token_ids, -1, padded.positions, padded.slots
-        words[1, padded.pending] = padded.pending_lanes
-        lanes = padded.sample_lanes.astype(np.int64)
-        on_device, table_rows, lane_ids = self._staging.upload([words, padded.block_tables, lanes])
-        self._words[:, :size] = on_device
-        self._tables[:size, :width] = table_rows
-        self.kv.begin(padded, self._inputs(size).attention)
-        return lane_ids
-
-    def _inputs(self, size: int) -> StepInputs:
-        token_ids, sources, positions, slots = self._words[:, :size]
-        attention = DeviceArrays(slots, self._tables[:size])
-        empty = token_ids[:0]
-        return StepInputs(token_ids, sources, positions, attention, empty, empty)
+        self.kv.begin(padded, self._inputs.arrays(padded.num_seqs))
+        return self._inputs.load(padded)
 
     def _compute(self, size: int) -> None:
-        inputs = self._inputs(size)
-        hidden = self.model(inputs.tokens(self._last_tokens), inputs.positions, self.kv)
+        hidden = self.model.model.run(*self._inputs.start(size), self.kv)
         self.model.logits(hidden, self._logits[:size])
 
     def _prepare(self, size: int) -> None:
         """Run a bucket once with long sequences, so that whatever grows with lengths has grown; then capture it."""
         count = size if self._plans_vary else 1
-        self._load(_long_batch(size, count, self._tables.shape[1], self._scratch_block, self.kv.pool.block_size))
+        self._load(_long_batch(size, count, self._max_blocks, self._scratch_block, self.kv.pool.block_size))
         self._compute(size)
         self._replays[size] = self._capture(size)
 

@@ -67,7 +67,9 @@ class Runner:
         self.buckets: DecodeBuckets | None = None
         if buckets:
             varies = split_tokens is not None
-            self.buckets = DecodeBuckets(model, self.kv, sampler.last_tokens, buckets, depth, max_blocks, varies)
+            self.buckets = DecodeBuckets(
+                model, self.kv, sampler.last_tokens, buckets, depth, max_blocks, varies, kernels
+            )
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -137,6 +139,7 @@ class Launched:
     ) -> None:
         self._parts = parts
         self._num_logprobs = None if sampled is None else sampled.num_logprobs
+        self._found: list[int] | None = None
         self._tokens = None if sampled is None else _to_host(sampled.told)
         self._logprobs = None if sampled is None or sampled.logprobs is None else _to_host(sampled.logprobs.packed)
         self._prompt = None if prompt is None else _to_host(prompt.packed)
@@ -151,10 +154,11 @@ class Launched:
 
     def tokens(self) -> list[int]:
         """Wait for the sampled tokens; they can be asked for again."""
-        if self._event is not None:
-            self._event.synchronize()
-        found: list[int] = [] if self._tokens is None else self._tokens.tolist()
-        return found
+        if self._found is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._found = [] if self._tokens is None else self._tokens.tolist()
+        return self._found
 
     def _sampled_logprobs(self) -> list[TokenLogprobs | None] | None:
         if self._logprobs is None or self._num_logprobs is None:

@@ -42,8 +42,9 @@ class Sampled:
     """What a step sampled, on the device.
 
     tokens        int64 [S], valid token ids in any case: what the next step may read at once
-    told          int64 [S], the same for the host, FAULTY (-1) where the row's logits hold a NaN or +inf, or all its
-                  tokens are forbidden: its token means nothing, and the sequence should end with an error
+    told          int64 [S], the same for the host, on the device or in page-locked memory; FAULTY (-1) where the row's
+                  logits hold a NaN or +inf, or all its tokens are forbidden: its token means nothing, and the sequence
+                  should end with an error
     logprobs      of the rows with num_logprobs >= 0, in their order; None if there are none
     num_logprobs  int32 [S] on the host: alternatives to report for each row, -1 for no logprobs
     """
@@ -165,8 +166,8 @@ class Sampler:
         told = tokens.masked_fill(faulty, FAULTY)
         return Sampled(tokens, told, self._logprobs(raw, tokens, plan), plan.num_logprobs)
 
-    def _run_kernel(self, raw: Tensor, plan: Plan, lanes: Tensor) -> Tensor | None:
-        """Tokens and what the host is told [2, S], where one kernel does all of it; else None."""
+    def _run_kernel(self, raw: Tensor, plan: Plan, lanes: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Tokens and what the host is told, where one kernel does all of it; else None."""
         if raw.dtype != torch.bfloat16 or not raw.is_contiguous():
             return None
         if self._greedy is not None and plan.is_greedy:

@@ -18,6 +18,7 @@ from ..quant.formats import get_format
 from ..quant.rounding import largest_scale
 from .attention_config import AppendConfig, DecodeConfig, MergeConfig, choose_decode, row_token
 from .attention_plan import SEGMENT_FIELDS, AttentionPlan, most_merges, most_segments, plan_balanced, plan_fixed
+from .begin import bring
 from .cache import load_kernel
 from .dense_attention import AttentionSpec
 from .head_norm import HeadNorms
@@ -93,7 +94,7 @@ class StepBuffers:
         for place, array in zip(self.places, (lengths, rows, plan.work, plan.segments, plan.merges), strict=True):
             host[place.start : place.start + array.size] = array.reshape(-1)
         host[self.places[4].start + plan.merges.size : self.places[4].stop] = 0
-        self.device.copy_(self.host[self.turn], non_blocking=True)
+        bring(self.host[self.turn], self.device)
 
 
 class PagedAttentionSm90:

@@ -1,7 +1,6 @@
 """Op draw: a token of each row of logits, by temperature, min-p, top-k, top-p and a seed, told to the host and left for
 the next step. Its definition is serving/sampler.py, which runs what this kernel refuses."""
 
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..env import unverified_kernels
 from .cache import load_kernel
 from .draw_config import THREADS, TILE
-from .greedy import refuses_greedy
+from .greedy import TokenMemory, refuses_greedy
 from .registry import Problem
 
 ARCH = "sm_90a"
@@ -22,11 +21,11 @@ SOURCES = tuple(
     for name in ("draw_sm90.py", "draw_config.py", "dsl/arithmetic.py", "dsl/memory.py", "dsl/tensor_core.py")
 )
 
-Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+_memory = TokenMemory()
 
 
-def draw(logits: Tensor, words: Tensor, counters: Tensor, lanes: Tensor, last_tokens: Tensor) -> Tensor:
-    """Tokens int64 [2, S] as op greedy returns them: to go on with, and with FAULTY for the host.
+def draw(logits: Tensor, words: Tensor, counters: Tensor, lanes: Tensor, last_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [S] as op greedy returns them: to go on with, and with FAULTY for the host.
 
     logits       [S, V] bfloat16
     words        int64 [words, S]: the rows' parameters, as draw_config.py numbers them
@@ -34,10 +33,10 @@ def draw(logits: Tensor, words: Tensor, counters: Tensor, lanes: Tensor, last_to
     lanes        int64 [S]
     last_tokens  int64 [num_lanes]: at `lanes` it becomes the rows' tokens
     """
-    tokens = torch.empty(2, len(logits), dtype=torch.int64, device=logits.device)
+    tokens, told = torch.empty(len(logits), dtype=torch.int64, device=logits.device), _memory.take(len(logits))
     if len(logits):
-        draw_kernel()(logits, words, counters, lanes, last_tokens, tokens)
-    return tokens
+        draw_kernel()(logits, words, counters, lanes, last_tokens, tokens, told.data_ptr())
+    return tokens, told
 
 
 @lru_cache

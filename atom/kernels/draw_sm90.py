@@ -50,16 +50,17 @@ class Draw:
         mN: cute.Tensor,  # [TILE + tiles] int64: what a candidate adds to a row's key, tokens of a tile before tiles
         mLane: cute.Tensor,  # [S] int64
         mLast: cute.Tensor,  # [lanes] int64: entry mLane[s] becomes row s's token
-        mT: cute.Tensor,  # [2, S] int64: the tokens, and the tokens with FAULTY
+        mT: cute.Tensor,  # [S] int64: the tokens
+        address: Int64,  # address of int64 [S], on the host or the GPU: the tokens, FAULTY where there is none
         stream: cuda.CUstream,
     ):
-        self.kernel(mL, mW, mN, mLane, mLast, mT).launch(
+        self.kernel(mL, mW, mN, mLane, mLast, mT, address).launch(
             grid=(mL.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(self, mL: cute.Tensor, mW: cute.Tensor, mN: cute.Tensor, mLane: cute.Tensor, mLast: cute.Tensor,
-               mT: cute.Tensor):  # fmt: skip
+               mT: cute.Tensor, address: Int64):  # fmt: skip
         tid, _, _ = cute.arch.thread_idx()
         row, _, _ = cute.arch.block_idx()
         warp = tid // 32
@@ -135,8 +136,9 @@ class Draw:
                 drawn = Int64(0)
                 told = Int64(FAULTY)
             mLast[mLane[row]] = drawn
-            mT[0, row] = drawn
-            mT[1, row] = told
+            mT[row] = drawn
+            host = cute.make_ptr(Int64, address + 8 * Int64(row), cute.AddressSpace.gmem, assumed_align=8)
+            cute.make_tensor(host, cute.make_layout(1))[0] = told
 
     # --- the largest logit ---
 
@@ -421,7 +423,8 @@ def compile_draw(options: str = "") -> object:
         compact(Int64, (cute.sym_int(),)),
         compact(Int64, (rows,)),
         compact(Int64, (cute.sym_int(),)),
-        compact(Int64, (2, rows)),
+        compact(Int64, (rows,)),
+        Int64(0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",
     )

@@ -1,5 +1,6 @@
 """Op greedy: the best token of each row of logits, told to the host and left for the next step."""
 
+from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,8 @@ HERE = Path(__file__).parent
 SOURCES = tuple(HERE / name for name in ("greedy_sm90.py", "dsl/arithmetic.py"))
 FAULTY = -1  # instead of a token id: the logits held no number to choose by
 
-Greedy = Callable[[Tensor, Tensor, Tensor], Tensor]
+Greedy = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+STEPS_KEPT = 16  # while so many later steps are launched, memory that a kernel tells its tokens in is not used again
 
 
 def greedy_reference() -> Greedy:
@@ -26,16 +28,17 @@ def greedy_reference() -> Greedy:
     logits       [S, V]       bfloat16, or any float on a CPU
     lanes        [S] int64
     last_tokens  [num_lanes] int64: at `lanes` it becomes the rows' tokens
-    returns      [2, S] int64: the first of the largest logits of each row, 0 where a row holds a NaN or +inf or nothing
-                 but -inf; and the same with FAULTY in those rows
+    returns      int64 [S]: the first of the largest logits of each row, 0 where a row holds a NaN or +inf or nothing
+                 but -inf; and the same with FAULTY in those rows, on the device or in page-locked memory (then it is
+                 there when the stream has come so far)
     """
 
-    def run(logits: Tensor, lanes: Tensor, last_tokens: Tensor) -> Tensor:
+    def run(logits: Tensor, lanes: Tensor, last_tokens: Tensor) -> tuple[Tensor, Tensor]:
         largest, tokens = logits.max(-1)
         faulty = (largest - largest) != 0
         tokens = tokens.masked_fill(faulty, 0)
         last_tokens[lanes] = tokens
-        return torch.stack((tokens, tokens.masked_fill(faulty, FAULTY)))
+        return tokens, tokens.masked_fill(faulty, FAULTY)
 
     return run
 
@@ -43,13 +46,28 @@ def greedy_reference() -> Greedy:
 def build_greedy_sm90() -> Greedy:
     """Builder of the op on Hopper."""
 
-    def run(logits: Tensor, lanes: Tensor, last_tokens: Tensor) -> Tensor:
-        tokens = torch.empty(2, len(logits), dtype=torch.int64, device=logits.device)
+    memory = TokenMemory()
+
+    def run(logits: Tensor, lanes: Tensor, last_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, told = torch.empty(len(logits), dtype=torch.int64, device=logits.device), memory.take(len(logits))
         if len(logits):
-            greedy_kernel()(logits, lanes, last_tokens, tokens)
-        return tokens
+            greedy_kernel()(logits, lanes, last_tokens, tokens, told.data_ptr())
+        return tokens, told
 
     return run
+
+
+class TokenMemory:
+    """Page-locked memory in which kernels tell the host their tokens."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Tensor] = deque(maxlen=STEPS_KEPT)
+
+    def take(self, count: int) -> Tensor:
+        """int64 [count]; it is not used again before STEPS_KEPT further ones were taken, even if it is dropped."""
+        memory = torch.empty(count, dtype=torch.int64, pin_memory=True)
+        self._kept.append(memory)
+        return memory
 
 
 @lru_cache

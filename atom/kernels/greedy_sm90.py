@@ -24,15 +24,16 @@ class Greedy:
         mL: cute.Tensor,  # [S, V] bfloat16, V a multiple of 8
         mLane: cute.Tensor,  # [S] int64
         mLast: cute.Tensor,  # [lanes] int64: entry mLane[s] becomes row s's token
-        mT: cute.Tensor,  # [2, S] int64: the tokens, and the tokens with FAULTY
+        mT: cute.Tensor,  # [S] int64: the tokens
+        address: Int64,  # address of int64 [S], on the host or the GPU: the tokens, FAULTY where there is none
         stream: cuda.CUstream,
     ):
-        self.kernel(mL, mLane, mLast, mT).launch(
+        self.kernel(mL, mLane, mLast, mT, address).launch(
             grid=(mL.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
-    def kernel(self, mL: cute.Tensor, mLane: cute.Tensor, mLast: cute.Tensor, mT: cute.Tensor):
+    def kernel(self, mL: cute.Tensor, mLane: cute.Tensor, mLast: cute.Tensor, mT: cute.Tensor, address: Int64):
         tid, _, _ = cute.arch.thread_idx()
         row, _, _ = cute.arch.block_idx()
         warp = tid // 32
@@ -78,8 +79,9 @@ class Greedy:
                     token = Int64(0)
                     told = Int64(FAULTY)
                 mLast[mLane[row]] = token
-                mT[0, row] = token
-                mT[1, row] = told
+                mT[row] = token
+                host = cute.make_ptr(Int64, address + 8 * Int64(row), cute.AddressSpace.gmem, assumed_align=8)
+                cute.make_tensor(host, cute.make_layout(1))[0] = told
 
     @cute.jit
     def load(self, mL, row, vector, words):
@@ -107,7 +109,8 @@ def compile_greedy(options: str = "") -> object:
         make_fake_compact_tensor(BFloat16, (rows, cute.sym_int(divisibility=8)), stride_order=(1, 0), assumed_align=16),
         make_fake_compact_tensor(Int64, (rows,), stride_order=(0,), assumed_align=8),
         make_fake_compact_tensor(Int64, (cute.sym_int(),), stride_order=(0,), assumed_align=8),
-        make_fake_compact_tensor(Int64, (2, rows), stride_order=(1, 0), assumed_align=8),
+        make_fake_compact_tensor(Int64, (rows,), stride_order=(0,), assumed_align=8),
+        Int64(0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",
     )

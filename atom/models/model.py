@@ -4,7 +4,7 @@
 thousands of tokens need not multiply all of them with the vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .family import Family, family_of
 from .kv import KV
 from .layers import DecoderLayer, norm
 from .norm import Norm
-from .rope import RopeConfig, Rotation
+from .rope import Rope, RopeConfig, Rotation
 
 
 class Decoder(nn.Module):
@@ -29,6 +29,13 @@ class Decoder(nn.Module):
         self.norm: Norm = norm(config)
         self.embedding_scale = config.embedding_scale
 
+    @property
+    def embedding_factor(self) -> float | None:
+        """What embeddings are multiplied by, rounded to their dtype as Gemma rounds it; None for nothing."""
+        if self.embedding_scale is None:
+            return None
+        return float(torch.tensor(self.embedding_scale, dtype=self.embed_tokens.weight.dtype))
+
     def decoder_layers(self) -> Iterator[DecoderLayer]:
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
@@ -37,19 +44,25 @@ class Decoder(nn.Module):
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [T] -> [T, hidden_size], scaled where the family scales."""
         hidden: Tensor = self.embed_tokens(token_ids)
-        if self.embedding_scale is None:
-            return hidden
-        return hidden * torch.tensor(self.embedding_scale, dtype=hidden.dtype).item()  # Gemma rounds its scale
+        factor = self.embedding_factor
+        return hidden if factor is None else hidden * factor
+
+    def ropes(self) -> dict[RopeConfig, Rope]:
+        """The different ropes of the layers."""
+        return {layer.rope.config: layer.rope for layer in self.decoder_layers()}
+
+    def rotations(self, positions: Tensor) -> dict[RopeConfig, Rotation]:
+        """The angles of every rope at `positions` [T]."""
+        return {config: rope(positions) for config, rope in self.ropes().items()}
 
     def forward(self, token_ids: Tensor, positions: Tensor, kv: KV) -> Tensor:
-        hidden = self.embed(token_ids)
+        return self.run(self.embed(token_ids), self.rotations(positions), kv)
+
+    def run(self, hidden: Tensor, rotations: Mapping[RopeConfig, Rotation], kv: KV) -> Tensor:
+        """The layers and the final norm: embedded tokens [T, hidden_size] -> the same, for `Model.logits`."""
         update: Tensor | None = None  # of the last half layer, not added yet
-        rotations: dict[RopeConfig, Rotation] = {}
         for layer in self.decoder_layers():
-            config = layer.rope.config
-            if config not in rotations:
-                rotations[config] = layer.rope(positions)
-            hidden, update = layer.step(hidden, update, rotations[config], kv)
+            hidden, update = layer.step(hidden, update, rotations[layer.rope.config], kv)
         normed: Tensor = self.norm.after(hidden, update)[1]
         return normed
 

@@ -127,6 +127,11 @@ class Rope:
         self.head_dim = head_dim
         self._inv_freq = {torch.device("cpu"): _inverse_frequencies(config, head_dim)}  # [head_dim / 2]
 
+    @property
+    def frequencies(self) -> Tensor:
+        """Radians per position of each channel pair, as they are without stretching: [head_dim / 2], float32."""
+        return self._inv_freq[torch.device("cpu")]
+
     def __call__(self, positions: Tensor, lengths: Tensor | None = None) -> "Rotation":
         """Rotation at `positions` [T] (int64).
 

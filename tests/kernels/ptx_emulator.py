@@ -17,6 +17,7 @@ import numpy as np
 
 LANES = 32
 SHARED_BASE = 1024
+LOCAL_BYTES = 256  # of a thread
 F32, U32, S32, U64, S64 = np.float32, np.uint32, np.int32, np.uint64, np.int64
 
 
@@ -34,6 +35,11 @@ class Part(Tensor):
 
     start: int = 0
     stop: int = 0
+
+
+@dataclass(frozen=True)
+class Address(Tensor):
+    """An array of which the kernel gets nothing but the address."""
 
 
 @dataclass
@@ -110,7 +116,7 @@ class Kernel:
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
         body = _rename_local_labels(re.sub(r"//[^\n]*", "", body))
-        body = re.sub(r"\.(reg|pragma|loc|file|section)\b[^;\n]*;?", "", body)
+        body = re.sub(r"\.(reg|local|pragma|loc|file|section)\s[^;\n]*;?", "", body)
         for label, text in re.findall(r"([A-Za-z_$][\w$]*):(?!:)|([^;{}]*(?:\{[^;{}]*\}[^;{}]*)*);", body):
             if label:
                 self.labels[label] = len(self.code)
@@ -143,7 +149,8 @@ class Kernel:
                     known[key] = memory.place(argument.array)
                     placed.append((known[key], argument.array))
                 address = known[key]
-                data = _descriptor(address, argument)
+                is_bare = isinstance(argument, Address)
+                data = np.uint64(address).tobytes() if is_bare else _descriptor(address, argument)
             else:
                 data = np.array([argument], dtype=F32 if isinstance(argument, float) else S32).tobytes()
             assert len(data) == length, f"parameter {name} has {length} bytes, not {len(data)}"
@@ -246,7 +253,9 @@ class Warp:
         self.counters = np.zeros(LANES, dtype=np.int64)
         self.alive = np.ones(LANES, dtype=bool)
         lanes = np.arange(LANES, dtype=U32)
+        self.local = np.zeros((LANES, LOCAL_BYTES), dtype=np.uint8)
         self.special = {
+            "__local_depot0": np.zeros(LANES, dtype=U64),
             "%tid.x": lanes + U32(LANES * index), "%laneid": lanes,
             "%ctaid.x": np.full(LANES, place[0], U32), "%ctaid.y": np.full(LANES, place[1], U32),
             "%nctaid.x": np.full(LANES, grid[0], U32), "%nctaid.y": np.full(LANES, grid[1], U32),
@@ -397,8 +406,19 @@ def _memory_op(warp: Warp, op: str, args: list[Any]) -> None:
             start = int(offset or 0) + size * i
             warp.write(register, np.full(LANES, warp.constants[name][start : start + size].view(storage)[0], storage))
         return
-    memory = warp.memory if parts[1] == "global" else warp.cta.shared
-    addresses = warp.address(where, U64 if parts[1] == "global" else U32)[warp.active]
+    if "local" in parts:
+        at = warp.address(where)[0]
+        for i, register in enumerate(names):
+            part = warp.local[:, at + size * i : at + size * (i + 1)]
+            if is_load:
+                warp.write(register, np.ascontiguousarray(part).view(storage)[:, 0])
+            else:
+                part[warp.active] = np.ascontiguousarray(warp.read(register, storage)[:, None]).view(np.uint8)[
+                    warp.active
+                ]
+        return
+    memory = warp.memory if "global" in parts else warp.cta.shared
+    addresses = warp.address(where, U64 if "global" in parts else U32)[warp.active]
     at = memory.index(addresses, size * count)
     for i, register in enumerate(names):
         part = at[:, size * i : size * (i + 1)]

@@ -19,6 +19,7 @@ from atom.serving.sampling_params import SamplingParams
 from atom.serving.sampling_plan import Feature, Plan, Word
 from atom.serving.sequence import Sequence
 
+from .ptx_emulator import Address
 from .ptx_emulator import Tensor as Argument
 from .test_attention_sm90 import needs_dsl, ptx
 from .test_gemm_sm90 import disassemble
@@ -78,16 +79,13 @@ def test_tokens_on_a_model_of_the_machine(tmp_path: Path, monkeypatch: pytest.Mo
     x, lanes = logits_of(len(params), VOCABULARY), torch.arange(len(params)).flip(0)
     wanted = made.run(x, plan, lanes)
     assert plan.words is not None
-    found, last = np.zeros((2, len(params)), dtype=np.int64), np.zeros(len(params) + 1, dtype=np.int64)
+    found, told, last = np.zeros((3, len(params)), dtype=np.int64)
     arguments = (x.view(torch.int16), plan.words, made._counters, lanes)
     kernel = ptx(compile_draw(f"--keep-ptx --dump-dir {tmp_path}"))
-    kernel.launch(
-        (len(params), 1),
-        draw_config.THREADS,
-        [*(Argument(a.numpy()) for a in arguments), Argument(last), Argument(found)],
-    )
-    assert found.tolist() == [wanted.tokens.tolist(), wanted.told.tolist()]
-    assert last[:-1].tolist() == made.last_tokens.tolist()
+    tensors = [*(Argument(a.numpy()) for a in arguments), Argument(last), Argument(found)]
+    kernel.launch((len(params), 1), draw_config.THREADS, [*tensors, Address(told)])
+    assert found.tolist() == wanted.tokens.tolist() and told.tolist() == wanted.told.tolist()
+    assert last.tolist() == made.last_tokens.tolist()
 
 
 @needs_dsl
@@ -122,9 +120,10 @@ def test_tokens_on_a_gpu(vocabulary: int) -> None:
     wanted = made.run(x, plan, lanes)
     assert plan.words is not None
     last = torch.zeros(len(params), dtype=torch.int64, device="cuda")
-    found = draw(x.cuda(), plan.words.cuda(), made._counters.cuda(), lanes.cuda(), last).cpu()
-    assert (found[0] != wanted.tokens).sum() <= 1 and torch.equal(found[1] < 0, wanted.told < 0)
-    assert torch.equal(last.cpu()[lanes], found[0])
+    found, told = draw(x.cuda(), plan.words.cuda(), made._counters.cuda(), lanes.cuda(), last)
+    torch.cuda.synchronize()
+    assert (found.cpu() != wanted.tokens).sum() <= 1 and torch.equal(told < 0, wanted.told < 0)
+    assert torch.equal(last.cpu()[lanes], found.cpu())
 
 
 def test_the_sampler_knows_when_a_draw_is_plain() -> None:

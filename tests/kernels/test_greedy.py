@@ -11,6 +11,7 @@ from torch import Tensor
 from atom.kernels.greedy import FAULTY, build_greedy_sm90, greedy_reference, refuses_greedy
 from atom.kernels.registry import Problem
 
+from .ptx_emulator import Address
 from .ptx_emulator import Tensor as Argument
 from .test_attention_sm90 import needs_dsl, ptx
 from .test_gemm_sm90 import disassemble
@@ -38,7 +39,8 @@ def rows(vocabulary: int = VOCABULARY) -> Tensor:
 
 
 def reference(x: Tensor, lanes: Tensor, last: Tensor) -> Tensor:
-    return greedy_reference()(x, lanes, last)
+    """int64 [2, rows]: tokens, and what the host is told."""
+    return torch.stack(greedy_reference()(x, lanes, last))
 
 
 def test_the_reference_takes_the_first_of_the_largest() -> None:
@@ -61,12 +63,13 @@ def test_tokens_on_a_model_of_the_machine(vocabulary: int, tmp_path: Path, monke
     lanes, last = torch.arange(11).flip(0), torch.full((12,), 77)
     wanted_last = last.clone()
     wanted = reference(x, lanes, wanted_last)
-    found = np.zeros((2, 11), dtype=np.int64)
-    told = last.numpy().copy()
+    found, told = np.zeros((2, 11), dtype=np.int64)
+    then = last.numpy().copy()
     kernel = ptx(compile_greedy(f"--keep-ptx --dump-dir {tmp_path}"))
-    kernel.launch((11, 1), 1024, [Argument(x.view(torch.int16).numpy()), *map(Argument, (lanes.numpy(), told, found))])
-    assert np.array_equal(found, wanted.numpy())
-    assert np.array_equal(told, wanted_last.numpy())
+    tensors = (Argument(x.view(torch.int16).numpy()), Argument(lanes.numpy()), Argument(then), Argument(found))
+    kernel.launch((11, 1), 1024, [*tensors, Address(told)])
+    assert np.array_equal(np.stack((found, told)), wanted.numpy())
+    assert np.array_equal(then, wanted_last.numpy())
 
 
 @needs_dsl
@@ -98,6 +101,7 @@ def test_tokens_on_a_gpu(vocabulary: int) -> None:
     lanes, last = torch.arange(11).flip(0), torch.full((12,), 77)
     wanted_last = last.clone()
     wanted = reference(x, lanes, wanted_last)
-    told = last.cuda()
-    found = build_greedy_sm90()(x.cuda(), lanes.cuda(), told)
-    assert torch.equal(found.cpu(), wanted) and torch.equal(told.cpu(), wanted_last)
+    then = last.cuda()
+    found, told = build_greedy_sm90()(x.cuda(), lanes.cuda(), then)
+    torch.cuda.synchronize()
+    assert torch.equal(torch.stack((found.cpu(), told)), wanted) and torch.equal(then.cpu(), wanted_last)

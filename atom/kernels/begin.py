@@ -1,0 +1,136 @@
+"""The start of a decode step on Hopper: from records on the host to hidden states, angles, slots and block tables.
+
+Without this kernel the same is two copies and eleven small kernels of torch (serving/decode_inputs.py), and the GPU
+stands still while its copy engine and its multiprocessors wait for each other.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..env import unverified_kernels
+from .begin_config import RECORD_WORDS
+from .cache import load_kernel
+from .registry import Problem
+
+ARCH = "sm_90a"
+HERE = Path(__file__).parent
+SOURCES = (HERE / "begin_sm90.py", HERE / "begin_config.py")
+
+Int32 = NDArray[np.int32]
+
+
+class Begin:
+    """Buffers of a decode step that keep their place, and the kernel that fills them.
+
+    embedding    [V, hidden] bfloat16, and its scale
+    frequencies  of each rope, radians per position float32 [head_dim / 2], and the factors of cosines and sines
+    last_tokens  int64 [num_lanes]: the token that each lane sampled last
+    most         tokens of a step, and max_blocks of a sequence
+    steps        that may be under way, and one: the next is written meanwhile
+
+    hidden       [most, hidden] bfloat16
+    turns        float32 [2, ropes, most, head_dim / 2]: cosines, sines
+    positions, slots, lanes  int64 [most]
+    tables       int32 [most, max_blocks]
+    """
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        scale: float,
+        frequencies: Sequence[Tensor],
+        factors: Sequence[float],
+        last_tokens: Tensor,
+        most: int,
+        max_blocks: int,
+        steps: int,
+    ) -> None:
+        device = embedding.device
+        self.embedding, self.scale, self.last_tokens = embedding, scale, last_tokens
+        self.frequencies = torch.stack([x.to(device) for x in frequencies])
+        self.factors = torch.tensor(factors, dtype=torch.float32, device=device)
+        self.hidden = torch.zeros(most, embedding.shape[1], dtype=embedding.dtype, device=device)
+        shape = (2, *self.frequencies.shape[:1], most, self.frequencies.shape[1])
+        self.turns = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.ids = torch.zeros(3, most, dtype=torch.int64, device=device)
+        self.positions, self.slots, self.lanes = self.ids
+        self.tables = torch.zeros(most, max_blocks, dtype=torch.int32, device=device)
+        size = most * (RECORD_WORDS + max_blocks)
+        pinned = device.type == "cuda"
+        self.host = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(steps)]
+        self.turn = 0
+
+    def write(self, records: Int32, tables: Int32) -> tuple[int, int]:
+        """Put a step where the kernel reads it; returns the addresses of records and tables.
+
+        records  [B, RECORD_WORDS], see begin_config.py; tables  [B, width]
+        """
+        self.turn = (self.turn + 1) % len(self.host)
+        host = self.host[self.turn]
+        words = host.numpy()
+        words[: records.size] = records.reshape(-1)
+        words[records.size : records.size + tables.size] = tables.reshape(-1)
+        return host.data_ptr(), host.data_ptr() + records.nbytes
+
+    def __call__(self, records: Int32, tables: Int32) -> None:
+        """Fill the first rows of the buffers, on the current stream; does not wait."""
+        at, tables_at = self.write(records, tables)
+        begin_kernel()(
+            at, tables_at, tables.shape[1], self.last_tokens, self.embedding, self.scale, self.frequencies,
+            self.factors, self.hidden[: len(records)], self.turns, self.ids, self.tables,
+        )  # fmt: skip
+
+
+def bring(host: Tensor, words: Tensor) -> None:
+    """Copy int32 words [n], n a multiple of 4, from page-locked memory that stays as it is meanwhile; does not wait.
+
+    The kernel does what the copy engine would do, without the GPU standing still before and after it.
+    """
+    if words.is_cuda and unverified_kernels():
+        bring_kernel()(host.data_ptr(), words)
+    else:
+        words.copy_(host, non_blocking=True)
+
+
+@lru_cache
+def begin_kernel() -> Any:
+    """The compiled kernel, from memory, disk or compiled now."""
+
+    def compile() -> Any:
+        from .begin_sm90 import compile_begin
+
+        return compile_begin()
+
+    return load_kernel("begin_sm90", "begin", SOURCES, compile, ARCH)
+
+
+@lru_cache
+def bring_kernel() -> Any:
+    """The compiled kernel, from memory, disk or compiled now."""
+
+    def compile() -> Any:
+        from .begin_sm90 import compile_bring
+
+        return compile_bring()
+
+    return load_kernel("begin_sm90", "bring", SOURCES, compile, ARCH)
+
+
+def refuses_begin(problem: Problem) -> str | None:
+    """Why the sm_90a kernel cannot begin the steps of a model with K hidden channels, or None."""
+    if problem.arch != "sm_90":
+        return f"it is built for sm_90, this is {problem.arch}"
+    if problem.dtype != "bfloat16":
+        return f"hidden states must be bfloat16, got {problem.dtype}"
+    if problem.K % 8:
+        return f"hidden states must be a multiple of 8 long, got {problem.K}"
+    if not unverified_kernels():
+        return "it has not been verified on hardware yet; set ATOM_UNVERIFIED_KERNELS=1 to run it all the same"
+    return None

@@ -1,0 +1,131 @@
+"""What a decode step begins with, in buffers that keep their place: hidden states, angles, slots, block tables, lanes.
+
+`load` brings a padded batch to the device before what was captured runs; `start` is the first part of what is captured.
+On Hopper one kernel does all of it (atom/kernels/begin.py), elsewhere torch does.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atom.kernels.begin import Begin, refuses_begin
+from atom.kernels.begin_config import BLOCKS, LANE, POSITION, RECORD_WORDS, SLOT, SOURCE, TOKEN
+from atom.kernels.registry import Kernels, Problem, device_arch
+from atom.models.model import Model
+from atom.models.rope import RopeConfig, Rotation
+
+from .batch import Batch
+from .kv_pool import DeviceArrays
+from .step_inputs import Staging, StepInputs
+
+Rotations = Mapping[RopeConfig, Rotation]
+
+
+class DecodeInputs(Protocol):
+    def load(self, padded: Batch) -> Tensor:
+        """Fill the buffers, without waiting; returns the lanes that sample, int64 [S]."""
+        ...
+
+    def arrays(self, size: int) -> DeviceArrays:
+        """What attention reads."""
+        ...
+
+    def start(self, size: int) -> tuple[Tensor, Rotations]:
+        """Hidden states [size, hidden_size] and the angles of every rope."""
+        ...
+
+
+def decode_inputs(
+    model: Model, last_tokens: Tensor, most: int, max_blocks: int, block_size: int, depth: int, kernels: Kernels
+) -> DecodeInputs:
+    """The inputs of decode steps of at most `most` sequences of max_blocks blocks each, `depth` of them under way."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    problem = Problem(device_arch(model.device), K=model.config.hidden_size, dtype=dtype)
+    is_dynamic = any(config.kind == "dynamic" for config in model.config.ropes)
+    if kernels == "auto" and not is_dynamic and refuses_begin(problem) is None:
+        return KernelInputs(model, last_tokens, most, max_blocks, block_size, depth)
+    return TorchInputs(model, last_tokens, most, max_blocks, depth)
+
+
+class TorchInputs:
+    """One upload, copies into the buffers; tokens, embedding and angles are captured."""
+
+    def __init__(self, model: Model, last_tokens: Tensor, most: int, max_blocks: int, depth: int) -> None:
+        self._model, self._last_tokens = model, last_tokens
+        self._staging = Staging(model.device, depth)
+        self._words = torch.zeros(4, most, dtype=torch.int64, device=model.device)  # tokens, sources, positions, slots
+        self._tables = torch.zeros(most, max_blocks, dtype=torch.int32, device=model.device)
+
+    def load(self, padded: Batch) -> Tensor:
+        """See DecodeInputs."""
+        size, width = padded.block_tables.shape
+        words = np.empty((4, size), dtype=np.int64)
+        words[0], words[1], words[2], words[3] = padded.token_ids, -1, padded.positions, padded.slots
+        words[1, padded.pending] = padded.pending_lanes
+        lanes = padded.sample_lanes.astype(np.int64)
+        on_device, table_rows, lane_ids = self._staging.upload([words, padded.block_tables, lanes])
+        self._words[:, :size] = on_device
+        self._tables[:size, :width] = table_rows
+        return lane_ids
+
+    def arrays(self, size: int) -> DeviceArrays:
+        """See DecodeInputs."""
+        return DeviceArrays(self._words[3, :size], self._tables[:size])
+
+    def start(self, size: int) -> tuple[Tensor, Rotations]:
+        """See DecodeInputs."""
+        token_ids, sources, positions, _ = self._words[:, :size]
+        empty = token_ids[:0]
+        inputs = StepInputs(token_ids, sources, positions, self.arrays(size), empty, empty)
+        decoder = self._model.model
+        return decoder.embed(inputs.tokens(self._last_tokens)), decoder.rotations(positions)
+
+
+class KernelInputs:
+    """One kernel, which reads the host's memory; nothing is captured."""
+
+    def __init__(
+        self, model: Model, last_tokens: Tensor, most: int, max_blocks: int, block_size: int, depth: int
+    ) -> None:
+        self._block_size = block_size
+        decoder = model.model
+        self._ropes = decoder.ropes()
+        self._begin = Begin(
+            decoder.embed_tokens.weight.detach(),
+            1.0 if decoder.embedding_factor is None else decoder.embedding_factor,
+            [rope.frequencies for rope in self._ropes.values()],
+            [config.attention_factor for config in self._ropes],
+            last_tokens,
+            most,
+            max_blocks,
+            depth + 1,
+        )
+
+    def load(self, padded: Batch) -> Tensor:
+        """See DecodeInputs."""
+        size = padded.num_seqs
+        records = np.zeros((size, RECORD_WORDS), dtype=np.int32)
+        records[:, TOKEN], records[:, SOURCE] = padded.token_ids, -1
+        records[padded.pending, SOURCE] = padded.pending_lanes
+        records[:, POSITION], records[:, SLOT] = padded.positions, padded.slots
+        records[: len(padded.sample_lanes), LANE] = padded.sample_lanes
+        records[:, BLOCKS] = -(-padded.seqlens_k // self._block_size)
+        self._begin(records, padded.block_tables)
+        lanes: Tensor = self._begin.lanes[: len(padded.sample_lanes)]
+        return lanes
+
+    def arrays(self, size: int) -> DeviceArrays:
+        """See DecodeInputs."""
+        return DeviceArrays(self._begin.slots[:size], self._begin.tables[:size])
+
+    def start(self, size: int) -> tuple[Tensor, Rotations]:
+        """See DecodeInputs."""
+        begin = self._begin
+        rotations = {
+            config: Rotation(begin.turns[0, index, :size], begin.turns[1, index, :size], begin.positions[:size], rope)
+            for index, (config, rope) in enumerate(self._ropes.items())
+        }
+        return begin.hidden[:size], rotations

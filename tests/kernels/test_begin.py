@@ -1,0 +1,130 @@
+"""The kernel that begins a decode step, against torch: its PTX run on a CPU, and itself on a GPU."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from atom.kernels.begin import Begin, bring, refuses_begin
+from atom.kernels.begin_config import RECORD_WORDS
+from atom.kernels.registry import Problem
+
+from .ptx_emulator import Address
+from .ptx_emulator import Tensor as Argument
+from .test_attention_sm90 import needs_dsl, ptx
+
+HIDDEN, HALF, MOST, MAX_BLOCKS = 2 * 8 * 256 + 40, 24, 7, 300
+
+
+def step() -> tuple[np.ndarray, np.ndarray]:
+    """Records and tables of five decodes; tables wider than the kernel has threads, one of a single block."""
+    records = np.array(
+        [
+            # token, source, position, blocks, slot, lane
+            [3, -1, 0, 1, 16, 4],
+            [0, 2, 100000, 290, 4711, 2],
+            [9, -1, 77, 256, 5, 0],
+            [0, 0, 4095, 257, 2**31 - 1, 1],
+            [1, -1, 12, 2, 0, 3],
+        ],
+        dtype=np.int32,
+    )
+    records = np.pad(records, ((0, 0), (0, RECORD_WORDS - records.shape[1])))
+    return records, np.arange(5 * 290, dtype=np.int32).reshape(5, 290)
+
+
+def made(device: str, scale: float) -> Begin:
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(10, HIDDEN, generator=generator).bfloat16()
+    frequencies = [10000.0 ** -(torch.arange(HALF) / HALF), 5e5 ** -(torch.arange(HALF) / HALF)]
+    last = torch.tensor([7, 0, 5, 0, 0])
+    return Begin(embedding.to(device), scale, frequencies, [1.0, 0.5], last.to(device), MOST, MAX_BLOCKS, 2)
+
+
+def check(begin: Begin, scale: float, atol: float) -> None:
+    """What a step's buffers must hold."""
+    records, tables = step()
+    tokens = torch.tensor([3, 5, 9, 7, 1], device=begin.hidden.device)
+    assert torch.equal(begin.hidden[:5], begin.embedding[tokens] * scale) and not begin.hidden[5:].any()
+    positions, slots, lanes = (torch.from_numpy(records[:, i]).long() for i in (2, 4, 5))
+    assert torch.equal(begin.ids[:, :5].cpu(), torch.stack((positions, slots, lanes)))
+    angles = positions.to(begin.hidden.device).float()[:, None] * begin.frequencies[:, None]
+    for found, function in zip(begin.turns[:, :, :5], (torch.cos, torch.sin), strict=True):
+        assert torch.allclose(found, function(angles) * begin.factors[:, None, None], atol=atol, rtol=0)
+    for row, blocks in enumerate(records[:, 3].tolist()):
+        assert begin.tables[row, :blocks].tolist() == tables[row, :blocks].tolist()
+
+
+@needs_dsl
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1.0, 3.5])
+def test_buffers_on_a_model_of_the_machine(scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels.begin_sm90 import compile_begin
+
+    begin = made("cpu", scale)
+    records, tables = step()
+    begin.write(records, tables)
+    host = begin.host[begin.turn].numpy()
+    halves = (host[: records.size], host[records.size : records.size + tables.size].copy())
+
+    def bits(x: Tensor) -> Argument:
+        return Argument((x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy())
+
+    kernel = ptx(compile_begin(f"--keep-ptx --dump-dir {tmp_path}"))
+    kernel.launch(
+        (5, 1),
+        256,
+        [
+            *map(Address, halves),
+            tables.shape[1],
+            bits(begin.last_tokens),
+            bits(begin.embedding),
+            scale,
+            bits(begin.frequencies),
+            bits(begin.factors),
+            bits(begin.hidden[:5]),
+            Argument(begin.turns.numpy(), (0,)),
+            Argument(begin.ids.numpy(), (0,)),
+            bits(begin.tables),
+        ],
+    )
+    check(begin, scale, 1e-6)
+
+
+@needs_dsl
+@pytest.mark.slow
+def test_bring_on_a_model_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    from atom.kernels.begin_sm90 import compile_bring
+
+    source, target = np.arange(1, 1037, dtype=np.int32), np.zeros(1036, dtype=np.int32)
+    kernel = ptx(compile_bring(f"--keep-ptx --dump-dir {tmp_path}"))
+    kernel.launch((2, 1), 256, [Address(source), Argument(target)])
+    assert np.array_equal(source, target)
+
+
+def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "verified" in (refuses_begin(Problem("sm_90", K=4096)) or "")
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    assert refuses_begin(Problem("sm_90", K=4096)) is None
+    assert "cpu" in (refuses_begin(Problem("cpu", K=4096)) or "")
+    assert "multiple of 8" in (refuses_begin(Problem("sm_90", K=100)) or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("scale", [1.0, 3.5])
+def test_buffers_on_a_gpu(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Angles are those of torch bit by bit: keys are stored turned by either."""
+    begin = made("cuda", scale)
+    begin(*step())
+    torch.cuda.synchronize()
+    check(begin, scale, 0.0)
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    words, source = torch.zeros(4096, dtype=torch.int32, device="cuda"), torch.arange(4096, dtype=torch.int32)
+    pinned = source.pin_memory()
+    bring(pinned, words)
+    assert torch.equal(words.cpu(), source)
