@@ -96,24 +96,42 @@ def append_rows(formats: list[str]) -> Iterator[dict[str, Any]]:
             yield row("rope_append", kv, shape, us, moved / BANDWIDTH * 1e6, None)
 
 
+PREFILLS = ((1, 8192, 0), (8, 1024, 0), (1, 2048, 8192), (8, 512, 4096))  # chunks, new tokens, tokens before them
+
+
 def prefill_rows(formats: list[str]) -> Iterator[dict[str, Any]]:
-    """One prompt of 8192 tokens, all of it new; torch's causal attention on dense bf16 beside it."""
-    shape = Shape(1, 8192)
-    length = 8192
-    size = (1, shape.kv_heads, length, shape.head_dim)
-    q = torch.randn(length, shape.heads, shape.head_dim, device="cuda").bfloat16()
-    k, v = torch.randn(2, *size, device="cuda").bfloat16()
-    dense = partial(scaled_dot_product_attention, q.transpose(0, 1)[None], k, v, is_causal=True, enable_gqa=True)
-    base = time_calls({"dense": [dense] * 3})["dense"]
-    floor = 4 * shape.heads * shape.head_dim * length * length / 2 / RATE["bf16"] * 1e6
-    for kv in formats:
-        layout = layout_of(kv, shape)
-        blocks = length // BLOCK
-        layer = random_layers(layout, blocks, 1)[0]
-        step = replace(step_of(np.array([length], dtype=np.int32), blocks), cu_seqlens_q=np.array([0, length]))
-        attend = PagedAttentionSm90(layout)
-        us = time_calls({kv: [partial(attend, q, layer, step, AttentionSpec(shape.head_dim**-0.5))] * 3})[kv]
-        yield row("prefill", kv, shape, us, floor, base)
+    """Equal chunks of prompts, with a prefix or none; the fastest of torch's attentions on dense bf16 beside them."""
+    for count, new, before in PREFILLS:
+        length = before + new
+        shape = Shape(count, length)
+        ends = np.arange(count + 1) * new
+        q = torch.randn(count * new, shape.heads, shape.head_dim, device="cuda").bfloat16()
+        k, v = torch.randn(2, count * length, shape.kv_heads, shape.head_dim, device="cuda").bfloat16()
+        base = min(time_calls({name: [call] * 3 for name, call in dense_prefills(q, k, v, count).items()}).values())
+        pairs = new * before + new * (new + 1) / 2
+        floor = 4 * shape.heads * shape.head_dim * count * pairs / RATE["bf16"] * 1e6
+        for kv in formats:
+            layout = layout_of(kv, shape)
+            blocks = count * length // BLOCK
+            layer = random_layers(layout, blocks, 1)[0]
+            step = replace(step_of(np.full(count, length, dtype=np.int32), blocks), cu_seqlens_q=ends)
+            attend = PagedAttentionSm90(layout)
+            us = time_calls({kv: [partial(attend, q, layer, step, AttentionSpec(shape.head_dim**-0.5))] * 3})[kv]
+            yield row("prefill", kv, shape, us, floor, base) | {"queries": new}
+
+
+def dense_prefills(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int) -> dict[str, Callable[[], Any]]:
+    """Ways to attend over dense keys: ragged flash attention, and, where nothing is cached before, cuDNN's."""
+    new, length, scale = len(q) // count, len(k) // count, q.shape[-1] ** -0.5
+    ends = [torch.arange(count + 1, device="cuda", dtype=torch.int32) * n for n in (new, length)]
+    flash = torch.ops.aten._flash_attention_forward
+    calls: dict[str, Callable[[], Any]] = {
+        "flash": partial(flash, q, k, v, *ends, new, length, 0.0, True, False, scale=scale)
+    }
+    if new == length:
+        batched = [x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v)]
+        calls["sdpa"] = partial(scaled_dot_product_attention, *batched, is_causal=True, enable_gqa=True, scale=scale)
+    return calls
 
 
 def plan_rows() -> Iterator[dict[str, Any]]:

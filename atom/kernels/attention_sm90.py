@@ -111,7 +111,7 @@ class PagedAttentionSm90:
         self.layout = layout
         self.has_offset = has_offset
         self.split_blocks = None if split_tokens is None else max(2, -(-split_tokens // layout.block_size) // 2 * 2)
-        self.prefill = Prefill(layout)
+        self.prefill = Prefill(layout, split_tokens is not None)
         self.kernels: dict[DecodeConfig, tuple[Any, Any]] = {}
         self.buffers: dict[tuple[int, int | None], StepBuffers] = {}
         self.turns: dict[tuple[int, int], Tensor] = {}
@@ -128,14 +128,11 @@ class PagedAttentionSm90:
         """See PagedAttentionReference."""
         queries, cap = q.shape[1] // self.layout.num_kv_heads, spec.soft_cap
         buffers = self._ready(step, spec.window, queries)
-        chunks = self.prefill.chunks(step, spec.window)
+        chunks = self.prefill.plan(step, spec, q.shape[1])
         q = q.contiguous()
         out = torch.empty_like(q)
         if chunks is not None:
-            prefilled = self.prefill(q, layer, chunks, spec, table)
-            if chunks.is_all:
-                return prefilled
-            out[chunks.tokens] = prefilled
+            out = self.prefill(q, layer, chunks, spec, out, table)
         if buffers is not None:
             has_offset = spec.key_offset is not None
             config = self._config(queries, spec.window is not None, cap is not None, has_offset)

@@ -29,7 +29,7 @@ class KVGather:
     def __call__(
         self,
         mKV: cute.Tensor,  # [num_blocks, num_kv_heads, tile_bytes] uint8
-        mWork: cute.Tensor,  # [N, 4] int32: block, dense row of its first token, first token, end token
+        mWork: cute.Tensor,  # [N, 4] int32: block (-1: zeros), dense row of its first token, first token, end token
         mK: cute.Tensor,  # [S, num_kv_heads, head_dim / 2] uint32: two bfloat16 each
         mV: cute.Tensor,  # [S, num_kv_heads, head_dim / 2] uint32
         stream: cuda.CUstream,
@@ -58,7 +58,7 @@ class KVGather:
         scales.fill(0)
         for r in cutlass.range_constexpr(config.rounds):
             part, token, octet = self.place(tid + r * config.threads)
-            if (token >= first) & (token < end) & (part < 2):
+            if (token >= first) & (token < end) & (part < 2) & (block >= 0):
                 line = part * config.block_size + token  # keys' rows are followed by values'
                 start = 2 * config.block_size * cache.word_bytes + line * cache.row_bytes
                 found = load_some(tile + start + 4 * code_words * octet, code_words)

@@ -1,7 +1,7 @@
-"""Attention of a step's prefill chunks on Hopper: blocks to dense keys and values, then torch's flash attention.
+"""Attention of a step's prefill chunks on Hopper: blocks to dense keys and values, then torch's attention.
 
 One launch of the gather kernel reads the blocks of all sequences with several queries, this step's tokens included,
-since attention is over rounded keys; one launch of torch's ragged flash attention follows. Query heads share keys as
+since attention is over rounded keys. prefill_plan.py says which of torch's kernels follows. Query heads share keys as
 they lie, and a sliding window reads no block that its queries do not see.
 """
 
@@ -18,7 +18,8 @@ from .cache import load_kernel
 from .dense_attention import AttentionSpec, attend_dense
 from .kv_layout import KVLayout
 from .paged_attention import RopeTable
-from .paged_step import Ints, PagedStep
+from .paged_step import PagedStep
+from .prefill_plan import PrefillPlan, RaggedPart, SquarePart, plan_prefill
 from .rotate import rotate
 
 ARCH = "sm_90a"
@@ -33,156 +34,150 @@ SOURCES = tuple(
 
 
 @dataclass(frozen=True)
-class GatherWork:
-    """What the gather kernel reads for a step's prefill chunks, in the order of sequences.
+class PlanOnDevice:
+    """A plan, and what kernels read of it: int32 tiles [N, 4], and of its ragged part cu_seqlens and tokens."""
 
-    tiles          int32 [N, 4]      block, dense row of its first token read, first token, end token
-    sequences      int [C]           of the step, that prefill
-    firsts         int [C]           the first key that the first query of each sees
-    cu_seqlens_k   int32 [C + 1]     dense rows of each: from that key on
-    """
-
-    tiles: Ints
-    sequences: Ints
-    firsts: Ints
-    cu_seqlens_k: Ints
-
-
-def gather_work(step: PagedStep, window: int | None, block_size: int) -> GatherWork:
-    """Blocks of the sequences with several queries."""
-    sequences = np.flatnonzero(step.counts > 1)
-    ends = step.seqlens_k[sequences].astype(np.int64)
-    firsts = np.zeros_like(ends)
-    if window is not None:
-        firsts = np.maximum(0, ends - step.counts[sequences] - window + 1)
-    starts = np.concatenate(([0], np.cumsum(ends - firsts)))  # dense rows
-    opening = firsts // block_size
-    blocks = -(-ends // block_size) - opening
-    owner = np.repeat(np.arange(len(sequences)), blocks)
-    index = np.arange(len(owner)) - np.repeat(np.cumsum(blocks) - blocks, blocks) + opening[owner]  # of the block
-    first = np.maximum(firsts[owner] - index * block_size, 0)
-    tiles = np.empty((len(owner), 4), dtype=np.int32)
-    tiles[:, 0] = step.tables[sequences[owner], index]
-    tiles[:, 1] = starts[owner] + index * block_size + first - firsts[owner]
-    tiles[:, 2] = first
-    tiles[:, 3] = np.minimum(ends[owner] - index * block_size, block_size)
-    return GatherWork(tiles, sequences, firsts, starts.astype(np.int32))
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """The prefill chunks of a step, for layers of one window.
-
-    tokens         the step's tokens that are theirs: a range, or indices where others stand between them
-    is_all         no other tokens are in the step
-    tiles          int32 [N, 4] on the device: GatherWork.tiles
-    cu_seqlens_q   int32 [C + 1], on the host and on the device; likewise cu_seqlens_k, dense rows
-    firsts         int [C], positions of the first dense rows
-    """
-
-    tokens: slice | Tensor
-    is_all: bool
+    plan: PrefillPlan
     tiles: Tensor
-    cu_seqlens_q: Ints
-    cu_seqlens_k: Ints
-    device_q: Tensor
-    device_k: Tensor
-    firsts: Ints
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    tokens: slice | Tensor
 
-    @property
-    def num_keys(self) -> int:
-        return int(self.cu_seqlens_k[-1])
 
-    def positions(self) -> Ints:
-        """Of the dense rows."""
-        starts = np.repeat(self.firsts - self.cu_seqlens_k[:-1], np.diff(self.cu_seqlens_k))
-        found: Ints = starts + np.arange(self.num_keys)
-        return found
+def on_device(plan: PrefillPlan, device: torch.device) -> PlanOnDevice:
+    """Bring what kernels read of a plan to the device."""
+    ragged = plan.ragged
+    ends = np.zeros((2, 1), dtype=np.int32)
+    if ragged is not None:
+        ends = np.stack((ragged.cu_seqlens_q, ragged.cu_seqlens_k))
+    both = torch.from_numpy(ends).to(device)
+    tokens: slice | Tensor = slice(0, 0)
+    if ragged is not None:
+        given = ragged.tokens
+        tokens = given if isinstance(given, slice) else torch.from_numpy(given).to(device)
+    return PlanOnDevice(plan, torch.from_numpy(plan.tiles).to(device), both[0], both[1], tokens)
 
 
 class Prefill:
-    """Prefill attention over caches of one layout."""
+    """Prefill attention over caches of one layout.
 
-    def __init__(self, layout: KVLayout) -> None:
+    is_invariant  a chunk's result must not depend on the others of its step
+    """
+
+    def __init__(self, layout: KVLayout, is_invariant: bool = False) -> None:
         self.layout = layout
+        self.is_invariant = is_invariant
         kv = "bf16" if layout.spec is None else layout.spec.format
         self.config = GatherConfig(kv, layout.head_dim, layout.block_size)
         self.kernel: Any = None
 
-    def chunks(self, step: PagedStep, window: int | None) -> Chunks | None:
-        """The step's chunks on the device, made once for each window; None if no sequence prefills."""
-        return step.derive(("chunks", window), lambda: self._chunks(step, window))
+    def plan(self, step: PagedStep, spec: AttentionSpec, num_heads: int) -> PlanOnDevice | None:
+        """The step's chunks, made once for each window; None if no sequence prefills."""
+        allows_squares = not self.is_invariant and spec.soft_cap is None
+        return step.derive(("prefill", spec.window), lambda: self._plan(step, spec.window, num_heads, allows_squares))
 
-    def _chunks(self, step: PagedStep, window: int | None) -> Chunks | None:
-        work = gather_work(step, window, self.layout.block_size)
-        if not len(work.sequences):
-            return None
-        device, counts = step.slots.device, step.counts[work.sequences]
-        cu_seqlens_q = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-        starts, ends = step.cu_seqlens_q[work.sequences], step.cu_seqlens_q[work.sequences + 1]
-        tokens: slice | Tensor = slice(int(starts[0]), int(ends[-1]))
-        if ends[-1] - starts[0] != cu_seqlens_q[-1]:
-            index = np.repeat(starts - cu_seqlens_q[:-1], counts) + np.arange(cu_seqlens_q[-1])
-            tokens = torch.from_numpy(index.astype(np.int64)).to(device)
-        joined = np.concatenate((work.tiles.ravel(), cu_seqlens_q, work.cu_seqlens_k))
-        parts = torch.from_numpy(joined).to(device).split([work.tiles.size, len(cu_seqlens_q), len(work.cu_seqlens_k)])
-        return Chunks(
-            tokens,
-            int(cu_seqlens_q[-1]) == step.num_tokens,
-            parts[0].view(-1, 4),
-            cu_seqlens_q,
-            work.cu_seqlens_k,
-            parts[1].contiguous(),
-            parts[2].contiguous(),
-            work.firsts,
-        )
+    def _plan(self, step: PagedStep, window: int | None, num_heads: int, allows_squares: bool) -> PlanOnDevice | None:
+        flops = 4 * num_heads * self.layout.head_dim
+        plan = plan_prefill(step, window, self.layout.block_size, flops, allows_squares)
+        return None if plan is None else on_device(plan, step.slots.device)
 
     def __call__(
-        self, q: Tensor, layer: Tensor, chunks: Chunks, spec: AttentionSpec, table: RopeTable | None = None
-    ) -> Tensor:
-        """Attention of the chunks' queries [num_heads, head_dim] each, in the order of `chunks.tokens`."""
+        self, q: Tensor, layer: Tensor, chunks: PlanOnDevice, spec: AttentionSpec, out: Tensor,
+        table: RopeTable | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of the chunks' queries, in the places of `out` [T, num_heads, head_dim] that are theirs.
+
+        Returns `out`, or a tensor that stands for it where one launch gave all of it.
+        """
         keys, values = self.gather(layer, chunks)
+        plan = chunks.plan
         if spec.key_offset is not None:
             assert table is not None, "offsets that are turned on reading need a table"
-            positions = torch.from_numpy(chunks.positions()).to(q.device)
+            positions = torch.from_numpy(plan.positions).to(q.device)
             offset = spec.key_offset.to(keys.dtype).expand(keys.shape)
             keys = keys + rotate(offset, table.cos[positions], table.sin[positions])
-        return attend_ragged(q[chunks.tokens], keys, values, chunks, spec)
+        is_one = plan.is_all and len(plan.squares) + (plan.ragged is not None) == 1
+        if plan.ragged is not None:
+            found = attend_ragged(q[chunks.tokens], keys, values, plan.ragged, chunks, spec)
+            if is_one:
+                return found
+            out[chunks.tokens] = found
+        for part in plan.squares:
+            found = attend_square(q[part.tokens], keys, values, part, spec.scale)
+            if is_one:
+                return found
+            out[part.tokens] = found
+        return out
 
-    def gather(self, layer: Tensor, chunks: Chunks) -> tuple[Tensor, Tensor]:
-        """Keys and values of the chunks, bfloat16 [num_keys, num_kv_heads, head_dim] each."""
+    def gather(self, layer: Tensor, chunks: PlanOnDevice) -> tuple[Tensor, Tensor]:
+        """Dense keys and values of the chunks, bfloat16 [num_rows, num_kv_heads, head_dim] each."""
         if self.kernel is None:
             self.kernel = gather_kernel(self.config)
-        shape = (2, chunks.num_keys, self.layout.num_kv_heads, self.layout.head_dim)
+        shape = (2, chunks.plan.num_rows, self.layout.num_kv_heads, self.layout.head_dim)
         both = torch.empty(shape, dtype=torch.bfloat16, device=layer.device)
         words = both.view(torch.int32).view(torch.uint32)
         self.kernel(layer, chunks.tiles, words[0], words[1])
         return both[0], both[1]
 
 
-def attend_ragged(q: Tensor, keys: Tensor, values: Tensor, chunks: Chunks, spec: AttentionSpec) -> Tensor:
+def attend_ragged(
+    q: Tensor, keys: Tensor, values: Tensor, part: RaggedPart, chunks: PlanOnDevice, spec: AttentionSpec
+) -> Tensor:
     """Causal attention of each chunk over its own keys, whose last one belongs to its last query.
 
     q             bfloat16 [T, num_heads, head_dim]
-    keys, values  bfloat16 [num_keys, num_kv_heads, head_dim]
-    Capped scores, which torch's kernels do not know, are computed sequence by sequence; so is everything on a CPU.
+    keys, values  bfloat16 [num_rows, num_kv_heads, head_dim]
+    Capped scores, which torch's kernels do not know, are computed chunk by chunk; so is everything on a CPU.
     """
     if spec.soft_cap is not None or q.device.type != "cuda":
         out = torch.empty_like(q)
         for start, end, first, last in zip(
-            chunks.cu_seqlens_q[:-1], chunks.cu_seqlens_q[1:], chunks.cu_seqlens_k[:-1], chunks.cu_seqlens_k[1:],
-            strict=True,
-        ):  # fmt: skip
+            part.cu_seqlens_q[:-1], part.cu_seqlens_q[1:], part.cu_seqlens_k[:-1], part.cu_seqlens_k[1:], strict=True
+        ):
             seen = slice(first, last)
             own, k, v = (x.transpose(0, 1)[None] for x in (q[start:end], keys[seen], values[seen]))
             out[start:end] = attend_dense(own, k, v, spec)[0].transpose(0, 1)
         return out
     window = {} if spec.window is None else {"window_size_left": spec.window - 1, "window_size_right": 0}
     found: Tensor = torch.ops.aten._flash_attention_forward(
-        q, keys, values, chunks.device_q, chunks.device_k, int(np.diff(chunks.cu_seqlens_q).max()),
-        int(np.diff(chunks.cu_seqlens_k).max()), 0.0, True, False, scale=spec.scale, **window,
+        q, keys, values, chunks.cu_seqlens_q, chunks.cu_seqlens_k, int(np.diff(part.cu_seqlens_q).max()),
+        int(np.diff(part.cu_seqlens_k).max()), 0.0, True, False, scale=spec.scale, **window,
     )[0]  # fmt: skip
     return found
+
+
+def attend_square(q: Tensor, keys: Tensor, values: Tensor, part: SquarePart, scale: float) -> Tensor:
+    """Causal attention of equal chunks; arguments and result as in attend_ragged."""
+    rows = slice(part.first, part.first + part.count * (part.prefix + part.side))
+    k, v = (x[rows].unflatten(0, (part.count, -1)).transpose(1, 2) for x in (keys, values))  # [count, heads, rows, D]
+    own = q.unflatten(0, (part.count, part.queries))
+    filled = own
+    if part.side != part.queries:
+        filled = own.new_empty(part.count, part.side, *own.shape[2:])
+        filled[:, part.filling : part.filling + part.queries] = own
+    chosen = slice(part.filling, part.filling + part.queries)
+    out, lse = dense_attention(filled.transpose(1, 2), k[:, :, part.prefix :], v[:, :, part.prefix :], True, scale)
+    out = out.transpose(1, 2)[:, chosen]  # [count, queries, heads, D]
+    if part.prefix:
+        full = slice(0, part.prefix)
+        before, seen = dense_attention(filled.transpose(1, 2), k[:, :, full], v[:, :, full], False, scale)
+        share = torch.sigmoid((seen - lse)[:, :, chosen]).transpose(1, 2)[..., None]  # of the prefix
+        out = torch.lerp(out.float(), before.transpose(1, 2)[:, chosen].float(), share).to(q.dtype)
+    return out.flatten(0, 1)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """cuDNN's attention, [batch, heads, rows, head_dim], and log(sum(exp(scores))), [batch, heads, rows]."""
+    if q.device.type != "cuda":
+        groups = q.shape[1] // k.shape[1]
+        scores = q.float() @ k.float().repeat_interleave(groups, 1).mT * scale
+        if is_causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+        return (scores.softmax(-1) @ v.float().repeat_interleave(groups, 1)).to(q.dtype), scores.logsumexp(-1)
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, is_causal, False, scale=scale
+    )[:2]
+    return out, lse.view(out.shape[:3])
 
 
 def gather_kernel(config: GatherConfig) -> Any:

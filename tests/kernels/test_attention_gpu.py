@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from atom.kernels import prefill_plan
 from atom.kernels.attention_sm90 import PagedAttentionSm90, RopeAppendSm90
 from atom.kernels.dense_attention import AttentionSpec
+from atom.kernels.head_norm import HeadNorms
 from atom.kernels.kv_layout import KVLayout
 from atom.kernels.paged_attention import PagedAttentionReference, RopeTable
 from atom.kernels.paged_step import PagedStep
@@ -24,6 +26,8 @@ from .test_paged_attention import Case, expected, make_case
 from .test_rope_append_sm90 import inputs, offset_for
 
 pytestmark = pytest.mark.gpu
+ROOT = os.environ.get("ATOM_TEST_MODELS", "")
+MODELS = sorted(p for p in Path(ROOT).iterdir() if p.suffix == ".gguf" or (p / "config.json").exists()) if ROOT else []
 SPECS: dict[str, TensorSpec | None] = {"int4": KV4, "int8": KV8, "fp8": KVFP8, "bf16": None}
 
 
@@ -107,11 +111,12 @@ def test_two_hundred_runs_are_bit_identical_and_alone_as_in_a_batch() -> None:
         assert torch.equal(attend(case.q[part], case.layer, alone, spec), first[part])
 
 
-def test_a_needle_in_128k_tokens() -> None:
+@pytest.mark.parametrize("kv", SPECS)
+def test_a_needle_in_128k_tokens(kv: str) -> None:
     """One key points where the query does; what attention gives it is found in its value."""
     length, dim = 131072, 128
     generator = torch.Generator().manual_seed(0)
-    layout = KVLayout(KV4, torch.bfloat16, 1, dim, 16)
+    layout = KVLayout(SPECS[kv], torch.bfloat16, 1, dim, 16)
     q = torch.randn(1, 4, dim, generator=generator).bfloat16()
     k = torch.randn(length, 1, dim, generator=generator).bfloat16() * 0.1
     v = torch.zeros(length, 1, dim, dtype=torch.bfloat16)
@@ -197,21 +202,88 @@ def test_appended_bytes(kv: str, tokens: int, dim: int) -> None:
     assert torch.equal(out.cpu(), turned) and torch.equal(found.cpu(), wanted)
 
 
+@pytest.mark.parametrize("kv", SPECS)
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("norm", [None, 0.0, 1.0])
+def test_transformed_bytes(kv: str, dim: int, norm: float | None) -> None:
+    """Norms of heads, centre and Hadamard transform: the reference's bits, few tokens and many."""
+    layout = KVLayout(SPECS[kv], torch.bfloat16, 2, dim, 16)
+    weights = torch.randn(2, dim, generator=torch.Generator().manual_seed(2)).bfloat16()
+    norms = None if norm is None else HeadNorms(*weights, 1e-6, norm)
+    on_gpu = None if norms is None else HeadNorms(norms.q.cuda(), norms.k.cuda(), 1e-6, norms.offset)
+    centre = offset_for(2, dim)
+    for tokens in (3, 2100):
+        q, k, v, cos, sin = (x[:tokens] for x in inputs(dim, 6, 2, max(tokens, 4)))
+        slots = torch.randperm(2176, generator=torch.Generator().manual_seed(0))[:tokens]
+        wanted = torch.full(layout.shape(136), 255, dtype=torch.uint8)
+        found = wanted.cuda()
+        turned = rope_append_kv_reference(layout, rotates=True)(q, k, v, cos, sin, slots, wanted, None, centre, norms)
+        moved = [x.cuda() for x in (q, k, v, cos, sin, slots)]
+        out = RopeAppendSm90(layout, rotates=True)(*moved, found, None, centre.cuda(), on_gpu)
+        assert torch.equal(out.cpu(), turned) and torch.equal(found.cpu(), wanted)
+
+
+@pytest.mark.parametrize("kv", SPECS)
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_prefill(kv: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole prompts, chunks behind prefixes, decodes and empty sequences between them, ragged and in squares."""
+    lengths, counts = (130, 90, 256, 300, 300, 17, 33, 70), (130, 1, 128, 100, 100, 17, 0, 69)
+    case = make_case(SPECS[kv], lengths, counts, 8, 2, 128, block_size, dtype=torch.bfloat16)
+    check(case, AttentionSpec(0.09))
+    monkeypatch.setattr(prefill_plan, "SQUARE", 64)
+    monkeypatch.setattr(prefill_plan, "SQUARE_FLOPS", 1)
+    check(case, AttentionSpec(0.09))
+    check(case, AttentionSpec(0.09, 40))
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(1, 1), (32, 32), (14, 2), (16, 1)])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_prefill_of_shapes_of_heads(heads: int, kv_heads: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(KV4, (70, 33, 5, 150), (70, 3, 5, 20), heads, kv_heads, dim, dtype=torch.bfloat16)
+    check(case, AttentionSpec(dim**-0.5))
+    monkeypatch.setattr(prefill_plan, "SQUARE", 64)
+    monkeypatch.setattr(prefill_plan, "SQUARE_FLOPS", 1)
+    check(case, AttentionSpec(dim**-0.5))
+
+
+@pytest.mark.parametrize("window", [1, 16, 17, 100])
+@pytest.mark.parametrize("cap", [None, 20.0])
+def test_prefill_with_windows_and_soft_caps(window: int, cap: float | None) -> None:
+    case = make_case(KV4, (2, 33, 90, 240), (2, 30, 20, 130), dim=128, dtype=torch.bfloat16)
+    check(case, AttentionSpec(0.3, window, cap))
+
+
+def test_a_chunk_is_the_same_alone_and_in_a_batch_where_splits_are_fixed() -> None:
+    case = to_gpu(make_case(KV4, (300, 900, 2300), (300, 400, 2300), 8, 2, 128, dtype=torch.bfloat16))
+    attend, spec, step = PagedAttentionSm90(case.layout, False, 256), AttentionSpec(0.09), case.step
+    together = attend(case.q, case.layer, step, spec)
+    for row in range(3):
+        part = slice(row, row + 1)
+        tokens = slice(int(step.cu_seqlens_q[row]), int(step.cu_seqlens_q[row + 1]))
+        alone = PagedStep(
+            np.array([0, step.counts[row]]), step.seqlens_k[part], step.tables[part], step.slots[tokens],
+            step.block_tables[part],
+        )  # fmt: skip
+        assert torch.equal(attend(case.q[tokens], case.layer, alone, spec), together[tokens])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2-fp16", "qwen-0.5b-fp16", "gemma-270m-fp16"])
-@pytest.mark.parametrize("kv", ["kv4", "kv8", "kvfp8"])
-def test_perplexity_equals_the_reference_s(name: str, kv: str) -> None:
+@pytest.mark.skipif(not MODELS, reason="ATOM_TEST_MODELS names no directory with models")
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
+@pytest.mark.parametrize("kv", ["kv4", "kv8", "kvfp8", "kv4 turned"])
+def test_perplexity_equals_the_reference_s(path: Path, kv: str) -> None:
     """Teacher-forced, token by token after a prefill, within 0.2 % on the same windows."""
     from atom.models.loader import load_model
     from atom.quant.presets import get_scheme
 
     from ..serving.test_kv_pool import Cache
 
-    folder = Path(os.environ.get("ATOM_TEST_MODELS") or "/nowhere") / name
-    if not folder.exists():
-        pytest.skip("needs real models; set ATOM_TEST_MODELS to a directory of them")
-    model = load_model(folder, device="cuda", dtype=torch.bfloat16)
-    model.scheme = get_scheme(f"bf16+{kv}")
+    model = load_model(path, device="cuda", dtype=torch.bfloat16)
+    if model.scheme is not None and model.scheme.is_quantized:
+        pytest.skip("is an Atom checkpoint: its cache is its own")
+    model.scheme = get_scheme(f"bf16+{kv.split()[0]}")
+    if "turned" in kv:
+        model.scheme = replace(model.scheme, kv_offset="none", kv_rotation="hadamard")
     ids = [[(31 * row + 7 * i + i * i) % 4000 + 100 for i in range(160)] for row in range(16)]
     losses = []
     for kernels in ("reference", "auto"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from atom.kernels.attention_config import GatherConfig
-from atom.kernels.prefill_sm90 import gather_work
+from atom.kernels.prefill_plan import plan_prefill
 
 from .ptx_emulator import Tensor as Argument
 from .test_attention_sm90 import SPECS, needs_dsl, ptx
@@ -32,7 +32,7 @@ GATHERS = [
 def test_reads_on_a_model_of_the_machine(
     kv: str, dim: int, block_size: int, window: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equal to KVLayout.read bit for bit, from scattered blocks among NaN; decodes are not read."""
+    """Equal to KVLayout.read bit for bit, from scattered blocks among NaN, and zeros; decodes are not read."""
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.kv_gather_sm90 import compile_gather
 
@@ -40,17 +40,19 @@ def test_reads_on_a_model_of_the_machine(
         SPECS[kv], (block_size + 3, 70, 2 * block_size, 1), (5, 1, 2, 0), 2, 2, dim, block_size, dtype=torch.bfloat16
     )
     step, layout = case.step, case.layout
-    work = gather_work(step, window, block_size)
-    total = int(work.cu_seqlens_k[-1])
+    work = plan_prefill(step, window, block_size)
+    assert work is not None
+    total = work.num_rows
     firsts = [0 if window is None else max(0, step.seqlens_k[i] - step.counts[i] - window + 1) for i in (0, 2)]
     assert total == sum(step.seqlens_k[i] - first for i, first in zip((0, 2), firsts, strict=True))
-    keys, values = np.zeros((2, total, 2, dim // 2), dtype=np.int32)
+    keys, values = np.full((2, total + 7, 2, dim // 2), -1, dtype=np.int32)
+    work_tiles = np.concatenate((work.tiles, np.array([[-1, total, 0, 7]], dtype=np.int32)))
     config = GatherConfig(kv, dim, block_size)
     kernel = ptx(compile_gather(config, f"--keep-ptx --dump-dir {tmp_path}"))
     kernel.launch(
-        (len(work.tiles), 2),
+        (len(work_tiles), 2),
         config.threads,
-        [Argument(case.layer.numpy(), (2,)), Argument(work.tiles, (1,)), Argument(keys, (2,)), Argument(values, (2,))],
+        [Argument(case.layer.numpy(), (2,)), Argument(work_tiles, (1,)), Argument(keys, (2,)), Argument(values, (2,))],
     )
     at = 0
     for index, first in zip((0, 2), firsts, strict=True):
@@ -61,7 +63,7 @@ def test_reads_on_a_model_of_the_machine(
             got = torch.from_numpy(found[at : at + length - first]).view(torch.bfloat16)
             assert torch.equal(got, wanted)
         at += length - first
-    assert at == total
+    assert at == total and not keys[total:].any() and not values[total:].any()
 
 
 @needs_dsl

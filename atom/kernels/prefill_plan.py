@@ -1,0 +1,159 @@
+"""Which prefill chunks of a step are attended over how, and where their keys stand in dense memory: no GPU, no torch.
+
+Keys and values of all chunks are read into dense rows. Torch has two kernels for what follows: ragged flash attention,
+which takes all lengths and windows at once, and cuDNN's, 1.7 times as fast on an H200, which takes equal lengths, and
+causality only from the first key on (a *square*). A chunk that is worth a launch of its own becomes a square: of its
+keys the first, a multiple of SQUARE, are attended over in full, the others in a square whose first queries are filling;
+the two results are merged. Sides are multiples of SQUARE, because cuDNN prepares itself for every new shape.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .paged_step import Ints, PagedStep
+
+SQUARE = 512
+SQUARE_FLOPS = 3e10  # of a launch: 40 us gained on an H200, about what its launches cost the host
+
+
+@dataclass(frozen=True)
+class RaggedPart:
+    """Chunks for ragged flash attention.
+
+    tokens         the step's tokens that are theirs: a range, or indices where others stand between them
+    cu_seqlens_q   int32 [C + 1], in the order of `tokens`
+    cu_seqlens_k   int32 [C + 1], dense rows; they begin at row 0
+    """
+
+    tokens: slice | NDArray[np.int64]
+    cu_seqlens_q: Ints
+    cu_seqlens_k: Ints
+
+
+@dataclass(frozen=True)
+class SquarePart:
+    """Equal chunks for one launch of cuDNN's attention.
+
+    tokens   the step's tokens that are theirs, a range: `count` times `queries`
+    first    dense row of the first one's first key; each has `prefix` + `side` rows
+    prefix   keys that are attended over in full
+    filling  queries that stand before a chunk's own in its square
+    side     of the square: filling, queries, and what is missing to a multiple of SQUARE
+    """
+
+    tokens: slice
+    first: int
+    count: int
+    queries: int
+    prefix: int
+    filling: int
+    side: int
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """The prefill chunks of a step, for layers of one window.
+
+    tiles      int32 [N, 4]   block (-1: zeros), dense row of its first token read, first token, end token
+    num_rows   dense rows
+    positions  int64 [num_rows], of the keys there; 0 in filling
+    is_all     the step has no other tokens
+    """
+
+    tiles: Ints
+    num_rows: int
+    positions: NDArray[np.int64]
+    ragged: RaggedPart | None
+    squares: tuple[SquarePart, ...]
+    is_all: bool
+
+
+def plan_prefill(
+    step: PagedStep, window: int | None, block_size: int, flops: int = 0, allows_squares: bool = False
+) -> PrefillPlan | None:
+    """The plan of the sequences with several queries; None if there are none.
+
+    flops           of one query and key: 4 * num_heads * head_dim
+    allows_squares  results may depend on which chunks are together in a step
+    """
+    chunks = np.flatnonzero(step.counts > 1)
+    if not len(chunks):
+        return None
+    counts, ends = step.counts[chunks].astype(np.int64), step.seqlens_k[chunks].astype(np.int64)
+    firsts = np.zeros_like(ends) if window is None else np.maximum(0, ends - counts - window + 1)
+    groups: list[tuple[int, int]] = []  # chunks that make a square part: first and end
+    if allows_squares and (window is None or window >= ends.max()):
+        firsts = np.zeros_like(ends)
+        groups = list(_square_groups(counts, ends, chunks, flops))
+    in_square = np.zeros(len(chunks), dtype=bool)
+    for start, stop in groups:
+        in_square[start:stop] = True
+    ragged_keys = np.where(in_square, 0, ends - firsts)
+    rows = np.cumsum(ragged_keys) - ragged_keys  # of each chunk's first key
+    total = int(ragged_keys.sum())
+    squares, filling = [], []
+    for start, stop in groups:
+        queries, length = int(counts[start]), int(ends[start])
+        prefix = (length - queries) // SQUARE * SQUARE
+        side = -(-(length - prefix) // SQUARE) * SQUARE
+        rows[start:stop] = total + np.arange(stop - start) * (prefix + side)
+        at = int(step.cu_seqlens_q[chunks[start]])
+        tokens = slice(at, at + (stop - start) * queries)
+        squares.append(SquarePart(tokens, total, stop - start, queries, prefix, length - queries - prefix, side))
+        total += (stop - start) * (prefix + side)
+        if prefix + side > length:
+            filling += [(int(row) + length, int(row) + prefix + side) for row in rows[start:stop]]
+    tiles, positions = _tiles(step.tables[chunks], firsts, ends, rows, block_size, total)
+    empty = [(-1, row, 0, min(block_size, stop - row)) for a, stop in filling for row in range(a, stop, block_size)]
+    if empty:
+        tiles = np.concatenate((tiles, np.array(empty, dtype=np.int32)))
+    ragged = _ragged(step, chunks, counts, ragged_keys, ~in_square)
+    return PrefillPlan(tiles, total, positions, ragged, tuple(squares), int(counts.sum()) == step.num_tokens)
+
+
+def _square_groups(counts: Ints, ends: Ints, chunks: Ints, flops: int) -> Any:
+    """Runs of neighbouring chunks, equal in queries and keys, that are worth a launch."""
+    start = 0
+    for stop in range(1, len(counts) + 1):
+        is_next = stop < len(counts) and chunks[stop] == chunks[stop - 1] + 1
+        if is_next and counts[stop] == counts[start] and ends[stop] == ends[start]:
+            continue
+        pairs = counts[start] * (ends[start] - counts[start] / 2)
+        if (stop - start) * pairs * flops >= SQUARE_FLOPS and counts[start] >= SQUARE // 2:
+            yield start, stop
+        start = stop
+
+
+def _tiles(
+    tables: Ints, firsts: Ints, ends: Ints, rows: Ints, block_size: int, total: int
+) -> tuple[Ints, NDArray[np.int64]]:
+    """PrefillPlan's tiles and positions of chunks whose keys `firsts` ... `ends` - 1 go to `rows` and behind."""
+    opening = firsts // block_size
+    blocks = -(-ends // block_size) - opening
+    owner = np.repeat(np.arange(len(ends)), blocks)
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(blocks) - blocks, blocks) + opening[owner]  # of the block
+    first = np.maximum(firsts[owner] - index * block_size, 0)
+    tiles = np.empty((len(owner), 4), dtype=np.int32)
+    tiles[:, 0] = tables[owner, index]
+    tiles[:, 1] = rows[owner] + index * block_size + first - firsts[owner]
+    tiles[:, 2] = first
+    tiles[:, 3] = np.minimum(ends[owner] - index * block_size, block_size)
+    lengths = ends - firsts
+    within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    positions = np.zeros(total, dtype=np.int64)
+    positions[np.repeat(rows, lengths) + within] = np.repeat(firsts, lengths) + within
+    return tiles, positions
+
+
+def _ragged(step: PagedStep, chunks: Ints, counts: Ints, keys: Ints, chosen: NDArray[np.bool_]) -> RaggedPart | None:
+    if not chosen.any():
+        return None
+    counts, keys, starts = counts[chosen], keys[chosen], step.cu_seqlens_q[chunks[chosen]].astype(np.int64)
+    cu_seqlens_q = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    tokens: slice | NDArray[np.int64] = slice(int(starts[0]), int(starts[-1] + counts[-1]))
+    if starts[-1] + counts[-1] - starts[0] != cu_seqlens_q[-1]:
+        tokens = np.repeat(starts - cu_seqlens_q[:-1], counts) + np.arange(cu_seqlens_q[-1])
+    return RaggedPart(tokens, cu_seqlens_q, np.concatenate(([0], np.cumsum(keys))).astype(np.int32))

@@ -1,0 +1,110 @@
+"""Prefill on Hopper as far as a CPU can run it: the plan, and attention with stand-ins for the GPU's kernels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from atom.kernels import prefill_plan, prefill_sm90
+from atom.kernels.dense_attention import AttentionSpec
+from atom.kernels.kv_layout import KVLayout
+from atom.kernels.prefill_plan import plan_prefill
+from atom.kernels.prefill_sm90 import Prefill, on_device
+from atom.quant.presets import KV4
+
+from .test_paged_attention import Case, expected, make_case
+
+EVERYTHING = 1 << 60  # flops of one query and key: every chunk is worth a launch
+
+
+@pytest.fixture
+def small_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_plan, "SQUARE", 32)
+
+
+@pytest.fixture
+def gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gather kernel in torch; what it leaves is NaN."""
+
+    def of(layout: KVLayout) -> Callable[..., None]:
+        def run(layer: Tensor, tiles: Tensor, *dense: Tensor) -> None:
+            for part, out in enumerate(dense):
+                rows = out.view(torch.int32).view(torch.bfloat16)
+                rows.fill_(float("nan"))
+                for block, row, first, end in tiles.tolist():
+                    target = rows[row : row + end - first]
+                    if block < 0:
+                        target.zero_()
+                    else:
+                        target.copy_(layout.read(layer[block], part)[:, first:end].transpose(0, 1))
+
+        return run
+
+    monkeypatch.setattr(prefill_sm90, "gather_kernel", lambda config: of(LAYOUTS[config.head_dim]))
+
+
+LAYOUTS: dict[int, KVLayout] = {}
+
+
+def check(case: Case, spec: AttentionSpec, flops: int = EVERYTHING) -> Any:
+    LAYOUTS[case.layout.head_dim] = case.layout
+    prefill = Prefill(case.layout)
+    plan = plan_prefill(case.step, spec.window, case.layout.block_size, flops, spec.soft_cap is None)
+    assert plan is not None
+    out = prefill(case.q, case.layer, on_device(plan, case.q.device), spec, torch.zeros_like(case.q))
+    wanted = expected(case, spec)
+    is_chunk = np.repeat(case.step.counts > 1, case.step.counts)
+    assert not out.isnan().any()
+    assert float((out.double() - wanted)[is_chunk].abs().max()) < 2e-2
+    return plan
+
+
+@pytest.mark.usefixtures("small_squares", "gather")
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_squares_with_and_without_prefix(block_size: int) -> None:
+    """A prompt of whole squares, others, chunks behind prefixes below, at and beyond a square's side."""
+    lengths = (64, 50, 70, 96, 64, 150)
+    case = make_case(KV4, lengths, (64, 50, 40, 32, 33, 17), 4, 2, 64, block_size, dtype=torch.bfloat16)
+    plan = check(case, AttentionSpec(0.125))
+    assert plan.ragged is None and len(plan.squares) == 6
+    assert [part.prefix for part in plan.squares] == [0, 0, 0, 64, 0, 128]
+    assert [part.side for part in plan.squares] == [64, 64, 96, 32, 64, 32]
+
+
+@pytest.mark.usefixtures("small_squares", "gather")
+def test_equal_chunks_share_a_launch_and_small_ones_are_ragged() -> None:
+    lengths = (40, 40, 40, 9, 90, 30, 5, 60)
+    counts = (40, 40, 40, 9, 1, 12, 0, 20)
+    case = make_case(KV4, lengths, counts, 4, 2, 64, dtype=torch.bfloat16)
+    plan = check(case, AttentionSpec(0.125))
+    assert [(part.count, part.queries) for part in plan.squares] == [(3, 40), (1, 20)]
+    assert plan.ragged is not None and not isinstance(plan.ragged.tokens, slice) and not plan.is_all
+    assert plan.ragged.cu_seqlens_q.tolist() == [0, 9, 21] and plan.ragged.cu_seqlens_k.tolist() == [0, 9, 39]
+
+
+@pytest.mark.usefixtures("small_squares", "gather")
+@pytest.mark.parametrize(
+    "window,cap,flops", [(20, None, EVERYTHING), (None, 3.0, EVERYTHING), (None, None, 1), (1, None, 1)]
+)
+def test_what_is_no_square_is_ragged(window: int | None, cap: float | None, flops: int) -> None:
+    """Windows, caps and chunks that are not worth a launch."""
+    case = make_case(KV4, (64, 50, 70), (64, 20, 40), 4, 2, 64, dtype=torch.bfloat16)
+    plan = check(case, AttentionSpec(0.125, window, cap), flops)
+    assert not plan.squares and plan.is_all and plan.ragged.tokens == slice(0, 124)
+
+
+@pytest.mark.usefixtures("small_squares", "gather")
+def test_a_window_that_hides_nothing_is_none() -> None:
+    case = make_case(KV4, (64, 50), (64, 50), 4, 2, 64, dtype=torch.bfloat16)
+    assert len(check(case, AttentionSpec(0.125, 64)).squares) == 2
+
+
+def test_positions_are_those_of_the_keys() -> None:
+    case = make_case(KV4, (40, 9, 33), (5, 1, 2), 2, 1, 64)
+    plan = plan_prefill(case.step, 10, 16)
+    assert plan is not None
+    assert plan.positions.tolist() == [*range(26, 40), *range(22, 33)]
+    assert plan_prefill(make_case(KV4, (40,), (1,), 2, 1, 64).step, None, 16) is None
