@@ -6,7 +6,7 @@ graphs on a GPU. On a CPU `launch` computes at once and everything else is the s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from .kv_pool import KVPool, PagedKV
 from .logprobs import Logprobs, prompt_logprobs, unpack
 from .result import StepResult, TokenLogprobs
 from .sampler import Sampled, Sampler
+from .split import is_split, split_decodes
 from .step_inputs import Staging, is_decode, step_inputs
 
 
@@ -111,8 +112,27 @@ class Runner:
 
     def _forward(self, batch: Batch, parts: list[PromptPart]) -> tuple[Tensor | None, Tensor, Logprobs | None]:
         """Logits [S, vocab_size] of the rows that sample (None if none does), their lanes [S], prompt logprobs."""
-        if self.buckets is not None and is_decode(batch) and self.buckets.size_for(batch.num_seqs) is not None:
-            return *self.buckets.run(batch), None
+        if self.buckets is not None and self.buckets.size_for(batch.num_decodes) is not None:
+            if is_decode(batch):
+                return *self.buckets.run(batch), None
+            if is_split(batch):
+                return self._forward_in_two(self.buckets, batch, parts)
+        return self._forward_whole(batch, parts)
+
+    def _forward_in_two(
+        self, buckets: DecodeBuckets, batch: Batch, parts: list[PromptPart]
+    ) -> tuple[Tensor, Tensor, Logprobs | None]:
+        """See split.py."""
+        decodes, rest = split_decodes(batch)
+        moved = [replace(part, first_row=part.first_row - batch.num_decodes) for part in parts]
+        logits, lanes = buckets.run(decodes)
+        more, more_lanes, prompt = self._forward_whole(rest, moved)
+        if more is None:
+            return logits, lanes, prompt
+        return torch.cat((logits, more)), torch.cat((lanes, more_lanes)), prompt
+
+    def _forward_whole(self, batch: Batch, parts: list[PromptPart]) -> tuple[Tensor | None, Tensor, Logprobs | None]:
+        """Kernel by kernel."""
         inputs = step_inputs(batch, self._staging)
         self.kv.begin(batch, inputs.attention)
         hidden = self.model(inputs.tokens(self._sampler.last_tokens), inputs.positions, self.kv)
