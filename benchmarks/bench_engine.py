@@ -47,7 +47,7 @@ from atom.serving.scheduler import Scheduler
 from atom.serving.sequence import Output
 from atom.serving.startup import start_up
 
-from .profile_step import Span, record, split_steps, table
+from .timeline import Span, record, split_steps, table
 from .timing import keep, save
 
 SCHEMES = ("bf16", "fp8", "w4a8", "w4a4")

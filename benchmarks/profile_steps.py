@@ -27,7 +27,7 @@ from atom.serving.bench.window import mid_life
 from atom.serving.engine_config import EngineConfig
 
 from .bench_engine import Timed, TimedRunner
-from .profile_step import Span, record
+from .timeline import Span, record
 
 PARTS = (  # of a kernel's name, the first that matches
     ("decode attention", r"paged_decode|merge_partials"),
@@ -35,7 +35,7 @@ PARTS = (  # of a kernel's name, the first that matches
     ("append", r"rope_append"),
     ("GEMM", r"gemm_sm90|gemm|cutlass_\d|nvjet|xmma|cublas|splitK"),
     ("producers", r"producers_sm90|producer"),
-    ("sampling", r"greedy_sm90"),
+    ("sampling", r"greedy_sm90|draw_sm90"),
     ("torch", r"at::native|elementwise|reduce|index|softmax|sort|cat|vectorized"),
     ("copies", r"memcpy|memset|Memcpy|Memset"),
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.profile_step import Span, lines_of, spans_of, split_steps, table
+from benchmarks.timeline import Span, lines_of, spans_of, split_steps, table
 
 
 def test_what_a_kernel_adds_ends_with_it() -> None:
