@@ -5,6 +5,7 @@ tokens are not. So parameters stay in a numpy array by lane, and each step sends
 A step whose lanes are all greedy sends nothing.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
@@ -13,12 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from atom.kernels.begin import bring
+
 from .random import sample_seed, step_keys
 from .sampling_params import SamplingParams
 
 MAX_CANDIDATES = (
     1024  # a larger top_k is found by sorting rows, a few at a time: torch.topk would need them all at once
 )
+
+
+STEP_ARRAYS, STEPS_KEPT = 4, 16  # that a step sends; whose memory is not used again so soon
 
 
 class Feature(IntFlag):
@@ -138,13 +144,13 @@ class LaneParams:
             columns = self._words[:, lanes]
             columns[Word.KEY] = step_keys(self._seeds[lanes], self._indices[lanes]).view(np.int64)
             columns.view(np.float64)[Word.STOP] = np.where(masked, -np.inf, 0.0)
-            words = to(columns)
+            words = to.of_step(columns)
         self._indices[lanes] += np.uint64(1)
         rows = {}
         for feature in (Feature.TOP_K, Feature.SORT, Feature.LOGPROBS):
             if feature in features:
                 (users,) = np.nonzero(self._features[lanes] & feature)
-                rows[feature] = None if len(users) == len(lanes) else to(users)
+                rows[feature] = None if len(users) == len(lanes) else to.of_step(users)
         has_k = (self._features[lanes] & Feature.TOP_K) > 0
         return Plan(
             features,
@@ -163,6 +169,7 @@ class Upload:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._kept: deque[Tensor] = deque(maxlen=STEP_ARRAYS * STEPS_KEPT)
 
     def __call__(self, array: np.ndarray) -> Tensor:
         """A copy of the array; from page-locked memory, since a copy from any other would synchronise."""
@@ -170,6 +177,18 @@ class Upload:
         if self.device.type == "cpu":
             return host.clone()
         return host.pin_memory().to(self.device, non_blocking=True)
+
+    def of_step(self, array: np.ndarray) -> Tensor:
+        """The same for one of a step's few arrays, on whose way the GPU need not stand still."""
+        if self.device.type == "cpu":
+            return self(array)
+        host = torch.empty(-(-array.nbytes // 16) * 16, dtype=torch.uint8, pin_memory=True)
+        host.numpy()[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._kept.append(host)
+        words = torch.empty(len(host) // 4, dtype=torch.int32, device=self.device)
+        bring(host.view(torch.int32), words)
+        dtype = torch.from_numpy(array[:0]).dtype
+        return words.view(torch.uint8)[: array.nbytes].view(dtype).view(array.shape)
 
 
 def _features(params: SamplingParams, vocab_size: int) -> Feature:
