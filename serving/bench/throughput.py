@@ -19,6 +19,8 @@ from .summary import Summary, summarize
 from .window import StepTime, full_window, mid_life, within
 from .workload import drop_long, mean_context
 
+FRESH_TOKENS = 4_000_000  # of the requests that follow in a windowed run: more than the fastest GPU gets to
+
 
 @dataclass(frozen=True)
 class Point:
@@ -141,7 +143,8 @@ def _point(
     if config.window_s is not None:
         held = max(1, int(ready.limits.cache_tokens / mix.context))  # what waits has not run yet
         under_way = min(concurrency or ready.limits.max_num_seqs, held)
-        items = mid_life(items, under_way, config.seed) + items
+        fresh = items[: max(64, int(FRESH_TOKENS * len(items) / sum(item.total_tokens for item in items)))]
+        items = mid_life(items, under_way, config.seed) + fresh
     due = None if rate is None else Arrivals(rate).times(items, config.seed)
     what = f"{rate:g} requests/s" if rate is not None else f"{concurrency or 'all'} at once"
 
