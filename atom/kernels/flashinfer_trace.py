@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from ..quant.formats import get_format
 from ..quant.presets import get_scheme
 from ..quant.schemes import LinearScheme, TensorSpec
 from ..quant.stored import stored_tensors
+from . import flashinfer_attention
 
 Json = dict[str, Any]
 REFERENCE = Path(__file__).with_name("flashinfer_reference.py")
@@ -37,15 +39,17 @@ def write_trace(root: Path, rows: list[Json]) -> int:
     Rows that were not measured give a definition, a solution and a workload, and no trace.
     """
     files: dict[Path, list[Json]] = {}
+    blobs = 0
     for row in rows:
+        if row["op"] == "paged_attention":
+            blobs += _add_attention(files, root, row)
+            continue
         linear = get_scheme(row["scheme"]).for_linear("x")
         made = _linear(row, linear) if row["op"] == "linear" else _producer(row, linear)
         name, op = made["name"], row["op"]
-        files[root / "definitions" / op / f"{name}.json"] = [made]
         solution = _solution(made, row)
-        files[root / "solutions" / op / name / f"{solution['name']}.json"] = [solution]
-        workload = _workload(made, row["M"])
-        trace = {"definition": name, "workload": workload, "solution": None, "evaluation": None}
+        _add(files, root, op, made, solution)
+        trace = _unsolved(name, _workload(made, row["M"]))
         files.setdefault(root / "workloads" / op / f"{name}.jsonl", []).append(trace)
         if row["us"] is not None:
             done = {**trace, "solution": solution["name"], "evaluation": _evaluation(row)}
@@ -54,7 +58,45 @@ def write_trace(root: Path, rows: list[Json]) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.suffix == ".jsonl"
         path.write_text("\n".join(json.dumps(entry, indent=None if lines else 2) for entry in entries) + "\n")
-    return len(files)
+    return len(files) + blobs
+
+
+def _add_attention(files: dict[Path, list[Json]], root: Path, row: Json) -> int:
+    """Entries of a cell of paged_attention, and of rope_append_kv in its format; how many tensor files were written."""
+    kv, shape = row["scheme"], flashinfer_attention.shape_of(row)
+    if shape is None:
+        return 0
+    appends = flashinfer_attention.rope_append(kv, shape)
+    folder = root / "workloads" / "rope_append_kv" / f"{appends['name']}.jsonl"
+    if folder not in files:
+        _add(files, root, "rope_append_kv", appends, flashinfer_attention.solution(appends, kv))
+        files[folder] = [_unsolved(appends["name"], _workload(appends, T, "T")) for T in flashinfer_attention.APPENDED]
+    made = flashinfer_attention.paged_attention(kv, shape)
+    solution = flashinfer_attention.solution(made, kv, shape.window)
+    _add(files, root, "paged_attention", made, solution)
+    sizes, tensors = flashinfer_attention.tables_of(shape)
+    workload = _workload(made, shape.batch, "B") | {"axes": sizes}
+    workload["uuid"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{made['name']}/{shape.batch}x{shape.context}"))
+    path = f"blob/workloads/paged_attention/{made['name']}/{workload['uuid']}.safetensors"
+    for name in tensors:
+        workload["inputs"][name] = {"type": "safetensors", "path": f"./{path}", "tensor_key": name}
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, root / path)
+    trace = _unsolved(made["name"], workload)
+    files.setdefault(root / "workloads" / "paged_attention" / f"{made['name']}.jsonl", []).append(trace)
+    if row["us"] is not None:
+        done = {**trace, "solution": solution["name"], "evaluation": _evaluation(row)}
+        files.setdefault(root / "traces" / "paged_attention" / f"{made['name']}.jsonl", []).append(done)
+    return 1
+
+
+def _add(files: dict[Path, list[Json]], root: Path, op: str, made: Json, solution: Json) -> None:
+    files[root / "definitions" / op / f"{made['name']}.json"] = [made]
+    files[root / "solutions" / op / made["name"] / f"{solution['name']}.json"] = [solution]
+
+
+def _unsolved(name: str, workload: Json) -> Json:
+    return {"definition": name, "workload": workload, "solution": None, "evaluation": None}
 
 
 def _linear(row: Json, linear: LinearScheme) -> Json:
@@ -185,11 +227,11 @@ def _solution(definition: Json, row: Json) -> Json:
     }
 
 
-def _workload(definition: Json, M: int) -> Json:
-    name = f"{definition['name']}/M={M}"
+def _workload(definition: Json, size: int, axis: str = "M") -> Json:
+    name = f"{definition['name']}/{axis}={size}"
     return {
         "uuid": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
-        "axes": {"M": M},
+        "axes": {axis: size},
         "inputs": {name: {"type": "random"} for name in definition["inputs"]},
     }
 

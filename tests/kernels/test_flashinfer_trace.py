@@ -2,6 +2,7 @@
 
 import ast
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,9 +14,13 @@ pydantic = pytest.importorskip(
 )
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from atom.kernels.bench import bench_kernels  # noqa: E402
+from atom.kernels.bench_attention import FORMATS, Shape  # noqa: E402
 from atom.kernels.bench_config import KernelsConfig  # noqa: E402
+from atom.kernels.flashinfer_attention import paged_attention, rope_append  # noqa: E402
+from atom.kernels.flashinfer_kv_solution import _caches, run_append, run_attention  # noqa: E402
 from atom.kernels.flashinfer_solution import run_linear, run_producer  # noqa: E402
 from atom.kernels.flashinfer_trace import write_trace  # noqa: E402
 from atom.quant.mixed import quantize_weight  # noqa: E402
@@ -82,10 +87,16 @@ class Random(Strict):
     type: Literal["random"]
 
 
+class Stored(Strict):
+    type: Literal["safetensors"]
+    path: str
+    tensor_key: str
+
+
 class Workload(Strict):
     uuid: str
     axes: dict[str, int]
-    inputs: dict[str, Random]
+    inputs: dict[str, Annotated[Random | Stored, Field(discriminator="type")]]
 
 
 class Source(Strict):
@@ -225,3 +236,64 @@ def test_the_reference_of_a_producer_is_ours(
         pairs = zip(found, wanted, strict=True) if isinstance(wanted, tuple) else [(found, wanted)]
         for got, want in pairs:
             assert float(((got.float() - want.float()).abs() > 1e-2 * want.float().abs()).float().mean()) < 0.02
+
+
+def test_attention_s_files_follow_the_schema(tmp_path: Path) -> None:
+    rows = bench_kernels(KernelsConfig(op="paged_attention"))
+    for row in rows[:7]:
+        row |= {"us": 2.0, "gbps": 1.0}
+    count = write_trace(tmp_path, rows)
+    assert count == len([path for path in tmp_path.rglob("*") if path.is_file()])
+    paths = (tmp_path / "definitions").rglob("*.json")
+    definitions = {path.stem: Definition.model_validate_json(path.read_text()) for path in paths}
+    assert {made.op_type for made in definitions.values()} == {"gqa_paged", "rope_append_kv"}
+    assert len(definitions) == 4 * 4 + 4 * 3  # three shapes of heads and a window; no window when keys are appended
+    for path in (tmp_path / "solutions").rglob("*.json"):
+        assert Solution.model_validate_json(path.read_text()).definition in definitions
+    for path in [*(tmp_path / "workloads").rglob("*.jsonl"), *(tmp_path / "traces").rglob("*.jsonl")]:
+        for line in path.read_text().splitlines():
+            trace = Trace.model_validate_json(line)
+            made = definitions[trace.definition]
+            assert set(trace.workload.inputs) == set(made.inputs)
+            assert set(trace.workload.axes) == {name for name, axis in made.axes.items() if axis.type == "var"}
+            for name, given in trace.workload.inputs.items():
+                if isinstance(given, Stored):
+                    stored = load_file(tmp_path / given.path)[given.tensor_key]
+                    sizes = [trace.workload.axes[axis] for axis in made.inputs[name].shape or ()]
+                    assert list(stored.shape) == sizes and str(stored.dtype) == f"torch.{made.inputs[name].dtype}"
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+def test_the_references_of_attention_are_ours(kv: str) -> None:
+    """Appending bit for bit; what it gives, as blocks, is then attended over, with a window and without."""
+    shape = Shape(3, 40, heads=4, kv_heads=2, head_dim=64)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(48, 4, 64, generator=generator).bfloat16()
+    k, v = torch.randn(2, 48, 2, 64, generator=generator).bfloat16()
+    v[0], v[1] = 0, v[1].abs()
+    angles = torch.rand(48, 32, generator=generator) * 100
+    given = {"q": q, "k": k, "v": v, "cos": angles.cos(), "sin": angles.sin()}
+    made = rope_append(kv, shape)
+    found, wanted = run_definition(made, given), run_append(kv, given)
+    assert len(found) == len(wanted) == len(made["outputs"])
+    for name, got, want in zip(made["outputs"], found, wanted, strict=True):
+        assert got.dtype == want.dtype and torch.equal(got.float(), want.float()), name
+    cache = {
+        name: x.unflatten(0, (3, 16)).transpose(1, 2).contiguous()
+        for name, x in zip(made["outputs"], found, strict=True)
+        if name != "turned"
+    }
+    tables = {"block_tables": torch.tensor([[2, 0, 1]] * 3).int(), "seqlens_k": torch.tensor([1, 33, 48]).int()}
+    for window in (None, 20):
+        given = {"q": found[0][:3], **cache, **tables}
+        _caches.clear()
+        wanted = run_attention(kv, given, window)
+        got = run_definition(paged_attention(kv, replace(shape, window=window)), given)
+        torch.testing.assert_close(got, wanted, atol=2e-2, rtol=2e-2)
+
+
+def run_definition(made: dict[str, Any], given: dict[str, torch.Tensor]) -> Any:
+    scope: dict[str, Any] = {}
+    exec(made["reference"], scope)
+    assert list(given) == list(made["inputs"])
+    return scope["run"](**given)
