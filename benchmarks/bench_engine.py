@@ -1,4 +1,4 @@
-"""Decode steps through the whole engine: milliseconds a step, host time, idle share of the GPU.
+"""Decode steps through the whole engine: milliseconds a step, host time, and the share of it that the GPU is idle.
 
     python -m benchmarks.bench_engine --out engine.json     on the GPU: rows of the record engine-latency
     python -m benchmarks.bench_engine --record engine.json  writes benchmarks/results/h200/engine-latency.json from them
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from atom.serving.scheduler import Scheduler
 from atom.serving.sequence import Output
 from atom.serving.startup import start_up
 
-from .timeline import Span, record, split_steps, table
+from .timeline import Span, idle_share, record, split_steps, table
 from .timing import keep, save
 
 SCHEMES = ("bf16", "fp8", "w4a8", "w4a4")
@@ -61,14 +61,13 @@ FILL = 2048  # blocks of the cache that are drawn; the others repeat them
 
 @dataclass
 class Timed:
-    """One step: when its launch began, when its result was there, seconds of waiting for it, GPU events around it."""
+    """One step: when its launch began, when its result was there, seconds of waiting for it."""
 
     num_decodes: int
     num_tokens: int
     begun: float
     ended: float = 0.0
     waited: float = 0.0
-    events: list[Any] = field(default_factory=list)
 
 
 class TimedRunner:
@@ -81,11 +80,7 @@ class TimedRunner:
 
     def launch(self, step: Step) -> "TimedFlight":
         timed = Timed(step.batch.num_decodes, step.batch.num_tokens, time.perf_counter())
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
         launched = self.runner.launch(step)
-        end.record()
-        timed.events = [start, end]
         self.steps.append(timed)
         return TimedFlight(launched, timed)
 
@@ -208,10 +203,12 @@ def measure(
             if not bench.fits(batch, context):
                 rows.append({**row, "ms": None, "host_ms": None, "idle": None, "note": "does not fit"})
                 continue
-            rows.append({**row, **summary(bench.decode(batch, context, WARM + STEPS)[-STEPS:])})
+            measured = summary(bench.decode(batch, context, WARM + STEPS)[-STEPS:])
+            kernels = bench.profile(batch, context)
+            rows.append({**row, **measured, "idle": round(idle_share(kernels), 4)})
             print(rows[-1], flush=True)
             if batch in profiled:
-                print(f"{scheme}, batch {batch}, context {context}\n{table(bench.profile(batch, context))}", flush=True)
+                print(f"{scheme}, batch {batch}, context {context}\n{table(kernels)}", flush=True)
     bench.engine.shutdown()
     return rows
 
@@ -233,17 +230,12 @@ def summary(steps: list[Timed]) -> dict[str, Any]:
 
     ms       median time between results
     host_ms  mean of that time in which the engine's thread did not wait for the GPU
-    idle     share of the time in which the GPU had nothing to do between steps
     """
-    torch.cuda.synchronize()
     times = [later.ended - earlier.ended for earlier, later in pairwise(steps)]
     host = [elapsed - later.waited for elapsed, later in zip(times, steps[1:], strict=True)]
-    gaps = [earlier.events[1].elapsed_time(later.events[0]) for earlier, later in pairwise(steps)]
-    total = steps[0].events[1].elapsed_time(steps[-1].events[1])
     return {
         "ms": round(statistics.median(times) * 1e3, 3),
         "host_ms": round(statistics.mean(host) * 1e3, 3),
-        "idle": round(max(0.0, sum(gaps) / total), 4),
     }
 
 

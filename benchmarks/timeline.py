@@ -83,6 +83,13 @@ def lines_of(step: Sequence[Span]) -> list[Line]:
     ]
 
 
+def idle_share(steps: Sequence[Sequence[Span]]) -> float:
+    """Share of the time of consecutive steps in which nothing runs on the GPU, before the first kernel of each too."""
+    spans = [span for step in steps for span in step]
+    lines = lines_of(spans)
+    return sum(line.gap for line in lines) / sum(line.adds for line in lines)
+
+
 def table(steps: Sequence[Sequence[Span]], width: int = 90) -> str:
     """The median step as text: lines by what they add, largest first, and their sum."""
     length = [step[-1].end - step[0].start for step in steps]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.timeline import Span, lines_of, spans_of, split_steps, table
+from benchmarks.timeline import Span, idle_share, lines_of, spans_of, split_steps, table
 
 
 def test_what_a_kernel_adds_ends_with_it() -> None:
@@ -13,6 +13,7 @@ def test_what_a_kernel_adds_ends_with_it() -> None:
     assert [found[name].gap for name in "abcd"] == [0, 0, 1, 0]
     assert sum(line.adds for line in lines_of(step)) == 18
     assert "one step" in table([step, step, step])
+    assert idle_share([step]) == 1 / 18
 
 
 def test_steps_begin_at_what_runs_once_in_each() -> None:
