@@ -69,8 +69,11 @@ def linear_fault(linear: LinearScheme, M: int, N: int, K: int, repetitions: int 
 
 
 def tolerance(linear: LinearScheme) -> float:
-    """Of errors beside bfloat16's own, as a share of the mean result: FP8 wgmma adds with some 14 bits."""
-    return 1e-3 if weight_kind(linear) == "e4m3" else 1e-5
+    """Of errors beside bfloat16's own, as a share of the mean result: FP8 wgmma adds with some 14 bits.
+
+    torch's _scaled_mm without fast accumulation errs just as much: as many elements miss 1e-3 (10 in a million, H200).
+    """
+    return 5e-3 if weight_kind(linear) == "e4m3" else 1e-5
 
 
 def fault(

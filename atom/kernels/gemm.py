@@ -133,6 +133,7 @@ class Gemm:
             units=weight.units.shape[1],
             int8_units=weight.int4_units < weight.units.shape[1],
             bias=self.has_bias,
+            sms=self.ctas,
         )
 
     def __call__(self, codes: Tensor, scales: Tensor) -> Tensor:

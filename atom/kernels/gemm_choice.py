@@ -14,43 +14,50 @@ def choose_config(
     units: int,
     int8_units: bool = False,
     bias: bool = False,
+    sms: int = SMS,
 ) -> GemmConfig:
     """The config of a problem: the tile that covers the tokens, and a split of K that fills the SMs.
 
     tokens    1 or more; the caller rounds them up so that few kernels are compiled
     units     along K, see gemm_pack.py
+    sms       of the GPU: no more CTAs than that wait for each other
     Raises nothing: every problem has a config.
     """
     kind = KINDS[weight]
-    multicast = 1
+    multicast, clustered = 1, True
+    pairs = tokens <= 16 and kind.bits == 4 and kind.operand == "int8"
+    narrow_tiles = -(-features // 128)  # with two warpgroups
     if tokens <= 32:
         tile_m = 16 if tokens <= 16 else 32
         wide = -(-features // 256)
         if wide >= SMS // 2:  # gate_up: tiles enough without a split
             warpgroups, split = (2, 1) if kind.promoted else (4, 1)
+            pairs = pairs and kind.promoted
         elif wide >= 20 and kind.promoted:  # qkv
             warpgroups, split = 2, 2
+        elif units >= 64 and kind.operand != "bf16":  # down
+            warpgroups, split, clustered = 2, _split(narrow_tiles, sms), False
         else:
             warpgroups, split = 4, 5 if units >= 64 else 4
     elif tokens <= 64:
         tile_m = 64
-        if features <= 4096:
-            warpgroups, split = 4, 8 if units >= 64 else 4
-        else:
-            warpgroups = 4 if features >= 16384 and kind.promoted else 2
-            split = _split(-(-features // (64 * warpgroups)), most=2)
-        if kind.operand == "bf16" and kind.promoted:
-            warpgroups = 2  # four would have to spill
-    elif tokens <= 256 or kind.operand == "int8":
-        tile_m = 256 if kind.operand == "int8" and not kind.promoted and tokens > 256 else 128
-        narrow = kind.operand != "int8" or kind.promoted or int8_units or 4096 < features < 16384
-        warpgroups = 2 if narrow or tokens > 128 else 4
-        split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), most=4 if tile_m == 128 else 1)
+        warpgroups = 4 if features >= 16384 and kind.promoted and kind.operand != "bf16" else 2
+        split = _split(-(-features // (64 * warpgroups)), sms)
+        clustered = split <= 2
+    elif tokens <= 256:
+        tile_m = 128
+        can_be_wide = kind.operand == "int8" and not kind.promoted
+        warpgroups = 4 if can_be_wide and tokens <= 128 and features >= 16384 else 2
+        split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), sms)
+        clustered = split <= 2
+    elif kind.operand == "int8":
+        tile_m, warpgroups = (128, 2) if kind.promoted else _tile_of_many(kind.is_verbatim, tokens, features)
+        split = 1
     else:
-        # Not measured yet. Two CTAs share a tile of tokens: bfloat16 activations are most of what a tile reads, and
-        # two sums of E4M3 leave room for 192 tokens only, too few products for their bytes.
+        # Two CTAs share a tile of tokens: bfloat16 activations are most of what a tile reads, and two sums of E4M3
+        # leave room for 192 tokens only, too few products for their bytes.
         tile_m = 192 if weight == "e4m3" and tokens > 1024 else 128
-        warpgroups, split, multicast = 2, 1, 2
+        warpgroups, split, multicast = 2, 1, 1 if weight == "e4m3" and tokens <= 1024 else 2
     split = max(1, min(split, units // 4))
     return GemmConfig(
         weight=weight,
@@ -63,13 +70,22 @@ def choose_config(
         bias=bias,
         aligned=features % 8 == 0,
         ctas_per_sm=2 if warpgroups == 2 and tile_m <= (32 if kind.operand == "bf16" else 64) else 1,
-        pairs=tile_m == 16 and kind.bits == 4 and kind.operand == "int8",
+        pairs=pairs or (weight == "e4m3" and tile_m == 128),
+        clustered=clustered or split == 1,
     ).with_most_stages()
 
 
-def _split(tiles: int, most: int) -> int:
-    """The largest power of two up to `most` that leaves every CTA an SM of its own."""
-    split = 1
-    while split * 2 <= most and tiles * split * 2 <= SMS:
-        split *= 2
-    return split
+def _tile_of_many(verbatim: bool, tokens: int, features: int) -> tuple[int, int]:
+    """Tile and warpgroups for the INT8 products of many tokens: what ends first, in rounds of one tile an SM.
+
+    A tile of half as many products takes a little more than half as long, but may fill the last round better.
+    """
+    half = 0.53 if verbatim else 0.59
+    big = (128, 4) if verbatim else (256, 2)
+    rounds = {tile: -(-(-(-features // (64 * tile[1])) * -(-tokens // tile[0])) // SMS) for tile in (big, (128, 2))}
+    return big if rounds[big] <= half * rounds[128, 2] else (128, 2)
+
+
+def _split(tiles: int, sms: int) -> int:
+    """4, 2 or 1 CTAs a tile: as many as leave every CTA an SM of its own."""
+    return next((split for split in (4, 2) if tiles * split <= sms), 1)

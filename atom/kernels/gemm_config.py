@@ -21,10 +21,11 @@ class GemmConfig:
     split         CTAs of a cluster that share one tile along K
     multicast     CTAs of a cluster that share one tile of tokens
     int8_units    whether units of INT8 (outlier columns) follow those of INT4
-    pairs         two units of K at a time: hides latency where tiles are small
+    pairs         two units of K at a time: hides latency where tiles are small, and of "e4m3" the promotion
     clustered     the CTAs of a split are a cluster; else they meet at a counter in global memory, and a launch must
                   not have more of them than the GPU holds at once
     aligned       N is a multiple of 8: 16-byte stores
+    tail          CTAs that share a tile along K where the last round of tiles leaves so many to each of them
     """
 
     weight: str
@@ -41,6 +42,7 @@ class GemmConfig:
     ctas_per_sm: int = 1
     pairs: bool = False
     clustered: bool = True
+    tail: int = 1
 
     @property
     def kind(self) -> WeightKind:
@@ -50,6 +52,11 @@ class GemmConfig:
     def scaled_early(self) -> bool:
         """Sums are scaled before the outliers' are added, under scales of their own, and not at the end."""
         return self.int8_units and not self.kind.promoted
+
+    @property
+    def fetches_ahead(self) -> bool:
+        """A unit's codes leave shared memory while the one before is multiplied, where registers suffice."""
+        return not (self.scaled_early and self.tile_m == 128 and self.warpgroups == 4)
 
     @property
     def sums_float(self) -> bool:
@@ -90,9 +97,19 @@ class GemmConfig:
         return 144 * self.chunk_tokens
 
     @property
+    def scale_rows(self) -> int:
+        """Scales of a token that are not loaded with a stage: its own, and its outliers'."""
+        return 0 if self.token_scales != "token" else 2 if self.scaled_early else 1
+
+    @property
+    def own_bytes(self) -> int:
+        """A warpgroup's own shared memory: its staging and the scales of the tile's tokens."""
+        return self.staging_bytes + 4 * self.scale_rows * self.tile_m
+
+    @property
     def pool_bytes(self) -> int:
-        """Shared memory of the ring and of the epilogue's staging."""
-        return self.ring_bytes + self.warpgroups * self.staging_bytes
+        """Shared memory of the ring and of each warpgroup."""
+        return self.ring_bytes + self.warpgroups * self.own_bytes
 
     def with_most_stages(self) -> "GemmConfig":
         """As many stages as fit, at most 16."""

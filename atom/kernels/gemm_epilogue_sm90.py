@@ -20,27 +20,51 @@ class GemmEpilogue:
     cluster_sync: Any
 
     @cute.jit
-    def store(self, pool, sums, mS, mC, mB, mY, thread, group, row_tile, token0, low, high):
+    def fetch_row_values(self, mC, mB, values, thread, row0, features):
+        """Scales and biases of this thread's two rows, into registers.
+
+        Where tiles are small this and the next are done before the main loop, which hides how long they take; others
+        need the registers.
+        """
+        row = row0 + (thread // 32) * 16 + (thread % 32) // 4
+        for r in cutlass.range_constexpr(2):
+            values[r] = Float32(1.0)
+            values[2 + r] = Float32(0.0)
+            if row + 8 * r < features:
+                if cutlass.const_expr(self.kind.channel_scaled):
+                    values[r] = mC[row + 8 * r]
+                if cutlass.const_expr(self.config.bias):
+                    values[2 + r] = Float32(mB[row + 8 * r])
+
+    @cute.jit
+    def fetch_token_scales(self, mS, values, thread, token0, tokens):
+        """One thread of a warpgroup for each token of the tile: its scales, and its outliers', into registers."""
+        for i in cutlass.range_constexpr(-(-self.tile_m // 128)):
+            for row in cutlass.range_constexpr(self.config.scale_rows):
+                token = cutlass.min(token0 + (128 * i + thread), tokens - 1)
+                values[self.config.scale_rows * i + row] = mS[row, token]
+
+    @cute.jit
+    def share_scales(self, sT, mS, mC, mB, mY, row_values, values, thread, group, row0, token0):
+        """Token scales from registers to where all threads of the warpgroup read them."""
+        if cutlass.const_expr(self.tile_m > 64):
+            self.fetch_row_values(mC, mB, row_values, thread, row0, mY.shape[1])
+            self.fetch_token_scales(mS, values, thread, token0, mY.shape[0])
+        if cutlass.const_expr(self.config.scale_rows > 0):
+            for i in cutlass.range_constexpr(-(-self.tile_m // 128)):
+                for row in cutlass.range_constexpr(self.config.scale_rows):
+                    if 128 * i + thread < self.tile_m:
+                        sT[128 * i + thread, row] = values[self.config.scale_rows * i + row]
+            cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
+
+    @cute.jit
+    def store(self, staging, sums, sT, row_values, mY, thread, group, feature0, token0, low, high):
         """Scale, add the bias, transpose through this warpgroup's own staging, 16 tokens x 64 features at a time."""
         config = self.config
         by_channel = self.kind.channel_scaled and not config.scaled_early
         by_token = config.token_scales == "token" and not config.scaled_early
         features = mY.shape[1]
-        tokens = mY.shape[0]
         lane = thread % 32
-        feature0 = (row_tile * config.warpgroups + group) * 64
-        row = feature0 + (thread // 32) * 16 + lane // 4
-        row_scale = cute.make_rmem_tensor((2,), Float32)
-        offset = cute.make_rmem_tensor((2,), Float32)
-        for r in cutlass.range_constexpr(2):
-            row_scale[r] = Float32(1.0)
-            offset[r] = Float32(0.0)
-            if row + 8 * r < features:
-                if cutlass.const_expr(by_channel):
-                    row_scale[r] = mC[row + 8 * r]
-                if cutlass.const_expr(config.bias):
-                    offset[r] = Float32(mB[row + 8 * r])
-        staging = pool + (config.ring_bytes + group * config.staging_bytes)
         # stmatrix: lane l addresses token l % 8 (+ 8 for l >= 16) and features 8 * (l // 8 % 2) of its warp's 16
         target = staging + ((lane % 8 + 8 * (lane // 16)) * 144 + ((thread // 32) * 2 + lane // 8 % 2) * 16)
         chunk_tokens = config.chunk_tokens
@@ -55,8 +79,7 @@ class GemmEpilogue:
                         for c in cutlass.range_constexpr(2):
                             factor = Float32(1.0)
                             if cutlass.const_expr(by_token):
-                                token = token0 + 8 * j + 2 * (lane % 4) + c
-                                factor = mS[0, cutlass.min(token, tokens - 1)]
+                                factor = sT[8 * j + 2 * (lane % 4) + c, 0]
                             scales.append(factor)
                         for r in cutlass.range_constexpr(2):
                             for c in cutlass.range_constexpr(2):
@@ -65,9 +88,9 @@ class GemmEpilogue:
                                 if cutlass.const_expr(by_token):
                                     value = value * scales[c]
                                 if cutlass.const_expr(by_channel):
-                                    value = value * row_scale[r]
+                                    value = value * row_values[r]
                                 if cutlass.const_expr(config.bias):
-                                    value = value + offset[r]
+                                    value = value + row_values[2 + r]
                                 pair.append(value)
                         words.append(pack_bf16x2(pair[0], pair[1]))
                         words.append(pack_bf16x2(pair[2], pair[3]))
@@ -92,7 +115,7 @@ class GemmEpilogue:
                 cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
 
     @cute.jit
-    def exchange(self, mE, sums, tid, rank, tokens, item):
+    def exchange(self, mE, sums, tid, rank, tokens, item, split: cutlass.Constexpr):
         """Add up the split's partial sums in registers, in rank order; each CTA does so for its share of the tokens.
 
         They travel through global memory (L2), in fragment order: [CTA, 8 tokens, thread, 4] words. Distributed
@@ -100,7 +123,7 @@ class GemmEpilogue:
         """
         config = self.config
         blocks = self.tile_m // 8
-        share = -(-blocks // config.split)
+        share = -(-blocks // split)
         bx, _, _ = cute.arch.block_idx()
         dtype = sums.element_type
         part = cute.make_rmem_tensor((4,), Float32)
@@ -110,18 +133,18 @@ class GemmEpilogue:
                 for e in cutlass.range_constexpr(4):
                     part_sums[e] = sums[4 * j + e]
                 cute.autovec_copy(part, self.partial(mE, bx, j, tid))
-        if cutlass.const_expr(config.clustered):
+        if cutlass.const_expr(config.clustered and config.split > 1):
             cute.arch.fence_acq_rel_cluster()
-            self.cluster_sync(config.split)
+            self.cluster_sync(split)
         else:
-            self.meet(mE, tid, item)
+            self.meet(mE, tid, item, split)
         for j in cutlass.range_constexpr(blocks):
             if 8 * j < tokens and rank == j // share:
                 total = cute.make_rmem_tensor((4,), dtype)
                 total.fill(0)
-                parts = cute.make_rmem_tensor((4, config.split), Float32)
+                parts = cute.make_rmem_tensor((4, split), Float32)
                 parts_sums = cute.recast_tensor(parts, dtype)
-                for p in cutlass.range_constexpr(config.split):
+                for p in cutlass.range_constexpr(split):
                     if p != rank:
                         words = load_global_f32x4(self.partial(mE, bx - rank + p, j, tid).iterator)
                         for e in cutlass.range_constexpr(4):
@@ -129,7 +152,7 @@ class GemmEpilogue:
                     else:
                         for e in cutlass.range_constexpr(4):
                             parts_sums[e, p] = sums[4 * j + e]
-                for p in cutlass.range_constexpr(config.split):
+                for p in cutlass.range_constexpr(split):
                     for e in cutlass.range_constexpr(4):
                         total[e] = total[e] + parts_sums[e, p]
                 for e in cutlass.range_constexpr(4):
@@ -137,13 +160,12 @@ class GemmEpilogue:
         return share * 8
 
     @cute.jit
-    def meet(self, mE, tid, item):
+    def meet(self, mE, tid, item, split: cutlass.Constexpr):
         """Wait until all CTAs of this tile have written their partial sums.
 
         A counter per split and tile, never reset: every launch adds `split` to it. All CTAs of the launch are resident
         (gemm_config.py sees to it), so waiting cannot keep a CTA that is waited for from starting.
         """
-        split = self.config.split
         cute.arch.fence_acq_rel_gpu()
         cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
         if tid == 0:

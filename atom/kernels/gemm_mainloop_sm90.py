@@ -1,3 +1,4 @@
+# ruff: noqa: SIM102  (an `if` of the compiler inside or around one of the GPU is not one condition)
 """The consumers of the sm_90a GEMM: packed codes to registers, wgmma, promotion to float32. See gemm_sm90.py."""
 
 from typing import Any
@@ -46,10 +47,10 @@ class GemmMainloop:
 
     @cute.jit
     def consume(
-        self, sX, sW, sS, mS, mC, acc, out, full, empty, thread, group, row0, token0, begin, end, int4_units,
-        stage, phase,
+        self, sX, sW, sS, sT, acc, out, full, empty, thread, group, begin, end, int4_units, stage, phase,
+        mS, mC, mB, mY, row0, token0, row_values, token_values,
     ):  # fmt: skip
-        """One warpgroup: decode the units of its 64 rows, from `row0` on, and multiply them with the tokens."""
+        """One warpgroup: decode the units of its 64 rows and multiply them with the tokens."""
         config = self.config
         tiled_mma = self.tiled_mma()
         tCrB = tiled_mma.make_fragment_B(tiled_mma.get_slice(thread).partition_B(sX))
@@ -90,51 +91,75 @@ class GemmMainloop:
             if cutlass.const_expr(not self.kind.promoted):
                 for i in cutlass.range_constexpr(cute.size(acc)):
                     acc[i] = acc[i] + acc2[i]
-        if start < end:  # a CTA of a split may have no unit
-            cute.arch.mbarrier_wait(full + stage, phase)
-            self.load_unit(sW, raw, loaded, thread, group, stage)
+        last = middle if cutlass.const_expr(config.scaled_early) else end
+        if cutlass.const_expr(config.fetches_ahead):
+            if start < last:  # a CTA of a split may have no unit
+                cute.arch.mbarrier_wait(full + stage, phase)
+                self.load_unit(sW, raw, loaded, thread, group, stage)
         # The next unit's codes are fetched before wgmma is issued and land while it runs. Not after: ptxas may give
         # them the registers of A, which wgmma still reads (seen: results that changed from run to run). And without
         # a branch on whether they have arrived: ptxas then serializes the four wgmmas of a unit.
         for unit in cutlass.range(start, middle, unroll=1):
-            scale.store(loaded.load())
-            codes.store(raw.load())
             this = stage
-            stage, phase = self.advance(stage, phase)
-            if unit + 1 < end:
+            if cutlass.const_expr(config.fetches_ahead):
+                scale.store(loaded.load())
+                codes.store(raw.load())
+                stage, phase = self.advance(stage, phase)
+                if unit + 1 < last:
+                    cute.arch.mbarrier_wait(full + stage, phase)
+                    self.load_unit(sW, raw, loaded, thread, group, stage)
+            else:
                 cute.arch.mbarrier_wait(full + stage, phase)
-                self.load_unit(sW, raw, loaded, thread, group, stage)
+                self.load_unit(sW, codes, scale, thread, group, stage)
+                stage, phase = self.advance(stage, phase)
             self.codec.decode(codes, scale, rA32)
             self.multiply(rA, tCrB, acc, this, self.kind.steps)
             self.promote(acc, out, sS, scale, thread, this)
             self.release(empty, this)
-        if cutlass.const_expr(config.int8_units):
-            if cutlass.const_expr(config.scaled_early):
-                self.scale_sums(acc, out, mS, mC, thread, row0, token0)
-                acc = cute.make_rmem_tensor(self.outlier_mma().partition_shape_C((64, self.outlier_tokens)), Int32)
+        if cutlass.const_expr(config.scaled_early):
+            self.share_scales(sT, mS, mC, mB, mY, row_values, token_values, thread, group, row0, token0)
+            self.scale_sums(acc, out, sT, row_values, thread)
+            sums = cute.make_rmem_tensor(self.outlier_mma().partition_shape_C((64, self.outlier_tokens)), Int32)
+            for unit in cutlass.range(cutlass.max(start, middle), end, 2, unroll=1):
+                one = stage
+                cute.arch.mbarrier_wait(full + one, phase)
+                self.load_unit(sW, codes, scale, thread, group, one)
+                for j in cutlass.range_constexpr(8):
+                    rA32[j] = codes[j]
+                stage, phase = self.advance(stage, phase)
+                two = one
+                codes.fill(0)  # of a second unit that is not there
+                if unit + 1 < end:
+                    two = stage
+                    cute.arch.mbarrier_wait(full + two, phase)
+                    self.load_unit(sW, codes, scale, thread, group, two)
+                    stage, phase = self.advance(stage, phase)
+                for j in cutlass.range_constexpr(8):
+                    rA32[8 + j] = codes[j]
+                self.add_outliers(rA, sX, sW, sums, out, sT, thread, group, one, two)
+                self.release(empty, one)
+                if unit + 1 < end:
+                    self.release(empty, two)
+        elif cutlass.const_expr(config.int8_units):
             for unit in cutlass.range(cutlass.max(start, middle), end, unroll=1):
-                codes.store(raw.load())
+                scale.store(loaded.load())
+                for j in cutlass.range_constexpr(8):
+                    rA32[j] = raw[j]
                 this = stage
                 stage, phase = self.advance(stage, phase)
-                if cutlass.const_expr(not config.scaled_early):
-                    scale.store(loaded.load())
+                self.multiply(rA, tCrB, acc, this, 2)
+                self.promote(acc, out, sS, scale, thread, this)
+                self.release(empty, this)
                 if unit + 1 < end:
                     cute.arch.mbarrier_wait(full + stage, phase)
                     self.load_unit(sW, raw, loaded, thread, group, stage)
-                for j in cutlass.range_constexpr(8):
-                    rA32[j] = codes[j]
-                if cutlass.const_expr(config.scaled_early):
-                    self.add_outliers(rA, sX, sW, acc, out, mS, thread, group, token0, this)
-                else:
-                    self.multiply(rA, tCrB, acc, this, 2)
-                    self.promote(acc, out, sS, scale, thread, this)
-                self.release(empty, this)
         return stage, phase
 
     @property
     def outlier_tokens(self) -> int:
         """Tokens whose outlier sums are added at a time: their INT32 sums stand beside those of the whole tile."""
-        return 32 if self.tile_m == 256 else min(self.tile_m, 64)
+        tight = self.tile_m == 256 or self.config.ctas_per_sm == 2 or self.config.registers == 112
+        return min(self.tile_m, 32 if tight else 64)
 
     def outlier_mma(self) -> cute.TiledMma:
         shape, major = (64, self.outlier_tokens), OperandMajorMode.K
@@ -143,27 +168,20 @@ class GemmMainloop:
         )
 
     @cute.jit
-    def scale_sums(self, acc, out, mS, mC, thread, row0, token0):
+    def scale_sums(self, acc, out, sT, row_values, thread):
         """out = the whole sum of the INT4 columns x scale of the row x scale of the token."""
-        if cutlass.const_expr(self.config.pdl):
-            cute.arch.griddepcontrol_wait()
-        row = row0 + (thread // 32) * 16 + (thread % 32) // 4
-        row_scale = cute.make_rmem_tensor((2,), Float32)
-        for r in cutlass.range_constexpr(2):
-            row_scale[r] = mC[cutlass.min(row + 8 * r, mC.shape[0] - 1)]
         for j in cutlass.range_constexpr(self.tile_m // 8):
             for c in cutlass.range_constexpr(2):
-                token = token0 + (8 * j + 2 * (thread % 4) + c)
-                factor = mS[0, cutlass.min(token, mS.shape[1] - 1)]
+                factor = sT[8 * j + 2 * (thread % 4) + c, 0]
                 for r in cutlass.range_constexpr(2):
                     i = 4 * j + 2 * r + c
-                    out[i] = Float32(acc[i]) * (row_scale[r] * factor)
+                    out[i] = Float32(acc[i]) * (row_values[r] * factor)
 
     @cute.jit
-    def add_outliers(self, rA, sX, sW, acc, out, mS, thread, group, token0, stage):
-        """out += the sum of a unit of INT8 outlier columns x scale of the row x scale of the token's outliers."""
+    def add_outliers(self, rA, sX, sW, acc, out, sT, thread, group, one, two):
+        """out += the sum of two units of INT8 outlier columns x scale of the row x scale of the token's outliers."""
         tokens = self.outlier_tokens
-        unit = sW.iterator + (stage * self.config.warpgroups + group) * self.unit_words
+        unit = sW.iterator + (one * self.config.warpgroups + group) * self.unit_words
         scales = cute.make_tensor(
             cute.recast_ptr(unit + self.kind.code_bytes // 4, dtype=BFloat16), cute.make_layout(64)
         )
@@ -174,22 +192,19 @@ class GemmMainloop:
             tile = cute.local_tile(sX, (tokens, 128, self.config.stages), (part, 0, 0))
             tCrB = mma.make_fragment_B(mma.get_slice(thread).partition_B(tile))
             wg.fence()
-            for k in cutlass.range_constexpr(2):
+            for k in cutlass.range_constexpr(4):
                 mma.set(wg.Field.ACCUMULATE, k != 0)
-                cute.gemm(mma, acc, rA[None, None, k], tCrB[None, None, k, stage], acc)
+                stage = one if cutlass.const_expr(k < 2) else two
+                cute.gemm(mma, acc, rA[None, None, k], tCrB[None, None, k % 2, stage], acc)
             wg.commit_group()
-            factors = cute.make_rmem_tensor((tokens // 4,), Float32)
-            for j in cutlass.range_constexpr(tokens // 8):
-                for c in cutlass.range_constexpr(2):
-                    token = token0 + (part * tokens + 8 * j + 2 * (thread % 4) + c)
-                    factors[2 * j + c] = mS[1, cutlass.min(token, mS.shape[1] - 1)]
             wg.wait_group(0)
             for j in cutlass.range_constexpr(tokens // 8):
                 for c in cutlass.range_constexpr(2):
+                    factor = sT[part * tokens + 8 * j + 2 * (thread % 4) + c, 1]
                     for r in cutlass.range_constexpr(2):
                         i = 2 * r + c
                         at = part * (tokens // 2) + 4 * j + i
-                        out[at] = out[at] + Float32(acc[4 * j + i]) * (row_scale[r] * factors[2 * j + c])
+                        out[at] = out[at] + Float32(acc[4 * j + i]) * (row_scale[r] * factor)
 
     @cute.jit
     def multiply_pair(self, rA, rA2, tCrB, acc, acc2, stage, stage2):
@@ -242,7 +257,8 @@ class GemmMainloop:
         mma = tiled_mma.get_slice(thread)
         tCrA = tiled_mma.make_fragment_A(mma.partition_A(sA))
         tCrB = tiled_mma.make_fragment_B(mma.partition_B(sX))
-        for _ in cutlass.range(begin, end, unroll=1):
+        before = stage
+        for unit in cutlass.range(begin, end, unroll=1):
             this = stage
             cute.arch.mbarrier_wait(full + this, phase)
             wg.fence()
@@ -251,13 +267,69 @@ class GemmMainloop:
                 at = this * self.config.warpgroups + group
                 cute.gemm(tiled_mma, acc, tCrA[None, None, k, at], tCrB[None, None, k, this], acc)
             wg.commit_group()
-            wg.wait_group(0)
-            self.release(empty, this)
             if cutlass.const_expr(self.kind.promoted):
+                wg.wait_group(0)
+                self.release(empty, this)
                 for i in cutlass.range_constexpr(cute.size(acc)):
                     out[i] = out[i] + acc[i]
+            else:  # one unit's products run while the next unit is waited for
+                wg.wait_group(1)
+                if unit > begin:
+                    self.release(empty, before)
+            before = this
+            stage, phase = self.advance(stage, phase)
+        if cutlass.const_expr(not self.kind.promoted):
+            wg.wait_group(0)
+            if begin < end:
+                self.release(empty, before)
+        return stage, phase
+
+    @cute.jit
+    def consume_alternating(self, sX, sA, acc, out, full, empty, thread, group, begin, end, stage, phase):
+        """As consume_verbatim, two units at a time: one's sums are promoted while the other's products run.
+
+        No products are under way from one round to the next: ptxas would then serialize all of them.
+        """
+        mma = self.tiled_mma().get_slice(thread)
+        tCrA = self.tiled_mma().make_fragment_A(mma.partition_A(sA))
+        tCrB = self.tiled_mma().make_fragment_B(mma.partition_B(sX))
+        other = cute.make_rmem_tensor(acc.shape, self.sum_type)
+        for _ in cutlass.range((end - begin) // 2, unroll=1):
+            one = stage
+            cute.arch.mbarrier_wait(full + one, phase)
+            two, phase = self.advance(stage, phase)
+            cute.arch.mbarrier_wait(full + two, phase)
+            self.multiply_verbatim(tCrA, tCrB, acc, group, one)
+            self.multiply_verbatim(tCrA, tCrB, other, group, two)
+            wg.wait_group(1)
+            self.release(empty, one)
+            for i in cutlass.range_constexpr(cute.size(acc)):
+                out[i] = out[i] + acc[i]
+            wg.wait_group(0)
+            self.release(empty, two)
+            for i in cutlass.range_constexpr(cute.size(acc)):
+                out[i] = out[i] + other[i]
+            stage, phase = self.advance(two, phase)
+        if (end - begin) % 2 == 1:
+            cute.arch.mbarrier_wait(full + stage, phase)
+            self.multiply_verbatim(tCrA, tCrB, acc, group, stage)
+            wg.wait_group(0)
+            self.release(empty, stage)
+            for i in cutlass.range_constexpr(cute.size(acc)):
+                out[i] = out[i] + acc[i]
             stage, phase = self.advance(stage, phase)
         return stage, phase
+
+    @cute.jit
+    def multiply_verbatim(self, tCrA, tCrB, acc, group, stage):
+        """The products of one unit, into sums of their own: issued, not waited for."""
+        tiled_mma = self.tiled_mma()
+        wg.fence()
+        for k in cutlass.range_constexpr(self.kind.steps):
+            tiled_mma.set(wg.Field.ACCUMULATE, k != 0)
+            at = stage * self.config.warpgroups + group
+            cute.gemm(tiled_mma, acc, tCrA[None, None, k, at], tCrB[None, None, k, stage], acc)
+        wg.commit_group()
 
     @cute.jit
     def promote(self, acc, out, sS, scale, thread, stage):

@@ -84,7 +84,8 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             block=(self.threads, 1, 1),
             cluster=(self.cluster, 1, 1),
             stream=stream,
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=config.ctas_per_sm,
+            preferred_smem_carveout=100,
             use_pdl=config.pdl,
         )
 
@@ -112,11 +113,11 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         rank = bx % (config.multicast * config.split)
         split_rank = rank if cutlass.const_expr(config.split > 1) else Int32(0)
         units = mW.shape[1]
-        begin = units * split_rank // config.split
-        end = units * (split_rank + 1) // config.split
         work = bx // (config.multicast * config.split)  # of row_groups * token_tiles, then every `stride`-th
         stride = blocks // (config.multicast * config.split)
         total = row_groups * token_tiles
+        whole, tail = self.tail_tiles(total, stride)
+        total = whole + (total - whole) * tail
 
         smem = utils.SmemAllocator()
         full = smem.allocate_array(Int64, config.stages)
@@ -152,11 +153,14 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             if cutlass.const_expr(config.registers):
                 cute.arch.setmaxregister_decrease(24)
             if warp == 4 * config.warpgroups:
+                cpasync.prefetch_descriptor(x_atom)
                 stage = Int32(0)
                 phase = Int32(1)
                 first = Int32(1)
                 for item in cutlass.range(work, total, stride, unroll=1):
-                    row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
+                    tile, part, parts = self.share(item, split_rank, whole, tail)
+                    row_tile, token0 = self.place(tile, row_groups, token_tiles, rank)
+                    begin, end = units * part // parts, units * (part + 1) // parts
                     stage, phase = self.produce(
                         x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units,
                         stage, phase, first,
@@ -175,32 +179,74 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             stage = Int32(0)
             phase = Int32(0)
             first = Int32(1)
+            own = pool + (config.ring_bytes + group * config.own_bytes)
+            scales = cute.recast_ptr(own + config.staging_bytes, dtype=Float32)
+            sT = cute.make_tensor(scales, cute.make_layout((self.tile_m, max(config.scale_rows, 1))))
+            row_values = cute.make_rmem_tensor((4,), Float32)
+            token_values = cute.make_rmem_tensor((-(-self.tile_m // 128) * max(config.scale_rows, 1),), Float32)
             for item in cutlass.range(work, total, stride, unroll=1):
-                row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
-                (out if cutlass.const_expr(self.kind.promoted) else acc).fill(0)
-                if cutlass.const_expr(self.kind.is_verbatim):
-                    stage, phase = self.consume_verbatim(
-                        sXm, sA, acc, out, full, empty, thread, group, begin, end, stage, phase
-                    )
-                else:
-                    row0 = (row_tile * config.warpgroups + group) * 64
-                    stage, phase = self.consume(
-                        sX, sW, sS, mS, mC, acc, out, full, empty, thread, group, row0, token0, begin, end, int4_units,
-                        stage, phase,
-                    )  # fmt: skip
+                tile, part, parts = self.share(item, split_rank, whole, tail)
+                row_tile, token0 = self.place(tile, row_groups, token_tiles, rank)
+                begin, end = units * part // parts, units * (part + 1) // parts
+                row0 = (row_tile * config.warpgroups + group) * 64
+                if cutlass.const_expr(self.tile_m <= 64):
+                    self.fetch_row_values(mC, mB, row_values, thread, row0, mY.shape[1])
                 if cutlass.const_expr(config.pdl):
                     if first == 1:
                         cute.arch.griddepcontrol_wait()
                         first = Int32(0)
+                if cutlass.const_expr(self.tile_m <= 64):
+                    self.fetch_token_scales(mS, token_values, thread, token0, mY.shape[0])
+                (out if cutlass.const_expr(self.kind.promoted) else acc).fill(0)
+                if cutlass.const_expr(self.kind.is_verbatim):
+                    consume = self.consume_alternating if config.pairs else self.consume_verbatim
+                    stage, phase = consume(sXm, sA, acc, out, full, empty, thread, group, begin, end, stage, phase)
+                else:
+                    stage, phase = self.consume(
+                        sX, sW, sS, sT, acc, out, full, empty, thread, group, begin, end, int4_units, stage, phase,
+                        mS, mC, mB, mY, row0, token0, row_values, token_values,
+                    )  # fmt: skip
+                if cutlass.const_expr(not config.scaled_early):
+                    self.share_scales(sT, mS, mC, mB, mY, row_values, token_values, thread, group, row0, token0)
                 low = token0
                 high = cutlass.min(token0 + self.tile_m, mY.shape[0])
                 if cutlass.const_expr(config.split > 1):
-                    share = self.exchange(mE, sums, tid, split_rank, high - token0, item)
+                    share = self.exchange(mE, sums, tid, split_rank, high - token0, item, config.split)
                     low = token0 + split_rank * share
                     high = cutlass.min(low + share, high)
-                self.store(pool, sums, mS, mC, mB, mY, thread, group, row_tile, token0, low, high)
+                elif cutlass.const_expr(config.tail > 1):
+                    if parts > 1:
+                        share = self.exchange(mE, sums, tid, part, high - token0, tile - whole, config.tail)
+                        low = token0 + part * share
+                        high = cutlass.min(low + share, high)
+                self.store(own, sums, sT, row_values, mY, thread, group, row0, token0, low, high)
             if cutlass.const_expr(config.multicast > 1):
                 self.cluster_sync(self.cluster)  # peers may still write to or signal this CTA's shared memory
+
+    @cute.jit
+    def tail_tiles(self, total, stride):
+        """(tiles of the rounds in which every CTA has one, CTAs that share each of the rest)."""
+        whole = total
+        tail = Int32(1)
+        if cutlass.const_expr(self.config.tail > 1):
+            rest = total % stride
+            if rest * self.config.tail <= stride:
+                whole = total - rest
+                tail = Int32(self.config.tail)
+        return whole, tail
+
+    @cute.jit
+    def share(self, item, split_rank, whole, tail):
+        """Work item to (tile, which of how many parts of K)."""
+        tile = item
+        part = split_rank
+        parts = Int32(self.config.split)
+        if cutlass.const_expr(self.config.tail > 1):
+            if item >= whole:
+                tile = whole + (item - whole) // tail
+                part = (item - whole) % tail
+                parts = tail
+        return tile, part, parts
 
     @cute.jit
     def place(self, item, row_groups, token_tiles, rank):

@@ -754,7 +754,7 @@ HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
     (r"shfl\..*", _shfl), (r"vote\..*", _vote), (r"elect\..*", _elect), (r"movmatrix\..*", _movmatrix),
     (r"ldmatrix\..*", _ldmatrix), (r"mma\..*", _mma), (r"bar\.sync|barrier\.sync.*", _bar),
     (r"mbarrier\..*", _mbarrier),
-    (r"cp\.async\.bulk\..*", _bulk), (r"griddepcontrol.*|fence.*|bar\.warp\.sync", _nothing),
+    (r"cp\.async\.bulk\..*", _bulk), (r"griddepcontrol.*|fence.*|prefetch.*|bar\.warp\.sync", _nothing),
 ]  # fmt: skip
 _found: dict[str, Callable[[Warp, str, list[Any]], Any]] = {}
 

@@ -83,6 +83,8 @@ SHARED = {
     "split over units of a pair": GemmConfig("", "", 16, 2, split=2, pairs=True),
     "split without clusters": GemmConfig("", "", 16, 2, split=3, clustered=False),
     "multicast": GemmConfig("", "", 32, 2, multicast=2),
+    "tail": GemmConfig("", "", 16, 2, tail=2),
+    "alternating sums": GemmConfig("", "", 64, 2, split=3, pairs=True),  # of one and of two units
 }
 
 
@@ -97,12 +99,15 @@ SHARED = {
         ("nvfp4", "split"),
         ("fp8", "split without clusters"),
         ("fp8", "multicast"),
+        ("fp8", "alternating sums"),
         ("nvfp4", "multicast"),
+        ("w4a8", "tail"),
+        ("w4a4-factors", "tail"),
     ],
 )
 def test_gemm_of_several_ctas(name: str, how: str, tmp_path: Path) -> None:
     """A tile of K shared by CTAs that add up; a tile of tokens loaded by one CTA for two."""
-    check(name, 37, 136, 456, tmp_path, 2, SHARED[how])
+    check(name, 37, 136, 456, tmp_path, 4 if how == "tail" else 2, SHARED[how])
 
 
 def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: GemmConfig) -> None:
@@ -146,7 +151,7 @@ def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: Ge
             row_tiles,
             token_tiles,
         ],
-        together=grid if not config.clustered else config.split * config.multicast,
+        together=grid if not config.clustered or config.tail > 1 else config.split * config.multicast,
     )
     expected = product(x, weight, linear) + (offset.double() if config.bias else 0.0)
     error = (bf16(y).double() - expected).abs()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from atom.kernels.bench_linear import tolerance
 from atom.kernels.bench_operands import random_weight
 from atom.kernels.cache import compile_together
 from atom.kernels.gemm import Gemm, build_linear, gemm_kernel, pack_weight, token_bucket, token_scales
@@ -176,6 +177,9 @@ def chosen() -> list[GemmConfig]:
         GemmConfig("int4_uint4", "token", 256, 2, int8_units=True),
         GemmConfig("int4", "group", 128, 2, int8_units=True, aligned=False),
         GemmConfig("int4_uint4", "token", 256, 2, multicast=2),
+        GemmConfig("int4_uint4", "token", 256, 2, tail=2),
+        GemmConfig("int4_uint4", "token", 128, 4, int8_units=True),
+        GemmConfig("int4_uint4", "token", 64, 2, int8_units=True, ctas_per_sm=2),
         GemmConfig("int4", "group", 16, 4, split=8, int8_units=True, clustered=False),
     ]
     return list(dict.fromkeys([*found.values(), *(config.with_most_stages() for config in others)]))
@@ -203,8 +207,10 @@ def test_machine_code(config: GemmConfig, tmp_path: Path, monkeypatch: pytest.Mo
     assert {op for op in WGMMA.values() if op in sass} == {WGMMA[config.kind.operand]}
     assert "UBLKCP" in sass and "UTMALDG" in sass
     assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spilled"
-    # one ARRIVE for each group of wgmmas: more mean that ptxas serialized them
-    assert sass.count("WARPGROUP.ARRIVE") == sass.count("WARPGROUP.DEPBAR")
+    # one ARRIVE for each group of wgmmas: more mean that ptxas serialized them; the last of those that run on while
+    # the next unit is waited for has a wait of its own
+    runs_on = config.kind.is_verbatim and not config.kind.promoted
+    assert sass.count("WARPGROUP.ARRIVE") + runs_on == sass.count("WARPGROUP.DEPBAR")
     assert not overwritten_operands(sass), "a register that wgmma may still read is written"
 
 
@@ -289,7 +295,7 @@ def test_linear_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int], bias: b
     dense = dequantize_weight(mixed, scheme).double()
     offset = torch.randn(N, device="cuda").bfloat16() if bias else None
     run = build_linear(scheme, mixed, offset)
-    coarse = 1e-3 if weight_kind(scheme) == "e4m3" else 1e-4  # FP8 wgmma adds with some 14 bits
+    coarse = max(1e-4, tolerance(scheme))
     for M in TOKENS:
         x = torch.randn(M, K, device="cuda").bfloat16()
         perm = torch.randperm(K, device="cuda") if scheme.reorder else None
