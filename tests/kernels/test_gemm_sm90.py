@@ -154,7 +154,8 @@ def test_configs_fit_the_machine(weight: str, tokens: int, features: int, units:
     assert 2 <= config.stages <= 16
     assert config.ctas_per_sm * (config.pool_bytes + 2048) <= SHARED_BYTES + 2048
     assert config.split <= min(8, units), "a portable cluster, and a unit for every CTA of it"
-    assert config.clustered or config.split == 1
+    tiles = -(-features // (64 * config.warpgroups)) * -(-tokens // config.tile_m)
+    assert config.clustered or tiles * config.split <= 132, "CTAs that wait for each other are all resident"
 
 
 LLAMA = ((6144, 33), (4096, 33), (28672, 33), (4096, 113))  # features and units along K of Llama-3-8B, w4a4
