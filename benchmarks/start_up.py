@@ -27,10 +27,11 @@ import json, sys, time
 from atom.serving.engine_config import EngineConfig
 from atom.serving.llm import LLM
 from atom.serving.sampling_params import SamplingParams
-with LLM(sys.argv[1], load_format="dummy", scheme=sys.argv[2]) as llm:
+with LLM(sys.argv[1], load_format="dummy", scheme=sys.argv[2], **json.loads(sys.argv[3])) as llm:
     (found,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
     assert len(found.token_ids) == 1
-    print(json.dumps({"at": time.time(), **{k: llm.ready.facts[k] for k in ("weights_s", "start_up_s")}}), flush=True)
+    times = {key: llm.ready.facts[key] for key in ("weights_s", "cache_s", "start_up_s")}
+    print(json.dumps({"at": time.time(), **times}), flush=True)
 """
 
 
@@ -58,11 +59,16 @@ def serve(model: str, options: list[str], environment: dict[str, str]) -> dict[s
         process.wait(60)
 
 
-def in_process(shape: str, scheme: str, environment: dict[str, str]) -> dict[str, Any]:
-    """The same for a shape with random weights."""
+def in_process(shape: str, scheme: str, options: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """The same for a shape with random weights; options as for a server, each with a value."""
+    named = {name.removeprefix("--").replace("-", "_"): value for name, value in zip(*[iter(options)] * 2, strict=True)}
     began = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, shape, scheme], env=environment, capture_output=True, text=True, timeout=LIMIT_S
+        [sys.executable, "-c", CHILD, shape, scheme, json.dumps(named)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -81,7 +87,7 @@ def main() -> None:
         for kind in ("cold",) * args.cold + ("warm",) * args.runs:
             environment = dict(os.environ) | ({"ATOM_CACHE": empty} if args.cold else {})
             if args.model in SHAPES:
-                found = in_process(args.model, args.scheme, environment)
+                found = in_process(args.model, args.scheme, options, environment)
             else:
                 found = serve(args.model, options, environment)
             print(json.dumps({"model": args.model, "kind": kind, **found}), flush=True)
