@@ -35,6 +35,7 @@ from .student import Student
 HELD_BACK = 0.05  # of the text
 CHUNK_BYTES = 512 * 2**20  # of one chunk of float32 logits
 WARM_UP_STEPS = 10
+PACED_STEPS = 5  # whose pace says how many fit into the time limit
 OTHERS = 0.1  # learning rate of scales (relative), norms and biases, as a share of that of codes (in grid steps)
 
 
@@ -129,7 +130,7 @@ class Training:
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=self.student.device.type == "cuda")
         before = self.divergence(self.text.held_back)
         steps = self.config.distill_steps
-        pace = time.perf_counter()
+        first = 0.0  # when the first step was over, which is slower than the others
         done = 0
         for batch in self._batches(self.text.training):
             if done == steps:
@@ -146,8 +147,10 @@ class Training:
             optimizer.zero_grad(set_to_none=True)
             done += 1
             self.progress.step(done, steps, loss)
-            if done == min(5, steps):
-                pace = (time.perf_counter() - pace) / done
+            if done == 1:
+                first = time.perf_counter()
+            elif done == PACED_STEPS:
+                pace = (time.perf_counter() - first) / (done - 1)
                 steps = max(done, min(steps, int(self.config.distill_seconds / pace)))
         del optimizer
         after = self.divergence(self.text.held_back)
