@@ -97,6 +97,21 @@ def test_the_whole_chain(atom: Atom, tiny: Tiny, text_file: Path, tmp_path: Path
     assert code == 0 and answer["prompt_tokens"] > 0 and answer["tokens"] <= 5
 
 
+def test_a_budget_chooses_formats_and_resumes(atom: Atom, tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    options = ["--calib", text_file, "--windows", 6, "--window-length", 32, "--device", "cpu", "--budget-windows", 2]
+    out = tmp_path / "mixed"
+    code, printed, _ = atom("quantize", tiny("llama"), "--budget", 6.0, *options, "-o", out)
+    assert code == 0 and "chosen" in printed and "w8a8" in printed
+    scheme = json.loads((out / "config.json").read_text())["quantization_config"]["scheme"]
+    assert len(scheme["overrides"]) > 3
+    (kept,) = tmp_path.glob("mixed.sensitivity-*.json")
+    assert len(json.loads(kept.read_text())) == 12
+    code, _, err = atom("quantize", tiny("llama"), "--budget", 1.0, *options, "-o", tmp_path / "none")
+    assert code != 0 and "1 bits cannot be met" in err
+    code, _, err = atom("quantize", tiny("llama"), "--budget", 5.0, "--max-loss", 0.1, *options)
+    assert code == 2 and "exclude each other" in err
+
+
 def test_check_refuses_an_unknown_architecture_before_weights(atom: Atom, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
     (tmp_path / "model.safetensors").write_bytes(b"not even a header")

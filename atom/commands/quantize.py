@@ -29,6 +29,15 @@ class Options:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Directory to write; default MODEL-SCHEME here."""
 
+    budget: float | None = None
+    """Choose formats and outlier counts input by input, at most so many bits an operand, of weights and activations."""
+
+    max_loss: float | None = None
+    """The same, with the fewest bits whose predicted divergence from full precision is at most so many nats a token."""
+
+    budget_windows: int = 8
+    """Calibration windows that the choice is measured on."""
+
     resume: bool = False
     """Continue the run that was stopped, at the layer it was in."""
 
@@ -40,6 +49,10 @@ class Options:
 
     def __post_init__(self) -> None:
         self.build_scheme()
+        if self.budget is not None and self.max_loss is not None:
+            raise ValueError("--budget and --max-loss exclude each other; give one of them")
+        if self.budget_windows < 1:
+            raise ValueError(f"budget_windows must be at least 1, got {self.budget_windows}; leave it out for 8")
 
     def build_scheme(self) -> Scheme:
         """The scheme after the switches; ValueError if they do not fit together."""
@@ -64,9 +77,12 @@ def run(options: Options) -> dict[str, Any]:
 
     from .console import console
 
+    scheme = options.build_scheme()
+    if options.budget is not None or options.max_loss is not None:
+        scheme = _choose_scheme(options, scheme)
     report = quantize_model(
         options.model,
-        options.build_scheme(),
+        scheme,
         options.directory,
         options.config,
         options.resume,
@@ -77,3 +93,42 @@ def run(options: Options) -> dict[str, Any]:
     size = f"{totals['bytes'] / 2**20:,.1f} MiB in {totals['seconds']:.0f} s"
     console.print(f"wrote {options.directory}: {options.scheme}, {size}; see atom report quant {options.directory}")
     return {"output": str(options.directory), "scheme": options.scheme, "totals": totals}
+
+
+def _choose_scheme(options: Options, base: Scheme) -> Scheme:
+    """`base` with the formats that the budget affords, after printing the frontier and what was chosen."""
+    from collections import Counter
+
+    import torch
+    from rich.table import Table
+
+    from atom.calibration.budget import choose_by_budget
+    from atom.calibration.data import load_windows
+
+    from ..models.device import choose_device
+    from ..models.source import load_tokenizer, open_source
+    from .console import console, progress_console
+
+    chosen: Scheme
+    source, config = open_source(options.model, options.revision), options.config
+    tokenizer = load_tokenizer(source.path)
+    windows = load_windows(config.calib, tokenizer, options.budget_windows, config.window_length, config.seed)
+    kept = options.directory.with_name(f"{options.directory.name}.sensitivity-{windows.sha256[:8]}.json")
+    with progress_console.status("measuring what each choice loses") as status:
+        chosen, plan, points = choose_by_budget(
+            source,
+            base,
+            windows.tokens,
+            kept,
+            torch.device(choose_device(config.device)),
+            options.budget,
+            options.max_loss,
+            lambda done, total: status.update(f"measuring what each choice loses: {done}/{total} inputs"),
+        )
+    table = Table("bits an operand", "predicted loss, nats a token", "inputs by choice")
+    for point in [*points, plan]:
+        counts = Counter(point.chosen.values()).most_common()
+        name = f"{point.bits:.3f}" + (" (chosen)" if point is plan else "")
+        table.add_row(name, f"{point.loss:.4f}", ", ".join(f"{count} {choice}" for choice, count in counts))
+    console.print(table)
+    return chosen
