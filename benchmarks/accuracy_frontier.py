@@ -134,7 +134,7 @@ class Runner:
         if self.part.has(RECORD, key if method.name != "fp" else {"method": "fp"}):
             return
         cache = get_scheme(f"w4a4+{self.options.kv}")
-        scheme = replace(method.scheme, kv=cache.kv, kv_offset=cache.kv_offset)
+        scheme = replace(method.scheme, kv=cache.kv, kv_offset=cache.kv_offset, kv_rotation=cache.kv_rotation)
         if method.name == "fp":
             scheme = method.scheme
         started = time.perf_counter()

@@ -170,8 +170,7 @@ def configurations(options: Measure) -> list[Configuration]:
                 found.append(Configuration(step.scheme, step.gptq, step.clip, step.name, is_preset))
     if has_presets:
         shared = [c.scheme for c in found if c.is_preset]
-        caches = [PRESETS["bf16"].with_kv(PRESETS[name].kv) for name in ("w8a8", "fp8")]
-        schemes = [*PRESETS.values(), get_scheme("bf16+kv4"), *caches]
+        schemes = [*PRESETS.values(), *(get_scheme(f"bf16+{kv}") for kv in ("kv4", "kv8", "kvfp8"))]
         found += [
             Configuration(s, s.weight is not None and s.name not in ("w8a8", "fp8"), is_preset=True)
             for s in schemes

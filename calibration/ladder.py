@@ -48,7 +48,7 @@ def ladder(outliers: int = 128) -> list[Step]:
         Step("outliers-int8", mixed),
         Step("groups", grouped),
         Step("clip", clipped),
-        Step("gptq", replace(recipe, kv=None, kv_offset="bias"), gptq=True, clip="measured"),
+        Step("gptq", replace(recipe, kv=None, kv_offset="bias", kv_rotation="none"), gptq=True, clip="measured"),
         Step("kv4", recipe, gptq=True, clip="measured"),
     ]
 

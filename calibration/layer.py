@@ -13,7 +13,6 @@ from torch.nn.functional import adaptive_max_pool1d
 
 from atom.errors import CheckpointError
 from atom.kernels.registry import Kernels
-from atom.models.attention import Attention
 from atom.models.layers import DecoderLayer
 from atom.models.layout import KEY_CENTRE, KEY_OFFSET, layer_prefix
 from atom.models.loader import load_layer_
@@ -69,7 +68,7 @@ class LayerQuantizer:
         plans = plan_layer(self.model.family, self.scheme, index)
         with self.clock.phase("stats"):
             energies, keys, before = observe_energies(layer, index, plans, hidden, self.runner, self.config.balance)
-            self._prepare_keys(layer.self_attn, keys, before)
+            self._prepare_keys(layer, index, plans, keys, before)
             factors = self._balance(layer, index, plans, energies) if self.config.balance else {}
             for plan in plans:
                 if plan.needs_order:
@@ -90,14 +89,20 @@ class LayerQuantizer:
         }
         return tensors, record
 
-    def _prepare_keys(self, attention: Attention, keys: KeyStatistics, before: Sample) -> None:
+    def _prepare_keys(
+        self, layer: DecoderLayer, index: int, plans: list[InputPlan], keys: KeyStatistics, before: Sample
+    ) -> None:
         """Fold the keys' factors into the weights, and into the sample; set their mean or centre."""
-        centre = keys.centre
+        attention, centre = layer.self_attn, keys.centre
         if self.scheme.rotates_keys and self.config.balance_keys:
             factors = keys.factors(has_norms(attention))
             for name, rows in fold_factors_(attention, factors).items():
                 before.linears[name] = before.linears[name] * rows
             centre = centre / torch.cat((factors, factors), -1)
+            quantized = {f"{name}.weight" for plan in plans if plan.is_quantized for name in plan.group.linears}
+            for name, parameter in layer.named_parameters():  # what is stored as it is runs as it is stored
+                if name not in quantized:
+                    parameter.data = parameter.data.to(self.source.dtype(f"{layer_prefix(index)}.{name}")).float()
         if self.scheme.stores_key_offset:
             attention.key_offset = keys.mean.to(torch.bfloat16)
         if self.scheme.stores_key_centre:

@@ -206,8 +206,8 @@ class Student:
         loaded = {name: self._read(source, f"{prefix}.{name}") for name in plain}
         layer.load_state_dict(loaded, assign=True, strict=False)
         layer.requires_grad_(False)
-        for name in key_tensors(layer, self.scheme):
-            setattr(layer.self_attn, name.rpartition(".")[2], source.get(f"{prefix}.{name}").to(self.device))
+        for key in key_tensors(layer, self.scheme):
+            setattr(layer.self_attn, key.rpartition(".")[2], source.get(f"{prefix}.{key}").to(self.device))
         for group in self.model.family.groups:
             perm, shared = None, self.scheme.for_linear(f"{prefix}.{group.linears[0]}")
             if shared.weight is None:

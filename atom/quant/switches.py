@@ -1,7 +1,7 @@
 """The steps of the recipe as switches over a preset: what the command line may change about a scheme."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from .granularity import Channel, Group, Token
 from .schemes import KeyOffset, KeyRotation, OutlierSpec, RotationSpec, Scheme
@@ -73,10 +73,18 @@ class Switches:
             outliers=outliers,
             reorder=reorder,
             rotation=rotation,
-            kv_pre_rope=self.kv_pre_rope or scheme.kv_pre_rope,
-            kv_offset=self.kv_offset or scheme.kv_offset,
-            kv_rotation=self.kv_rotation or scheme.kv_rotation,
+            **self._keys(scheme),
         )
+
+    def _keys(self, scheme: Scheme) -> dict[str, Any]:
+        """The fields of keys. One that was asked for turns off what of the preset does not go with it."""
+        pre_rope = self.kv_pre_rope or scheme.kv_pre_rope
+        offset, rotation = self.kv_offset, self.kv_rotation
+        if offset is None:
+            offset = "mean" if pre_rope and scheme.kv_offset == "centre" else scheme.kv_offset
+        if rotation is None:
+            rotation = "none" if pre_rope or offset in ("bias", "mean") else scheme.kv_rotation
+        return {"kv_pre_rope": pre_rope, "kv_offset": offset, "kv_rotation": rotation}
 
     def _refuse_idle(self, scheme: Scheme) -> None:
         """Raise ValueError for a switch that would change nothing, since the scheme has nothing it applies to."""

@@ -21,6 +21,7 @@ from atom.quant.rounding import fake_quantize
 
 Tiny = Callable[[str], Path]
 KEY = "model.layers.1.self_attn.key_offset"
+CENTRE = "model.layers.1.self_attn.key_centre"
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_it_is_measured_stored_and_helps(
 ) -> None:
     errors = {}
     for offset in ("none", "bias", "mean"):
-        scheme = replace(get_scheme("bf16+kv4"), kv_offset=offset)
+        scheme = replace(get_scheme("bf16+kv4"), kv_offset=offset, kv_rotation="none")
         quantize_model(loud, scheme, tmp_path / offset, quick)
         errors[offset] = logit_error(tmp_path / offset, loud)
     assert errors["mean"] < 1.2 * errors["bias"] < errors["none"] / 2
@@ -56,7 +57,7 @@ def test_a_rotated_cache_with_factors_and_a_centre(
     loud: Path, tiny: Tiny, quick: CalibrationConfig, logit_error: Callable[[Path, Path], float], tmp_path: Path
 ) -> None:
     """It helps, and folding the factors leaves the model what it is."""
-    plain, turned = {"kv_offset": "none"}, {"kv_offset": "centre", "kv_rotation": "hadamard"}
+    plain, turned = {"kv_offset": "none", "kv_rotation": "none"}, {"kv_offset": "centre", "kv_rotation": "hadamard"}
     for name, source in (("loud", loud), ("qwen3", tiny("qwen3")), ("gemma3", tiny("gemma3"))):
         errors = []
         for number, (kv, fields) in enumerate((("kv4", plain), ("kv4", turned), ("kv8", turned))):
@@ -80,17 +81,18 @@ def test_the_first_key_of_a_sequence_is_on_the_grid() -> None:
     assert (read - first).norm() < 1e-3 * (plain - first).norm()
 
 
-def test_only_four_bit_caches_of_calibrated_presets_ask_for_it() -> None:
-    assert get_scheme("w4a4").stores_key_offset and get_scheme("w8a8+kv4").stores_key_offset
-    for name in ("w4a4+kv8", "w4a4+kv16", "w8a8", "fp8", "bf16+kv4", "w4a16"):
-        assert not get_scheme(name).stores_key_offset
+def test_every_low_bit_cache_asks_for_a_centre() -> None:
+    for name in ("w4a4", "w8a8+kv4", "w4a4+kv8", "w8a8", "fp8", "bf16+kv4"):
+        assert get_scheme(name).stores_key_centre and get_scheme(name).rotates_keys
+    for name in ("w4a4+kv16", "w4a16"):
+        assert not get_scheme(name).stores_key_centre and not get_scheme(name).rotates_keys
 
 
 def test_a_checkpoint_without_it_is_refused(loud: Path, quick: CalibrationConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize_model(loud, get_scheme("w8a8+kv4"), out, replace(quick, gptq=False))
     for path in out.glob("*.safetensors"):
-        kept = {name: tensor for name, tensor in load_file(path).items() if name != KEY}
+        kept = {name: tensor for name, tensor in load_file(path).items() if name != CENTRE}
         save_file(kept, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="key_offset"):
+    with pytest.raises(CheckpointError, match="key_centre"):
         load_model(out)

@@ -29,7 +29,7 @@ def test_each_step_changes_one_thing() -> None:
         {"weight", "activation"},
         {"weight", "activation"},
         {"weight"},  # GPTQ's grid
-        {"kv", "kv_offset"},
+        {"kv", "kv_offset", "kv_rotation"},
     ]
 
 

@@ -45,7 +45,7 @@ def test_each_writes_a_checkpoint_that_predicts(
     for name, method in methods(bits).items():
         if method.learned or name == "fp":
             continue
-        scheme = replace(method.scheme, kv=cache.kv, kv_offset=cache.kv_offset)
+        scheme = replace(method.scheme, kv=cache.kv, kv_offset=cache.kv_offset, kv_rotation=cache.kv_rotation)
         config = method.config(quick)
         config = replace(config, distill_steps=min(config.distill_steps, 4), distill_windows=20)
         quantize_model(tiny("qwen2"), scheme, tmp_path / name, config)

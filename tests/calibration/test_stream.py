@@ -24,6 +24,7 @@ from atom.errors import AtomError, CalibrationError, CheckpointError, Unsupporte
 from atom.quant.granularity import Channel, Group, Token
 from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.schemes import LinearScheme, OutlierSpec, Override, RotationSpec, Scheme, TensorSpec
+from atom.quant.switches import Switches
 
 Tiny = Callable[[str], Path]
 Close = Callable[[Path, Path], float]
@@ -75,7 +76,7 @@ def test_kv_formats(suffix: str, tiny: Tiny, logit_error: Close, quick: Calibrat
 def test_families(
     name: str, pre_rope: bool, tiny: Tiny, logit_error: Close, quick: CalibrationConfig, tmp_path: Path
 ) -> None:
-    scheme = replace(get_scheme("w4a4"), kv_pre_rope=pre_rope)
+    scheme = Switches(kv_pre_rope=pre_rope).apply(get_scheme("w4a4"))
     quantize_model(tiny(name), scheme, tmp_path / "out", quick)
     assert logit_error(tmp_path / "out", tiny(name)) < 0.31
 

@@ -41,7 +41,7 @@ SCHEMES = {name: small(scheme) for name, scheme in PRESETS.items()} | {
     "w4a4 with bf16 outliers": replace(W4A4, outliers=OutlierSpec(32, "bf16")),
     "w4a4 rotated": replace(W4A4, rotation=RotationSpec("block_hadamard", 16)),
     "w4a4 in order": replace(W4A4, reorder=False, outliers=OutlierSpec()),
-    "w4a4 pre-rope": replace(W4A4, kv_pre_rope=True),
+    "w4a4 pre-rope": replace(W4A4, kv_pre_rope=True, kv_offset="mean", kv_rotation="none"),
     "w4a4, attention in full precision": replace(W4A4, overrides=(Override("*.self_attn.*", LinearScheme()),)),
     "w4a4, last layer in w8a8": replace(
         W4A4, overrides=(Override("model.layers.1.*", PRESETS["w8a8"].default_linear),)

@@ -58,3 +58,13 @@ def test_rotation_and_pre_rope() -> None:
 def test_what_does_not_fit_is_refused(switches: dict[str, Any], scheme: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Switches(**switches).apply(get_scheme(scheme))
+
+
+def test_what_is_asked_of_keys_turns_off_what_does_not_go_with_it() -> None:
+    scheme = get_scheme("w4a4")
+    assert (scheme.kv_offset, scheme.kv_rotation) == ("centre", "hadamard")
+    before = Switches(kv_pre_rope=True).apply(scheme)
+    assert (before.kv_offset, before.kv_rotation) == ("mean", "none")
+    assert Switches(kv_offset="mean").apply(scheme).kv_rotation == "none"
+    assert Switches(kv_offset="none").apply(scheme).kv_rotation == "hadamard"
+    assert Switches(kv_rotation="none").apply(scheme).kv_offset == "centre"

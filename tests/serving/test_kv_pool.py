@@ -15,7 +15,7 @@ from atom.models.config import ModelConfig
 from atom.models.generate import scheme_cache
 from atom.models.model import Model, build_model
 from atom.quant.granularity import Group
-from atom.quant.presets import KV4, get_scheme
+from atom.quant.presets import KV4, KV8, KVFP8, get_scheme
 from atom.quant.schemes import Scheme
 from atom.serving.batch import Batch
 from atom.serving.kv_pool import KVPool, PagedKV, bytes_per_block
@@ -51,14 +51,14 @@ RAW: dict[str, dict[str, Any]] = {
 }
 SCHEMES = {
     "16 bits": get_scheme("bf16"),
-    "int4": get_scheme("bf16+kv4"),
-    "int8": get_scheme("bf16+kv8"),
-    "fp8": get_scheme("bf16+kvfp8"),
+    "int4": get_scheme("bf16").with_kv(KV4),
+    "int8": get_scheme("bf16").with_kv(KV8),
+    "fp8": get_scheme("bf16").with_kv(KVFP8),
     "int4 symmetric": get_scheme("bf16").with_kv(replace(KV4, symmetric=True)),
-    "int4 before RoPE": replace(get_scheme("bf16+kv4"), kv_pre_rope=True),
-    "int4, offset inside": replace(get_scheme("bf16+kv4"), kv_offset="none"),
-    "int4, centred and turned": replace(get_scheme("bf16+kv4"), kv_offset="centre", kv_rotation="hadamard"),
-    "fp8, turned": replace(get_scheme("bf16+kvfp8"), kv_offset="none", kv_rotation="hadamard"),
+    "int4 before RoPE": replace(get_scheme("bf16").with_kv(KV4), kv_pre_rope=True),
+    "int4, offset inside": replace(get_scheme("bf16").with_kv(KV4), kv_offset="none"),
+    "int4, centred and turned": get_scheme("bf16+kv4"),
+    "fp8, turned": replace(get_scheme("bf16+kvfp8"), kv_offset="none"),
 }
 LENGTHS = (37, 16, 5, 1)  # beyond two blocks, a whole one, a part, one token
 BLOCK = 16
