@@ -22,6 +22,7 @@ from .kv_pool import KVPool, PagedKV
 from .logprobs import Logprobs, prompt_logprobs, unpack
 from .result import StepResult, TokenLogprobs
 from .sampler import Sampled, Sampler
+from .sampling_plan import Upload
 from .split import is_split, split_decodes
 from .step_inputs import Staging, is_decode, step_inputs
 
@@ -143,7 +144,8 @@ class Runner:
     def _prompt_logprobs(self, hidden: Tensor, parts: list[PromptPart]) -> Logprobs:
         rows = np.concatenate([np.arange(part.first_row, part.first_row + len(part.token_ids)) for part in parts])
         tokens = np.array([token for part in parts for token in part.token_ids], dtype=np.int64)
-        on_device, wanted = Staging(self.device, 0).upload([rows, tokens])
+        upload = Upload(self.device)
+        on_device, wanted = upload(rows), upload(tokens)
         return prompt_logprobs(self.model.logits, hidden[on_device], wanted, max(part.num_top for part in parts))
 
 

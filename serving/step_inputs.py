@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from atom.kernels.begin import bring
+
 from .batch import Batch
 from .kv_pool import DeviceArrays
 
@@ -58,7 +60,7 @@ def step_inputs(batch: Batch, staging: "Staging") -> StepInputs:
 
 
 class Staging:
-    """Host arrays to the device in one copy.
+    """Host arrays to the device in one copy. It must live until its last copy has ended.
 
     depth  uploads whose copies may still be under way when the next one is written
     """
@@ -73,7 +75,8 @@ class Staging:
         if self.device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
         packed, starts = pack(arrays, self._room)
-        on_device = packed.to(self.device, non_blocking=True)
+        on_device = torch.empty(len(packed), dtype=torch.uint8, device=self.device)
+        bring(packed.view(torch.int32), on_device.view(torch.int32))
         return [unpack_one(on_device, start, array) for start, array in zip(starts, arrays, strict=True)]
 
     def _room(self, size: int) -> Tensor:
@@ -93,7 +96,7 @@ def pack(arrays: SequenceOf[NDArray[Any]], room: Any) -> tuple[Tensor, list[int]
     for array in arrays:
         starts.append(size)
         size += -(-array.nbytes // _ALIGN) * _ALIGN
-    packed: Tensor = room(max(size, 1))
+    packed: Tensor = room(max(size, _ALIGN))
     host = packed.numpy()
     for start, array in zip(starts, arrays, strict=True):
         host[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
