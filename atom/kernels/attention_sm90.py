@@ -121,6 +121,7 @@ class PagedAttentionSm90:
         """Plan the step for layers of each window and bring the plans to the device; before a graph is replayed too."""
         for window in dict.fromkeys(windows):
             self._ready(step, window, queries)
+            self.prefill.plan(step, window, queries * self.layout.num_kv_heads)
 
     def __call__(
         self, q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None = None
@@ -128,7 +129,7 @@ class PagedAttentionSm90:
         """See PagedAttentionReference."""
         queries, cap = q.shape[1] // self.layout.num_kv_heads, spec.soft_cap
         buffers = self._ready(step, spec.window, queries)
-        chunks = self.prefill.plan(step, spec, q.shape[1])
+        chunks = self.prefill.plan(step, spec.window, q.shape[1], cap is not None)
         q = q.contiguous()
         out = torch.empty_like(q)
         if chunks is not None:

@@ -6,6 +6,7 @@ they lie, and a sliding window reads no block that its queries do not see.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,27 @@ class PlanOnDevice:
     cu_seqlens_k: Tensor
     tokens: slice | Tensor
 
+    @cached_property
+    def positions(self) -> Tensor:
+        """Of the keys in dense rows; only key offsets need them."""
+        return torch.from_numpy(self.plan.positions).to(self.tiles.device)
+
 
 def on_device(plan: PrefillPlan, device: torch.device) -> PlanOnDevice:
-    """Bring what kernels read of a plan to the device."""
+    """Bring what kernels read of a plan to the device, without waiting for what runs there."""
     ragged = plan.ragged
-    ends = np.zeros((2, 1), dtype=np.int32)
-    if ragged is not None:
-        ends = np.stack((ragged.cu_seqlens_q, ragged.cu_seqlens_k))
-    both = torch.from_numpy(ends).to(device)
+    ends = [np.zeros(1, dtype=np.int32)] * 2 if ragged is None else [ragged.cu_seqlens_q, ragged.cu_seqlens_k]
+    joined = _copy(np.concatenate((plan.tiles.ravel(), *ends)), device)
+    tiles, *both = joined.split([plan.tiles.size, *(len(x) for x in ends)])
     tokens: slice | Tensor = slice(0, 0)
     if ragged is not None:
-        given = ragged.tokens
-        tokens = given if isinstance(given, slice) else torch.from_numpy(given).to(device)
-    return PlanOnDevice(plan, torch.from_numpy(plan.tiles).to(device), both[0], both[1], tokens)
+        tokens = ragged.tokens if isinstance(ragged.tokens, slice) else _copy(ragged.tokens, device)
+    return PlanOnDevice(plan, tiles.view(-1, 4), both[0], both[1], tokens)
+
+
+def _copy(array: np.ndarray, device: torch.device) -> Tensor:
+    on_host = torch.from_numpy(array)
+    return on_host if device.type != "cuda" else on_host.pin_memory().to(device, non_blocking=True)
 
 
 class Prefill:
@@ -71,13 +80,13 @@ class Prefill:
         self.config = GatherConfig(kv, layout.head_dim, layout.block_size)
         self.kernel: Any = None
 
-    def plan(self, step: PagedStep, spec: AttentionSpec, num_heads: int) -> PlanOnDevice | None:
+    def plan(self, step: PagedStep, window: int | None, num_heads: int, has_cap: bool = False) -> PlanOnDevice | None:
         """The step's chunks, made once for each window; None if no sequence prefills."""
-        allows_squares = not self.is_invariant and spec.soft_cap is None
-        return step.derive(("prefill", spec.window), lambda: self._plan(step, spec.window, num_heads, allows_squares))
+        return step.derive(("prefill", window, has_cap), lambda: self._plan(step, window, num_heads, has_cap))
 
-    def _plan(self, step: PagedStep, window: int | None, num_heads: int, allows_squares: bool) -> PlanOnDevice | None:
+    def _plan(self, step: PagedStep, window: int | None, num_heads: int, has_cap: bool) -> PlanOnDevice | None:
         flops = 4 * num_heads * self.layout.head_dim
+        allows_squares = not self.is_invariant and not has_cap
         plan = plan_prefill(step, window, self.layout.block_size, flops, allows_squares)
         return None if plan is None else on_device(plan, step.slots.device)
 
@@ -93,7 +102,7 @@ class Prefill:
         plan = chunks.plan
         if spec.key_offset is not None:
             assert table is not None, "offsets that are turned on reading need a table"
-            positions = torch.from_numpy(plan.positions).to(q.device)
+            positions = chunks.positions
             offset = spec.key_offset.to(keys.dtype).expand(keys.shape)
             keys = keys + rotate(offset, table.cos[positions], table.sin[positions])
         is_one = plan.is_all and len(plan.squares) + (plan.ragged is not None) == 1
