@@ -78,8 +78,8 @@ def refuses_scheme(linear: LinearScheme) -> str | None:
         return "asymmetric codes have no kernel yet"
     if activation is not None and activation.clip == "mse":
         return "a searched clip is too slow at run time"
-    if activation is not None and activation.scale_rule == "signed":
-        return "no producer chooses signed scales yet"
+    if activation is not None and activation.scale_rule in ("signed", "four_six"):
+        return f"no producer chooses scales by the rule {activation.scale_rule!r} yet"
     if outliers.count > 256 or (outliers.count and outliers.format != "int8"):
         return f"outliers must be at most 256 INT8 columns, got {outliers.count} in {outliers.format}"
     by_group = activation is not None and _is_integer(activation) and activation.group_size == 128

@@ -81,11 +81,14 @@ def fake_quantize(x: Tensor, spec: TensorSpec) -> Tensor:
 def choose_scale(x: Tensor, spec: TensorSpec, outer: Tensor | None = None) -> Scale:
     """The scales of x [..., K] by the spec's rule and clip, under `outer` [..., 1] if it was chosen before."""
     blocks = _blocks(x.float(), spec)  # [..., groups, columns of a group]
-    if spec.clip != "mse":
-        return _choose(blocks, spec, float(spec.clip), outer)
-    best = _choose(blocks, spec, 1.0, outer)
+    ratios = MSE_RATIOS if spec.clip == "mse" else (float(spec.clip),)
+    if spec.scale_rule == "four_six":  # the largest value at 4 instead of 6, between which there is nothing
+        ratios = (*ratios, *(1.5 * ratio for ratio in ratios))
+    best = _choose(blocks, spec, ratios[0], outer)
+    if len(ratios) == 1:
+        return best
     best_error = _block_error(blocks, best, spec)
-    for ratio in MSE_RATIOS[1:]:
+    for ratio in ratios[1:]:
         trial = _choose(blocks, spec, ratio, best.outer)
         error = _block_error(blocks, trial, spec)
         better = error < best_error
@@ -171,7 +174,7 @@ def _choose(blocks: Tensor, spec: TensorSpec, clip: float, outer: Tensor | None 
         log2 = floor_log2(largest * clip) - (frexp(fmt.max)[1] - 1)
         log2_cap = frexp(largest_scale(fmt))[1] - 1
         return Scale(torch.where(largest > 0, power_of_two(log2.clamp_max(log2_cap)), 1.0))
-    levels = {"max": fmt.max, "range": (2**fmt.bits - 1) / 2, "signed": 2 ** (fmt.bits - 1)}[spec.scale_rule]
+    levels = {"range": (2**fmt.bits - 1) / 2, "signed": 2 ** (fmt.bits - 1)}.get(spec.scale_rule, fmt.max)
     raw = (largest * (clip / levels)).clamp_max(largest_scale(fmt))
     is_negative = torch.zeros_like(raw, dtype=torch.bool)
     if spec.scale_rule == "signed":  # the largest value takes the lowest code, which has no counterpart

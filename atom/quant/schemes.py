@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from .formats import get_format
 from .granularity import Granularity, Group, Tensor, parse_granularity
 
-ScaleRule = Literal["max", "range", "signed"]
+ScaleRule = Literal["max", "range", "signed", "four_six"]
 KeyOffset = Literal["none", "bias", "mean", "centre"]
 KeyRotation = Literal["none", "hadamard"]
 Outer = Literal["tensor", "channel", "token"]
@@ -32,7 +32,8 @@ class TensorSpec:
     scale_format  how a scale is stored; codes are chosen after the scale was rounded to it
     scale_rule    "max": scale = clip * max|x| / qmax; "range": clip * 2 max|x| / (2^bits - 1), GPTQ's grid (integers);
                   "signed": clip * max|x| / 2^(bits - 1), negative where the largest value is positive, so that it
-                  takes the lowest code (integers)
+                  takes the lowest code (integers); "four_six": as "max", or half as large again so that the largest
+                  value lies at 4 instead of 6, whichever leaves less squared error (e2m1)
     outer         a second FP32 scale over the scales: one per tensor (NVFP4), channel or token, or None
     """
 
@@ -65,6 +66,8 @@ class TensorSpec:
             raise ValueError("e8m0 scales follow the maximum alone; use symmetric=True, scale_rule='max', outer=None")
         if self.scale_rule == "range" and not fmt.is_integer:
             raise ValueError(f"scale_rule 'range' counts integer levels, {self.format} has none; use 'max'")
+        if self.scale_rule == "four_six" and self.format != "e2m1":
+            raise ValueError(f"scale_rule 'four_six' is about e2m1's values 4 and 6, got {self.format}; use 'max'")
         if self.scale_rule == "signed" and not (
             fmt.is_integer and self.symmetric and self.scale_format in SIGNED_SCALES
         ):

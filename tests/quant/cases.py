@@ -28,6 +28,9 @@ def _specs() -> dict[str, TensorSpec]:
         if fmt.is_integer and scale_format in ("bf16", "fp32"):
             variants["-asym"] = {**plain, "symmetric": False}
             variants["-range"] = {**plain, "scale_rule": "range", "clip": 0.85}
+        if fmt.name == "e2m1" and scale_format == "e4m3":
+            variants["-four-six"] = {**plain, "scale_rule": "four_six"}
+            variants["-four-six-mse"] = {**plain, "scale_rule": "four_six", "clip": "mse"}
         if fmt.is_integer and scale_format in ("bf16", "e4m3"):
             variants["-signed"] = {**plain, "scale_rule": "signed", "clip": 0.95}
         if isinstance(granularity, Group) and fmt.bits < 16:

@@ -323,3 +323,19 @@ def test_signed_scales_leave_less_error_at_the_same_bits(size: int, share: float
 def test_signed_scales_need_a_sign(fields: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="use 'max'"):
         TensorSpec("int4", Group(16), scale_rule="signed", **fields)
+
+
+def test_four_or_six_takes_the_better_scale() -> None:
+    spec = TensorSpec("e2m1", Group(4), scale_format="fp32", scale_rule="four_six")
+    x = torch.tensor([[8.0, 6.0, 0.0, 0.0, 6.0, 4.0, 3.0, 0.0]])  # 8 and 6 lie at 4 and 3, or at 6 and 4.5
+    q = quantize(x, spec)
+    assert q.scale.scale.tolist() == [[2.0, 1.0]]
+    assert torch.equal(dequantize(q, spec), x)
+    random = torch.randn(100, 160, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for rule in ("max", "four_six"):
+        nvfp4 = TensorSpec("e2m1", Group(16), scale_format="e4m3", outer="tensor", scale_rule=rule)
+        errors[rule] = float((fake_quantize(random, nvfp4) - random).square().mean())
+    assert errors["four_six"] < 0.85 * errors["max"]
+    with pytest.raises(ValueError, match="e2m1's values 4 and 6, got int4"):
+        TensorSpec("int4", Group(16), scale_rule="four_six")
