@@ -17,6 +17,7 @@ state each (serving/bench/window.py); `today` and `traces` run all requests to t
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -139,14 +140,23 @@ def _today(options: Run) -> list[SweepConfig]:
 def run(options: Run) -> None:
     """Measure, print, and leave a throughput.json in each sweep's folder."""
     for sweep in sweeps(options):
-        entries = run_sweep(sweep, lambda text: progress_console.print(text, highlight=False, markup=False))
+        entries = run_sweep(
+            sweep,
+            lambda text: progress_console.print(text, highlight=False, markup=False),
+            partial(keep_rows, sweep),
+        )
         rows = throughput_rows(sweep, entries)
         console.print(rows_table(rows), highlight=False, markup=False, soft_wrap=True)
         for entry in entries:
             if "error" in entry:
                 console.print(f"failed: {entry['scheme']}: {entry['error']}", highlight=False, markup=False)
-        if rows:
-            console.print(f"wrote {write_rows(sweep.output / 'throughput.json', rows)}")
+        keep_rows(sweep, entries)
+
+
+def keep_rows(sweep: SweepConfig, entries: list[dict[str, Any]]) -> None:
+    """Write what was measured so far."""
+    if rows := throughput_rows(sweep, entries):
+        write_rows(sweep.output / "throughput.json", rows)
 
 
 def join(options: Join) -> None:

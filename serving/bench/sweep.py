@@ -150,8 +150,15 @@ def read_points(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def run_sweep(config: SweepConfig, say: Say = lambda text: None) -> list[dict[str, Any]]:
-    """Run what is missing and return all entries, failures (entries with `error`) of this call included."""
+def run_sweep(
+    config: SweepConfig,
+    say: Say = lambda text: None,
+    kept: Callable[[list[dict[str, Any]]], None] = lambda entries: None,
+) -> list[dict[str, Any]]:
+    """Run what is missing and return all entries, failures (entries with `error`) of this call included.
+
+    kept  called after each engine with what there is by then, so that a run which is stopped leaves its results
+    """
     config.output.mkdir(parents=True, exist_ok=True)
     _absorb(config)  # what a sweep that was killed had measured last
     jobs = list(pending_jobs(config, read_points(config.points_file)))
@@ -162,6 +169,7 @@ def run_sweep(config: SweepConfig, say: Say = lambda text: None) -> list[dict[st
         if error is not None:
             failures.append({"model": job.model, "scheme": job.scheme, "memory_gb": job.memory_gb, "error": error})
             say(f"failed: {job.name}")
+        kept(read_points(config.points_file))
     return [*read_points(config.points_file), *failures]
 
 
