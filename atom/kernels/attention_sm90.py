@@ -6,6 +6,7 @@ replays any other of the same batch size: `prepare` fills them.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ class PagedAttentionSm90:
 
     def prepare(self, step: PagedStep, windows: Iterable[int | None], queries: int) -> None:
         """Plan the step for layers of each window and bring the plans to the device; before a graph is replayed too."""
+        self.prefill.load()
         for window in dict.fromkeys(windows):
             self._ready(step, window, queries)
             self.prefill.plan(step, window, queries * self.layout.num_kv_heads)
@@ -222,8 +224,9 @@ class RopeAppendSm90:
             self.kv, dim, self.layout.block_size, self.clip, offset is not None, parts, norm=norm,
             has_centre=centre is not None, rotates=self.rotates,
         )  # fmt: skip
-        if config not in self.kernels:
-            self.kernels[config] = append_kernel(config)
+        if config not in self.kernels:  # with its sibling, so that the first long prompt does not wait for a compiler
+            for each in (replace(config, parts=1), replace(config, parts=MANY_PARTS)):
+                self.kernels[each] = append_kernel(each)
         if self.nothing is None:  # where a kernel has no use for an argument
             self.nothing = torch.zeros(1, dim, device=q.device), _words(torch.zeros(1, dim, device=q.device).bfloat16())
         floats, words = self.nothing

@@ -80,6 +80,11 @@ class Prefill:
         self.config = GatherConfig(kv, layout.head_dim, layout.block_size)
         self.kernel: Any = None
 
+    def load(self) -> None:
+        """Have the gather kernel ready before the first prompt comes."""
+        if self.kernel is None:
+            self.kernel = gather_kernel(self.config)
+
     def plan(self, step: PagedStep, window: int | None, num_heads: int, has_cap: bool = False) -> PlanOnDevice | None:
         """The step's chunks, made once for each window; None if no sequence prefills."""
         return step.derive(("prefill", window, has_cap), lambda: self._plan(step, window, num_heads, has_cap))
@@ -120,8 +125,7 @@ class Prefill:
 
     def gather(self, layer: Tensor, chunks: PlanOnDevice) -> tuple[Tensor, Tensor]:
         """Dense keys and values of the chunks, bfloat16 [num_rows, num_kv_heads, head_dim] each."""
-        if self.kernel is None:
-            self.kernel = gather_kernel(self.config)
+        self.load()
         shape = (2, chunks.plan.num_rows, self.layout.num_kv_heads, self.layout.head_dim)
         both = torch.empty(shape, dtype=torch.bfloat16, device=layer.device)
         words = both.view(torch.int32).view(torch.uint32)
