@@ -25,6 +25,8 @@ Close = Callable[[Path, Path], float]
 SPECS = {
     "int4": TensorSpec("int4", Group(32), clip=0.85, scale_rule="range"),
     "int4-asymmetric": TensorSpec("int4", Group(32), symmetric=False),
+    "int4-signed": TensorSpec("int4", Group(32), clip="mse", scale_rule="signed"),
+    "int4-signed-e4m3": TensorSpec("int4", Group(32), scale_rule="signed", scale_format="e4m3", outer="tensor"),
     "int8-channel": TensorSpec("int8", Channel(), scale_format="fp32"),
     "int4-two-level": TensorSpec("int4", Group(32), scale_format="uint4", outer="channel"),
     "nvfp4": PRESETS["nvfp4"].weight,

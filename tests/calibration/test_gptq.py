@@ -24,6 +24,7 @@ SCHEMES = {
     "int4-fp8-outliers": LinearScheme(INT4, None, OutlierSpec(16, "fp8_e4m3"), reorder=True),
     "int4-asymmetric": LinearScheme(replace(INT4, symmetric=False, clip=1.0, scale_rule="max")),
     "int4-mse": LinearScheme(replace(INT4, clip="mse")),
+    "int4-signed": LinearScheme(replace(INT4, clip="mse", scale_rule="signed")),
     "int3-channel": LinearScheme(TensorSpec("int3", Channel())),
     "int8-tensor": LinearScheme(TensorSpec("int8", PerTensor())),
     "int4-group-96": LinearScheme(replace(INT4, granularity=Group(96))),  # neither divides 128 nor is divided by it
@@ -198,12 +199,13 @@ def test_cost_is_the_loss_that_is_left_once_later_columns_made_up() -> None:
     assert float(cost[j]) == pytest.approx(float(left), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["int4-mse", "int4-asymmetric-mse", "nvint4-mse", "int4-two-level-mse"])
+@pytest.mark.parametrize("name", ["int4-mse", "int4-asymmetric-mse", "nvint4-mse", "int4-signed", "int4-two-level-mse"])
 def test_scales_searched_with_feedback_lose_less(name: str) -> None:
     linears = {
         "int4-mse": SCHEMES["int4-mse"],
         "int4-asymmetric-mse": LinearScheme(replace(INT4, symmetric=False, clip="mse", scale_rule="max")),
         "nvint4-mse": LinearScheme(replace(nvint4, clip="mse")),
+        "int4-signed": SCHEMES["int4-signed"],
         "int4-two-level-mse": LinearScheme(replace(INT4, clip="mse", scale_format="uint4", outer="channel")),
     }
     linear = linears[name]
