@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -24,7 +24,7 @@ from atom.calibration.config import CalibrationConfig
 from atom.calibration.data import load_windows
 from atom.calibration.distill import load_distill_text
 from atom.calibration.flatquant import FlatConfig, flatten_model
-from atom.calibration.methods import Bits, Method, methods
+from atom.calibration.methods import Bits, Method, methods, with_cache
 from atom.calibration.stream import quantize_and_distill, quantize_source
 from atom.errors import UnsupportedError
 from atom.eval.load import Loaded, load
@@ -133,10 +133,7 @@ class Runner:
         key = {"method": method.name, "scheme": bits, "text": self.texts[0].name}
         if self.part.has(RECORD, key if method.name != "fp" else {"method": "fp"}):
             return
-        cache = get_scheme(f"w4a4+{self.options.kv}")
-        scheme = replace(method.scheme, kv=cache.kv, kv_offset=cache.kv_offset, kv_rotation=cache.kv_rotation)
-        if method.name == "fp":
-            scheme = method.scheme
+        scheme = method.scheme if method.name == "fp" else with_cache(method.scheme, self.options.kv)
         started = time.perf_counter()
         with scratch(self.options.scratch) as folder:
             loaded = self.loaded(method, scheme, folder)
@@ -156,11 +153,14 @@ class Runner:
         if not scheme.is_quantized:
             return load(where, device, "float32", "reference")
         if method.learned:
+            cached = with_cache(get_scheme("bf16"), self.options.kv)
+            if cached.is_quantized:  # keys prepared for the cache, weights as they are
+                where = str(folder / "cached")
+                quantize_source(self.source, cached, folder / "cached", self.base, self.windows)
             loaded = load(where, device, "float32", "reference")
             bits = 8 if scheme.activation is None or scheme.activation.format == "int8" else 4
             settings = FlatConfig(activation_bits=bits, steps=self.options.flat_steps)
-            cache = replace(get_scheme("bf16"), kv=scheme.kv)
-            flatten_model(loaded.model, self.windows.tokens[:64], cache, settings)
+            flatten_model(loaded.model, self.windows.tokens[:64], cached, settings)
             return loaded
         config, out = method.config(self.base), folder / "checkpoint"
         if config.distill_steps:

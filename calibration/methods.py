@@ -117,6 +117,12 @@ _MAKERS: tuple[Callable[[Bits], Method | None], ...] = (
 )
 
 
+def with_cache(scheme: Scheme, kv: str) -> Scheme:
+    """`scheme` with the cache that the presets have under this suffix: kv4, kv8, kvfp8 or kv16."""
+    cache = get_scheme(f"w4a4+{kv}")
+    return replace(scheme, kv=cache.kv, kv_offset=cache.kv_offset, kv_rotation=cache.kv_rotation)
+
+
 def rotated_online(scheme: Scheme, rotation: RotationSpec) -> Scheme:
     """`scheme` with the inputs of o and down rotated at run time, where a folded rotation does not reach."""
     linear: LinearScheme = replace(scheme.default_linear, rotation=rotation)

@@ -8,9 +8,8 @@ from typing import get_args
 import pytest
 
 from atom.calibration.config import CalibrationConfig
-from atom.calibration.methods import Bits, methods
+from atom.calibration.methods import Bits, methods, with_cache
 from atom.calibration.stream import quantize_model
-from atom.quant.presets import get_scheme
 
 Tiny = Callable[[str], Path]
 Close = Callable[[Path, Path], float]
@@ -40,12 +39,11 @@ def test_bits_at_the_width_of_llama(bits: Bits) -> None:
 def test_each_writes_a_checkpoint_that_predicts(
     bits: Bits, tiny: Tiny, logit_error: Close, quick: CalibrationConfig, tmp_path: Path
 ) -> None:
-    cache = get_scheme("w4a4")
     errors = {}
     for name, method in methods(bits).items():
         if method.learned or name == "fp":
             continue
-        scheme = replace(method.scheme, kv=cache.kv, kv_offset=cache.kv_offset, kv_rotation=cache.kv_rotation)
+        scheme = with_cache(method.scheme, "kv4")
         config = method.config(quick)
         config = replace(config, distill_steps=min(config.distill_steps, 4), distill_windows=20)
         quantize_model(tiny("qwen2"), scheme, tmp_path / name, config)
