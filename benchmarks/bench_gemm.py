@@ -12,7 +12,6 @@ Schemes whose kernels have not been verified take part with ATOM_UNVERIFIED_KERN
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,9 +29,9 @@ from atom.kernels.gemm_config import GemmConfig
 from atom.kernels.gemm_pack import PackedWeight
 from atom.kernels.refusals_sm90 import refuses_unverified, weight_kind
 from atom.kernels.timing import calls_in_graph
-from atom.quant.granularity import Group
 from atom.quant.presets import PRESETS, get_scheme
-from atom.quant.schemes import LinearScheme, TensorSpec
+from atom.quant.schemes import LinearScheme
+from atom.quant.switches import Switches
 
 from .timing import keep, save, time_calls
 
@@ -40,14 +39,12 @@ LAYER = SHAPES["llama-3-8b"]
 TOKENS = (1, 16, 64, 128, 256, 1024, 8192)
 SMALL = {"qkv": (4, 5), "o": (8,), "gate_up": (1,), "down": (8,)}  # splits that fill 132 SMs with tiles of 256 rows
 NARROW = {"qkv": (2,), "o": (4,), "gate_up": (1,), "down": (4,)}  # of 128 rows, two CTAs an SM
-UINT4 = TensorSpec("int4", Group(128), scale_format="uint4", outer="channel")
 
 
 def schemes() -> dict[str, LinearScheme]:
-    """The presets, and w4a4 with integer factors on both sides."""
+    """The presets, and w4a4 with bfloat16 scales of groups."""
     found = {name: get_scheme(name).for_linear("x") for name in PRESETS if name not in ("bf16", "w3a3")}
-    factors = replace(found["w4a4"], weight=UINT4, activation=replace(UINT4, dynamic=True, outer="token"))
-    return found | {"w4a4-uint4": factors}
+    return found | {"w4a4-bf16-scales": Switches(group_scales="bf16").apply(get_scheme("w4a4")).for_linear("x")}
 
 
 def chosen(linear: LinearScheme, shape: str, M: int) -> Iterator[GemmConfig]:

@@ -46,6 +46,10 @@ def choose_scales(
         outer = raw.amax(1, keepdim=True) * (1.0 / 448.0)
         outer = torch.where(outer > 0, outer.clamp_min(2.0**-117), 1.0)
         return (raw * outer.reciprocal()).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).float(), outer
+    if scale_format == "uint4":
+        outer = raw.amax(1, keepdim=True) * (1.0 / 15.0)
+        outer = torch.where(outer > 0, outer.clamp_min(2.0**-117), 1.0)
+        return (raw * outer.reciprocal()).round().clamp(1, 15), outer
     scale = torch.where(raw > 0, raw, 1.0).clamp_min(2.0**-126)
     return (scale.bfloat16().float() if scale_format == "bf16" else scale), None
 

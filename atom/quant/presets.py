@@ -12,12 +12,15 @@ KV_SUFFIXES: dict[str, TensorSpec | None] = {"kv4": KV4, "kv8": KV8, "kvfp8": KV
 
 
 def _group_int(bits: int) -> tuple[TensorSpec, TensorSpec]:
-    """Atom's weights (GPTQ's grid, its reach searched) and activations: groups of 128, bf16 scales.
+    """Atom's weights (GPTQ's grid, its reach searched) and activations, in groups of 128.
 
-    0.9 is the paper's clip of activations; calibration replaces it by what it measures unless told not to.
+    Scales are whole factors 1 to 15 under one float32 a row and a token: code x factor fits a byte, and a GEMM sums all
+    of K in INT32. 0.9 is the paper's clip of activations; calibration replaces it by what it measures unless told not
+    to.
     """
-    weight = TensorSpec(f"int{bits}", Group(128), clip="mse", scale_rule="range")
-    return weight, TensorSpec(f"int{bits}", Group(128), dynamic=True, clip=0.9)
+    weight = TensorSpec(f"int{bits}", Group(128), clip="mse", scale_format="uint4", scale_rule="range", outer="channel")
+    activation = TensorSpec(f"int{bits}", Group(128), dynamic=True, clip=0.9, scale_format="uint4", outer="token")
+    return weight, activation
 
 
 def _small_groups(fmt: str, size: int, scale_format: str, outer: bool) -> tuple[TensorSpec, TensorSpec]:
@@ -27,8 +30,7 @@ def _small_groups(fmt: str, size: int, scale_format: str, outer: bool) -> tuple[
 
 
 _W4, _A4 = _group_int(4)
-# Whole factors 1 to 15 under one float32 a row: a GEMM with 8-bit activations sums all of K in INT32.
-_W4_FACTORS = replace(_W4, scale_format="uint4", outer="channel")
+_W4_BF16 = replace(_W4, scale_format="bf16", outer=None)
 _W3, _A3 = _group_int(3)
 _A8 = TensorSpec("int8", Token(), dynamic=True, scale_format="fp32")
 _W8 = TensorSpec("int8", Channel(), scale_format="fp32")
@@ -50,8 +52,8 @@ PRESETS: dict[str, Scheme] = {
     s.name: _with_cache(s, s.kv)
     for s in (
         Scheme("w4a4", _W4, _A4, KV4, OutlierSpec(128), reorder=True),
-        Scheme("w4a8", _W4_FACTORS, _A8, KV4),
-        Scheme("w4a16", _W4),
+        Scheme("w4a8", _W4, _A8, KV4),
+        Scheme("w4a16", _W4_BF16),
         Scheme("w8a8", _W8, _A8, KV8),
         Scheme("fp8", _FP8_W, _FP8_A, KVFP8),
         Scheme("nvfp4", *_NVFP4, KVFP8),

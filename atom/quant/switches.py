@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .granularity import Channel, Group, Token
-from .schemes import KeyOffset, KeyRotation, OutlierSpec, RotationSpec, Scheme
+from .schemes import KeyOffset, KeyRotation, Outer, OutlierSpec, RotationSpec, Scheme, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class Switches:
 
     group_size: int | None = None
     """Columns under one scale, for weights and activations; 0 gives one scale a channel and token."""
+
+    group_scales: Literal["uint4", "bf16"] | None = None
+    """Scales of groups: whole factors under one float32 a row and a token, or bfloat16."""
 
     weight_clip: float | Literal["mse"] | None = None
     """Share of the maximum that the weight grid reaches, or mse to search it."""
@@ -55,6 +58,9 @@ class Switches:
             group = Group(self.group_size) if self.group_size else None
             weight = weight and replace(weight, granularity=group or Channel())
             activation = activation and replace(activation, granularity=group or Token())
+        if self.group_scales is not None or self.group_size == 0:
+            weight = weight and _with_group_scales(weight, self.group_scales or "bf16", "channel")
+            activation = activation and _with_group_scales(activation, self.group_scales or "bf16", "token")
         if self.weight_clip is not None:
             weight = weight and replace(weight, clip=self.weight_clip)
         if self.activation_clip is not None:
@@ -91,6 +97,7 @@ class Switches:
         needs = {
             "activation_clip": ("quantized activations", scheme.activation),
             "group_size": ("quantized weights", scheme.weight),
+            "group_scales": ("quantized weights", scheme.weight),
             "weight_clip": ("quantized weights", scheme.weight),
             "outliers": ("quantized weights", scheme.weight),
             "outlier_format": ("quantized weights", scheme.weight),
@@ -103,3 +110,11 @@ class Switches:
             if getattr(self, name) not in (None, False) and found is None:
                 option = "--" + name.replace("_", "-")
                 raise ValueError(f"{option} needs {what}, which {scheme.name} has not; leave it out, or take w4a4")
+
+
+def _with_group_scales(spec: TensorSpec, scale_format: Literal["uint4", "bf16"], outer: Outer) -> TensorSpec:
+    """Integer groups with scales of `scale_format`; what has no such groups stays, but for factors of no group."""
+    if spec.scale_format not in ("uint4", "bf16") or (spec.group_size is None and spec.scale_format == "bf16"):
+        return spec
+    factors = scale_format == "uint4" and spec.group_size is not None
+    return replace(spec, scale_format="uint4" if factors else "bf16", outer=outer if factors else None)

@@ -202,11 +202,15 @@ class EmulatedGpu:
                 at += weight.shape[1]
                 if config.token_scales == "group":
                     part *= scales[unit, :M, None].double()
+                if config.scaled_early and unit < int4_units:
+                    row_scale = torch.nn.functional.pad(channel.double(), (0, part.shape[1] - N))
+                if config.scaled_early:
+                    part *= scales[int(unit >= int4_units), :M, None].double()
                 total += part * row_scale
-            if config.token_scales == "token":
+            if config.token_scales == "token" and not config.scaled_early:
                 total *= scales[0, :M, None].double()
             total = total[:, :N]
-            if kind.channel_scaled:
+            if kind.channel_scaled and not config.scaled_early:
                 total *= channel.double()
             y.copy_(total + bias.double() if config.bias else total)
 
@@ -220,7 +224,7 @@ class EmulatedGpu:
         kind = KINDS[name]
         for unit in range(count):
             scale = torch.ones(tiles * 64, dtype=torch.float64)
-            if kind.promoted and not kind.is_verbatim:
+            if (kind.promoted and not kind.is_verbatim) or unit >= int4_units:
                 bytes_ = raw[:, unit, kind.code_bytes : kind.code_bytes + 128].contiguous()
                 scale = bytes_.view(torch.bfloat16).double().flatten()
             if kind.is_verbatim:

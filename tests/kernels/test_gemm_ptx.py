@@ -24,6 +24,7 @@ from atom.quant.mixed import fake_quantize_activation
 from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.schemes import LinearScheme, RotationSpec
 
+from .linear_schemes import linear_scheme
 from .ptx_emulator import Tensor as Argument
 from .ptx_wgmma import Columns, Sizes, TensorCoreKernel, TensorMap
 
@@ -33,16 +34,6 @@ pytestmark = [
     pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]"),
 ]
 LOW_BIT = [name for name in PRESETS if name != "bf16"]
-
-
-def linear_scheme(name: str) -> LinearScheme:
-    """A preset's, or w4a4 with integer factors on both sides."""
-    if name != "w4a4-factors":
-        return get_scheme(name).for_linear("x")
-    found = get_scheme("w4a4").for_linear("x")
-    assert found.weight is not None and found.activation is not None
-    weight = replace(found.weight, clip=1.0, scale_format="uint4", outer="channel")
-    return replace(found, weight=weight, activation=replace(found.activation, scale_format="uint4", outer="token"))
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +57,9 @@ CASES = [(name, 19, 75, 328, 16, 2, True) for name in LOW_BIT if name != "w3a3"]
     ("w8a8", 260, 72, 136, 256, 2, False),
     ("w4a16", 130, 72, 136, 128, 2, False),
     ("nvfp4", 70, 72, 136, 64, 2, False),
-    ("w4a4-factors", 19, 75, 328, 16, 2, True),
-    ("w4a4-factors", 130, 72, 328, 128, 2, False),
-    ("w4a4-factors", 260, 72, 328, 256, 2, True),
+    ("w4a4-bf16", 19, 75, 328, 16, 2, True),
+    ("w4a4", 130, 72, 328, 128, 2, False),
+    ("w4a4", 260, 72, 328, 256, 2, True),
 ]
 
 
@@ -91,18 +82,18 @@ SHARED = {
 @pytest.mark.parametrize(
     "name,how",
     [
+        ("w4a4-bf16", "split"),
+        ("w4a4-bf16", "split over units of a pair"),
         ("w4a4", "split"),
         ("w4a4", "split over units of a pair"),
-        ("w4a4-factors", "split"),
-        ("w4a4-factors", "split over units of a pair"),
-        ("w4a4-factors", "split without clusters"),
+        ("w4a4", "split without clusters"),
         ("nvfp4", "split"),
         ("fp8", "split without clusters"),
         ("fp8", "multicast"),
         ("fp8", "alternating sums"),
         ("nvfp4", "multicast"),
         ("w4a8", "tail"),
-        ("w4a4-factors", "tail"),
+        ("w4a4", "tail"),
     ],
 )
 def test_gemm_of_several_ctas(name: str, how: str, tmp_path: Path) -> None:
@@ -159,15 +150,15 @@ def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: Ge
 
 
 SOURCES = [("plain", name) for name in LOW_BIT] + [
-    ("norm", "w4a4"),
+    ("norm", "w4a4-bf16"),
     ("add_norm", "nvfp4"),
-    ("add_norm", "w4a4"),
+    ("add_norm", "w4a4-bf16"),
     ("silu", "fp8"),
-    ("silu", "w4a4"),
+    ("silu", "w4a4-bf16"),
     ("gelu_tanh", "mxfp4"),
-    ("plain", "w4a4-factors"),
-    ("norm", "w4a4-factors"),
-    ("silu", "w4a4-factors"),
+    ("plain", "w4a4-bf16"),
+    ("norm", "w4a4"),
+    ("silu", "w4a4"),
 ]
 # CTAs that stay and take two tokens each; several CTAs for a token, which meet in a cluster where they must
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -176,7 +167,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "parts": {"threads": 32, "chunks": 1, "parts": 2},
     "parts that stay": {"threads": 32, "chunks": 1, "parts": 2, "ctas_per_sm": 1},
 }
-IN_ALL_LAYOUTS = [*SOURCES[-9:], ("plain", "w4a8")]
+IN_ALL_LAYOUTS = [*SOURCES[-9:], ("plain", "w4a8"), ("plain", "w4a4")]
 CASES_OF_PRODUCERS = [
     (*case, layout) for case in SOURCES for layout in (LAYOUTS if case in IN_ALL_LAYOUTS else ["one"])
 ]
@@ -196,7 +187,7 @@ def test_rotating_producer(source: str, name: str, block: int, tmp_path: Path) -
     check_producer(source, linear, {}, tmp_path, is_exact=False)
 
 
-@pytest.mark.parametrize("name,count", [("w4a4", 16), ("w4a4", 256), ("w4a4-factors", 208)])
+@pytest.mark.parametrize("name,count", [("w4a4-bf16", 16), ("w4a4-bf16", 256), ("w4a4", 208)])
 @pytest.mark.parametrize("layout", ["one", "parts"])
 def test_producer_of_few_and_many_outliers(name: str, count: int, layout: str, tmp_path: Path) -> None:
     found = linear_scheme(name)

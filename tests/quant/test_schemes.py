@@ -10,6 +10,7 @@ from atom.quant.formats import FORMATS, get_format
 from atom.quant.granularity import Channel, Group, Head, Tensor, Token, parse_granularity
 from atom.quant.presets import KV_SUFFIXES, PRESETS, get_scheme, kv_name
 from atom.quant.schemes import LinearScheme, OutlierSpec, Override, RotationSpec, Scheme, TensorSpec
+from atom.quant.switches import Switches
 
 from .cases import LINEARS, SPECS
 
@@ -118,10 +119,13 @@ def test_formats() -> None:
 
 def test_atoms_bits_are_the_published_ones() -> None:
     """4.25 bits for weights, activations and cache at K = 4096 and head_dim 128 (arXiv:2310.19102)."""
-    scheme = PRESETS["w4a4"]
+    scheme = Switches(group_scales="bf16").apply(PRESETS["w4a4"])
     assert scheme.weight_bits(4096) == pytest.approx(4.25, abs=0.005)
     assert scheme.activation_bits(4096) == pytest.approx(4.25, abs=0.005)
     assert scheme.kv_bits(128) == 4.25
+    with_factors = PRESETS["w4a4"]
+    assert with_factors.weight_bits(4096) == pytest.approx((3968 * 4 + 31 * 4 + 32 + 128 * 8 + 16) / 4096)
+    assert with_factors.activation_bits(4096) == with_factors.weight_bits(4096)
 
 
 @pytest.mark.parametrize(
