@@ -170,7 +170,8 @@ def configurations(options: Measure) -> list[Configuration]:
                 found.append(Configuration(step.scheme, step.gptq, step.clip, step.name, is_preset))
     if has_presets:
         shared = [c.scheme for c in found if c.is_preset]
-        schemes = [*PRESETS.values(), *(get_scheme(f"bf16+{kv}") for kv in ("kv4", "kv8", "kvfp8"))]
+        schemes = [PRESETS["bf16"], *(s for s in PRESETS.values() if s.is_quantized)]  # first what others lose against
+        schemes += [get_scheme(f"bf16+{kv}") for kv in ("kv4", "kv8", "kvfp8")]
         found += [
             Configuration(s, s.weight is not None and s.name not in ("w8a8", "fp8"), is_preset=True)
             for s in schemes
