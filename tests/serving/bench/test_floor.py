@@ -38,7 +38,8 @@ def test_weights_and_cache_of_llama_2_7b() -> None:
     assert full.kv_token_bytes == 2 * 32 * 4096 * 2 == 524_288
     eight, four = model_floor("llama-2-7b", "w8a8", H200), model_floor("llama-2-7b", "w4a8", H200)
     rows = 4 * 4096 + 2 * 11008 + 4096  # with a 32-bit scale each
-    assert eight.weight_bytes == 32 * (LAYER_7B + 4 * rows) + 2 * (PARAMETERS_7B - 32 * LAYER_7B)
+    centre = 4 * 4096  # of a layer's keys
+    assert eight.weight_bytes == 32 * (LAYER_7B + 4 * rows + centre) + 2 * (PARAMETERS_7B - 32 * LAYER_7B)
     assert four.kv_token_bytes == 2 * 32 * 32 * (128 / 2 + 4) == 139_264, "4 bits, and scale and zero point a head"
 
 
