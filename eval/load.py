@@ -5,6 +5,7 @@ from typing import Any
 
 from atom.kernels.registry import Kernels
 from atom.models.device import choose_device, choose_dtype
+from atom.models.head import HeadFormat
 from atom.models.loader import load_model, load_tokenizer
 from atom.models.model import Model
 
@@ -30,7 +31,12 @@ class Loaded:
 
 
 def load(
-    name: str, device: str = "auto", dtype: str = "auto", kernels: Kernels = "auto", tokenizer: str | None = None
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    kernels: Kernels = "auto",
+    tokenizer: str | None = None,
+    head: HeadFormat = "full",
 ) -> Loaded:
     """Load a model (Atom checkpoint, directory, hub id) and its tokenizer, or the tokenizer that lies at `tokenizer`.
 
@@ -38,5 +44,5 @@ def load(
     """
     where = choose_device(device)
     loaded_tokenizer = load_tokenizer(name if tokenizer is None else tokenizer)
-    model = load_model(name, device=where, dtype=choose_dtype(dtype, where), kernels=kernels)
+    model = load_model(name, device=where, dtype=choose_dtype(dtype, where), kernels=kernels, head=head)
     return Loaded(model, loaded_tokenizer, name, execution_path(model, kernels))

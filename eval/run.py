@@ -67,6 +67,9 @@ class EvalConfig:
     kernels: Literal["auto", "reference"] = "auto"
     """Run quantized ops on the served kernels, or on the torch reference."""
 
+    head: Literal["full", "int8"] = "full"
+    """The head in the model's own format, or in INT8 weights and activations."""
+
     include_path: str | None = None
     """A folder of lm-eval task files, for tasks of your own and for offline copies (<task>_local)."""
 
@@ -105,7 +108,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> EvalResult
     began = time.perf_counter()
     texts = [load_text(name) for name in config.ppl]
     prepared = _prepare_tasks(config) if config.tasks else None
-    loaded = load(config.model, config.device, config.dtype, config.kernels)
+    loaded = load(config.model, config.device, config.dtype, config.kernels, head=config.head)
     reference = None if config.kl_to is None else load(config.kl_to, config.device, config.dtype, config.kernels)
     found: list[Perplexity] = []
     for text in texts:

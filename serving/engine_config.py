@@ -41,6 +41,9 @@ class EngineConfig:
     kernels: Literal["auto", "reference"] = "auto"
     """Run quantized ops on the kernels, or on the torch reference."""
 
+    head: Literal["full", "int8"] = "full"
+    """The head in the model's own format, or in INT8 weights and activations: half the bytes of every step."""
+
     max_model_len: int | None = None
     """Tokens of a sequence, prompt and output together; default: the model's context, or what the KV cache holds."""
 

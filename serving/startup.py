@@ -148,7 +148,7 @@ def _load(model: str, options: EngineConfig, device: torch.device, dtype: torch.
         source = dummy_source(model, scheme, device=device)
     else:
         source = open_source(model, options.revision)
-    return load_source(source, device, dtype, options.kernels)
+    return load_source(source, device, dtype, options.kernels, options.head)
 
 
 def _plan(model: Model, scheme: Scheme | None, options: EngineConfig) -> CachePlan:

@@ -101,10 +101,12 @@ class LinearSm90:
     """A Gemm as a quantized linear calls it."""
 
     gemm: "Gemm"
+    writes_out = True
 
-    def __call__(self, x: Activation) -> Tensor:
+    def __call__(self, x: Activation, out: Tensor | None = None) -> Tensor:
+        """x -> y bfloat16 [T, N], in `out` if given: of that shape, contiguous."""
         assert isinstance(x, QuantizedActivation), "the GEMM takes what its own producers hand on"
-        return self.gemm(x.packed, x.scale)
+        return self.gemm(x.packed, x.scale, out)
 
 
 class Gemm:
@@ -136,10 +138,12 @@ class Gemm:
             sms=self.ctas,
         )
 
-    def __call__(self, codes: Tensor, scales: Tensor) -> Tensor:
+    def __call__(self, codes: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
         """codes int8 [T, columns] or bfloat16 [T, K], scales float32: see token_scales. Returns bfloat16 [T, N]."""
         tokens = codes.shape[0]
-        y = torch.empty((tokens, self.weight.features), dtype=torch.bfloat16, device=self.device)
+        y = out
+        if y is None:
+            y = torch.empty((tokens, self.weight.features), dtype=torch.bfloat16, device=self.device)
         if tokens == 0:
             return y
         bucket = token_bucket(tokens)

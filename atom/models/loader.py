@@ -17,6 +17,7 @@ from ..kernels.warm import warm_up
 from .config import ModelConfig
 from .device import choose_device
 from .fused import fuse_model_
+from .head import HeadFormat, round_head_
 from .layers import DecoderLayer
 from .layout import check_source, layer_prefix, layer_tensors, model_tensors
 from .model import Model, build_model
@@ -32,16 +33,18 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     kernels: Kernels = "auto",
     revision: str | None = None,
+    head: HeadFormat = "full",
 ) -> Model:
     """The model called `model` (directory, GGUF file, hub id, alias; Atom checkpoint or full precision), ready to run.
 
     dtype    of everything that is not quantized, and of the residual stream
     kernels  "auto": the registry's choice for this device; "reference": torch references on any device
+    head     "full": in `dtype`; "int8": rounded now (head.py)
     Raises CheckpointError if the model is not found, incomplete, damaged or of a newer version, and UnsupportedError
     if Atom cannot run it here.
     """
     device = choose_device(device)  # refused before a model is downloaded
-    return load_source(open_source(model, revision), device, dtype, kernels)
+    return load_source(open_source(model, revision), device, dtype, kernels, head)
 
 
 def load_source(
@@ -49,6 +52,7 @@ def load_source(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     kernels: Kernels = "auto",
+    head: HeadFormat = "full",
 ) -> Model:
     """Like load_model, from an opened source."""
     scheme = read_scheme(source.config, f"{source.path.name}/config.json")
@@ -59,6 +63,8 @@ def load_source(
     _load_tensors(model, source, {name: name for name in outside}, device, dtype)
     for index, layer in enumerate(model.model.decoder_layers()):
         load_layer_(layer, model, source, index, device, dtype, kernels)
+    if head == "int8":
+        round_head_(model, kernels)
     if torch.device(device).type == "cuda":
         fuse_model_(model, kernels)
         warm_up(model, dtype)

@@ -78,6 +78,7 @@ class Model(nn.Module):
         self.family = family
         self.scheme = scheme
         self.model = Decoder(config, layers)
+        self.int8_head: nn.Module | None = None  # instead of lm_head, see head.py
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, token_ids: Tensor, positions: Tensor, kv: KV) -> Tensor:
@@ -97,7 +98,13 @@ class Model(nn.Module):
         (66 MB for 256 tokens of Llama 3's vocabulary: a copy would take as long as half a layer.)
         """
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        scores = functional.linear(hidden, head.weight) if out is None else torch.mm(hidden, head.weight.t(), out=out)
+        scores: Tensor
+        if self.int8_head is not None:
+            scores = self.int8_head(hidden, out)
+        elif out is None:
+            scores = functional.linear(hidden, head.weight)
+        else:
+            scores = torch.mm(hidden, head.weight.t(), out=out)
         cap = self.config.logit_soft_cap
         return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 

@@ -54,10 +54,14 @@ class QuantizedLinear(Quantized):
         self.bias = bias
         self._run = choice.build(scheme, weight, bias)
 
-    def forward(self, x: Activation) -> Tensor:
-        """[T, in_features] as its producer hands it on -> [T, out_features] in the model's dtype."""
-        y: Tensor = self._run(x)
-        return y.to(self.dtype)
+    def forward(self, x: Activation, out: Tensor | None = None) -> Tensor:
+        """[T, in_features] as its producer hands it on -> [T, out_features] in the model's dtype, in `out` if given."""
+        y: Tensor
+        if out is not None and getattr(self._run, "writes_out", False):
+            y = self._run(x, out)
+            return y
+        y = self._run(x)
+        return y.to(self.dtype) if out is None else out.copy_(y)
 
 
 class QuantizingRMSNorm(Quantized, Norm):
