@@ -26,13 +26,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from atom.kernels.bounds import GPUS
+from atom.kernels.bounds import GPUS, linear_bound_us
 from atom.models.dummy import dummy_source
+from atom.models.head import HeadFormat
 from atom.models.loader import load_source
 from atom.quant.presets import get_scheme, kv_name
+from atom.quant.schemes import LinearScheme
 from atom.records import write_record
 from atom.serving.batch import Step
 from atom.serving.bench.floor import model_floor
+from atom.serving.bench.shapes import shape_config
 from atom.serving.config import SchedulerConfig
 from atom.serving.decode_buckets import bucket_sizes
 from atom.serving.engine import Engine
@@ -144,10 +147,11 @@ def decode(engine: Engine, asked: list[tuple[int, ...]], tokens: int, done: thre
 class Bench:
     """An engine with dummy weights in `shape` that decodes at batches of one's choice."""
 
-    def __init__(self, scheme: str, shape: str, max_num_seqs: int) -> None:
+    def __init__(self, scheme: str, shape: str, max_num_seqs: int, head: HeadFormat = "full") -> None:
         options = EngineConfig(
             load_format="dummy",
             scheme=scheme,
+            head=head,
             device="cuda",
             max_num_seqs=max_num_seqs,
             enable_prefix_caching=False,
@@ -188,18 +192,24 @@ class Bench:
 
 
 def measure(
-    scheme: str, batches: tuple[int, ...], contexts: tuple[int, ...], shape: str, profiled: tuple[int, ...] = ()
+    scheme: str,
+    batches: tuple[int, ...],
+    contexts: tuple[int, ...],
+    shape: str,
+    profiled: tuple[int, ...] = (),
+    head: HeadFormat = "full",
 ) -> list[dict[str, Any]]:
     """Rows of one scheme; prints where a step's time goes at batches in `profiled`."""
-    bench = Bench(scheme, shape, max(batches))
+    bench = Bench(scheme, shape, max(batches), head)
     print(f"{scheme}: {bench.facts}", flush=True)
     rows = []
     bare, kv = get_scheme(scheme).name, kv_name(get_scheme(scheme))
     floor = model_floor(shape, scheme, GPUS["h200"])
     for context in contexts:
         for batch in batches:
-            row = {"shape": shape, "scheme": bare, "kv": kv, "batch": batch, "context": context}
-            row["sol_ms"] = round(floor.step_us(batch, context) / 1e3, 3)
+            row = {"shape": shape, "scheme": bare, "kv": kv, "head": head, "batch": batch, "context": context}
+            sol_us = floor.step_us(batch, context) - (head_gain_us(shape, batch) if head == "int8" else 0)
+            row["sol_ms"] = round(sol_us / 1e3, 3)
             if not bench.fits(batch, context):
                 rows.append({**row, "ms": None, "host_ms": None, "idle": None, "note": "does not fit"})
                 continue
@@ -213,11 +223,21 @@ def measure(
     return rows
 
 
+def head_gain_us(shape: str, batch: int) -> float:
+    """By how much the floor of a step sinks if the head is in INT8."""
+    config, gpu = shape_config(shape), GPUS["h200"]
+    full, narrow = (
+        linear_bound_us(gpu, batch, config.vocab_size, config.hidden_size, linear)
+        for linear in (LinearScheme(), get_scheme("w8a8").default_linear)
+    )
+    return full - narrow
+
+
 def measure_apart(scheme: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one scheme, from a process of its own: it leaves its memory to the next."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        chosen = ("batches", "contexts", "profile", "shape")
+        chosen = ("batches", "contexts", "profile", "shape", "head")
         options = [f"--{name}={getattr(args, name)}" for name in chosen]
         command = [sys.executable, "-m", "benchmarks.bench_engine", f"--schemes={scheme}", f"--out={out}", *options]
         subprocess.run(command, check=True)
@@ -337,6 +357,7 @@ def main() -> None:
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
     parser.add_argument("--profile", default="", help="batches whose kernels are listed")
+    parser.add_argument("--head", choices=("full", "int8"), default="full", help="the head's format")
     parser.add_argument("--shape", default="llama-3-8b")
     parser.add_argument("-o", "--out", help="write rows and circumstances there instead of a record")
     parser.add_argument("--record", metavar="FILE", help="write the record from what -o wrote")
@@ -356,7 +377,7 @@ def main() -> None:
         return
     schemes = args.schemes.split(",")
     if len(schemes) == 1:
-        rows = measure(schemes[0], batches, contexts, args.shape, profiled)
+        rows = measure(schemes[0], batches, contexts, args.shape, profiled, args.head)
     else:
         rows = [row for scheme in schemes for row in measure_apart(scheme, args)]
     keep("engine-latency", rows, args.out)
