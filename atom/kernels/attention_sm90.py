@@ -181,16 +181,16 @@ class PagedAttentionSm90:
         config = self._config(queries, window is not None, False, self.has_offset)
         lengths = np.where(is_decode, step.seqlens_k, 0)
         ctas = config.ctas_per_sm * multiprocessors(step.slots.device)
-        heads, size = self.layout.num_kv_heads, self.layout.block_size
+        heads, size, room = self.layout.num_kv_heads, self.layout.block_size, room_for(len(lengths))
         if self.split_blocks is None:
             plan = plan_balanced(lengths, size, heads, ctas, window, config.stage_blocks)
-            most, merges = most_segments(len(lengths), heads, ctas), most_merges(len(lengths), heads, ctas)
+            most, merges = most_segments(room, heads, ctas), most_merges(room, heads, ctas)
         else:
             plan = plan_fixed(lengths, size, heads, ctas, self.split_blocks, window)
             most, merges = 1 << max(10, (len(plan.segments) - 1).bit_length()), len(lengths) * heads
-        key = (len(lengths), window)
+        key = (room, window)
         if key not in self.buffers or self.buffers[key].most_segments < most:
-            self.buffers[key] = StepBuffers(len(lengths), ctas, most, merges, config, step.slots.device)
+            self.buffers[key] = StepBuffers(room, ctas, most, merges, config, step.slots.device)
         self.buffers[key].fill(lengths, step.cu_seqlens_q[:-1], plan)
         return self.buffers[key]
 
@@ -246,6 +246,17 @@ class RopeAppendSm90:
         if key not in self.norms:
             self.norms[key] = (norms, _words(torch.stack((norms.q, norms.k)).bfloat16()))
         return self.norms[key][1]
+
+
+def room_for(num_seqs: int) -> int:
+    """Sequences that a step's buffers have room for: the sizes of serving's decode buckets, whose buffers are there.
+
+    Page-locked memory for every number of sequences that a step ever had would stall each first one, and add up.
+    """
+    if num_seqs <= 8:
+        return 1 << max(0, num_seqs - 1).bit_length()
+    step = 8 if num_seqs <= 256 else 32
+    return -(-num_seqs // step) * step
 
 
 def turn_matrix(table: RopeTable, stage_tokens: int) -> Tensor:
