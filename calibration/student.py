@@ -7,6 +7,7 @@ too; embedding and head are not.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from atom.quant.schemes import LinearScheme, Scheme, TensorSpec
 from atom.quant.stored import load_weight, store_weight
 
 from .observe import Hook
+
+KEPT_HIDDEN, KEPT_INTERMEDIATE = 40, 16  # float32 values that a layer keeps for its gradients, in units of its sizes
 
 
 def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
@@ -149,6 +152,7 @@ class Student:
     def __init__(self, source: Source, scheme: Scheme, device: torch.device) -> None:
         self.scheme = scheme
         self.device = device
+        self.keeps_activations: bool | None = None  # found out at the first run
         self.model: Model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
         outside = [name for name in self.model.state_dict() if not name.startswith("model.layers.")]
         self.model.load_state_dict({name: self._read(source, name) for name in outside}, assign=True, strict=False)
@@ -160,12 +164,20 @@ class Student:
     def hidden(self, tokens: Tensor) -> Tensor:
         """Hidden states behind the final norm [windows * length, hidden_size] of tokens [windows, length].
 
-        Each layer keeps its input alone and runs again for its gradients.
+        Where the activations of all layers would crowd a GPU, and on a CPU, each layer keeps its input alone and runs
+        again for its gradients.
         """
         decoder = self.model.model
         states = decoder.embed(tokens.to(self.device).flatten())
+        if self.keeps_activations is None:
+            self.keeps_activations = self._fits(tokens.numel())
         for layer in decoder.decoder_layers():
-            states = checkpoint(self._run_layer, layer, states, tokens.shape, use_reentrant=False)
+            if self.keeps_activations or not torch.is_grad_enabled():
+                states = self._run_layer(layer, states, tokens.shape)
+            else:
+                states = checkpoint(
+                    self._run_layer, layer, states, tokens.shape, use_reentrant=False, preserve_rng_state=False
+                )
         normed: Tensor = decoder.norm(states)
         return normed
 
@@ -190,6 +202,15 @@ class Student:
         for name, parameter in self.model.get_submodule(prefix).named_parameters():
             if name.endswith("norm.weight"):
                 yield f"{prefix}.{name}", parameter.detach()
+
+    def _fits(self, tokens: int) -> bool:
+        """Whether all activations of so many tokens take less than a third of what is free on the GPU."""
+        if self.device.type != "cuda":
+            return False
+        config = self.model.config
+        per_token = KEPT_HIDDEN * config.hidden_size + KEPT_INTERMEDIATE * config.intermediate_size
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return 4 * tokens * config.num_layers * per_token < free / 3
 
     def _run_layer(self, layer: DecoderLayer, states: Tensor, shape: torch.Size) -> Tensor:
         kv = TrainingKV.for_scheme(self.model.config, self.scheme, shape[0], self.device)
@@ -228,17 +249,17 @@ class Student:
 def round_inputs(linear: LinearScheme, perm: Tensor | None) -> Hook:
     """A hook on a producer that makes its output what the linears behind it take, with gradients."""
     order = None if perm is None else perm.long()
+    rotation, plain = linear.rotation, replace(linear, rotation=None)
 
     def hook(module: nn.Module, args: object, x: Tensor) -> Tensor:
         if order is not None:
             x = x[..., order]
-        exact = x
-        if linear.rotation is not None:
+        if rotation is not None:
             normal, _ = linear.split(x.shape[-1])
-            exact = torch.cat((rotate(x[..., :normal], linear.rotation), x[..., normal:]), -1)
+            x = torch.cat((rotate(x[..., :normal], rotation), x[..., normal:]), -1)
         with torch.no_grad():
-            rounded = fake_quantize_activation(x, linear)
-        return straight_through(exact, rounded)
+            rounded = fake_quantize_activation(x, plain)
+        return straight_through(x, rounded)
 
     return hook
 

@@ -23,7 +23,7 @@ def rotate_head(x: Tensor) -> Tensor:
         a, b = x.unflatten(-1, (-1, 2, stride)).unbind(-2)
         x = torch.stack((a + b, a - b), -2).flatten(-3)
         stride *= 2
-    return x * torch.tensor(n**-0.5, device=x.device)
+    return x * torch.full((), n**-0.5, device=x.device)  # filled there: a copy would make the host wait
 
 
 def prepare_keys(k: Tensor, centre: Tensor | None, rotates: bool) -> Tensor:

@@ -39,14 +39,21 @@ def _apply(x: Tensor, spec: RotationSpec, transpose: bool) -> Tensor:
     if whole == 0:
         return x.float()
     blocks = x[..., :whole].float().unflatten(-1, (-1, block))
-    for factor in reversed(_factors(block)):  # each product turns its axis to the front: in the end all are in place
-        H = factor.to(x.device)
+    for H in reversed(_factors_on(block, x.device)):  # each product turns its axis to the front: in the end all fit
         blocks = (blocks.unflatten(-1, (-1, H.shape[0])) @ (H.T if transpose else H)).transpose(-1, -2).flatten(-2)
     rotated = blocks.flatten(-2)
     return rotated if whole == columns else torch.cat((rotated, x[..., whole:].float()), -1)
 
 
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept may serve where gradients are wanted
+def _factors_on(n: int, device: torch.device) -> tuple[Tensor, ...]:
+    """`_factors(n)` on a device: copied once, since every copy makes the host wait for all that runs there."""
+    return tuple(factor.to(device) for factor in _factors(n))
+
+
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _factors(n: int) -> tuple[Tensor, ...]:
     """Orthogonal matrices whose Kronecker product is the Hadamard matrix of order n.
 

@@ -70,3 +70,12 @@ def test_bfloat16_input_is_rotated_in_float32() -> None:
 def test_unknown_order_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match=f"order {n} .*block_hadamard"):
         rotate(torch.randn(1, n), WHOLE)
+
+
+def test_what_inference_mode_leaves_behind_serves_gradients() -> None:
+    spec = RotationSpec("block_hadamard", 64)
+    with torch.inference_mode():
+        rotate(torch.ones(2, 64), spec)  # the first use of this order in this process
+    x = torch.ones(2, 64, requires_grad=True)
+    rotate(x, spec).sum().backward()
+    assert x.grad is not None
