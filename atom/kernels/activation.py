@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..quant.mixed import fake_quantize_activation
 from ..quant.schemes import LinearScheme
+from .refusals_fp4 import refuses_fp4_producer
 from .refusals_sm90 import refuses_producer
 from .registry import Implementation, Op
 
@@ -24,12 +25,14 @@ class QuantizedActivation:
     scale           their scales [T, groups] or [T, 1]
     outlier         outlier columns [T, outliers], or None
     outlier_scale   their scales [T, 1], or None
+    outer           float32 [T] over the scales of each token, or None
     """
 
     packed: Tensor
     scale: Tensor
     outlier: Tensor | None = None
     outlier_scale: Tensor | None = None
+    outer: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -54,5 +57,6 @@ PERMUTE_QUANTIZE = Op(
     reference=permute_quantize_reference,
     implementations=(
         Implementation("producers_sm90", "atom.kernels.producers:build_permute_quantize", refuses_producer),
+        Implementation("producers_fp4", "atom.kernels.gemm_fp4:build_permute_quantize", refuses_fp4_producer),
     ),
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..quant.mixed import fake_quantize_activation
 from ..quant.schemes import LinearScheme
 from .activation import Activation
+from .refusals_fp4 import refuses_fp4_producer
 from .refusals_sm90 import refuses_producer
 from .registry import Implementation, Op
 
@@ -40,5 +41,6 @@ GATED_QUANTIZE = Op(
     reference=gated_quantize_reference,
     implementations=(
         Implementation("producers_sm90", "atom.kernels.producers:build_gated_quantize", refuses_producer),
+        Implementation("producers_fp4", "atom.kernels.gemm_fp4:build_gated_quantize", refuses_fp4_producer),
     ),
 )

@@ -12,6 +12,7 @@ from torch.nn.functional import linear as dense_linear
 from ..quant.mixed import MixedWeight, dequantize_weight
 from ..quant.schemes import LinearScheme
 from .activation import Activation
+from .refusals_fp4 import refuses_fp4_sm100, refuses_fp4_sm120
 from .refusals_sm90 import refuses_linear
 from .registry import Implementation, Op
 
@@ -32,5 +33,9 @@ LINEAR = Op(
     name="linear",
     formula="x @ w.T + bias, normal columns in the scheme's formats, outlier columns in theirs",
     reference=linear_reference,
-    implementations=(Implementation("gemm_sm90", "atom.kernels.gemm:build_linear", refuses_linear),),
+    implementations=(
+        Implementation("gemm_sm90", "atom.kernels.gemm:build_linear", refuses_linear),
+        Implementation("gemm_fp4_sm100", "atom.kernels.gemm_fp4:build_linear", refuses_fp4_sm100),
+        Implementation("gemm_fp4_sm120", "atom.kernels.gemm_fp4:build_linear", refuses_fp4_sm120),
+    ),
 )

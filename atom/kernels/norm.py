@@ -8,6 +8,7 @@ from torch import Tensor
 from ..quant.mixed import fake_quantize_activation
 from ..quant.schemes import LinearScheme
 from .activation import Activation
+from .refusals_fp4 import refuses_fp4_producer
 from .refusals_sm90 import refuses_adding_producer, refuses_producer
 from .registry import Implementation, Op
 
@@ -54,6 +55,7 @@ RMS_NORM_QUANTIZE = Op(
     reference=rms_norm_quantize_reference,
     implementations=(
         Implementation("producers_sm90", "atom.kernels.producers:build_rms_norm_quantize", refuses_producer),
+        Implementation("producers_fp4", "atom.kernels.gemm_fp4:build_rms_norm_quantize", refuses_fp4_producer),
     ),
 )
 
