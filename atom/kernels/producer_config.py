@@ -180,30 +180,26 @@ def producer_config(
 def with_layout(config: ProducerConfig, tokens: int) -> ProducerConfig:
     """The config with threads, chunks and parts for so many tokens; docs/kernels/producers.md has the measurements."""
     few = tokens <= FEW_TOKENS
-    if config.permuted and not config.needs_row_max:
-        # every CTA reads the whole row, which costs nothing while there are SMs to spare
-        return lay_out(config, 256, 1) if few else lay_out(config, 256, 2, stays=True)
-    if config.permuted or config.is_norm or config.needs_row_max:
-        # meeting in a cluster costs half a microsecond: only where one CTA would be at work for longer
-        if few and config.slots > 1024:
-            return lay_out(config, 256, 1)
-        threads = 256 if config.slots <= 1024 else 1024
-        return lay_out(config, threads, 2, most_parts=1, stays=not few and config.source == "norm")
-    return lay_out(config, 128, 1) if few else lay_out(config, 256, 2)
+    needs_row = config.is_norm or config.needs_row_max
+    if not (needs_row or config.permuted):
+        return lay_out(config, 128, 1, config.slots) if few else lay_out(config, 256, 2, config.slots)
+    if few and config.permuted:
+        return lay_out(config, 256, 1, 8)  # each CTA reads the whole row: that costs nothing while SMs are to spare
+    if few and config.slots > 1024:
+        return lay_out(config, 128, 1, 8)
+    # a meeting in a cluster costs a quarter of a microsecond: one CTA a token
+    stays = not few and not config.reads_two and (config.permuted or config.is_norm)
+    return lay_out(config, 256 if config.slots <= 1024 else 1024, 2, 1, stays)
 
 
-def lay_out(
-    config: ProducerConfig, threads: int, chunks: int, most_parts: int = 8, stays: bool = False
-) -> ProducerConfig:
+def lay_out(config: ProducerConfig, threads: int, chunks: int, most_parts: int, stays: bool = False) -> ProducerConfig:
     """About so many threads of so many chunks each, over as many CTAs as a token takes; more chunks if they must."""
-    if not (config.permuted or config.is_norm or config.needs_row_max):
-        most_parts = config.slots  # they have nothing to do with each other
     parts = min(-(-config.slots // (threads * chunks)), most_parts)
     while -(-config.slots // (parts * chunks)) > 1024:
         chunks += 1
     threads = -(-config.slots // (parts * chunks * 32)) * 32
-    ctas_per_sm = min(max(1, (768 if config.permuted else 1024) // threads), 12) if stays else 0
-    if config.permuted:  # two rows each
+    ctas_per_sm = 0
+    if stays:  # with two rows each
         row_bytes = config.columns * (4 if config.dtype == "float32" else 2)
-        ctas_per_sm = min(ctas_per_sm, SHARED_BYTES // (2 * row_bytes))
+        ctas_per_sm = min(max(1, 1024 // threads), 12, SHARED_BYTES // (2 * row_bytes))
     return replace(config, threads=threads, chunks=chunks, parts=parts, ctas_per_sm=ctas_per_sm)

@@ -10,8 +10,8 @@ from typing import Any
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
-from .dsl.arithmetic import max_magnitude, warp_max, warp_sum
-from .dsl.memory import load_shared_16, load_shared_f32, store_at_peer, store_shared_u32x4
+from .dsl.arithmetic import max_magnitude, warp_max_magnitude, warp_sum
+from .dsl.memory import load_shared_16, load_shared_f32, load_u32x4, send_to_peer, store_shared_u32x4
 from .dsl.packed_floats import add, unpack
 from .dsl.tensor_core import exp2, reciprocal_approx
 from .dsl.wide_access import load_words, store_words
@@ -113,10 +113,10 @@ class ProducerRows:
                     store_words(at + 16 * q, [rX[4 * q + w, j] for w in range(4)])
 
     @cute.jit
-    def share(self, sV, rX, offset: cutlass.Constexpr, j: cutlass.Constexpr, tid, rank):
-        """Chunk j as it was read into shared memory, where `offset` bytes in a row begins."""
+    def share(self, sV, rX, j: cutlass.Constexpr, tid, rank):
+        """Chunk j as it was read into shared memory."""
         chunk, there = self.place_of_read(j, tid, rank)
-        at = sV.iterator.toint() + (offset + chunk * (CHUNK * self.size))
+        at = sV.iterator.toint() + chunk * (CHUNK * self.size)
         if cutlass.const_expr(self.is_full):
             for q in cutlass.range_constexpr(self.words // 4):
                 store_shared_u32x4(at + 16 * q, [rX[4 * q + w, j] for w in range(4)])
@@ -126,11 +126,33 @@ class ProducerRows:
                     store_shared_u32x4(at + 16 * q, [rX[4 * q + w, j] for w in range(4)])
 
     @cute.jit
-    def over_row(
-        self, sR, at: cutlass.Constexpr, value, is_sum: cutlass.Constexpr, tid, rank, is_whole: cutlass.Constexpr
-    ):
-        """The sum or maximum of all threads' values, in every thread.
+    def take_chunk(self, sV, offset: cutlass.Constexpr, value, j: cutlass.Constexpr, tid, rank):
+        """This thread's j-th chunk from the row that begins `offset` bytes into shared memory, as float32."""
+        chunk, there = self.place_of_read(j, tid, rank)
+        at = sV.iterator.toint() + (offset + chunk * (CHUNK * self.size))
+        if cutlass.const_expr(self.is_full):
+            self.take_words(at, value)
+        else:
+            value.fill(0.0)
+            if there:
+                self.take_words(at, value)
 
+    @cute.jit
+    def take_words(self, at, value):
+        words = []
+        for q in cutlass.range_constexpr(self.words // 4):
+            words += list(load_u32x4(at + 16 * q))
+        found = unpack(words, self.config.dtype)
+        for e in cutlass.range_constexpr(CHUNK):
+            value[e] = found[e]
+
+    @cute.jit
+    def over_row(
+        self, sR, met, at: cutlass.Constexpr, value, is_sum: cutlass.Constexpr, tid, rank, is_whole: cutlass.Constexpr
+    ):
+        """The sum, or the maximum of what is not negative, of all threads' values, in every thread.
+
+        met       barriers that count what the CTAs of a cluster send, one for the sum and one for the maximum
         at        where in sR there is room for `parts x warps` values
         is_whole  whether each CTA of the token has all of it, so that none needs to ask the others
         """
@@ -142,9 +164,9 @@ class ProducerRows:
         count = self.warps * (config.parts if clustered else 1)
         if cutlass.const_expr(clustered):
             if lane < config.parts:
-                store_at_peer(sR.iterator.toint() + 4 * (at + rank * self.warps + warp), lane, value)
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+                place = sR.iterator.toint() + 4 * (at + rank * self.warps + warp)
+                send_to_peer(place, (met + (0 if is_sum else 1)).toint(), lane, value)
+            cute.arch.mbarrier_wait(met + (0 if is_sum else 1), 0)
         else:
             if lane == 0:
                 sR[at + warp] = value
@@ -205,8 +227,8 @@ def sigmoid(x: Any):
 
 
 def over_warp(value: Any, is_sum: bool) -> Any:
-    """The sum or maximum over a warp, in every lane."""
-    return warp_sum(value) if is_sum else warp_max(value)
+    """The sum over a warp, or the maximum of what is not negative, in every lane."""
+    return warp_sum(value) if is_sum else warp_max_magnitude(value)
 
 
 def butterflies(values: list[Any], step: int) -> list[Any]:

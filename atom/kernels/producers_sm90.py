@@ -15,12 +15,14 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from .dsl.arithmetic import max_over_lanes, reciprocal_of_normal, reciprocal_root
+from .dsl.memory import bulk_load
 from .dsl.packed_floats import BYTES
 from .dsl.wide_access import load_floats, load_words, store_words
 from .producer_config import CHUNK, GROUP_CHUNKS, ProducerConfig
 from .producer_encode_sm90 import ProducerEncode
 from .producer_rows_sm90 import ProducerRows
 
+STAGES = 2  # rows of a CTA that stays: one is rounded while one is on its way
 DTYPES = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32}
 
 
@@ -41,8 +43,10 @@ class Producer(ProducerRows, ProducerEncode):
         self.fills = held == config.slots == config.outlier_slot + config.outliers // CHUNK == config.columns // CHUNK
         self.size = BYTES[config.dtype]
         self.words = CHUNK * self.size // 4  # of a chunk
-        self.buffers = 2 if config.ctas_per_sm else 1
-        self.row = config.columns + CHUNK  # of shared memory, the last chunk zeros
+        self.stays = config.ctas_per_sm > 0
+        assert not self.stays or not (config.reads_two or config.strided or config.parts > 1)
+        self.rows = STAGES if self.stays else 1 if config.permuted else 0  # in shared memory
+        self.row = config.columns + CHUNK  # the last chunk holds zeros
         self.room = -(-self.warps * config.parts // 4) * 4  # for what the warps found
 
     @cute.jit
@@ -87,10 +91,26 @@ class Producer(ProducerRows, ProducerEncode):
         dtype = mX.element_type
         smem = utils.SmemAllocator()
         sV: Any = None
-        if cutlass.const_expr(config.permuted):
-            sV = smem.allocate_tensor(dtype, cute.make_layout(self.buffers * self.row), byte_alignment=16)
-        sR = smem.allocate_tensor(Float32, cute.make_layout(2 * self.buffers * self.room), byte_alignment=16)
+        full: Any = None
+        if cutlass.const_expr(self.rows > 0):
+            sV = smem.allocate_tensor(dtype, cute.make_layout(self.rows * self.row), byte_alignment=16)
+        if cutlass.const_expr(self.stays):
+            full = smem.allocate_array(Int64, STAGES)
+            if tid == 0:
+                for s in cutlass.range_constexpr(STAGES):
+                    cute.arch.mbarrier_init(full + s, 1)
+            cute.arch.mbarrier_init_fence()
+        sR = smem.allocate_tensor(Float32, cute.make_layout(2 * STAGES * self.room), byte_alignment=16)
+        met: Any = None
         if cutlass.const_expr(config.clustered):
+            met = smem.allocate_array(Int64, 2)
+            if tid == 0:
+                for s in cutlass.range_constexpr(2):
+                    cute.arch.mbarrier_init(met + s, 1)
+            cute.arch.mbarrier_init_fence()
+            if tid == 0:
+                for s in cutlass.range_constexpr(2):
+                    cute.arch.mbarrier_arrive_and_expect_tx(met + s, 4 * self.warps * config.parts)
             cute.arch.cluster_arrive_relaxed()
         cute.arch.griddepcontrol_launch_dependents()
 
@@ -103,27 +123,37 @@ class Producer(ProducerRows, ProducerEncode):
             slot = (rank * config.chunks + j) * config.threads + tid
             self.load_constants(mG, mP, sV, rI, rG, j, slot)
         if cutlass.const_expr(config.permuted):
-            if tid < self.buffers * CHUNK:
+            if tid < self.rows * CHUNK:
                 sV[tid // CHUNK * self.row + config.columns + tid % CHUNK] = dtype(0.0)
-        rX = cute.make_rmem_tensor((self.words, self.reads), Uint32)
-        rU = cute.make_rmem_tensor((self.words, self.reads if config.reads_two else 1), Uint32)
-        rX.fill(0)
-        rU.fill(0)
-        cute.arch.griddepcontrol_wait()
-
-        self.load(mX, mU, rX, rU, first, tid, rank)
+        if cutlass.const_expr(self.stays):
+            cute.arch.sync_threads()
         if cutlass.const_expr(config.clustered):
-            cute.arch.cluster_wait()  # the others have begun: their shared memory may be written
-        if cutlass.const_expr(config.ctas_per_sm > 0):
-            for pair in cutlass.range(first, M, 2 * step, unroll=1):
-                for buffer in cutlass.range_constexpr(2):
-                    token = pair + buffer * step
+            cute.arch.cluster_wait()  # the others' barriers stand
+        cute.arch.griddepcontrol_wait()
+        if cutlass.const_expr(self.stays):
+            for s in cutlass.range_constexpr(STAGES):
+                self.fetch(mX, sV, full, s, first + s * step, tid)
+            phase = Int32(0)
+            for start in cutlass.range(first, M, STAGES * step, unroll=1):
+                for s in cutlass.range_constexpr(STAGES):
+                    token = start + s * step
                     if token < M:
+                        cute.arch.mbarrier_wait(full + s, phase)
                         self.token(
-                            mX, mU, mT, mQ, mS, sV, sR, rI, rG, rX, rU, eps, buffer, token, token + step, tid, rank
+                            mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, eps, s, token, STAGES * step, tid, rank
                         )
+                phase = phase ^ 1
         else:
-            self.token(mX, mU, mT, mQ, mS, sV, sR, rI, rG, rX, rU, eps, 0, first, M, tid, rank)
+            self.token(mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, eps, 0, first, M, tid, rank)
+
+    @cute.jit
+    def fetch(self, mX, sV, full, stage: cutlass.Constexpr, token, tid):
+        """Ask for the row of a token, if there is one; `full` counts its arrival."""
+        size = self.config.columns * self.size
+        if tid == 0 and token < mX.shape[0]:
+            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, size)
+            source = mX.iterator + Int64(token) * self.config.columns
+            bulk_load(sV.iterator + stage * self.row, source, Int32(size), full + stage)
 
     @cute.jit
     def load_constants(self, mG, mP, sV, rI, rG, j: cutlass.Constexpr, slot):
@@ -146,40 +176,33 @@ class Producer(ProducerRows, ProducerEncode):
                 rI[e, j] = sV.iterator.toint() + self.size * rI[e, j]
 
     @cute.jit
-    def token(self, mX, mU, mT, mQ, mS, sV, sR, rI, rG, rX, rU, eps, buffer: cutlass.Constexpr, token, following, tid,
-              rank):  # fmt: skip
-        """One token from what rX and rU hold of it to its codes; what they hold of the following one is asked for."""
+    def token(
+        self, mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, eps, stage: cutlass.Constexpr, token, ahead, tid, rank
+    ):
+        """One token from its row to its codes; once the row is read, that of the token `ahead` takes its place."""
         config = self.config
         values = [cute.make_rmem_tensor((CHUNK,), Float32) for _ in range(config.chunks)]
         squares = Float32(0.0)
-        for j in cutlass.range_constexpr(self.reads):
-            value = values[j if not config.permuted else 0]
-            self.combine(rX, rU, value, j)
-            if cutlass.const_expr(config.is_norm):
-                for e in cutlass.range_constexpr(CHUNK):
-                    squares = squares + value[e] * value[e]
-            if cutlass.const_expr(config.permuted):
-                self.share(sV, rX, buffer * self.row * self.size, j, tid, rank)
-        if cutlass.const_expr(config.source == "add_norm"):
-            self.store_sum(mT, rX, token, tid, rank)
-        if cutlass.const_expr(config.ctas_per_sm > 0):
-            if following < mX.shape[0]:
-                self.load(mX, mU, rX, rU, following, tid, rank)
-
-        room = 2 * buffer * self.room
+        if cutlass.const_expr(self.stays):
+            squares = self.take(sV, rI, values, stage, tid, rank)
+        else:
+            squares = self.read(mX, mU, mT, sV, values, token, tid, rank)
+        room = 2 * stage * self.room
         factor = Float32(1.0)
         if cutlass.const_expr(config.is_norm):
-            total = self.over_row(sR, room, squares, True, tid, rank, config.permuted)
+            total = self.over_row(sR, met, room, squares, True, tid, rank, config.permuted)
             factor = reciprocal_root(total / Float32(config.columns) + eps)
-        elif cutlass.const_expr(config.permuted):
+        elif cutlass.const_expr(self.rows > 0):
             cute.arch.sync_threads()
+        if cutlass.const_expr(self.stays):
+            self.fetch(mX, sV, full, stage, token + ahead, tid)
 
         largest = [Float32(0.0) for _ in range(config.chunks)]
         of_row = Float32(0.0)
         for j in cutlass.range_constexpr(config.chunks):
             slot = (rank * config.chunks + j) * config.threads + tid
-            if cutlass.const_expr(config.permuted):
-                self.gather(rI, buffer * self.row * self.size, values[j], j)
+            if cutlass.const_expr(config.permuted and not self.stays):
+                self.gather(rI, 0, values[j], j)
             if cutlass.const_expr(config.is_norm):
                 for e in cutlass.range_constexpr(CHUNK):
                     values[j][e] = values[j][e] * factor * rG[e, j]
@@ -193,10 +216,51 @@ class Producer(ProducerRows, ProducerEncode):
                     if slot < config.outlier_slot:
                         of_row = cute.arch.fmax(of_row, largest[j])
         if cutlass.const_expr(config.needs_row_max):
-            of_row = self.over_row(sR, room + self.room, of_row, False, tid, rank, False)
+            of_row = self.over_row(sR, met, room + self.room, of_row, False, tid, rank, False)
         for j in cutlass.range_constexpr(config.chunks):
             slot = (rank * config.chunks + j) * config.threads + tid
             self.write(mQ, mS, values[j], largest[j], of_row, token, slot)
+
+    @cute.jit
+    def read(self, mX, mU, mT, sV, values, token, tid, rank):
+        """The row from memory, into `values` or shared memory; returns this thread's sum of squares."""
+        config = self.config
+        rX = cute.make_rmem_tensor((self.words, self.reads), Uint32)
+        rU = cute.make_rmem_tensor((self.words, self.reads if config.reads_two else 1), Uint32)
+        rX.fill(0)
+        rU.fill(0)
+        self.load(mX, mU, rX, rU, token, tid, rank)
+        squares = Float32(0.0)
+        for j in cutlass.range_constexpr(self.reads):
+            value = values[j if not config.permuted else 0]
+            self.combine(rX, rU, value, j)
+            squares = self.add_squares(squares, value)
+            if cutlass.const_expr(config.permuted):
+                self.share(sV, rX, j, tid, rank)
+        if cutlass.const_expr(config.source == "add_norm"):
+            self.store_sum(mT, rX, token, tid, rank)
+        return squares
+
+    @cute.jit
+    def take(self, sV, rI, values, stage: cutlass.Constexpr, tid, rank):
+        """The row that has arrived in shared memory into `values`; returns this thread's sum of squares."""
+        config = self.config
+        offset = stage * self.row * self.size
+        squares = Float32(0.0)
+        for j in cutlass.range_constexpr(config.chunks):
+            if cutlass.const_expr(config.permuted):
+                self.gather(rI, offset, values[j], j)
+            else:
+                self.take_chunk(sV, offset, values[j], j, tid, rank)
+            squares = self.add_squares(squares, values[j])
+        return squares
+
+    @cute.jit
+    def add_squares(self, squares, value):
+        if cutlass.const_expr(self.config.is_norm):
+            for e in cutlass.range_constexpr(CHUNK):
+                squares = squares + value[e] * value[e]
+        return squares
 
     @cute.jit
     def write(self, mQ, mS, value, largest, of_row, token, slot):

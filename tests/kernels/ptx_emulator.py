@@ -607,6 +607,12 @@ def _shfl(warp: Warp, op: str, args: list[Any]) -> None:
     warp.write(args[0].split("|")[0], value[source])
 
 
+def _redux(warp: Warp, op: str, args: list[Any]) -> None:
+    warp.need_all(op)
+    assert op.endswith("max.u32")
+    warp.write(args[0], np.full(LANES, warp.read(args[1], U32).max()))
+
+
 def _vote(warp: Warp, op: str, args: list[Any]) -> None:
     warp.need_all(op)
     assert ".any." in op
@@ -751,7 +757,8 @@ HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
     (r"cvta\..*", _mov),
     (r"ex2\..*", _unary(np.exp2)), (r"lg2\..*", _unary(np.log2)), (r"rcp\..*", _unary(lambda a: 1 / a)),
     (r"sqrt\..*", _unary(np.sqrt)), (r"red\.shared\.add\.s32", _count),
-    (r"shfl\..*", _shfl), (r"vote\..*", _vote), (r"elect\..*", _elect), (r"movmatrix\..*", _movmatrix),
+    (r"shfl\..*", _shfl), (r"redux\..*", _redux), (r"vote\..*", _vote), (r"elect\..*", _elect),
+    (r"movmatrix\..*", _movmatrix),
     (r"ldmatrix\..*", _ldmatrix), (r"mma\..*", _mma), (r"bar\.sync|barrier\.sync.*", _bar),
     (r"mbarrier\..*", _mbarrier),
     (r"cp\.async\.bulk\..*", _bulk), (r"griddepcontrol.*|fence.*|prefetch.*|bar\.warp\.sync", _nothing),

@@ -259,13 +259,19 @@ def _map_to_peer(warp: Warp, op: str, args: list[Any]) -> None:
     warp.write(args[0], warp.read(args[1], U32) | (warp.read(args[2], U32) + U32(1)) << U32(PEER))
 
 
-def _store_at_peer(warp: Warp, op: str, args: list[Any]) -> None:
+def _send_to_peer(warp: Warp, op: str, args: list[Any]) -> None:
+    """st.async: a word into a peer's shared memory, counted by a barrier there."""
     cluster: Cluster = warp.kernel.cluster  # type: ignore[attr-defined]
     words = warp.read(args[1], U32)[warp.active]
-    for address, word in zip(warp.address(args[0], U32)[warp.active].tolist(), words, strict=True):
-        shared = cluster.ctas[(address >> PEER) - 1].shared
-        at = shared.index(np.array([address & ((1 << PEER) - 1)]), 4)[0]
-        shared.bytes[at] = np.array([word]).view(np.uint8)
+    places, barriers = (warp.address(arg, U32)[warp.active].tolist() for arg in (args[0], args[2]))
+    for place, barrier, word in zip(places, barriers, words, strict=True):
+        cta = cluster.ctas[(place >> PEER) - 1]
+        at = cta.shared.index(np.array([place & ((1 << PEER) - 1)]), 4)[0]
+        cta.shared.bytes[at] = np.array([word]).view(np.uint8)
+        counts = cta.barriers[barrier & ((1 << PEER) - 1)]
+        counts.bytes -= 4
+        counts.settle()
+        cta.events += 1
 
 
 def _arrive_at_peer(warp: Warp, op: str, args: list[Any]) -> None:
@@ -299,7 +305,7 @@ base.HANDLERS[:0] = [
     (r"barrier\.cluster\..*", _cluster_barrier),
     (r"mapa\..*", _map_to_peer),
     (r"mbarrier\.arrive\.shared::cluster\.b64", _arrive_at_peer),
-    (r"st\.shared::cluster\.f32", _store_at_peer),
+    (r"st\.async\.shared::cluster\..*", _send_to_peer),
     (r"ld\.acquire\..*", _load_acquire),
     (r"atom\.add\..*", _atomic_add),
     (r"bar\.sync|barrier\.sync.*", _bar),

@@ -83,6 +83,16 @@ def warp_max(x: Any):
 
 
 @cute.jit
+def warp_max_magnitude(x: Any):
+    """The largest of a warp's values, none of them negative, in every lane: their bits are ordered as they are."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 t; mov.b32 t, {$r0}; redux.sync.max.u32 t, t, 0xffffffff; mov.b32 {$w0}, t; }",
+        write_only_types=[Float32],
+        read_only_args=[x],
+    )
+
+
+@cute.jit
 def warp_sum(x: Any):
     """The sum over a warp in a fixed order, in every lane."""
     for offset in (16, 8, 4, 2, 1):

@@ -107,9 +107,11 @@ def store_shared_u32x4(address: Any, words: Any):
 
 
 @cute.jit
-def store_at_peer(address: Any, rank: Any, value: Any):
-    """A float32 into the shared memory of CTA `rank` of the cluster, at this CTA's address."""
+def send_to_peer(address: Any, barrier: Any, rank: Any, value: Any):
+    """A float32 into the shared memory of CTA `rank` of the cluster, at this CTA's address; its `barrier` counts it."""
     cute.arch.inline_ptx(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, {$r0}, {$r1}; st.shared::cluster.f32 [there], {$r2}; }",
-        read_only_args=[address, rank, value],
+        "{ .reg .b32 there, counts, t; mapa.shared::cluster.u32 there, {$r0}, {$r2};"
+        " mapa.shared::cluster.u32 counts, {$r1}, {$r2}; mov.b32 t, {$r3};"
+        " st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], t, [counts]; }",
+        read_only_args=[address, barrier, rank, value],
     )
