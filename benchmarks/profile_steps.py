@@ -31,7 +31,7 @@ from .timeline import Span, record
 
 PARTS = (  # of a kernel's name, the first that matches
     ("decode attention", r"paged_decode|merge_partials"),
-    ("prefill attention", r"prefill|flash|fmha|sdpa|attention"),
+    ("prefill attention", r"kv_gather|prefill|flash|fmha|sdpa|attention"),
     ("append", r"rope_append"),
     ("GEMM", r"gemm_sm90|gemm|cutlass_\d|nvjet|xmma|cublas|splitK"),
     ("producers", r"producers_sm90|producer"),
