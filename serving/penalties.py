@@ -19,16 +19,19 @@ class TokenCounts:
     def __init__(self, num_lanes: int, vocab_size: int, device: torch.device) -> None:
         self.counts = torch.zeros(num_lanes, vocab_size, dtype=torch.int16, device=device)
 
-    def row(self, prompt: list[int], output: list[int]) -> np.ndarray:
-        """A lane's row for a sequence's tokens so far, on the host."""
-        row = np.zeros(self.counts.shape[1], dtype=np.int16)
-        tokens, number = np.unique(np.array(output, dtype=np.int64), return_counts=True)
-        row[tokens] = np.minimum(number, _COUNT)
-        row[np.array(prompt, dtype=np.int64)] |= _PROMPT
-        return row
+    @staticmethod
+    def entries(prompt: list[int], output: list[int]) -> np.ndarray:
+        """int64 [2, n], on the host: a sequence's different tokens so far, and what stands in its lane's row there."""
+        tokens, places = np.unique(np.array([*prompt, *output], dtype=np.int64), return_inverse=True)
+        values = np.minimum(np.bincount(places[len(prompt) :], minlength=len(tokens)), _COUNT)
+        values[places[: len(prompt)]] |= _PROMPT
+        return np.stack((tokens, values))
 
-    def load(self, lane: int, row: Tensor) -> None:
-        self.counts[lane] = row
+    def load(self, lane: int, entries: Tensor) -> None:
+        """Give a lane these entries, and no others."""
+        row = self.counts[lane]
+        row.zero_()
+        row[entries[0]] = entries[1].to(torch.int16)
 
     def apply(self, logits: Tensor, lanes: Tensor, presence: Tensor, frequency: Tensor, repetition: Tensor) -> Tensor:
         """Penalised logits [S, V] float32; lanes int64 [S], the penalties [S].

@@ -111,8 +111,8 @@ class Sampler:
             self._bias_ids[lane] = self._upload(_padded(ids, MAX_LOGIT_BIAS, 0))
             self._bias[lane] = self._upload(_padded(bias, MAX_LOGIT_BIAS, 0.0)).float()
         if Feature.PENALTIES in features:
-            row = self._counts.row(sequence.token_ids[:num_prompt], output)
-            self._counts.load(lane, self._upload(row))
+            entries = self._counts.entries(sequence.token_ids[:num_prompt], output)
+            self._counts.load(lane, self._upload(entries))
 
     def sample(
         self,

@@ -20,7 +20,6 @@ LAYERS = ["quant", "kernels", "models", "calibration", "serving", "eval"]
 SHARED = {"errors": (), "env": (), "records": (), "record_tables": (), "texts": (), "checkpoint": ("quant",)}
 HEAVY = (
     "transformers",
-    "accelerate",
     "datasets",
     "lm_eval",
     "matplotlib",

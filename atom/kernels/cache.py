@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,14 @@ def kernel_key(name: str, config: object, sources: Iterable[Path], arch: str) ->
     for part in (name, repr(config), arch, *(f"{p} {_version(p)}" for p in PACKAGES)):
         digest.update(part.encode() + b"\0")
     for source in sorted(sources):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+        digest.update(source.name.encode() + b"\0" + _text(source, source.stat().st_mtime_ns) + b"\0")
     return digest.hexdigest()[:24]
+
+
+@lru_cache
+def _text(source: Path, changed: int) -> bytes:
+    """A file as it was at a time: a model has hundreds of kernels of a few files."""
+    return source.read_bytes()
 
 
 def kernel_path(name: str, key: str) -> Path:
@@ -126,6 +133,7 @@ def runtime_library() -> Path:
     )
 
 
+@lru_cache
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

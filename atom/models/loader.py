@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import read_scheme
 from ..kernels.registry import Kernels
@@ -92,9 +92,7 @@ def load_layer_(
 
 def meta_model(config: ModelConfig) -> Model:
     """The model without weights, on the meta device."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         return build_model(config)
 
 
@@ -102,10 +100,10 @@ def _load_tensors(
     module: torch.nn.Module, source: Source, names: dict[str, str], device: torch.device | str, dtype: torch.dtype
 ) -> None:
     """Put source tensors into a module: `names` maps the module's parameter names to the source's."""
-    from accelerate.utils import set_module_tensor_to_device
-
     for own, name in names.items():
-        set_module_tensor_to_device(module, own, device, value=source.get(name), dtype=dtype)
+        path, _, last = own.rpartition(".")
+        value = nn.Parameter(source.get(name).to(device, dtype), module.get_parameter(own).requires_grad)
+        setattr(module.get_submodule(path), last, value)
 
 
 class _LayerTensors(Mapping[str, Tensor]):

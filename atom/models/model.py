@@ -24,7 +24,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Iterable[DecoderLayer]) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        shape = (config.vocab_size, config.hidden_size)
+        # drawing numbers that a checkpoint replaces would, on the meta device, import torch's compiler: seconds
+        self.embed_tokens = nn.Embedding(*shape, _weight=torch.empty(shape))
         self.layers = nn.ModuleList(layers)
         self.norm: Norm = norm(config)
         self.embedding_scale = config.embedding_scale
@@ -121,7 +123,7 @@ class Model(nn.Module):
 def build_layer(config: ModelConfig, index: int) -> DecoderLayer:
     """Decoder layer `index` in full precision, its weights not yet loaded.
 
-    Under `torch.device("meta")` or accelerate's `init_empty_weights` it takes no memory.
+    Under `torch.device("meta")` it takes no memory.
     """
     return family_of(config.raw).layer(config, index)
 

@@ -10,7 +10,7 @@ def test_penalties_follow_their_definition() -> None:
     counts = TokenCounts(3, vocab, torch.device("cpu"))
     tokens = {2: ([1, 1, 2], [2, 3, 3, 3]), 0: ([5], [])}
     for lane, (prompt, output) in tokens.items():
-        counts.load(lane, torch.from_numpy(counts.row(prompt, output)))
+        counts.load(lane, torch.from_numpy(counts.entries(prompt, output)))
     counts.add(lanes, torch.tensor([4, 5]))  # as sampled tokens
     logits = torch.randn(2, vocab) * 3
     presence, frequency, repetition = torch.tensor([0.5, -1.0]), torch.tensor([0.25, 0.7]), torch.tensor([1.3, 0.8])
@@ -27,7 +27,7 @@ def test_penalties_follow_their_definition() -> None:
 
 def test_counts_stop_before_they_overflow() -> None:
     counts = TokenCounts(1, 4, torch.device("cpu"))
-    counts.load(0, torch.from_numpy(counts.row([1], [1] * 40000)))
+    counts.load(0, torch.from_numpy(counts.entries([1], [1] * 40000)))
     lane, token = torch.tensor([0]), torch.tensor([1])
     for _ in range(3):
         counts.add(lane, token)
@@ -38,7 +38,7 @@ def test_counts_stop_before_they_overflow() -> None:
 
 def test_forbidden_tokens_stay_forbidden() -> None:
     counts = TokenCounts(1, 3, torch.device("cpu"))
-    counts.load(0, torch.from_numpy(counts.row([0], [1])))
+    counts.load(0, torch.from_numpy(counts.entries([0], [1])))
     one = torch.ones(1)
     got = counts.apply(torch.full((1, 3), -torch.inf), torch.tensor([0]), -2 * one, -2 * one, 0.1 * one)
     assert got.tolist() == [[-torch.inf] * 3]
