@@ -2,7 +2,9 @@
 
 The weights are a `Source` like any other, so that a dummy model goes through the same loader, kernels and engine as a
 real one. Values are of a trained model's order of magnitude and mean nothing; the same bytes come again and again.
-On a GPU they are cut from a pool that lies there: 16 GB then take a second instead of crossing the bus.
+They are normally distributed, and codes with them, as a trained model's are: a GPU at its power limit runs slower on
+codes that are uniform. On a GPU they are cut from a pool that lies there: 16 GB then take a second instead of crossing
+the bus.
 """
 
 from collections.abc import Mapping
@@ -14,6 +16,9 @@ from torch import Tensor
 
 from ..checkpoint import quantization_config, read_json
 from ..errors import CheckpointError
+from ..quant.formats import FP8_E4M3, INT8, Format, get_format
+from ..quant.packing import pack
+from ..quant.rounding import encode_float
 from ..quant.schemes import Scheme
 from .config import ModelConfig
 from .layout import PERM, Expected, model_tensors
@@ -58,6 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 POOL = 1 << 22  # random elements that all weights are cut from
 STD = 0.02  # of weights that are not quantized
+SIGMAS_4BIT, SIGMAS_8BIT = 2.7, 3.7  # where the largest code stands: the largest of a group's 128, or of a row's 4096
 
 
 def dummy_source(
@@ -101,10 +107,13 @@ class DummyWeights:
         self._expected = expected
         self._device = torch.device(device)
         weight = None if scheme is None else scheme.weight
+        self._format = None if weight is None else get_format(weight.format)
         self._has_factors = weight is not None and weight.scale_format == "uint4"
         generator = torch.Generator().manual_seed(seed)
-        self._bytes = torch.randint(0, 256, (POOL,), dtype=torch.uint8, generator=generator).to(self._device)
-        self._normal = (torch.randn(POOL, generator=generator).to(torch.bfloat16) * STD).to(self._device)
+        self._draws = torch.randn(POOL, generator=generator)
+        self._pools: dict[torch.dtype, Tensor] = {
+            torch.bfloat16: (self._draws.to(torch.bfloat16) * STD).to(self._device)
+        }
 
     def names(self) -> list[str]:
         return list(self._expected)
@@ -125,12 +134,12 @@ class DummyWeights:
         if part.endswith("scale"):
             return self._scale(part, shape, dtype)
         if part in ("weight_packed", "outlier_weight") and dtype != torch.bfloat16:
-            return self._codes(shape, dtype)
+            return self._cut(self._codes(dtype), shape)
         if "norm" in name:
             return self._full(shape, 1, dtype)
         if part == "bias":
             return self._full(shape, 0, dtype)
-        return self._cut(self._normal, shape).to(dtype)
+        return self._cut(self._pools[torch.bfloat16], shape).to(dtype)
 
     def _full(self, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=self._device)
@@ -146,11 +155,22 @@ class DummyWeights:
             return self._full(shape, 1, dtype)
         return self._full(shape, 0.005 if outer or dtype == torch.bfloat16 else 0.0003, dtype)
 
-    def _codes(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        codes = self._cut(self._bytes, shape)
-        if dtype.is_floating_point:
-            return codes.masked_fill((codes & 0x7F) == 0x7F, 0).view(dtype)  # E4M3's NaNs
-        return codes.view(dtype) if dtype.itemsize == 1 else codes.to(dtype)
+    def _codes(self, dtype: torch.dtype) -> Tensor:
+        """The pool of codes that are stored as `dtype`."""
+        if dtype not in self._pools:
+            self._pools[dtype] = self._draw_codes(dtype).to(self._device)
+        return self._pools[dtype]
+
+    def _draw_codes(self, dtype: torch.dtype) -> Tensor:
+        if dtype == torch.uint8 and self._format is not None:
+            values = self._values(self._format, SIGMAS_4BIT)
+            codes = values.round().to(torch.int8) if self._format.is_integer else encode_float(values, self._format)
+            return pack(codes, self._format)
+        values = self._values(FP8_E4M3 if dtype == torch.float8_e4m3fn else INT8, SIGMAS_8BIT)
+        return values.to(dtype) if dtype.is_floating_point else values.round().to(dtype)
+
+    def _values(self, fmt: Format, sigmas: float) -> Tensor:
+        return (self._draws * (fmt.max / sigmas)).clamp(-fmt.max, fmt.max)
 
     @staticmethod
     def _cut(pool: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -158,4 +178,4 @@ class DummyWeights:
         size = 1
         for length in shape:
             size *= length
-        return pool.repeat(-(-size // POOL))[:size].view(shape)
+        return pool.repeat(-(-size // len(pool)))[:size].view(shape)

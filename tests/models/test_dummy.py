@@ -12,7 +12,10 @@ from atom.models.dummy import SHAPES, DummyWeights, dummy_source
 from atom.models.kv import DenseKV
 from atom.models.layout import Expected
 from atom.models.loader import load_source
+from atom.quant.formats import get_format
+from atom.quant.packing import unpack
 from atom.quant.presets import PRESETS, get_scheme
+from atom.quant.rounding import code_values
 
 
 @pytest.mark.parametrize("scheme", [None, *PRESETS, "w4a8+kv8"])
@@ -59,6 +62,20 @@ def test_a_factor_is_one_that_kernels_take() -> None:
 
 
 def test_e4m3_codes_are_numbers() -> None:
-    weights = DummyWeights({"x.weight_packed": Expected((64, 64), torch.float8_e4m3fn)})
+    weights = DummyWeights({"x.weight_packed": Expected((256, 256), torch.float8_e4m3fn)})
     values = weights.get("x.weight_packed").float()
-    assert values.isfinite().all() and values.abs().max() == 448 and values.std() > 50
+    assert values.isfinite().all() and values.abs().max() == 448 and 110 < values.std() < 130
+
+
+@pytest.mark.parametrize(("scheme", "std"), [("w4a8", 2.6), ("w3a3", 1.1), ("nvfp4", 2.2)])
+def test_codes_of_few_bits_are_distributed_as_a_group_s(scheme: str, std: float) -> None:
+    """The largest of 128 normal values takes the largest code."""
+    source = dummy_source("tiny", get_scheme(scheme))
+    name = "model.layers.0.mlp.up_proj.weight_packed"
+    spec = get_scheme(scheme).for_linear(name.removesuffix(".weight_packed")).weight
+    assert spec is not None
+    fmt = get_format(spec.format)
+    packed = source.get(name)
+    codes = unpack(packed, fmt, packed.shape[1] * 8 // fmt.bits)
+    values = code_values(codes, fmt)
+    assert values.std() == pytest.approx(std, rel=0.1) and values.abs().max() == fmt.max
