@@ -64,13 +64,14 @@ FILL = 2048  # blocks of the cache that are drawn; the others repeat them
 
 @dataclass
 class Timed:
-    """One step: when its launch began, when its result was there, seconds of waiting for it."""
+    """One step: when its launch began, when its result was there, seconds of waiting for it; its thread's time then."""
 
     num_decodes: int
     num_tokens: int
     begun: float
     ended: float = 0.0
     waited: float = 0.0
+    thread_s: float = 0.0
 
 
 class TimedRunner:
@@ -103,6 +104,7 @@ class TimedFlight:
         self.timed.waited = time.perf_counter() - before
         result = self.launched.result()
         self.timed.ended = time.perf_counter()
+        self.timed.thread_s = time.thread_time()
         return result
 
 
@@ -211,7 +213,7 @@ def measure(
             sol_us = floor.step_us(batch, context) - (head_gain_us(shape, batch) if head == "int8" else 0)
             row["sol_ms"] = round(sol_us / 1e3, 3)
             if not bench.fits(batch, context):
-                rows.append({**row, "ms": None, "host_ms": None, "idle": None, "note": "does not fit"})
+                rows.append({**row, "ms": None, "host_ms": None, "cpu_ms": None, "idle": None, "note": "does not fit"})
                 continue
             measured = summary(bench.decode(batch, context, WARM + STEPS)[-STEPS:])
             kernels = bench.profile(batch, context)
@@ -250,12 +252,14 @@ def summary(steps: list[Timed]) -> dict[str, Any]:
 
     ms       median time between results
     host_ms  mean of that time in which the engine's thread did not wait for the GPU
+    cpu_ms   mean processor time of that thread: less than host_ms where other processes keep it from its core
     """
     times = [later.ended - earlier.ended for earlier, later in pairwise(steps)]
     host = [elapsed - later.waited for elapsed, later in zip(times, steps[1:], strict=True)]
     return {
         "ms": round(statistics.median(times) * 1e3, 3),
         "host_ms": round(statistics.mean(host) * 1e3, 3),
+        "cpu_ms": round((steps[-1].thread_s - steps[0].thread_s) / (len(steps) - 1) * 1e3, 3),
     }
 
 

@@ -5,7 +5,6 @@ tokens are not. So parameters stay in a numpy array by lane, and each step sends
 A step whose lanes are all greedy sends nothing.
 """
 
-from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atom.kernels.begin import bring
+from atom.kernels.host_memory import STEPS_KEPT, HostRing, bring
 
 from .random import sample_seed, step_keys
 from .sampling_params import SamplingParams
@@ -24,7 +23,7 @@ MAX_CANDIDATES = (
 )
 
 
-STEP_ARRAYS, STEPS_KEPT = 4, 16  # that a step sends; whose memory is not used again so soon
+STEP_ARRAYS = 4  # that a step sends at most
 
 
 class Feature(IntFlag):
@@ -169,7 +168,7 @@ class Upload:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._kept: deque[Tensor] = deque(maxlen=STEP_ARRAYS * STEPS_KEPT)
+        self._ring = HostRing(STEP_ARRAYS * STEPS_KEPT)
 
     def __call__(self, array: np.ndarray) -> Tensor:
         """A copy of the array; from page-locked memory, since a copy from any other would synchronise."""
@@ -182,9 +181,8 @@ class Upload:
         """The same for one of a step's few arrays, on whose way the GPU need not stand still."""
         if self.device.type == "cpu":
             return self(array)
-        host = torch.empty(-(-array.nbytes // 16) * 16, dtype=torch.uint8, pin_memory=True)
+        host = self._ring.take(-(-array.nbytes // 16) * 16)
         host.numpy()[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._kept.append(host)
         words = torch.empty(len(host) // 4, dtype=torch.int32, device=self.device)
         bring(host.view(torch.int32), words)
         dtype = torch.from_numpy(array[:0]).dtype

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atom.kernels.begin import bring
+from atom.kernels.host_memory import bring
 
 from .batch import Batch
 from .kv_pool import DeviceArrays

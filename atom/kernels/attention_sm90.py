@@ -19,10 +19,10 @@ from ..quant.formats import get_format
 from ..quant.rounding import largest_scale
 from .attention_config import AppendConfig, DecodeConfig, MergeConfig, choose_decode, row_token
 from .attention_plan import SEGMENT_FIELDS, AttentionPlan, most_merges, most_segments, plan_balanced, plan_fixed
-from .begin import bring
 from .cache import load_kernel
 from .dense_attention import AttentionSpec
 from .head_norm import HeadNorms
+from .host_memory import bring
 from .kv_layout import KVLayout
 from .paged_attention import RopeTable
 from .paged_step import PagedStep

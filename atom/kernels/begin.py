@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..env import unverified_kernels
 from .begin_config import RECORD_WORDS
 from .cache import load_kernel
 from .registry import Problem
@@ -88,17 +87,6 @@ class Begin:
         )  # fmt: skip
 
 
-def bring(host: Tensor, words: Tensor) -> None:
-    """Copy int32 words [n], n a multiple of 4, from page-locked memory that stays as it is meanwhile; does not wait.
-
-    The kernel does what the copy engine would do, without the GPU standing still before and after it.
-    """
-    if words.is_cuda and unverified_kernels():
-        bring_kernel()(host.data_ptr(), words)
-    else:
-        words.copy_(host, non_blocking=True)
-
-
 @lru_cache
 def begin_kernel() -> Any:
     """The compiled kernel, from memory, disk or compiled now."""
@@ -131,6 +119,4 @@ def refuses_begin(problem: Problem) -> str | None:
         return f"hidden states must be bfloat16, got {problem.dtype}"
     if problem.K % 8:
         return f"hidden states must be a multiple of 8 long, got {problem.K}"
-    if not unverified_kernels():
-        return "it has not been verified on hardware yet; set ATOM_UNVERIFIED_KERNELS=1 to run it all the same"
     return None

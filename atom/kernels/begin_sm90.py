@@ -116,13 +116,13 @@ class Bring:
         tid, _, _ = cute.arch.thread_idx()
         part, _, _ = cute.arch.block_idx()
         quad = part * THREADS + tid
+        cute.arch.griddepcontrol_launch_dependents()
         if quad < mX.shape[0] // 4:
             a, b, c, d = cute.arch.inline_ptx(
                 "ld.volatile.global.v4.s32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
                 write_only_types=[Int32] * 4,
                 read_only_args=[source + 16 * Int64(quad)],
             )
-            cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
             words = cute.make_rmem_tensor((4,), Int32)
             words[0] = a

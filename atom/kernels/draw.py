@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..env import unverified_kernels
 from .cache import load_kernel
 from .draw_config import THREADS, TILE
-from .greedy import TokenMemory, refuses_greedy
+from .greedy import refuses_greedy
+from .host_memory import HostRing
 from .registry import Problem
 
 ARCH = "sm_90a"
@@ -21,7 +21,7 @@ SOURCES = tuple(
     for name in ("draw_sm90.py", "draw_config.py", "dsl/arithmetic.py", "dsl/memory.py", "dsl/tensor_core.py")
 )
 
-_memory = TokenMemory()
+_ring = HostRing()
 
 
 def draw(logits: Tensor, words: Tensor, counters: Tensor, lanes: Tensor, last_tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def draw(logits: Tensor, words: Tensor, counters: Tensor, lanes: Tensor, last_to
     lanes        int64 [S]
     last_tokens  int64 [num_lanes]: at `lanes` it becomes the rows' tokens
     """
-    tokens, told = torch.empty(len(logits), dtype=torch.int64, device=logits.device), _memory.take(len(logits))
+    tokens, told = torch.empty_like(lanes), _ring.take(8 * len(lanes)).view(torch.int64)
     if len(logits):
         draw_kernel()(logits, words, counters, lanes, last_tokens, tokens, told.data_ptr())
     return tokens, told
@@ -55,6 +55,4 @@ def refuses_draw(problem: Problem) -> str | None:
     """Why the sm_90a kernel cannot draw from logits of K tokens, or None."""
     if problem.K > THREADS * TILE:
         return f"vocabularies have at most {THREADS * TILE} tokens, got {problem.K}"
-    if not unverified_kernels():
-        return "it has not been verified on hardware yet; set ATOM_UNVERIFIED_KERNELS=1 to run it all the same"
     return refuses_greedy(problem)

@@ -1,6 +1,5 @@
 """Op greedy: the best token of each row of logits, told to the host and left for the next step."""
 
-from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..env import unverified_kernels
 from .cache import load_kernel
+from .host_memory import HostRing
 from .registry import Implementation, Op, Problem
 
 ARCH = "sm_90a"
@@ -19,7 +18,6 @@ SOURCES = tuple(HERE / name for name in ("greedy_sm90.py", "dsl/arithmetic.py"))
 FAULTY = -1  # instead of a token id: the logits held no number to choose by
 
 Greedy = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-STEPS_KEPT = 16  # while so many later steps are launched, memory that a kernel tells its tokens in is not used again
 
 
 def greedy_reference() -> Greedy:
@@ -46,28 +44,15 @@ def greedy_reference() -> Greedy:
 def build_greedy_sm90() -> Greedy:
     """Builder of the op on Hopper."""
 
-    memory = TokenMemory()
+    ring = HostRing()
 
     def run(logits: Tensor, lanes: Tensor, last_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, told = torch.empty(len(logits), dtype=torch.int64, device=logits.device), memory.take(len(logits))
+        tokens, told = torch.empty_like(lanes), ring.take(8 * len(lanes)).view(torch.int64)
         if len(logits):
             greedy_kernel()(logits, lanes, last_tokens, tokens, told.data_ptr())
         return tokens, told
 
     return run
-
-
-class TokenMemory:
-    """Page-locked memory in which kernels tell the host their tokens."""
-
-    def __init__(self) -> None:
-        self._kept: deque[Tensor] = deque(maxlen=STEPS_KEPT)
-
-    def take(self, count: int) -> Tensor:
-        """int64 [count]; it is not used again before STEPS_KEPT further ones were taken, even if it is dropped."""
-        memory = torch.empty(count, dtype=torch.int64, pin_memory=True)
-        self._kept.append(memory)
-        return memory
 
 
 @lru_cache
@@ -90,8 +75,6 @@ def refuses_greedy(problem: Problem) -> str | None:
         return f"logits must be bfloat16, got {problem.dtype}"
     if problem.K % 8:
         return f"vocabularies must be a multiple of 8, got {problem.K}"
-    if not unverified_kernels():
-        return "it has not been verified on hardware yet; set ATOM_UNVERIFIED_KERNELS=1 to run it all the same"
     return None
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from atom.kernels.begin import Begin, bring, refuses_begin
+from atom.kernels.begin import Begin, refuses_begin
 from atom.kernels.begin_config import RECORD_WORDS
+from atom.kernels.host_memory import HostRing, bring
 from atom.kernels.registry import Problem
 
 from .ptx_emulator import Address
@@ -106,9 +107,7 @@ def test_bring_on_a_model_of_the_machine(tmp_path: Path, monkeypatch: pytest.Mon
     assert np.array_equal(source, target)
 
 
-def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "verified" in (refuses_begin(Problem("sm_90", K=4096)) or "")
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+def test_what_it_refuses() -> None:
     assert refuses_begin(Problem("sm_90", K=4096)) is None
     assert "cpu" in (refuses_begin(Problem("cpu", K=4096)) or "")
     assert "multiple of 8" in (refuses_begin(Problem("sm_90", K=100)) or "")
@@ -117,14 +116,17 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("scale", [1.0, 3.5])
-def test_buffers_on_a_gpu(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_on_a_gpu(scale: float) -> None:
     """Angles are those of torch bit by bit: keys are stored turned by either."""
     begin = made("cuda", scale)
     begin(*step())
     torch.cuda.synchronize()
     check(begin, scale, 0.0)
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
     words, source = torch.zeros(4096, dtype=torch.int32, device="cuda"), torch.arange(4096, dtype=torch.int32)
     pinned = source.pin_memory()
     bring(pinned, words)
     assert torch.equal(words.cpu(), source)
+    ring = HostRing(2)
+    first, second, third = (ring.take(size) for size in (100, 5000, 40))
+    assert (len(first), len(second), len(third)) == (100, 5000, 40)
+    assert first.is_pinned() and first.data_ptr() == third.data_ptr() != second.data_ptr()

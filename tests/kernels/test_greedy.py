@@ -85,8 +85,7 @@ def test_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"(LDG\.E\.128[^\n]*\n\s*/\*\w+\*/\s*){4}", sass), "loads wait for each other"
 
 
-def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+def test_what_it_refuses() -> None:
     assert refuses_greedy(Problem("sm_90", K=128256)) is None
     assert "multiple of 8" in (refuses_greedy(Problem("sm_90", K=50257)) or "")
     assert "bfloat16" in (refuses_greedy(Problem("sm_90", K=128256, dtype="float16")) or "")
