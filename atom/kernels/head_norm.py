@@ -29,7 +29,7 @@ def normalize_heads(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) 
     own code has it.
     """
     wide = x.float()
-    normed = wide * (_sum(wide.square()) / x.shape[-1] + eps).sqrt().reciprocal()
+    normed = wide * (_sum(wide.square()) * (1.0 / x.shape[-1]) + eps).sqrt().reciprocal()
     if offset:
         return (normed * (weight.float() + offset)).to(x.dtype)
     return weight * normed.to(x.dtype)

@@ -11,7 +11,7 @@ from cutlass import Float32, cute
 from .dsl.arithmetic import reciprocal
 from .dsl.memory import pack_bf16x2
 from .dsl.packed_bf16 import high_float, low_float, multiply_pairs
-from .dsl.rounded_float import add_exactly, divide, multiply_add, multiply_exactly, square_root
+from .dsl.rounded_float import add_exactly, multiply_add, multiply_exactly, square_root
 
 
 @cute.jit
@@ -50,7 +50,7 @@ def normalize(config: cutlass.Constexpr, x, weights, eps, share):
             total = Float32(0.0)
     for step in reversed(range(config.lanes.bit_length() - 1)):
         total = add_exactly(total, cute.arch.shuffle_sync_bfly(total, offset=1 << step))
-    mean = divide(total, Float32(config.head_dim))
+    mean = multiply_exactly(total, Float32(1.0 / config.head_dim))
     factor = reciprocal(square_root(add_exactly(mean, eps)))
     for h in cutlass.range_constexpr(2):
         for w in cutlass.range_constexpr(4):

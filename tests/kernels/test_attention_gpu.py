@@ -232,6 +232,7 @@ def test_prefill(kv: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> N
     check(case, AttentionSpec(0.09))
     monkeypatch.setattr(prefill_plan, "SQUARE", 64)
     monkeypatch.setattr(prefill_plan, "SQUARE_FLOPS", 1)
+    monkeypatch.setattr(prefill_plan, "PREFIX_FLOPS", 1)
     check(case, AttentionSpec(0.09))
     check(case, AttentionSpec(0.09, 40))
 
@@ -243,6 +244,7 @@ def test_prefill_of_shapes_of_heads(heads: int, kv_heads: int, dim: int, monkeyp
     check(case, AttentionSpec(dim**-0.5))
     monkeypatch.setattr(prefill_plan, "SQUARE", 64)
     monkeypatch.setattr(prefill_plan, "SQUARE_FLOPS", 1)
+    monkeypatch.setattr(prefill_plan, "PREFIX_FLOPS", 1)
     check(case, AttentionSpec(dim**-0.5))
 
 

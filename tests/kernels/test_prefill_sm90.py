@@ -23,6 +23,7 @@ EVERYTHING = 1 << 60  # flops of one query and key: every chunk is worth a launc
 @pytest.fixture
 def small_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill_plan, "SQUARE", 32)
+    monkeypatch.setattr(prefill_plan, "PREFIX_FLOPS", 3e10)
 
 
 @pytest.fixture

@@ -24,10 +24,5 @@ def multiply_add(a: Any, b: Any, c: Any):
 
 
 @cute.jit
-def divide(a: Any, b: Any):
-    return cute.arch.inline_ptx("div.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
-
-
-@cute.jit
 def square_root(x: Any):
     return cute.arch.inline_ptx("sqrt.rn.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
