@@ -100,5 +100,7 @@ def _random(spec: TensorSpec, rows: int, columns: int, device: torch.device | st
     }.get(spec.scale_format, draw * 1e-2 + 1e-3)
     if spec.outer is None:
         return Quantized(codes, Scale(scale))
-    rows_of_outer = 1 if spec.outer == "tensor" else rows
-    return Quantized(codes, Scale(scale, None, torch.rand(rows_of_outer, 1, device=device) * 1e-3 + 1e-4))
+    outer = torch.rand(1 if spec.outer == "tensor" else rows, 1, device=device) * 1e-3 + 1e-4
+    if spec.scale_format == "uint4":  # as large as INT8 outliers beside it
+        outer = outer * 10
+    return Quantized(codes, Scale(scale, None, outer))

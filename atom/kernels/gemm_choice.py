@@ -24,34 +24,38 @@ def choose_config(
     Raises nothing: every problem has a config.
     """
     kind = KINDS[weight]
-    multicast, clustered = 1, True
-    pairs = tokens <= 16 and kind.bits == 4 and kind.operand == "int8"
-    narrow_tiles = -(-features // 128)  # with two warpgroups
+    multicast, clustered, pairs = 1, True, False
+    two_fit = tokens <= (32 if kind.operand == "bf16" else 64)  # CTAs of two warpgroups on an SM
     if tokens <= 32:
         tile_m = 16 if tokens <= 16 else 32
         wide = -(-features // 256)
         if wide >= SMS // 2:  # gate_up: tiles enough without a split
             warpgroups, split = (2, 1) if kind.promoted else (4, 1)
-            pairs = pairs and kind.promoted
-        elif wide >= 20 and kind.promoted:  # qkv
-            warpgroups, split = 2, 2
+            pairs = kind.promoted
+        elif wide >= 20:  # qkv
+            warpgroups, split = (2, 2) if kind.promoted else (4, 4)
+            pairs = kind.promoted
         elif units >= 64 and kind.operand != "bf16":  # down
-            warpgroups, split, clustered = 2, _split(narrow_tiles, sms), False
-        else:
-            warpgroups, split = 4, 5 if units >= 64 else 4
+            warpgroups, split, clustered, pairs = 2, _split(-(-features // 128), sms), False, True
+        elif kind.operand == "bf16" or kind.promoted:
+            warpgroups, split, pairs = 4, 5 if units >= 64 else 4, True
+        else:  # o
+            warpgroups, split = 2, _split(-(-features // 128), sms)
+        pairs = pairs and tokens <= 16 and kind.bits == 4 and kind.operand == "int8"
     elif tokens <= 64:
         tile_m = 64
         warpgroups = 4 if features >= 16384 and kind.promoted and kind.operand != "bf16" else 2
         split = _split(-(-features // (64 * warpgroups)), sms)
-        clustered = split <= 2
+        clustered = split <= 2 or units < 64
+        two_fit = two_fit and clustered
     elif tokens <= 256:
-        tile_m = 128
-        can_be_wide = kind.operand == "int8" and not kind.promoted
-        warpgroups = 4 if can_be_wide and tokens <= 128 and features >= 16384 else 2
+        gate_up = features >= 16384 and kind.operand == "int8" and not kind.promoted
+        tile_m = 256 if gate_up and tokens > 128 else 128
+        warpgroups = 4 if gate_up and tokens <= 128 else 2
         split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), sms)
         clustered = split <= 2
     elif kind.operand == "int8":
-        tile_m, warpgroups = (128, 2) if kind.promoted else _tile_of_many(kind.is_verbatim, tokens, features)
+        tile_m, warpgroups = (128 if kind.promoted else _tile_of_many(kind.is_verbatim, tokens, features)), 2
         split = 1
     else:
         # Two CTAs share a tile of tokens: bfloat16 activations are most of what a tile reads, and two sums of E4M3
@@ -69,21 +73,20 @@ def choose_config(
         int8_units=int8_units,
         bias=bias,
         aligned=features % 8 == 0,
-        ctas_per_sm=2 if warpgroups == 2 and tile_m <= (32 if kind.operand == "bf16" else 64) else 1,
+        ctas_per_sm=2 if warpgroups == 2 and two_fit else 1,
         pairs=pairs or (weight == "e4m3" and tile_m == 128),
         clustered=clustered or split == 1,
     ).with_most_stages()
 
 
-def _tile_of_many(verbatim: bool, tokens: int, features: int) -> tuple[int, int]:
-    """Tile and warpgroups for the INT8 products of many tokens: what ends first, in rounds of one tile an SM.
+def _tile_of_many(verbatim: bool, tokens: int, features: int) -> int:
+    """The tile for the INT8 products of many tokens: what ends first, in rounds of one tile an SM.
 
     A tile of half as many products takes a little more than half as long, but may fill the last round better.
     """
     half = 0.53 if verbatim else 0.59
-    big = (128, 4) if verbatim else (256, 2)
-    rounds = {tile: -(-(-(-features // (64 * tile[1])) * -(-tokens // tile[0])) // SMS) for tile in (big, (128, 2))}
-    return big if rounds[big] <= half * rounds[128, 2] else (128, 2)
+    rounds = {tile: -(-(-(-features // 128) * -(-tokens // tile)) // SMS) for tile in (128, 256)}
+    return 256 if rounds[256] <= half * rounds[128] else 128
 
 
 def _split(tiles: int, sms: int) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from .gemm_kinds import KINDS, WeightKind
+from .gemm_kinds import KINDS, UNIT_ROWS, WeightKind
 
 MOST_TILES = 256  # output tiles of a launch that splits K
 COUNTER_WORDS = 32 * MOST_TILES  # of scratch memory, before the partial sums
@@ -25,7 +25,7 @@ class GemmConfig:
     clustered     the CTAs of a split are a cluster; else they meet at a counter in global memory, and a launch must
                   not have more of them than the GPU holds at once
     aligned       N is a multiple of 8: 16-byte stores
-    tail          CTAs that share a tile along K where the last round of tiles leaves so many to each of them
+    ways          warpgroups that share rows: each takes every `ways`-th unit of K; 1, or all of them
     """
 
     weight: str
@@ -42,7 +42,7 @@ class GemmConfig:
     ctas_per_sm: int = 1
     pairs: bool = False
     clustered: bool = True
-    tail: int = 1
+    ways: int = 1
 
     @property
     def kind(self) -> WeightKind:
@@ -65,7 +65,7 @@ class GemmConfig:
 
     @property
     def x_bytes(self) -> int:
-        """Activations of one stage: 128 columns of bytes, or twice 64 of bfloat16, for every token."""
+        """Activations of one unit: 128 columns of bytes, or twice 64 of bfloat16, for every token."""
         return 128 * self.tile_m * self.kind.operand_bytes
 
     @property
@@ -80,7 +80,7 @@ class GemmConfig:
     @property
     def stage_bytes(self) -> int:
         scales = 4 * self.tile_m if self.token_scales == "group" else 0
-        return self.x_bytes + self.w_bytes + scales
+        return self.ways * self.x_bytes + self.w_bytes + scales
 
     @property
     def ring_bytes(self) -> int:
@@ -102,14 +102,23 @@ class GemmConfig:
         return 0 if self.token_scales != "token" else 2 if self.scaled_early else 1
 
     @property
-    def own_bytes(self) -> int:
-        """A warpgroup's own shared memory: its staging and the scales of the tile's tokens."""
-        return self.staging_bytes + 4 * self.scale_rows * self.tile_m
+    def scale_bytes(self) -> int:
+        """A warpgroup's copy of the scales of the tile's tokens."""
+        return 4 * self.scale_rows * self.tile_m
+
+    @property
+    def stagings_bytes(self) -> int:
+        """Staging of all warpgroups that store."""
+        return self.warpgroups // self.ways * self.staging_bytes
 
     @property
     def pool_bytes(self) -> int:
-        """Shared memory of the ring and of each warpgroup."""
-        return self.ring_bytes + self.warpgroups * self.own_bytes
+        """Shared memory of the ring, of each warpgroup, and for the sums that warpgroups of the same rows add up."""
+        return self.ring_bytes + self.stagings_bytes + self.warpgroups * self.scale_bytes + self.merge_bytes
+
+    @property
+    def merge_bytes(self) -> int:
+        return (self.ways - 1) * 4 * UNIT_ROWS * self.tile_m
 
     def with_most_stages(self) -> "GemmConfig":
         """As many stages as fit, at most 16."""

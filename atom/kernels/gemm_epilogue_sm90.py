@@ -16,6 +16,7 @@ class GemmEpilogue:
     config: GemmConfig
     kind: WeightKind
     consumers: int
+    sharers: int
     tile_m: int
     cluster_sync: Any
 
@@ -115,7 +116,25 @@ class GemmEpilogue:
                 cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
 
     @cute.jit
-    def exchange(self, mE, sums, tid, rank, tokens, item, split: cutlass.Constexpr):
+    def merge(self, pool, sums, thread, group):
+        """Add the sums of the warpgroups that share rows, in their order, into those of the first."""
+        config = self.config
+        place = pool + (config.ring_bytes + config.stagings_bytes + config.warpgroups * config.scale_bytes)
+        size = cute.size(sums)
+        layout = cute.make_layout((128, size, config.ways - 1))
+        others = cute.make_tensor(cute.recast_ptr(place, dtype=sums.element_type), layout)
+        if group > 0:
+            for i in cutlass.range_constexpr(size):
+                others[thread, i, group - 1] = sums[i]
+        cute.arch.barrier(barrier_id=6, number_of_threads=self.consumers)
+        if group == 0:
+            for w in cutlass.range_constexpr(config.ways - 1):
+                for i in cutlass.range_constexpr(size):
+                    sums[i] = sums[i] + others[thread, i, w]
+        cute.arch.barrier(barrier_id=6, number_of_threads=self.consumers)
+
+    @cute.jit
+    def exchange(self, mE, sums, tid, rank, tokens, item):
         """Add up the split's partial sums in registers, in rank order; each CTA does so for its share of the tokens.
 
         They travel through global memory (L2), in fragment order: [CTA, 8 tokens, thread, 4] words. Distributed
@@ -123,6 +142,7 @@ class GemmEpilogue:
         """
         config = self.config
         blocks = self.tile_m // 8
+        split = config.split
         share = -(-blocks // split)
         bx, _, _ = cute.arch.block_idx()
         dtype = sums.element_type
@@ -133,11 +153,11 @@ class GemmEpilogue:
                 for e in cutlass.range_constexpr(4):
                     part_sums[e] = sums[4 * j + e]
                 cute.autovec_copy(part, self.partial(mE, bx, j, tid))
-        if cutlass.const_expr(config.clustered and config.split > 1):
+        if cutlass.const_expr(config.clustered):
             cute.arch.fence_acq_rel_cluster()
             self.cluster_sync(split)
         else:
-            self.meet(mE, tid, item, split)
+            self.meet(mE, tid, item)
         for j in cutlass.range_constexpr(blocks):
             if 8 * j < tokens and rank == j // share:
                 total = cute.make_rmem_tensor((4,), dtype)
@@ -160,24 +180,25 @@ class GemmEpilogue:
         return share * 8
 
     @cute.jit
-    def meet(self, mE, tid, item, split: cutlass.Constexpr):
+    def meet(self, mE, tid, item):
         """Wait until all CTAs of this tile have written their partial sums.
 
         A counter per split and tile, never reset: every launch adds `split` to it. All CTAs of the launch are resident
         (gemm_config.py sees to it), so waiting cannot keep a CTA that is waited for from starting.
         """
+        split = self.config.split
         cute.arch.fence_acq_rel_gpu()
-        cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+        cute.arch.barrier(barrier_id=1, number_of_threads=self.sharers)
         if tid == 0:
             counter = mE.iterator + (split * MOST_TILES + item)
             target = (atomic_increment(counter) // split + 1) * split
             seen = load_acquire(counter)
             while seen - target < 0:
                 seen = load_acquire(counter)
-        cute.arch.barrier(barrier_id=1, number_of_threads=self.consumers)
+        cute.arch.barrier(barrier_id=1, number_of_threads=self.sharers)
         cute.arch.fence_acq_rel_gpu()
 
     @cute.jit
     def partial(self, mE, cta, block, tid):
-        at = COUNTER_WORDS + ((Int64(cta) * (self.tile_m // 8) + block) * self.consumers + tid) * 4
+        at = COUNTER_WORDS + ((Int64(cta) * (self.tile_m // 8) + block) * self.sharers + tid) * 4
         return cute.make_tensor((mE.iterator + at).align(16), cute.make_layout(4))

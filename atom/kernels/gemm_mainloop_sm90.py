@@ -47,10 +47,10 @@ class GemmMainloop:
 
     @cute.jit
     def consume(
-        self, sX, sW, sS, sT, acc, out, full, empty, thread, group, begin, end, int4_units, stage, phase,
+        self, sX, sW, sS, sT, acc, out, full, empty, thread, group, end, middle, stage, phase,
         mS, mC, mB, mY, row0, token0, row_values, token_values,
     ):  # fmt: skip
-        """One warpgroup: decode the units of its 64 rows and multiply them with the tokens."""
+        """One warpgroup: decode `end` units of its 64 rows, `middle` of them INT4, and multiply them with tokens."""
         config = self.config
         tiled_mma = self.tiled_mma()
         tCrB = tiled_mma.make_fragment_B(tiled_mma.get_slice(thread).partition_B(sX))
@@ -62,8 +62,7 @@ class GemmMainloop:
         scale = cute.make_rmem_tensor((self.codec.scale_words,), self.codec.scale_type)
         raw.fill(0)
         loaded.fill(0)
-        middle = cutlass.min(cutlass.max(int4_units, begin), end)
-        start = begin
+        start = Int32(0)
         if cutlass.const_expr(config.pairs):
             # few tokens: two units at a time, so that the latencies of one hide those of the other
             acc2 = cute.make_rmem_tensor(acc.shape, self.sum_type)
@@ -72,7 +71,7 @@ class GemmMainloop:
             scale2 = cute.make_rmem_tensor(scale.shape, self.codec.scale_type)
             if cutlass.const_expr(not self.kind.promoted):
                 acc2.fill(0)
-            for _ in cutlass.range((middle - begin) // 2, unroll=1):
+            for _ in cutlass.range(middle // 2, unroll=1):
                 first = stage
                 cute.arch.mbarrier_wait(full + stage, phase)
                 self.load_unit(sW, raw, scale, thread, group, stage)
@@ -81,13 +80,13 @@ class GemmMainloop:
                 self.load_unit(sW, raw2, scale2, thread, group, stage)
                 self.codec.decode(raw, scale, rA32)
                 self.codec.decode(raw2, scale2, cute.recast_tensor(rA2, Uint32))
-                self.multiply_pair(rA, rA2, tCrB, acc, acc2, first, stage)
+                self.multiply_pair(rA, rA2, tCrB, acc, acc2, self.place_of(first, group), self.place_of(stage, group))
                 self.promote(acc, out, sS, scale, thread, first)
                 self.release(empty, first)
                 self.promote(acc2, out, sS, scale2, thread, stage)
                 self.release(empty, stage)
                 stage, phase = self.advance(stage, phase)
-            start = begin + (middle - begin) // 2 * 2
+            start = middle // 2 * 2
             if cutlass.const_expr(not self.kind.promoted):
                 for i in cutlass.range_constexpr(cute.size(acc)):
                     acc[i] = acc[i] + acc2[i]
@@ -113,7 +112,7 @@ class GemmMainloop:
                 self.load_unit(sW, codes, scale, thread, group, stage)
                 stage, phase = self.advance(stage, phase)
             self.codec.decode(codes, scale, rA32)
-            self.multiply(rA, tCrB, acc, this, self.kind.steps)
+            self.multiply(rA, tCrB, acc, self.place_of(this, group), self.kind.steps)
             self.promote(acc, out, sS, scale, thread, this)
             self.release(empty, this)
         if cutlass.const_expr(config.scaled_early):
@@ -147,7 +146,7 @@ class GemmMainloop:
                     rA32[j] = raw[j]
                 this = stage
                 stage, phase = self.advance(stage, phase)
-                self.multiply(rA, tCrB, acc, this, 2)
+                self.multiply(rA, tCrB, acc, self.place_of(this, group), 2)
                 self.promote(acc, out, sS, scale, thread, this)
                 self.release(empty, this)
                 if unit + 1 < end:
@@ -189,13 +188,13 @@ class GemmMainloop:
         row_scale = (Float32(scales[row]), Float32(scales[row + 8]))
         for part in cutlass.range_constexpr(self.tile_m // tokens):
             mma = self.outlier_mma()
-            tile = cute.local_tile(sX, (tokens, 128, self.config.stages), (part, 0, 0))
+            tile = cute.local_tile(sX, (tokens, 128, self.config.ways * self.config.stages), (part, 0, 0))
             tCrB = mma.make_fragment_B(mma.get_slice(thread).partition_B(tile))
             wg.fence()
             for k in cutlass.range_constexpr(4):
                 mma.set(wg.Field.ACCUMULATE, k != 0)
-                stage = one if cutlass.const_expr(k < 2) else two
-                cute.gemm(mma, acc, rA[None, None, k], tCrB[None, None, k % 2, stage], acc)
+                at = self.place_of(one if k < 2 else two, group)
+                cute.gemm(mma, acc, rA[None, None, k], tCrB[None, None, k % 2, at], acc)
             wg.commit_group()
             wg.wait_group(0)
             for j in cutlass.range_constexpr(tokens // 8):
@@ -219,6 +218,11 @@ class GemmMainloop:
             cute.gemm(two, acc2, rA2[None, None, k], tCrB[None, None, k, stage2], acc2)
         wg.commit_group()
         wg.wait_group(0)
+
+    @cute.jit
+    def place_of(self, stage, group):
+        """Which unit of activations in the ring belongs to a warpgroup's unit of a stage."""
+        return stage if cutlass.const_expr(self.config.ways == 1) else stage * self.config.ways + group
 
     @cute.jit
     def advance(self, stage, phase):
@@ -251,21 +255,22 @@ class GemmMainloop:
         wg.wait_group(0)
 
     @cute.jit
-    def consume_verbatim(self, sX, sA, acc, out, full, empty, thread, group, begin, end, stage, phase):
+    def consume_verbatim(self, sX, sA, acc, out, full, empty, thread, group, count, stage, phase):
         """One warpgroup, codes that are the operand: both sides straight from shared memory."""
         tiled_mma = self.tiled_mma()
         mma = tiled_mma.get_slice(thread)
         tCrA = tiled_mma.make_fragment_A(mma.partition_A(sA))
         tCrB = tiled_mma.make_fragment_B(mma.partition_B(sX))
         before = stage
-        for unit in cutlass.range(begin, end, unroll=1):
+        for unit in cutlass.range(count, unroll=1):
             this = stage
             cute.arch.mbarrier_wait(full + this, phase)
             wg.fence()
             for k in cutlass.range_constexpr(self.kind.steps):
                 tiled_mma.set(wg.Field.ACCUMULATE, not self.kind.promoted or k != 0)
                 at = this * self.config.warpgroups + group
-                cute.gemm(tiled_mma, acc, tCrA[None, None, k, at], tCrB[None, None, k, this], acc)
+                x_at = self.place_of(this, group)
+                cute.gemm(tiled_mma, acc, tCrA[None, None, k, at], tCrB[None, None, k, x_at], acc)
             wg.commit_group()
             if cutlass.const_expr(self.kind.promoted):
                 wg.wait_group(0)
@@ -274,18 +279,18 @@ class GemmMainloop:
                     out[i] = out[i] + acc[i]
             else:  # one unit's products run while the next unit is waited for
                 wg.wait_group(1)
-                if unit > begin:
+                if unit > 0:
                     self.release(empty, before)
             before = this
             stage, phase = self.advance(stage, phase)
         if cutlass.const_expr(not self.kind.promoted):
             wg.wait_group(0)
-            if begin < end:
+            if count > 0:
                 self.release(empty, before)
         return stage, phase
 
     @cute.jit
-    def consume_alternating(self, sX, sA, acc, out, full, empty, thread, group, begin, end, stage, phase):
+    def consume_alternating(self, sX, sA, acc, out, full, empty, thread, group, count, stage, phase):
         """As consume_verbatim, two units at a time: one's sums are promoted while the other's products run.
 
         No products are under way from one round to the next: ptxas would then serialize all of them.
@@ -294,7 +299,7 @@ class GemmMainloop:
         tCrA = self.tiled_mma().make_fragment_A(mma.partition_A(sA))
         tCrB = self.tiled_mma().make_fragment_B(mma.partition_B(sX))
         other = cute.make_rmem_tensor(acc.shape, self.sum_type)
-        for _ in cutlass.range((end - begin) // 2, unroll=1):
+        for _ in cutlass.range(count // 2, unroll=1):
             one = stage
             cute.arch.mbarrier_wait(full + one, phase)
             two, phase = self.advance(stage, phase)
@@ -310,7 +315,7 @@ class GemmMainloop:
             for i in cutlass.range_constexpr(cute.size(acc)):
                 out[i] = out[i] + other[i]
             stage, phase = self.advance(two, phase)
-        if (end - begin) % 2 == 1:
+        if count % 2 == 1:
             cute.arch.mbarrier_wait(full + stage, phase)
             self.multiply_verbatim(tCrA, tCrB, acc, group, stage)
             wg.wait_group(0)
@@ -328,7 +333,8 @@ class GemmMainloop:
         for k in cutlass.range_constexpr(self.kind.steps):
             tiled_mma.set(wg.Field.ACCUMULATE, k != 0)
             at = stage * self.config.warpgroups + group
-            cute.gemm(tiled_mma, acc, tCrA[None, None, k, at], tCrB[None, None, k, stage], acc)
+            x_at = self.place_of(stage, group)
+            cute.gemm(tiled_mma, acc, tCrA[None, None, k, at], tCrB[None, None, k, x_at], acc)
         wg.commit_group()
 
     @cute.jit

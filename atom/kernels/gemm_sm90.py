@@ -35,12 +35,13 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         self.kind = config.kind
         self.codec = None if config.kind.is_verbatim else decoder(config.weight)
         self.tile_m = config.tile_m
-        self.rows = 64 * config.warpgroups
+        self.rows = 64 * config.warpgroups // config.ways
         self.consumers = 128 * config.warpgroups
+        self.sharers = self.consumers // config.ways  # threads that hold sums to be stored
         self.threads = self.consumers + (128 if config.registers else 32)  # one warp produces, alone or in a warpgroup
         self.unit_words = config.kind.unit_bytes // 4
         self.cluster = config.multicast * (config.split if config.clustered else 1)
-        self.slabs = config.kind.operand_bytes  # 128 bytes of every token that one TMA box holds, in a stage
+        self.slabs = config.kind.operand_bytes  # 128 bytes of every token that one TMA box holds, in a unit
         self.x_type = BFloat16 if config.kind.operand == "bf16" else Int8  # E4M3 travels as bytes
         self.x_bytes = config.x_bytes
         self.w_bytes = config.w_bytes
@@ -62,7 +63,8 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         config = self.config
         box = (self.tile_m, 128 // self.slabs)
         atom = wg.make_smem_layout_atom(wg.SmemLayoutAtomKind.K_SW128, self.x_type)
-        x_layout = cute.tile_to_shape(atom, (*box, self.slabs * config.stages), order=(0, 1, 2))
+        boxes = self.slabs * config.ways * config.stages
+        x_layout = cute.tile_to_shape(atom, (*box, boxes), order=(0, 1, 2))
         if cutlass.const_expr(config.multicast > 1):
             op = cpasync.CopyBulkTensorTileG2SMulticastOp()
         else:
@@ -84,8 +86,8 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             block=(self.threads, 1, 1),
             cluster=(self.cluster, 1, 1),
             stream=stream,
-            min_blocks_per_mp=config.ctas_per_sm,
-            preferred_smem_carveout=100,
+            min_blocks_per_mp=config.ctas_per_sm if config.split == 1 else 1,
+            preferred_smem_carveout=100 if config.ctas_per_sm > 1 and config.split == 1 else None,
             use_pdl=config.pdl,
         )
 
@@ -116,23 +118,23 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         work = bx // (config.multicast * config.split)  # of row_groups * token_tiles, then every `stride`-th
         stride = blocks // (config.multicast * config.split)
         total = row_groups * token_tiles
-        whole, tail = self.tail_tiles(total, stride)
-        total = whole + (total - whole) * tail
+        begin = units * split_rank // config.split
+        end = units * (split_rank + 1) // config.split
 
         smem = utils.SmemAllocator()
         full = smem.allocate_array(Int64, config.stages)
         empty = smem.allocate_array(Int64, config.stages)
         pool = smem.allocate(config.pool_bytes, 1024)
         sX = cute.make_tensor(cute.recast_ptr(pool, x_layout.inner, self.x_type), x_layout.outer)
-        w_words = cute.recast_ptr(pool + self.x_bytes * config.stages, dtype=Uint32)
+        w_words = cute.recast_ptr(pool + self.x_bytes * config.ways * config.stages, dtype=Uint32)
         sW = cute.make_tensor(w_words, cute.make_layout((self.unit_words, config.warpgroups, config.stages)))
         if cutlass.const_expr(self.kind.is_verbatim):  # both operands as wgmma takes them
             w_atom = wg.make_smem_layout_atom(wg.SmemLayoutAtomKind.K_SW128, self.operand)
             a_layout = cute.tile_to_shape(w_atom, (64, 128, config.warpgroups * config.stages), order=(0, 1, 2))
-            w_codes = cute.recast_ptr(pool + self.x_bytes * config.stages, a_layout.inner, self.operand)
+            w_codes = cute.recast_ptr(pool + self.x_bytes * config.ways * config.stages, a_layout.inner, self.operand)
             sA = cute.make_tensor(w_codes, a_layout.outer)
             sXm = cute.make_tensor(cute.recast_ptr(pool, x_layout.inner, self.operand), x_layout.outer)
-        s_words = cute.recast_ptr(pool + (self.x_bytes + self.w_bytes) * config.stages, dtype=Float32)
+        s_words = cute.recast_ptr(pool + (self.x_bytes * config.ways + self.w_bytes) * config.stages, dtype=Float32)
         sS = cute.make_tensor(s_words, cute.make_layout((self.tile_m, config.stages)))
 
         if warp == 0:
@@ -158,9 +160,7 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
                 phase = Int32(1)
                 first = Int32(1)
                 for item in cutlass.range(work, total, stride, unroll=1):
-                    tile, part, parts = self.share(item, split_rank, whole, tail)
-                    row_tile, token0 = self.place(tile, row_groups, token_tiles, rank)
-                    begin, end = units * part // parts, units * (part + 1) // parts
+                    row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
                     stage, phase = self.produce(
                         x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units,
                         stage, phase, first,
@@ -179,16 +179,17 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             stage = Int32(0)
             phase = Int32(0)
             first = Int32(1)
-            own = pool + (config.ring_bytes + group * config.own_bytes)
-            scales = cute.recast_ptr(own + config.staging_bytes, dtype=Float32)
+            staging = pool + (config.ring_bytes + group // config.ways * config.staging_bytes)
+            scales = pool + (config.ring_bytes + config.stagings_bytes + group * config.scale_bytes)
+            scales = cute.recast_ptr(scales, dtype=Float32)
             sT = cute.make_tensor(scales, cute.make_layout((self.tile_m, max(config.scale_rows, 1))))
             row_values = cute.make_rmem_tensor((4,), Float32)
             token_values = cute.make_rmem_tensor((-(-self.tile_m // 128) * max(config.scale_rows, 1),), Float32)
             for item in cutlass.range(work, total, stride, unroll=1):
-                tile, part, parts = self.share(item, split_rank, whole, tail)
-                row_tile, token0 = self.place(tile, row_groups, token_tiles, rank)
-                begin, end = units * part // parts, units * (part + 1) // parts
-                row0 = (row_tile * config.warpgroups + group) * 64
+                row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
+                row0 = row_tile * self.rows
+                if cutlass.const_expr(config.ways == 1):
+                    row0 = row0 + group * 64
                 if cutlass.const_expr(self.tile_m <= 64):
                     self.fetch_row_values(mC, mB, row_values, thread, row0, mY.shape[1])
                 if cutlass.const_expr(config.pdl):
@@ -198,55 +199,53 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
                 if cutlass.const_expr(self.tile_m <= 64):
                     self.fetch_token_scales(mS, token_values, thread, token0, mY.shape[0])
                 (out if cutlass.const_expr(self.kind.promoted) else acc).fill(0)
+                own_units, own_int4 = self.units_of(group, begin, end, int4_units)
                 if cutlass.const_expr(self.kind.is_verbatim):
                     consume = self.consume_alternating if config.pairs else self.consume_verbatim
-                    stage, phase = consume(sXm, sA, acc, out, full, empty, thread, group, begin, end, stage, phase)
+                    stage, phase = consume(sXm, sA, acc, out, full, empty, thread, group, own_units, stage, phase)
                 else:
                     stage, phase = self.consume(
-                        sX, sW, sS, sT, acc, out, full, empty, thread, group, begin, end, int4_units, stage, phase,
+                        sX, sW, sS, sT, acc, out, full, empty, thread, group, own_units, own_int4, stage, phase,
                         mS, mC, mB, mY, row0, token0, row_values, token_values,
                     )  # fmt: skip
+                if cutlass.const_expr(config.ways > 1):
+                    if own_units < (end - begin + config.ways - 1) // config.ways:  # a stage without a unit for it
+                        cute.arch.mbarrier_wait(full + stage, phase)
+                        self.release(empty, stage)
+                        stage, phase = self.advance(stage, phase)
+                    self.merge(pool, sums, thread, group)
                 if cutlass.const_expr(not config.scaled_early):
                     self.share_scales(sT, mS, mC, mB, mY, row_values, token_values, thread, group, row0, token0)
-                low = token0
-                high = cutlass.min(token0 + self.tile_m, mY.shape[0])
-                if cutlass.const_expr(config.split > 1):
-                    share = self.exchange(mE, sums, tid, split_rank, high - token0, item, config.split)
-                    low = token0 + split_rank * share
-                    high = cutlass.min(low + share, high)
-                elif cutlass.const_expr(config.tail > 1):
-                    if parts > 1:
-                        share = self.exchange(mE, sums, tid, part, high - token0, tile - whole, config.tail)
-                        low = token0 + part * share
-                        high = cutlass.min(low + share, high)
-                self.store(own, sums, sT, row_values, mY, thread, group, row0, token0, low, high)
+                place = (row0, token0, split_rank, item)
+                if cutlass.const_expr(config.ways > 1):
+                    if group == 0:
+                        self.finish(staging, sums, sT, row_values, mE, mY, tid, thread, group, *place)
+                else:
+                    self.finish(staging, sums, sT, row_values, mE, mY, tid, thread, group, *place)
             if cutlass.const_expr(config.multicast > 1):
                 self.cluster_sync(self.cluster)  # peers may still write to or signal this CTA's shared memory
 
     @cute.jit
-    def tail_tiles(self, total, stride):
-        """(tiles of the rounds in which every CTA has one, CTAs that share each of the rest)."""
-        whole = total
-        tail = Int32(1)
-        if cutlass.const_expr(self.config.tail > 1):
-            rest = total % stride
-            if rest * self.config.tail <= stride:
-                whole = total - rest
-                tail = Int32(self.config.tail)
-        return whole, tail
+    def finish(self, staging, sums, sT, row_values, mE, mY, tid, thread, group, row0, token0, rank, item):
+        """From sums in registers to memory."""
+        low = token0
+        high = cutlass.min(token0 + self.tile_m, mY.shape[0])
+        if cutlass.const_expr(self.config.split > 1):
+            share = self.exchange(mE, sums, tid, rank, high - token0, item)
+            low = token0 + rank * share
+            high = cutlass.min(low + share, high)
+        self.store(staging, sums, sT, row_values, mY, thread, group, row0, token0, low, high)
 
     @cute.jit
-    def share(self, item, split_rank, whole, tail):
-        """Work item to (tile, which of how many parts of K)."""
-        tile = item
-        part = split_rank
-        parts = Int32(self.config.split)
-        if cutlass.const_expr(self.config.tail > 1):
-            if item >= whole:
-                tile = whole + (item - whole) // tail
-                part = (item - whole) % tail
-                parts = tail
-        return tile, part, parts
+    def units_of(self, group, begin, end, int4_units):
+        """(units that a warpgroup multiplies, how many of them are INT4) of those from begin to end."""
+        count = end - begin
+        int4 = cutlass.min(cutlass.max(int4_units - begin, Int32(0)), count)
+        if cutlass.const_expr(self.config.ways > 1):
+            ways = self.config.ways
+            count = (count - group + (ways - 1)) // ways
+            int4 = (int4 - group + (ways - 1)) // ways
+        return count, int4
 
     @cute.jit
     def place(self, item, row_groups, token_tiles, rank):
@@ -288,31 +287,26 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         _, tXgH = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(half, 0, 2))
         mask = cutlass.Int16((1 << config.multicast) - 1)
 
-        count = end - begin
+        ways = config.ways
+        count = (end - begin + ways - 1) // ways
         early = cutlass.min(count, Int32(config.stages)) * first
         # weights never depend on the kernel before this one: fetch them before waiting for it (PDL)
         for i in cutlass.range(early, unroll=1):
-            self.load_weights(mW, sW, full, row_tile, last_tile, begin + i, i, scale_bytes)
+            self.load_weights(mW, sW, full, row_tile, last_tile, begin + ways * i, end, i, scale_bytes)
         if cutlass.const_expr(config.pdl):
             if first == 1:
                 cute.arch.griddepcontrol_wait()
         for i in cutlass.range(count, unroll=1):
-            unit = begin + i
+            unit = begin + ways * i
             if i >= early:
                 cute.arch.mbarrier_wait(empty + stage, phase)
-                self.load_weights(mW, sW, full, row_tile, last_tile, unit, stage, scale_bytes)
-            if cutlass.const_expr(self.kind.bits == 4 and self.slabs == 1):
-                # 64-column steps: an INT8 unit starts on any of them, an INT4 unit on every second
-                step = 2 * unit if unit < int4_units else int4_units + unit
-                if step % 2 == 0:
-                    self.load_tokens(x_atom, tXgX[None, step // 2], tXsX[None, stage], full + stage, mask)
-                else:
-                    self.load_tokens(x_atom, tXgH[None, step // 2], tXsX[None, stage], full + stage, mask)
-            else:
-                for slab in cutlass.range_constexpr(self.slabs):
-                    at = self.slabs * unit + slab
-                    target = tXsX[None, self.slabs * stage + slab]
-                    self.load_tokens(x_atom, tXgX[None, at], target, full + stage, mask)
+                self.load_weights(mW, sW, full, row_tile, last_tile, unit, end, stage, scale_bytes)
+            for way in cutlass.range_constexpr(ways):
+                if cutlass.const_expr(ways == 1):
+                    self.load_unit_tokens(x_atom, tXgX, tXgH, tXsX, unit, stage, full + stage, int4_units, mask)
+                elif unit + way < end:
+                    at = stage * ways + way
+                    self.load_unit_tokens(x_atom, tXgX, tXgH, tXsX, unit + way, at, full + stage, int4_units, mask)
             if cutlass.const_expr(config.token_scales == "group"):
                 with cute.arch.elect_one():
                     source = mS.iterator + (Int64(unit) * mS.shape[1] + token0)
@@ -324,15 +318,39 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         return stage, phase
 
     @cute.jit
-    def load_weights(self, mW, sW, full, row_tile, last_tile, unit, stage, scale_bytes):
+    def load_weights(self, mW, sW, full, row_tile, last_tile, unit, end, stage, scale_bytes):
         config = self.config
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.w_bytes + self.x_bytes + scale_bytes)
-            for g in cutlass.range_constexpr(config.warpgroups):
-                tile = cutlass.min(row_tile * config.warpgroups + g, last_tile)  # rows past N: loaded, never stored
-                source = mW.iterator + (Int64(tile) * mW.shape[1] + unit) * self.unit_words
-                target = sW.iterator + (stage * config.warpgroups + g) * self.unit_words
-                bulk_load(target, source, Int32(self.kind.unit_bytes), full + stage)
+        if cutlass.const_expr(config.ways > 1):  # neighbours along K
+            count = cutlass.min(Int32(config.ways), end - unit)
+            with cute.arch.elect_one():
+                expected = count * (self.kind.unit_bytes + self.x_bytes)
+                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, expected)
+                source = mW.iterator + (Int64(cutlass.min(row_tile, last_tile)) * mW.shape[1] + unit) * self.unit_words
+                target = sW.iterator + stage * config.warpgroups * self.unit_words
+                bulk_load(target, source, count * self.kind.unit_bytes, full + stage)
+        else:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.w_bytes + self.x_bytes + scale_bytes)
+                for g in cutlass.range_constexpr(config.warpgroups):
+                    tile = cutlass.min(row_tile * config.warpgroups + g, last_tile)  # past N: loaded, never stored
+                    source = mW.iterator + (Int64(tile) * mW.shape[1] + unit) * self.unit_words
+                    target = sW.iterator + (stage * config.warpgroups + g) * self.unit_words
+                    bulk_load(target, source, Int32(self.kind.unit_bytes), full + stage)
+
+    @cute.jit
+    def load_unit_tokens(self, x_atom, tXgX, tXgH, tXsX, unit, at, barrier, int4_units, mask):
+        """The activations of one unit, into place `at` of the ring."""
+        if cutlass.const_expr(self.kind.bits == 4 and self.slabs == 1):
+            # 64-column steps: an INT8 unit starts on any of them, an INT4 unit on every second
+            step = 2 * unit if unit < int4_units else int4_units + unit
+            if step % 2 == 0:
+                self.load_tokens(x_atom, tXgX[None, step // 2], tXsX[None, at], barrier, mask)
+            else:
+                self.load_tokens(x_atom, tXgH[None, step // 2], tXsX[None, at], barrier, mask)
+        else:
+            for slab in cutlass.range_constexpr(self.slabs):
+                target = tXsX[None, self.slabs * at + slab]
+                self.load_tokens(x_atom, tXgX[None, self.slabs * unit + slab], target, barrier, mask)
 
     @cute.jit
     def load_tokens(self, x_atom, source, target, barrier, mask):

@@ -74,7 +74,9 @@ SHARED = {
     "split over units of a pair": GemmConfig("", "", 16, 2, split=2, pairs=True),
     "split without clusters": GemmConfig("", "", 16, 2, split=3, clustered=False),
     "multicast": GemmConfig("", "", 32, 2, multicast=2),
-    "tail": GemmConfig("", "", 16, 2, tail=2),
+    "warpgroups share rows": GemmConfig("", "", 16, 2, ways=2),
+    "four of them, several tiles a CTA": GemmConfig("", "", 16, 4, ways=4),
+    "shared rows and a split": GemmConfig("", "", 16, 2, ways=2, split=2, clustered=False, pairs=True),
     "alternating sums": GemmConfig("", "", 64, 2, split=3, pairs=True),  # of one and of two units
 }
 
@@ -92,13 +94,16 @@ SHARED = {
         ("fp8", "multicast"),
         ("fp8", "alternating sums"),
         ("nvfp4", "multicast"),
-        ("w4a8", "tail"),
-        ("w4a4", "tail"),
+        ("w4a4", "warpgroups share rows"),
+        ("w8a8", "warpgroups share rows"),
+        ("w4a4", "four of them, several tiles a CTA"),
+        ("w4a8", "shared rows and a split"),
+        ("w4a4", "shared rows and a split"),
     ],
 )
 def test_gemm_of_several_ctas(name: str, how: str, tmp_path: Path) -> None:
     """A tile of K shared by CTAs that add up; a tile of tokens loaded by one CTA for two."""
-    check(name, 37, 136, 456, tmp_path, 4 if how == "tail" else 2, SHARED[how])
+    check(name, 37, 136, 456, tmp_path, 2, SHARED[how])
 
 
 def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: GemmConfig) -> None:
@@ -118,7 +123,7 @@ def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: Ge
         aligned=N % 8 == 0,
         stages=2,
     )
-    row_tiles = -(-N // (64 * config.warpgroups * config.multicast))
+    row_tiles = -(-N // (64 * config.warpgroups // config.ways * config.multicast))
     token_tiles = -(-M // config.tile_m)
     if config.split > 1:
         grid = row_tiles * token_tiles * config.split  # one tile each
@@ -142,7 +147,7 @@ def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: Ge
             row_tiles,
             token_tiles,
         ],
-        together=grid if not config.clustered or config.tail > 1 else config.split * config.multicast,
+        together=grid if not config.clustered else config.split * config.multicast,
     )
     expected = product(x, weight, linear) + (offset.double() if config.bias else 0.0)
     error = (bf16(y).double() - expected).abs()
