@@ -5,8 +5,8 @@
     python -m benchmarks.bench_attention --kv int4 --only decode
     python -m benchmarks.bench_attention -o F; ... --record F    measure on a machine without the checkout's history
 
-A kernel that does not match float64 in this run,
-or whose results change from one run to the next, is reported and left out. Times are of decode and merge together.
+A kernel that does not match float64 in this run, or whose results change from one run to the next, is reported and left
+out.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from atom.kernels.attention_config import AppendConfig, MergeConfig, choose_decode
+from atom.kernels.attention_config import AppendConfig, choose_decode
 from atom.kernels.attention_plan import plan_balanced
 from atom.kernels.attention_sm90 import (
     MANY_PARTS,
@@ -28,7 +28,6 @@ from atom.kernels.attention_sm90 import (
     RopeAppendSm90,
     append_kernel,
     decode_kernel,
-    merge_kernel,
 )
 from atom.kernels.bench_attention import (
     BLOCK,
@@ -156,7 +155,6 @@ def compile_all(formats: list[str]) -> int:
             )
             if config not in done:
                 decode_kernel(config)
-                merge_kernel(MergeConfig(config.head_dim, queries))
                 done.add(config)
         for parts in (1, MANY_PARTS):
             append_kernel(AppendConfig(name, 128, BLOCK, 1.0, False, parts))

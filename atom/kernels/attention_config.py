@@ -5,6 +5,11 @@ from typing import Any
 
 CODE_BITS = {"int4": 4, "int8": 8, "fp8_e4m3": 8, "bf16": 16}
 SHARED_BYTES = 227 * 1024  # of one SM of sm_90, less what the driver keeps
+SEGMENT_BYTES = 26_000  # read in the 2.4 us that a segment's begin and end cost a CTA (H200, ragged batch of 128)
+CTA_BYTES = 52_000  # that a CTA is started for: merging what it leaves takes longer than reading less
+ENOUGH_BYTES = (
+    120_000  # that rings of an SM should hold: 33 KB are under way in a microsecond, and warps hold a stage each
+)
 MOST_QUERIES = 16  # query heads of one KV head: two column tiles of mma
 
 
@@ -19,6 +24,7 @@ class DecodeConfig:
     has_offset    what every key has in common was taken off before rounding, and belongs to the scores
     warps         that consume: each takes every `warps`-th stage of a segment
     ctas_per_sm   resident at once
+    least_tokens  of a stage, so that the cost of a softmax step is shared; a power of two
     """
 
     kv: str
@@ -30,6 +36,7 @@ class DecodeConfig:
     has_offset: bool = False
     warps: int = 4
     ctas_per_sm: int = 3
+    least_tokens: int = 32
 
     @property
     def code_bits(self) -> int:
@@ -59,8 +66,7 @@ class DecodeConfig:
 
     @property
     def stage_blocks(self) -> int:
-        """Blocks of one stage: 32 tokens at least, so that the cost of a softmax step is shared."""
-        return max(1, 32 // self.block_size)
+        return max(1, self.least_tokens // self.block_size)
 
     @property
     def stage_tokens(self) -> int:
@@ -74,6 +80,11 @@ class DecodeConfig:
     def column_tiles(self) -> int:
         """Tiles of 8 query heads."""
         return -(-self.queries // 8)
+
+    @property
+    def groups(self) -> int:
+        """Tiles of 16 tokens that share a tile of columns: with four query heads or fewer, two take four each."""
+        return 2 if self.queries <= 4 else 1
 
     @property
     def key_words(self) -> int:
@@ -91,9 +102,19 @@ class DecodeConfig:
         return self.value_words * self.codes_per_word // 2
 
     @property
+    def out_row(self) -> int:
+        """Floats of a warp's output for one head where the warps' are put together, padded against bank conflicts."""
+        return self.head_dim + 4
+
+    @property
     def merge_bytes(self) -> int:
         """Where the warps of a CTA put their results together: output, maximum and sum of each warp and head."""
-        return 4 * self.warps * (self.queries * self.head_dim + 2 * 8 * self.column_tiles)
+        return 4 * self.warps * (self.queries * self.out_row + 2 * 8 * self.column_tiles)
+
+    @property
+    def query_bytes(self) -> int:
+        """Of one segment."""
+        return 2 * self.queries * self.head_dim
 
     @property
     def turn_row_bytes(self) -> int:
@@ -106,10 +127,24 @@ class DecodeConfig:
 
     @property
     def stages(self) -> int:
-        """A power of two, so that a ring position is a mask."""
-        room = SHARED_BYTES // self.ctas_per_sm - 1024 - self.merge_bytes - self.turn_bytes - 512
-        most = room // self.stage_bytes
-        return min(16, 1 << (most.bit_length() - 1)) if most >= 1 else 0
+        """Of the ring: what fits beside results, the queries of two segments, and barriers; as many for each warp."""
+        room = SHARED_BYTES // self.ctas_per_sm - 1024 - self.merge_bytes - 2 * self.query_bytes - self.turn_bytes - 768
+        return min(24, max(0, room) // self.stage_bytes) // self.warps * self.warps
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of all rings of an SM."""
+        return self.ctas_per_sm * self.stages * self.stage_bytes
+
+    @property
+    def overhead_blocks(self) -> int:
+        """What could be read while a CTA begins and ends a segment."""
+        return max(1, SEGMENT_BYTES // self.tile_bytes)
+
+    @property
+    def least_blocks(self) -> int:
+        """What a CTA is worth being started for."""
+        return max(2 * self.stage_blocks, CTA_BYTES // self.tile_bytes)
 
     @property
     def threads(self) -> int:
@@ -120,17 +155,23 @@ class DecodeConfig:
 def choose_decode(
     kv: str, head_dim: int, queries: int, block_size: int, has_window: bool, has_cap: bool, has_offset: bool = False
 ) -> DecodeConfig:
-    """The config of a problem: as many CTAs on an SM as registers and shared memory allow. Not tuned on a GPU yet."""
+    """The config of a problem: of those whose registers and shared memory fit, the one with the largest rings.
+
+    Warps of a CTA and CTAs of an SM are few where a lane holds many outputs.
+    """
     size = head_dim * -(-queries // 8)
     if (size >= 256 and (kv in ("int8", "bf16") or has_offset)) or size > 256:
-        ctas = 1
+        shapes = [(1, 4), (1, 3), (1, 2)]
+    elif size > 128 or has_offset:
+        shapes = [(2, 4), (2, 3), (1, 4), (1, 3), (1, 2)]
     else:
-        ctas = 2 if size > 128 or has_offset else 3
-    for count in range(ctas, 0, -1):
-        config = DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, has_offset, ctas_per_sm=count)
-        if config.stages * config.stage_bytes >= 40_000 // count and config.stages >= 4:
-            return config
-    return DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, has_offset, ctas_per_sm=1)
+        shapes = [(3, 4), (2, 4), (2, 3), (1, 4), (1, 3), (1, 2)]
+    configs = [
+        DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, has_offset, warps, ctas)
+        for ctas, warps in shapes
+    ]
+    enough = [config for config in configs if config.ring_bytes >= ENOUGH_BYTES]
+    return enough[0] if enough else max(configs, key=lambda config: config.ring_bytes)
 
 
 def word_index(sharers: int, words: int, row_words: int, sharer: int, word: int) -> int:
@@ -150,25 +191,6 @@ def row_token(row: int) -> int:
     neighbouring tokens, half as many bank conflicts as in the natural order.
     """
     return (row & 8) + ((row & 7) >> 1) + 4 * (row & 1)
-
-
-@dataclass(frozen=True)
-class MergeConfig:
-    """Compile-time choices of the kernel that merges the partial results of split rows."""
-
-    head_dim: int
-    queries: int
-    threads: int = 256
-
-    @property
-    def quads(self) -> int:
-        """Groups of four channels, one a thread."""
-        return self.head_dim // 4
-
-    @property
-    def groups(self) -> int:
-        """Groups of threads, each of which takes every `groups`-th partial result."""
-        return self.threads // self.quads
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from .paged_step import Ints
 
 Int32 = NDArray[np.int32]
-SEGMENT_OVERHEAD = 3  # blocks that could be read while a CTA begins and ends a segment; a guess until it is profiled
-SEGMENT_FIELDS = 8  # a segment's row: sequence, KV head, first block, end block, slot (or -1), and filling to 32 bytes
+SEGMENT_FIELDS = 8  # of a segment, 32 bytes: see AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,9 @@ class AttentionPlan:
     """Work of one launch.
 
     work      int32 [CTAs + 1]      segments of CTA i are work[i] ... work[i + 1] - 1
-    segments  int32 [S, 8]          sequence, KV head, first block, end block, slot of the partial result or -1, 0, 0, 0
+    segments  int32 [S, 8]          sequence, KV head, first block, end block; slot of the partial result or -1, and
+                                    place of its row in `merges`; 1 for a row's last segment, which kernels read to
+                                    the sequence's end though it has grown since; filling
     merges    int32 [M, 4]          sequence, KV head, first slot and number of partial results of rows in several parts
     """
 
@@ -57,86 +58,124 @@ def most_merges(num_seqs: int, num_kv_heads: int, ctas: int) -> int:
 def block_ranges(seqlens_k: Ints, block_size: int, window: int | None) -> tuple[Ints, Ints]:
     """First block that the last token of each sequence sees, and the end; both 0 where the length is 0."""
     lengths = seqlens_k.astype(np.int64)
-    ends = -(-lengths // block_size)
-    firsts = np.zeros_like(lengths) if window is None else np.maximum(lengths - window, 0) // block_size
-    return np.minimum(firsts, ends), ends
+    ends = (lengths + (block_size - 1)) // block_size
+    if window is None:
+        return np.zeros_like(ends), ends
+    return np.minimum(np.maximum(lengths - window, 0) // block_size, ends), ends
 
 
 def plan_balanced(
-    seqlens_k: Ints, block_size: int, num_kv_heads: int, ctas: int, window: int | None = None, grain: int = 1
+    seqlens_k: Ints,
+    block_size: int,
+    num_kv_heads: int,
+    ctas: int,
+    window: int | None = None,
+    grain: int = 1,
+    overhead: int = 12,
+    least: int = 24,
 ) -> AttentionPlan:
     """The plan of least time for these lengths.
 
     seqlens_k  [B] tokens to attend over; 0 for a lane that is not used
     ctas       that the GPU holds at once
     grain      blocks that a CTA takes at a time: cuts are multiples of it
+    overhead   blocks that could be read while a CTA begins and ends a segment
+    least      blocks that a CTA is worth being started for
     """
     firsts, ends = block_ranges(seqlens_k, block_size, window)
-    counts = np.repeat(ends - firsts, num_kv_heads)  # [rows]
+    counts = ends - firsts  # [B], of each of a sequence's rows
     active = counts > 0
-    ticks = np.zeros(len(counts) + 1, dtype=np.int64)  # of rows in the line of all costs
-    np.cumsum(counts + SEGMENT_OVERHEAD * active, out=ticks[1:])
-    blocks = int(ticks[-1]) - SEGMENT_OVERHEAD * int(active.sum())
-    used = max(1, min(ctas, blocks // (2 * grain)))  # a CTA is not worth starting for less
+    costs = counts + overhead * active
+    ticks = np.zeros(len(counts) + 1, dtype=np.int64)  # of sequences in the line of all rows' costs
+    np.cumsum(num_kv_heads * costs, out=ticks[1:])
+    blocks = num_kv_heads * int(counts.sum())
+    used = max(1, min(ctas, blocks // least))
     targets = np.arange(1, used) * ticks[-1] // used
-    rows = np.searchsorted(ticks, targets, side="right") - 1  # of each cut
-    cuts = np.maximum(targets - ticks[rows] - SEGMENT_OVERHEAD + grain // 2, 0) // grain * grain  # within its row
-    cuts = np.minimum(cuts, counts[rows])
-    inner = (cuts > 0) & (cuts < counts[rows])
+    seqs = np.searchsorted(ticks, targets, side="right") - 1  # of each cut
+    heads, cuts = np.divmod(targets - ticks[seqs], costs[seqs])
+    most = counts[seqs]
+    cuts = np.minimum(np.maximum(cuts - (overhead - grain // 2), 0) // grain * grain, most)  # within its row
+    rows = num_kv_heads * seqs + heads
+    inner = (cuts > 0) & (cuts < most)
     inner[1:] &= (rows[1:] != rows[:-1]) | (cuts[1:] != cuts[:-1])  # two targets may round to one cut
-    parts = np.bincount(rows[inner], minlength=len(counts)) + active
-    ends_at = np.cumsum(parts)
-    begins = np.zeros(int(ends_at[-1]), dtype=np.int32)
-    at = (np.cumsum(active) - 1)[rows[inner]] + 1 + np.arange(int(inner.sum()))
-    begins[at] = cuts[inner]
-    stops = np.empty_like(begins)
-    stops[:-1] = begins[1:]
-    stops[ends_at[active] - 1] = counts[active]
-    work = np.zeros(ctas + 1, dtype=np.int64)
-    opens = (ends_at - parts)[rows]  # the row's first segment
-    work[1:used] = np.where(cuts == 0, opens, np.where(cuts == counts[rows], ends_at[rows], 0))
-    work[1:used][inner] = at
-    work[used:] = len(begins)
+    before = num_kv_heads * (np.cumsum(active) - active)[seqs] + heads  # rows that are read before the cut's
+    added = np.cumsum(inner)
+    # the segment that a cut opens: inner cuts one of their own, others their row's first or the next row's
+    opened = before + added + (cuts == most)
+    at = opened[inner]
+    parts = np.repeat(active.astype(np.int64), num_kv_heads)
+    np.add.at(parts, rows[inner], 1)
+    segments = np.repeat(_whole_rows(firsts, ends, num_kv_heads), parts, axis=0)
+    work = np.empty(ctas + 1, dtype=np.int32)
+    work[0] = 0
+    work[1:used] = opened
+    work[used:] = len(segments)
     np.maximum.accumulate(work, out=work)  # a CTA whose cut was another's has no segment
-    return _assemble(work, parts, begins, stops, firsts, num_kv_heads)
+    begins = firsts[seqs[inner]] + cuts[inner]
+    flat, where = segments.reshape(-1), SEGMENT_FIELDS * at
+    flat[where + 2] = begins
+    flat[where + 3 - SEGMENT_FIELDS] = begins
+    flat[where + 6 - SEGMENT_FIELDS] = 0
+    return AttentionPlan(work, segments, _number_parts(segments, at, rows[inner]))
 
 
 def plan_fixed(
-    seqlens_k: Ints, block_size: int, num_kv_heads: int, ctas: int, split_blocks: int, window: int | None = None
+    seqlens_k: Ints,
+    block_size: int,
+    num_kv_heads: int,
+    ctas: int,
+    split_blocks: int,
+    window: int | None = None,
+    overhead: int = 12,
 ) -> AttentionPlan:
     """The plan whose cuts follow from each sequence's own length: results that do not depend on the batch."""
     firsts, ends = block_ranges(seqlens_k, block_size, window)
     counts = np.repeat(ends - firsts, num_kv_heads)
     parts = -(-counts // split_blocks)
     last = np.cumsum(parts)
-    begins = ((np.arange(int(last[-1])) - np.repeat(last - parts, parts)) * split_blocks).astype(np.int32)
-    stops = np.minimum(begins + split_blocks, np.repeat(counts, parts)).astype(np.int32)
-    costs = stops - begins + SEGMENT_OVERHEAD
-    ticks = np.cumsum(costs)
+    segments = np.repeat(_whole_rows(firsts, ends, num_kv_heads), parts, axis=0)
+    begins = (np.arange(len(segments)) - np.repeat(last - parts, parts)) * split_blocks
+    segments[:, 2] += begins.astype(np.int32)
+    cuts = segments[:, 2] + split_blocks
+    segments[:, 6] = cuts >= segments[:, 3]
+    segments[:, 3] = np.minimum(cuts, segments[:, 3])
+    costs = segments[:, 3] - segments[:, 2] + overhead
+    ticks = np.cumsum(costs, dtype=np.int64)
     owner = (ticks - costs // 2) * ctas // (int(ticks[-1]) if len(ticks) else 1)
-    work = np.searchsorted(owner, np.arange(ctas + 1), side="left")
-    return _assemble(work, parts, begins, stops, firsts, num_kv_heads)
+    work = np.searchsorted(owner, np.arange(ctas + 1), side="left").astype(np.int32)
+    later = np.flatnonzero(begins)
+    rows = np.repeat(np.arange(len(parts)), parts)[later]
+    return AttentionPlan(work, segments, _number_parts(segments, later, rows))
 
 
-def _assemble(
-    work: NDArray[Any], parts: NDArray[Any], begins: NDArray[Any], stops: NDArray[Any], firsts: Ints, heads: int
-) -> AttentionPlan:
-    """Segments in the order of rows, `parts` of each; those of a row with several get neighbouring slots."""
-    blank = _rows(len(firsts), heads).copy()
-    blank[:, 2] = np.repeat(firsts, heads)
-    blank[:, 3] = blank[:, 2]
-    segments = np.repeat(blank, parts, axis=0)
-    segments[:, 2] += begins
-    segments[:, 3] += stops
-    is_split = parts > 1
-    several = np.flatnonzero(np.repeat(is_split, parts))
-    segments[several, 4] = np.arange(len(several))
-    split = np.flatnonzero(is_split)
-    merges = np.zeros((len(split), 4), dtype=np.int32)
-    merges[:, :2] = blank[split, :2]
-    merges[:, 3] = parts[split]
-    np.cumsum(merges[:-1, 3], out=merges[1:, 2])
-    return AttentionPlan(work.astype(np.int32), segments, merges)
+def _number_parts(segments: Int32, later: NDArray[Any], rows: NDArray[Any]) -> Int32:
+    """Slots for the segments of rows in several parts, neighbours for those of a row; returns AttentionPlan.merges.
+
+    later  segments that are not their row's first, in order, and `rows`, whose they are
+    """
+    is_second = np.ones(len(later), dtype=bool)
+    np.not_equal(rows[1:], rows[:-1], out=is_second[1:])
+    places = np.cumsum(is_second) - 1  # in merges
+    slots = np.arange(1, len(later) + 1) + places
+    seconds = np.flatnonzero(is_second)
+    firsts = later[seconds] - 1
+    pairs = segments.view(np.int64).reshape(-1)  # four a segment: (sequence, head), blocks, (slot, place), filling
+    merges = np.empty((len(firsts), 4), dtype=np.int32)
+    merges.view(np.int64)[:, 0] = pairs[SEGMENT_FIELDS // 2 * firsts]
+    merges[:, 2] = slots[seconds] - 1
+    merges[:-1, 3] = merges[1:, 2]
+    merges[-1:, 3] = len(later) + len(firsts)
+    merges[:, 3] -= merges[:, 2]
+    pairs[SEGMENT_FIELDS // 2 * later + 2] = slots + (places << 32)
+    pairs[SEGMENT_FIELDS // 2 * firsts + 2] = merges[:, 2] + (np.arange(len(firsts)) << 32)
+    return merges
+
+
+def _whole_rows(firsts: Ints, ends: Ints, heads: int) -> Int32:
+    """Segments [B * heads, 8] of whole rows, without slots."""
+    rows = _rows(len(firsts), heads).copy()
+    rows.view(np.int64).reshape(len(firsts), heads, -1)[:, :, 1] = (firsts + (ends << 32))[:, None]
+    return rows
 
 
 @lru_cache
@@ -146,4 +185,5 @@ def _rows(seqs: int, heads: int) -> Int32:
     rows[:, 0] = np.repeat(np.arange(seqs), heads)
     rows[:, 1] = np.tile(np.arange(heads), seqs)
     rows[:, 4] = -1
+    rows[:, 6] = 1
     return rows

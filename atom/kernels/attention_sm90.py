@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..quant.formats import get_format
 from ..quant.rounding import largest_scale
-from .attention_config import AppendConfig, DecodeConfig, MergeConfig, choose_decode, row_token
+from .attention_config import AppendConfig, DecodeConfig, choose_decode, row_token
 from .attention_plan import SEGMENT_FIELDS, AttentionPlan, most_merges, most_segments, plan_balanced, plan_fixed
 from .cache import load_kernel
 from .dense_attention import AttentionSpec
@@ -35,7 +35,6 @@ SOURCES = {
     name: tuple(HERE / file for file in (*files, *SHARED))
     for name, files in {
         "paged_decode_sm90": ("paged_decode_sm90.py", "decode_codes_sm90.py", "decode_offset_sm90.py"),
-        "merge_partials_sm90": ("merge_partials_sm90.py",),
         "rope_append_sm90": (
             "rope_append_sm90.py",
             "head_transforms_sm90.py",
@@ -46,6 +45,7 @@ SOURCES = {
     }.items()
 }
 PINNED_COPIES = 4  # steps that may be under way before a host buffer is written again
+REPLAN_AFTER = 32  # steps that one plan serves while sequences only grow
 FEW_TOKENS = 2048  # up to which a warp of the append kernel takes one task: 7.5 us against 8.0 at 1024, on an H200
 MANY_PARTS = 2  # tasks that it takes of more: 51.2 us against 52.0 at 8192
 
@@ -80,12 +80,15 @@ class StepBuffers:
         is_cuda = torch.device(device).type == "cuda"
         self.host = [torch.zeros(int(ends[-1]), dtype=torch.int32, pin_memory=is_cuda) for _ in range(PINNED_COPIES)]
         self.turn = 0
+        self.planned = np.zeros(0, dtype=np.int64)  # the last step's lengths, under the plan that is there
+        self.steps = 0  # since that plan
         self.device = torch.zeros(int(ends[-1]), dtype=torch.int32, device=device)
         parts = [self.device[place] for place in self.places]
         self.lengths, self.rows, self.work = parts[:3]
         self.segments, self.merges = parts[3].view(-1, SEGMENT_FIELDS), parts[4].view(-1, 4)
         self.partial = torch.empty(segments, config.queries, config.head_dim, device=device)
         self.lse = torch.empty(segments, config.queries, device=device)
+        self.counters = torch.zeros(max(1, merges), dtype=torch.int32, device=device)  # the kernel leaves zeros
         self.nothing = torch.zeros(1, config.head_dim // 2, device=device)  # where a kernel has no use for an argument
 
     def fill(self, lengths: np.ndarray, rows: np.ndarray, plan: AttentionPlan) -> None:
@@ -96,6 +99,23 @@ class StepBuffers:
             host[place.start : place.start + array.size] = array.reshape(-1)
         host[self.places[4].start + plan.merges.size : self.places[4].stop] = 0
         bring(self.host[self.turn], self.device)
+        self.planned, self.steps = lengths, 0
+
+    def go_on(self, lengths: np.ndarray, rows: np.ndarray) -> bool:
+        """The step after the last one under the same plan, if sequences have only grown by a token: cheaper by far.
+
+        False if it needs a plan of its own, as every REPLAN_AFTER-th does: rows grow alike, but not their parts.
+        """
+        if self.steps >= REPLAN_AFTER or not np.array_equal(lengths, self.planned + (self.planned > 0)):
+            return False
+        self.turn = (self.turn + 1) % PINNED_COPIES
+        end = self.places[2].start
+        host = self.host[self.turn]
+        for place, array in zip(self.places[:2], (lengths, rows), strict=True):
+            host.numpy()[place.start : place.start + array.size] = array
+        bring(host[:end], self.device[:end])
+        self.planned, self.steps = lengths, self.steps + 1
+        return True
 
 
 class PagedAttentionSm90:
@@ -113,8 +133,9 @@ class PagedAttentionSm90:
         self.has_offset = has_offset
         self.split_blocks = None if split_tokens is None else max(2, -(-split_tokens // layout.block_size) // 2 * 2)
         self.prefill = Prefill(layout, split_tokens is not None)
-        self.kernels: dict[DecodeConfig, tuple[Any, Any]] = {}
+        self.kernels: dict[DecodeConfig, Any] = {}
         self.buffers: dict[tuple[int, int | None], StepBuffers] = {}
+        self.is_planned_now = False  # the plan comes with this call, not with `prepare`: the kernel has to wait for it
         self.turns: dict[tuple[int, int], Tensor] = {}
         self.offsets = OffsetWords()
 
@@ -130,6 +151,7 @@ class PagedAttentionSm90:
     ) -> Tensor:
         """See PagedAttentionReference."""
         queries, cap = q.shape[1] // self.layout.num_kv_heads, spec.soft_cap
+        self.is_planned_now = False
         buffers = self._ready(step, spec.window, queries)
         chunks = self.prefill.plan(step, spec.window, q.shape[1], cap is not None)
         q = q.contiguous()
@@ -139,18 +161,18 @@ class PagedAttentionSm90:
         if buffers is not None:
             has_offset = spec.key_offset is not None
             config = self._config(queries, spec.window is not None, cap is not None, has_offset)
-            decode, merge = self._kernels(config)
+            decode = self._kernel(config)
             words = _words(q)
             offsets: tuple[Tensor, ...] = (words[0], buffers.nothing, buffers.nothing, words[0])
             if spec.key_offset is not None:
                 assert table is not None, "offsets that are turned on reading need a table"
                 offsets = (self.offsets.get(spec.key_offset), table.cos, table.sin, self._turns(table, config))
             decode(
-                words, layer, step.block_tables, buffers.lengths, buffers.rows, buffers.work, buffers.segments, out,
-                buffers.partial, buffers.lse, *offsets, spec.scale if cap is None else spec.scale / cap,
-                1.0 if cap is None else cap, spec.window or 0,
+                words, layer, step.block_tables, buffers.lengths, buffers.rows, buffers.work, buffers.segments,
+                buffers.merges, out, buffers.partial, buffers.lse, buffers.counters, *offsets,
+                spec.scale if cap is None else spec.scale / cap,
+                1.0 if cap is None else cap, spec.window or 0, 0 if self.is_planned_now else 1,
             )  # fmt: skip
-            merge(buffers.merges, buffers.rows, buffers.partial, buffers.lse, out)
         return out
 
     def _config(self, queries: int, has_window: bool, has_cap: bool, has_offset: bool) -> DecodeConfig:
@@ -165,9 +187,9 @@ class PagedAttentionSm90:
             self.turns[key] = turn_matrix(table, config.stage_tokens)
         return self.turns[key]
 
-    def _kernels(self, config: DecodeConfig) -> tuple[Any, Any]:
+    def _kernel(self, config: DecodeConfig) -> Any:
         if config not in self.kernels:
-            self.kernels[config] = decode_kernel(config), merge_kernel(MergeConfig(config.head_dim, config.queries))
+            self.kernels[config] = decode_kernel(config)
         return self.kernels[config]
 
     def _ready(self, step: PagedStep, window: int | None, queries: int) -> StepBuffers | None:
@@ -179,19 +201,26 @@ class PagedAttentionSm90:
         if not is_decode.any():
             return None
         config = self._config(queries, window is not None, False, self.has_offset)
-        lengths = np.where(is_decode, step.seqlens_k, 0)
+        lengths, rows = np.where(is_decode, step.seqlens_k, 0), step.cu_seqlens_q[:-1]
+        self.is_planned_now = True
+        room = room_for(len(lengths))
+        key = (room, window)
+        can_go_on = window is None and self.split_blocks is None and key in self.buffers
+        if can_go_on and self.buffers[key].go_on(lengths, rows):
+            return self.buffers[key]
         ctas = config.ctas_per_sm * multiprocessors(step.slots.device)
-        heads, size, room = self.layout.num_kv_heads, self.layout.block_size, room_for(len(lengths))
+        heads, size = self.layout.num_kv_heads, self.layout.block_size
         if self.split_blocks is None:
-            plan = plan_balanced(lengths, size, heads, ctas, window, config.stage_blocks)
+            plan = plan_balanced(
+                lengths, size, heads, ctas, window, config.stage_blocks, config.overhead_blocks, config.least_blocks
+            )
             most, merges = most_segments(room, heads, ctas), most_merges(room, heads, ctas)
         else:
-            plan = plan_fixed(lengths, size, heads, ctas, self.split_blocks, window)
-            most, merges = 1 << max(10, (len(plan.segments) - 1).bit_length()), len(lengths) * heads
-        key = (room, window)
+            plan = plan_fixed(lengths, size, heads, ctas, self.split_blocks, window, config.overhead_blocks)
+            most, merges = 1 << max(10, (len(plan.segments) - 1).bit_length()), room * heads
         if key not in self.buffers or self.buffers[key].most_segments < most:
             self.buffers[key] = StepBuffers(room, ctas, most, merges, config, step.slots.device)
-        self.buffers[key].fill(lengths, step.cu_seqlens_q[:-1], plan)
+        self.buffers[key].fill(lengths, rows, plan)
         return self.buffers[key]
 
 
@@ -296,15 +325,6 @@ def decode_kernel(config: DecodeConfig) -> Any:
         return compile_decode(config)
 
     return _load("paged_decode_sm90", config, compile)
-
-
-def merge_kernel(config: MergeConfig) -> Any:
-    def compile() -> Any:
-        from .merge_partials_sm90 import compile_merge
-
-        return compile_merge(config)
-
-    return _load("merge_partials_sm90", config, compile)
 
 
 def append_kernel(config: AppendConfig) -> Any:

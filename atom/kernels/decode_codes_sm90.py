@@ -1,22 +1,23 @@
-"""Stored codes to mma's bfloat16 registers, for the decode kernel: what a lane reads of a row, and the bit work.
+"""Stored codes to mma's 16-bit registers, for the decode kernel: what a lane reads of a row, and the bit work.
 
-Keys: one row (token) at a time, pairs of channels. Values: two rows at a time, pairs of tokens of one channel. A code
-comes out as its number plus BIAS.
+Keys: one row (token) at a time, pairs of channels. Values: two rows at a time, pairs of tokens of one channel.
+
+Integer codes of up to ten bits are float16 as they stand: subnormal numbers, code * 2^-24, which tensor cores multiply
+exactly. A nibble in bits 4 to 7 is code * 2^-20. So masking is all that a pair of INT4 codes costs beside a shift or
+a byte permutation for two pairs, and no constant has to come off again. UNIT says what a register's number is worth.
 """
 
 import cutlass
-from cutlass import Float32, Uint32, cute
+from cutlass import Uint32, cute
 
 from .attention_config import DecodeConfig
-from .dsl.arithmetic import from_bits, multiply_bf16x2
-from .dsl.memory import load_u32x2, load_u32x4, pack_bf16x2
-from .dsl.tensor_core import load_word, pick_bytes
+from .dsl.memory import load_u32x2, load_u32x4
+from .dsl.tensor_core import e4m3_to_f16x2, load_word, pick_bytes
 
-BIAS = {"int4": 128.0, "int8": 0.0, "fp8_e4m3": 0.0, "bf16": 0.0}
-NIBBLES = 0x000F000F
-BF16_128 = 0x43004300  # 128 in bfloat16, twice: its low mantissa bits count in ones
-FLOAT_2_23 = 0x4B000000  # 2^23 in float32: a byte in its low bits counts in ones
-BF16_2_120 = 0x7B807B80  # 2^120 in bfloat16, twice: from E4M3's exponent bias to bfloat16's
+UNIT = {"int4": 2.0**-24, "int8": 2.0**-24, "fp8_e4m3": 1.0, "bf16": 1.0}
+SECOND = {"int4": 16.0, "int8": 1.0, "fp8_e4m3": 1.0, "bf16": 1.0}  # odd channels' registers are so many times more
+LOW_NIBBLES = 0x000F000F  # of a byte in each half
+HIGH_NIBBLES = 0x00F000F0
 
 
 @cute.jit
@@ -51,14 +52,13 @@ def expand(config: cutlass.Constexpr, words):
     for i in cutlass.range_constexpr(len(words)):
         word = words[i]
         if cutlass.const_expr(config.kv == "int4"):
-            for shift in (0, 4, 8, 12):
-                found.append(((word >> shift) & Uint32(NIBBLES)) | Uint32(BF16_128))
+            for part in (word, word >> 8):
+                found += [part & Uint32(LOW_NIBBLES), part & Uint32(HIGH_NIBBLES)]
         elif cutlass.const_expr(config.kv == "int8"):
-            for p in (0, 2):
-                found.append(pack_bf16x2(byte_value(word, p), byte_value(word, p + 1)))
+            for selector in (0x4140, 0x4342):  # byte, zero, byte, zero
+                found.append(pick_bytes(word, Uint32(0), Uint32(selector)))
         elif cutlass.const_expr(config.kv == "fp8_e4m3"):
-            for p in (0, 2):
-                found.append(from_e4m3(pick_bytes(word, word, Uint32((p + 1) << 12 | p << 4))))
+            found += list(e4m3_to_f16x2(word))
         else:
             found.append(word)
     return found
@@ -69,29 +69,17 @@ def expand_pair(config: cutlass.Constexpr, near, far):
     """One word of each of two rows -> a register (near, far) for each channel of the words, in order."""
     found = []
     if cutlass.const_expr(config.kv == "int4"):
-        for half in (pick_bytes(near, far, Uint32(0x5410)), pick_bytes(near, far, Uint32(0x7632))):
-            for shift in (0, 4, 8, 12):
-                found.append(((half >> shift) & Uint32(NIBBLES)) | Uint32(BF16_128))
-    elif cutlass.const_expr(config.kv == "int8"):
-        for p in (0, 1, 2, 3):
-            found.append(pack_bf16x2(byte_value(near, p), byte_value(far, p)))
-    elif cutlass.const_expr(config.kv == "fp8_e4m3"):
-        for p in (0, 1, 2, 3):
-            found.append(from_e4m3(pick_bytes(near, far, Uint32((4 + p) << 12 | p << 4))))
+        for byte in (0, 1, 2, 3):
+            both = pick_bytes(near, far, Uint32(0x4400 | 0x1111 * byte))
+            found += [both & Uint32(LOW_NIBBLES), both & Uint32(HIGH_NIBBLES)]
+    elif cutlass.const_expr(config.kv in ("int8", "fp8_e4m3")):
+        for selector in (0x5140, 0x7362):  # near, far, near, far
+            both = pick_bytes(near, far, Uint32(selector))
+            if cutlass.const_expr(config.kv == "int8"):
+                found += [pick_bytes(both, Uint32(0), Uint32(s)) for s in (0x4140, 0x4342)]
+            else:
+                found += list(e4m3_to_f16x2(both))
     else:
         found.append(pick_bytes(near, far, Uint32(0x5410)))
         found.append(pick_bytes(near, far, Uint32(0x7632)))
     return found
-
-
-@cute.jit
-def byte_value(word, index: cutlass.Constexpr):
-    """Byte `index` of a word as a float32: put under the exponent of 2^23, which is then taken off."""
-    return from_bits(pick_bytes(word, Uint32(FLOAT_2_23), Uint32(0x7540 | index))) - Float32(8388608.0)
-
-
-@cute.jit
-def from_e4m3(halves):
-    """E4M3 in the upper byte of each half (the lower is ignored) -> bfloat16, exactly; subnormals included."""
-    moved = ((halves >> 4) & Uint32(0x07F007F0)) | (halves & Uint32(0x80008000))
-    return multiply_bf16x2(moved, Uint32(BF16_2_120))

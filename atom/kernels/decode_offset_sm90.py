@@ -38,7 +38,7 @@ class KeyOffset:
         sharer = lane % 4
         half = config.head_dim // 4  # words of half a head
         for n in cutlass.range_constexpr(config.column_tiles):
-            query = 8 * n + lane // 4
+            query = (8 * n + lane // 4) % (8 // config.groups * config.column_tiles)
             is_there = Boolean(query < config.queries)
             largest = Float32(0.0)
             for s in cutlass.range_constexpr(config.head_dim // 16):

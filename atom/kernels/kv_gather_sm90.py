@@ -12,7 +12,7 @@ from cutlass import Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from .attention_config import GatherConfig
-from .decode_codes_sm90 import BIAS, expand
+from .codes_bf16_sm90 import BIAS, expand
 from .dsl.memory import pack_bf16x2
 from .dsl.packed_bf16 import high_float, multiply_pairs, subtract_pairs
 from .dsl.tensor_core import pick_bytes

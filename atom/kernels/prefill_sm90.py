@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 SOURCES = tuple(
     HERE / file
     for file in (
-        "kv_gather_sm90.py", "decode_codes_sm90.py", "attention_config.py", "dsl/arithmetic.py", "dsl/memory.py",
+        "kv_gather_sm90.py", "codes_bf16_sm90.py", "attention_config.py", "dsl/arithmetic.py", "dsl/memory.py",
         "dsl/packed_bf16.py", "dsl/tensor_core.py", "dsl/wide_access.py",
     )
 )  # fmt: skip

@@ -89,8 +89,8 @@ class RopeAppend:
         task0 = (warp - token * parts) * config.parts
         share = lane % config.lanes  # which of the lanes of its head
         column = 8 * cutlass.min(share, self.half // 8 - 1)  # lanes past the end repeat the last
-        cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()  # decode attention relies on all before this kernel
         if token < mQ.shape[0]:
             slot = mSlot[token]
             raw = cute.make_rmem_tensor((4, 2, config.parts), Uint32)

@@ -431,6 +431,18 @@ def _memory_op(warp: Warp, op: str, args: list[Any]) -> None:
             memory.bytes[part] = np.ascontiguousarray(bits[:, None]).view(np.uint8)
 
 
+def _atomic(warp: Warp, op: str, args: list[Any]) -> None:
+    """atom.add: lanes one after another."""
+    assert op.startswith("atom.add.") and op.endswith(".s32")
+    old, value = np.zeros(LANES, S32), warp.read(args[2], S32)
+    addresses = warp.address(args[1], U64)
+    for lane in np.flatnonzero(warp.active):
+        at = warp.memory.index(addresses[lane : lane + 1], 4)[0]
+        old[lane] = warp.memory.bytes[at].view(S32)[0]
+        warp.memory.bytes[at] = (old[lane : lane + 1] + value[lane]).view(np.uint8)
+    warp.write(args[0], old)
+
+
 def _binary(function: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[Warp, str, list[Any]], None]:
     def run(warp: Warp, op: str, args: list[Any]) -> None:
         dtype = TYPES[op.split(".")[-1]]
@@ -585,6 +597,12 @@ def _cvt(warp: Warp, op: str, args: list[Any]) -> None:
         warp.write(args[0], to_bf16(warp.read(args[1], F32)).astype(np.uint16))
     elif op == "cvt.f32.bf16":
         warp.write(args[0], from_bf16(warp.read(args[1], np.uint16)))
+    elif op == "cvt.rn.f16x2.e4m3x2":
+        import torch
+
+        codes = torch.from_numpy(np.ascontiguousarray(warp.read(args[1], np.uint16)).view(np.uint8).copy())
+        found = codes.view(torch.float8_e4m3fn).to(torch.float16).numpy()
+        warp.write(args[0], np.ascontiguousarray(found).view(U32))
     elif op == "cvt.rn.satfinite.e4m3x2.f32":
         low, high = e4m3(warp.read(args[2], F32)), e4m3(warp.read(args[1], F32))
         warp.write(args[0], low.astype(np.uint16) | high.astype(np.uint16) << np.uint16(8))
@@ -741,7 +759,7 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
-    (r"(ld|st)\..*", _memory_op),
+    (r"(ld|st)\..*", _memory_op), (r"atom\..*", _atomic),
     (r"mul\.wide.*|mad\.wide.*", _wide), (r"mul\.hi\..*", _high), (r"mad\.lo.*", _mad), (r"fma\..*", _fma),
     (r"(add|sub|mul)\.rn\.bf16x2|(min|max)\.bf16x2", _bf16x2), (r"add\.(rn\.)?bf16", _add_bf16),
     (r"add\.(?!bf16).*", _binary(lambda a, b: a + b)), (r"sub\.(?!bf16).*", _binary(lambda a, b: a - b)),

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atom.kernels.attention_plan import (
-    SEGMENT_OVERHEAD,
     AttentionPlan,
     block_ranges,
     most_merges,
@@ -18,6 +17,7 @@ from atom.kernels.attention_plan import (
     plan_fixed,
 )
 
+SEGMENT_OVERHEAD = 12
 LENGTHS = st.lists(st.integers(0, 5000), min_size=1, max_size=40)
 
 
@@ -27,8 +27,9 @@ def check(plan: AttentionPlan, lengths: list[int], heads: int, block_size: int, 
     assert len(plan.work) == ctas + 1
     firsts, ends = block_ranges(np.array(lengths), block_size, window)
     seen: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    for sequence, head, begin, end, slot, *_ in plan.segments.tolist():
-        assert begin < end
+    for sequence, head, begin, end, slot, place, is_last, _ in plan.segments.tolist():
+        assert begin < end and is_last == (end == ends[sequence])
+        assert slot < 0 or plan.merges[place, :2].tolist() == [sequence, head]
         seen.setdefault((sequence, head), []).append((begin, end, slot))
     slots = []
     merges = {(sequence, head): (first, count) for sequence, head, first, count in plan.merges.tolist()}
@@ -57,7 +58,7 @@ def check(plan: AttentionPlan, lengths: list[int], heads: int, block_size: int, 
 def test_every_block_once(
     lengths: list[int], heads: int, block_size: int, window: int | None, ctas: int, grain: int
 ) -> None:
-    plan = plan_balanced(np.array(lengths), block_size, heads, ctas, window, grain)
+    plan = plan_balanced(np.array(lengths), block_size, heads, ctas, window, grain, 3, 4)
     check(plan, lengths, heads, block_size, window, ctas)
     assert len(plan.segments) <= most_segments(len(lengths), heads, ctas)
     assert len(plan.merges) <= most_merges(len(lengths), heads, ctas)
@@ -92,7 +93,7 @@ def test_balance(lengths: list[int] | None) -> None:
     if lengths is None:
         draws = np.random.default_rng(0).lognormal(0, 1, 128)
         lengths = np.clip(draws / draws.mean() * 1500, 1, 32768).astype(int).tolist()
-    plan = plan_balanced(np.array(lengths), 16, 8, 396, grain=2)
+    plan = plan_balanced(np.array(lengths), 16, 8, 396, grain=2, overhead=SEGMENT_OVERHEAD, least=4)
     load = shares(plan)
     mean = load.sum() / 396
     assert load.max() <= mean + 2 * SEGMENT_OVERHEAD + 2
@@ -105,9 +106,11 @@ def test_nothing_to_do() -> None:
 
 
 def test_short_work_leaves_ctas_idle() -> None:
-    """Four blocks are not cut into four: starting a CTA costs more than a block takes."""
+    """No CTA is started for fewer blocks than a merge costs."""
     plan = plan_balanced(np.array([64]), 16, 1, 396, grain=2)
     assert len(plan.segments) == 1 and plan.num_slots == 0
+    plan = plan_balanced(np.array([8192]), 16, 8, 396, grain=2, least=24)
+    assert (np.diff(plan.work) > 0).sum() == 8 * 8192 // 16 // 24
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 
 from atom.errors import UnsupportedError
 from atom.kernels import attention_sm90, prefill_sm90
-from atom.kernels.attention_config import SHARED_BYTES, AppendConfig, DecodeConfig, GatherConfig, MergeConfig
+from atom.kernels.attention_config import SHARED_BYTES, AppendConfig, DecodeConfig, GatherConfig
 from atom.kernels.attention_plan import SEGMENT_FIELDS
 from atom.kernels.attention_refusals_sm90 import refuses_attention
 from atom.kernels.paged_attention import PAGED_ATTENTION
@@ -25,8 +25,7 @@ from .ptx_emulator import Kernel
 from .ptx_emulator import Tensor as Argument
 from .test_attention_sm90 import needs_dsl
 
-DECODE_STATIC = {0: (2,), 1: (2,), 6: (1,), 7: (2,), 8: (1, 2), 9: (1,), 10: (1,), 11: (1,), 12: (1,), 13: (1,)}
-MERGE_STATIC = {0: (1,), 2: (1, 2), 3: (1,), 4: (2,)}
+DECODE_STATIC = {0: (2,), 1: (2,), 8: (2,), 9: (1, 2)} | dict.fromkeys((6, 7, 10, 12, 13, 14, 15), (1,))
 GATHER_STATIC = {0: (2,), 1: (1,), 2: (2,), 3: (2,)}
 APPEND_STATIC = {0: (2,), 1: (2,), 2: (2,), 3: (1,), 4: (1,), 6: (1,), 7: (1,), 8: (1,), 9: (2,), 10: (2,)}
 
@@ -61,7 +60,6 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are compiled as ever, and their PTX is run."""
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.kv_gather_sm90 import compile_gather
-    from atom.kernels.merge_partials_sm90 import compile_merge
     from atom.kernels.paged_decode_sm90 import compile_decode
     from atom.kernels.rope_append_sm90 import compile_append
 
@@ -71,16 +69,8 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def decode(config: DecodeConfig) -> Callable[..., None]:
         kernel = Kernel(compile_decode(config, options).__ptx__)  # type: ignore[attr-defined]
         shared = SHARED_BYTES // config.ctas_per_sm
-        sizes = {config.head_dim, config.head_dim // 2, config.tile_bytes, config.queries, SEGMENT_FIELDS}
+        sizes = {config.head_dim, config.head_dim // 2, config.tile_bytes, config.queries, SEGMENT_FIELDS, 4}
         return emulated(kernel, DECODE_STATIC, sizes, lambda *a: ((len(a[5]) - 1, 1), config.threads, shared))
-
-    @lru_cache
-    def merge(config: MergeConfig) -> Callable[..., None]:
-        kernel = Kernel(compile_merge(config, options).__ptx__)  # type: ignore[attr-defined]
-        sizes = {config.head_dim, config.queries, 4}
-        return emulated(
-            kernel, MERGE_STATIC, sizes, lambda *a: ((len(a[0]), config.queries), config.threads, 48 * 1024)
-        )
 
     @lru_cache
     def append(config: AppendConfig) -> Callable[..., None]:
@@ -100,7 +90,6 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(prefill_sm90, "gather_kernel", gather)
     monkeypatch.setattr(attention_sm90, "decode_kernel", decode)
-    monkeypatch.setattr(attention_sm90, "merge_kernel", merge)
     monkeypatch.setattr(attention_sm90, "append_kernel", append)
     monkeypatch.setattr(attention_sm90, "multiprocessors", lambda device: 2)  # six CTAs: rows are split
 
@@ -176,6 +165,23 @@ def test_buffers_keep_their_place_from_step_to_step() -> None:
         assert np.array_equal(buffers.merges[: len(plan.merges)].numpy(), plan.merges)
         assert not buffers.merges[len(plan.merges) :].any(), "rows that were split in an earlier step are gone"
     assert places[3] == buffers.segments.data_ptr()
+
+
+def test_a_plan_serves_steps_in_which_sequences_only_grow() -> None:
+    """Lengths alone are brought to the device then; another row's token, a new sequence or 32 steps need a new plan."""
+    buffers = attention_sm90.StepBuffers(3, 4, 20, 6, DecodeConfig("int4", 64, 1), "cpu")
+    lengths, rows = np.array([5, 0, 400]), np.arange(3)
+    assert not buffers.go_on(lengths, rows), "nothing is there yet"
+    buffers.fill(lengths, rows, attention_sm90.plan_balanced(lengths, 16, 2, 4))
+    segments = buffers.segments.clone()
+    for other in (lengths, lengths + 1, lengths + np.array([1, 0, 2])):
+        assert not buffers.go_on(other, rows)
+    for step in range(1, attention_sm90.REPLAN_AFTER + 1):
+        grown = lengths + step * (lengths > 0)
+        assert buffers.go_on(grown, rows[::-1])
+        assert buffers.lengths.tolist() == grown.tolist() and buffers.rows.tolist() == [2, 1, 0]
+    assert torch.equal(buffers.segments, segments)
+    assert not buffers.go_on(lengths + 33 * (lengths > 0), rows)
 
 
 def test_the_pool_says_whether_keys_have_an_offset() -> None:

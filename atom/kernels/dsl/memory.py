@@ -33,6 +33,34 @@ def load_u32x2(source: Any):
 
 
 @cute.jit
+def load_f32x4(source: Any):
+    """Four floats from 16-byte aligned shared memory."""
+    return cute.arch.inline_ptx(
+        "ld.shared.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Float32] * 4,
+        read_only_args=[source],
+    )
+
+
+@cute.jit
+def store_f32x4(target: Any, a: Any, b: Any, c: Any, d: Any):
+    """Four floats to 16-byte aligned shared memory."""
+    cute.arch.inline_ptx("st.shared.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[target, a, b, c, d])
+
+
+@cute.jit
+def store_f32x2(target: Any, a: Any, b: Any):
+    """Two floats to 8-byte aligned shared memory."""
+    cute.arch.inline_ptx("st.shared.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[target, a, b])
+
+
+@cute.jit
+def load_global_f32(source: Any):
+    """A float from global memory, past L1: what another SM has just written."""
+    return cute.arch.inline_ptx("ld.global.cg.f32 {$w0}, [{$r0}];", write_only_types=[Float32], read_only_args=[source])
+
+
+@cute.jit
 def load_global_f32x4(source: Any):
     """Four floats from 16-byte aligned global memory, past L1: what another SM has just written."""
     return cute.arch.inline_ptx(

@@ -46,6 +46,16 @@ def pack_f16x2(low: Any, high: Any):
 
 
 @cute.jit
+def e4m3_to_f16x2(word: Any):
+    """Four E4M3 numbers as two registers of two float16, exactly, in order."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b16 t, u; mov.b32 {t, u}, {$r0}; cvt.rn.f16x2.e4m3x2 {$w0}, t; cvt.rn.f16x2.e4m3x2 {$w1}, u; }",
+        write_only_types=[Uint32] * 2,
+        read_only_args=[word],
+    )
+
+
+@cute.jit
 def transpose_8x8(x: Any):
     """A warp's 8 x 8 matrix of 16-bit values, two of a row in each lane, transposed."""
     return cute.arch.inline_ptx(
