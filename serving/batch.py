@@ -136,12 +136,37 @@ class LaneTables:
             self._tables[lane, written : len(table)] = table[written:]
             self._lengths[lane] = len(table)
 
+    def _build_decodes(
+        self, entries: SequenceOf[Entry], starts: Int32, ends: Int32, lanes: Int32, masks_stop: NDArray[np.bool_]
+    ) -> Batch:
+        """`build` where every entry is a decode, one token each that is sampled from: what runs most of the time."""
+        token_ids, pending = _last_tokens(entries)
+        blocks = self._tables[lanes, starts // self.block_size].astype(np.int64)
+        rows = np.arange(len(entries) + 1, dtype=np.int32)
+        return Batch(
+            token_ids=token_ids,
+            pending=pending,
+            pending_lanes=lanes[pending],
+            positions=starts,
+            slots=blocks * self.block_size + starts % self.block_size,
+            cu_seqlens_q=rows,
+            seqlens_k=ends,
+            block_tables=self._tables[lanes, : -(-ends.max() // self.block_size)],
+            lanes=lanes,
+            sample_rows=rows[:-1],
+            sample_lanes=lanes,
+            masks_stop=masks_stop,
+            num_decodes=len(entries),
+        )
+
     def build(self, entries: SequenceOf[Entry], num_decodes: int) -> Batch:
         """The arrays of a step; the tables of its lanes must be up to date."""
         _, all_lanes, _, all_starts, all_ends, all_samples, all_masks, all_drafts = zip(*entries, strict=True)
         starts = np.array(all_starts, dtype=np.int32)
         ends = np.array(all_ends, dtype=np.int32)
         lanes = np.array(all_lanes, dtype=np.int32)
+        if num_decodes == len(entries):
+            return self._build_decodes(entries, starts, ends, lanes, np.array(all_masks, dtype=np.bool_))
         samples = np.array(all_samples, dtype=np.bool_)
         counts = ends - starts
         cu_seqlens_q = np.zeros(len(entries) + 1, dtype=np.int32)
@@ -173,6 +198,15 @@ class LaneTables:
             masks_stop=masks_stop,
             num_decodes=num_decodes,
         )
+
+
+def _last_tokens(entries: SequenceOf[Entry]) -> tuple[Int32, Int32]:
+    """`_tokens` of entries that are all decodes."""
+    known = [entry[0].token_ids for entry in entries]
+    pending = [row for row, entry in enumerate(entries) if entry[4] > len(known[row])]
+    tokens = np.array([token_ids[-1] for token_ids in known], dtype=np.int32)
+    tokens[pending] = 0
+    return tokens, np.array(pending, dtype=np.int32)
 
 
 def _tokens(entries: Iterable[Entry], total: int) -> tuple[Int32, Int32]:

@@ -9,6 +9,7 @@ Every sequence that was let in gets exactly one last `Output`, whatever happens:
 the engine dies, gets stuck or is shut down.
 """
 
+import gc
 import logging
 import threading
 from collections import deque
@@ -149,6 +150,7 @@ class Engine:
                 self._die(f"the engine's thread has not ended {GRACE_S:g} s after it was asked to")
         if self._watchdog is not None:
             self._watchdog.stop()
+        gc.unfreeze()  # see start_up: what the engine held may go
 
     # --- under the lock ---
 

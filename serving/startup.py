@@ -1,5 +1,6 @@
 """From a model's name to an engine that only needs to be started: the one way in, for LLM and for the server."""
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -103,6 +104,8 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
             loaded.config.max_position_embeddings,
         )
     logger.info("engine ready: %s", ", ".join(f"{key}={value}" for key, value in facts.items()))
+    gc.collect()
+    gc.freeze()  # a model has so many objects that looking through them all would hold up some step for 100 ms
     return Ready(engine, loaded, tokenizer, runner, limits, facts)
 
 
