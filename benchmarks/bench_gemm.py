@@ -6,7 +6,6 @@
     python -m benchmarks.bench_gemm -o F; ... --record F    measure on a machine without the checkout's history
 
 A config that does not match float64 in this run, or not bit for bit over 200 repetitions, is reported and left out.
-Schemes whose kernels have not been verified take part with ATOM_UNVERIFIED_KERNELS=1.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from atom.kernels.gemm import SCRATCH_WORDS, gemm_kernel, pack_weight, token_sca
 from atom.kernels.gemm_choice import choose_config
 from atom.kernels.gemm_config import GemmConfig
 from atom.kernels.gemm_pack import PackedWeight
-from atom.kernels.refusals_sm90 import refuses_unverified, weight_kind
+from atom.kernels.refusals_sm90 import weight_kind
 from atom.kernels.timing import calls_in_graph
 from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.schemes import LinearScheme
@@ -214,16 +213,13 @@ def main() -> None:
     if args.record:
         save("gemm", args.record)
         return
-    names = [name for name in args.schemes if refuses_unverified(schemes()[name]) is None]
-    if left := [name for name in args.schemes if name not in names]:
-        print(f"not yet verified on hardware, left out: {', '.join(left)}", file=sys.stderr)
     if args.compile_only:
-        configs = {c.with_most_stages() for s in names for n in LAYER for m in args.tokens
+        configs = {c.with_most_stages() for s in args.schemes for n in LAYER for m in args.tokens
                    for c in cells(schemes()[s], n, m)}  # fmt: skip
         compile_together([partial(gemm_kernel, config) for config in configs])
         print(f"{len(configs)} kernels in the cache")
         return
-    keep("gemm", measure(names, args.tokens, cells), args.out, is_record=not args.sweep)
+    keep("gemm", measure(args.schemes, args.tokens, cells), args.out, is_record=not args.sweep)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def choose_config(
         tile_m = 64
         warpgroups = 4 if features >= 16384 and kind.promoted and kind.operand != "bf16" else 2
         split = _split(-(-features // (64 * warpgroups)), sms)
-        clustered = split <= 2 or units < 64
-        two_fit = two_fit and clustered
+        clustered = split <= 2
+        two_fit = two_fit and units < 64
     elif tokens <= 256:
         gate_up = features >= 16384 and kind.operand == "int8" and not kind.promoted
         tile_m = 256 if gate_up and tokens > 128 else 128
@@ -74,6 +74,7 @@ def choose_config(
         bias=bias,
         aligned=features % 8 == 0,
         ctas_per_sm=2 if warpgroups == 2 and two_fit else 1,
+        bounded=warpgroups == 2 and two_fit and (split == 1 or (tokens <= 32 and clustered and split == 4)),
         pairs=pairs or (weight == "e4m3" and tile_m == 128),
         clustered=clustered or split == 1,
     ).with_most_stages()

@@ -25,6 +25,7 @@ class GemmConfig:
     clustered     the CTAs of a split are a cluster; else they meet at a counter in global memory, and a launch must
                   not have more of them than the GPU holds at once
     aligned       N is a multiple of 8: 16-byte stores
+    bounded       registers and shared memory are such that `ctas_per_sm` CTAs fit for certain
     ways          warpgroups that share rows: each takes every `ways`-th unit of K; 1, or all of them
     """
 
@@ -42,6 +43,7 @@ class GemmConfig:
     ctas_per_sm: int = 1
     pairs: bool = False
     clustered: bool = True
+    bounded: bool = False
     ways: int = 1
 
     @property

@@ -157,7 +157,7 @@ class GemmMainloop:
     @property
     def outlier_tokens(self) -> int:
         """Tokens whose outlier sums are added at a time: their INT32 sums stand beside those of the whole tile."""
-        tight = self.tile_m == 256 or self.config.ctas_per_sm == 2 or self.config.registers == 112
+        tight = self.tile_m == 256 or self.config.bounded or self.config.registers == 112
         return min(self.tile_m, 32 if tight else 64)
 
     def outlier_mma(self) -> cute.TiledMma:

@@ -86,8 +86,8 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             block=(self.threads, 1, 1),
             cluster=(self.cluster, 1, 1),
             stream=stream,
-            min_blocks_per_mp=config.ctas_per_sm if config.split == 1 else 1,
-            preferred_smem_carveout=100 if config.ctas_per_sm > 1 and config.split == 1 else None,
+            min_blocks_per_mp=config.ctas_per_sm if config.bounded else 1,
+            preferred_smem_carveout=100 if config.bounded else None,
             use_pdl=config.pdl,
         )
 

@@ -9,7 +9,7 @@ from ..quant.mixed import fake_quantize_activation
 from ..quant.schemes import LinearScheme
 from .activation import Activation
 from .refusals_fp4 import refuses_fp4_producer
-from .refusals_sm90 import refuses_adding_producer, refuses_producer
+from .refusals_sm90 import refuses_producer
 from .registry import Implementation, Op
 
 
@@ -64,6 +64,6 @@ ADD_RMS_NORM_QUANTIZE = Op(
     formula="h = residual + update; quantize(rms_norm(h, weight)[:, perm]) and h",
     reference=add_rms_norm_quantize_reference,
     implementations=(
-        Implementation("producers_sm90", "atom.kernels.producers:build_add_rms_norm_quantize", refuses_adding_producer),
+        Implementation("producers_sm90", "atom.kernels.producers:build_add_rms_norm_quantize", refuses_producer),
     ),
 )

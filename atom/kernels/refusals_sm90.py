@@ -1,17 +1,12 @@
 """What the sm_90 kernels refuse, and why; which kind of packed weight a scheme takes. Imports no kernel, so that the
 ops can name it."""
 
-from ..env import unverified_kernels
 from ..quant.granularity import Channel, Granularity, Group, Token
 from ..quant.schemes import LinearScheme, TensorSpec
 from .registry import Problem
 
 LARGEST_ROW = 48 * 1024  # float32 values of a row that fit in shared memory
 LARGEST_ROTATION = 256  # columns of a Hadamard block: what a warp holds
-# Kinds that ran on an H200 and were right there (tests/kernels, commit 7950732). "e4m3" ran and was not: a few elements
-# of a product missed float64 by more than the test grants FP8's coarse sums.
-VERIFIED = ("int4", "int4_uint4", "int4_bf16", "int8", "e2m1_g16", "e2m1_g32", "int4_g16")
-NOT_VERIFIED = "not yet verified on hardware; set ATOM_UNVERIFIED_KERNELS=1 to run it all the same"
 
 
 def refuses_linear(problem: Problem) -> str | None:
@@ -20,7 +15,7 @@ def refuses_linear(problem: Problem) -> str | None:
         return f"it is built for sm_90, this is {problem.arch}"
     if problem.K % 8:
         return f"inputs must be a multiple of 8 long, got {problem.K}"
-    return refuses_scheme(problem.linear) or refuses_unverified(problem.linear)
+    return refuses_scheme(problem.linear)
 
 
 def refuses_producer(problem: Problem) -> str | None:
@@ -33,22 +28,12 @@ def refuses_producer(problem: Problem) -> str | None:
         return f"rows of {problem.K} do not fit in shared memory; at most {LARGEST_ROW}"
     if problem.linear == LinearScheme():  # nothing is rounded: the model's own format
         return None if problem.dtype == "bfloat16" else f"full precision must be bfloat16, got {problem.dtype}"
-    return refuses_scheme(problem.linear) or refuses_unverified(problem.linear)
-
-
-def refuses_adding_producer(problem: Problem) -> str | None:
-    """Why the sm_90a producer that adds to the residual first cannot feed a linear, or None."""
-    return refuses_producer(problem) or (None if unverified_kernels() else NOT_VERIFIED)
-
-
-def refuses_unverified(linear: LinearScheme) -> str | None:
-    """A reason if the scheme's kernels have not run on a GPU yet and the user has not asked for such."""
-    return None if weight_kind(linear) in VERIFIED or unverified_kernels() else NOT_VERIFIED
+    return refuses_scheme(problem.linear)
 
 
 def fuses_rows(problem: Problem) -> bool:
-    """Whether linears that share an input run as one GEMM: not before what reads its output in parts is verified."""
-    return refuses_linear(problem) is None and unverified_kernels()
+    """Whether linears that share an input run as one GEMM."""
+    return refuses_linear(problem) is None
 
 
 def weight_kind(linear: LinearScheme) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..env import unverified_kernels
 from .cache import compile_together
 from .gemm import LinearSm90, gemm_kernel, gemm_path, token_bucket
 from .producers import AddingProducer, QuantizingProducer, producer_kernel, producer_path
@@ -34,7 +33,6 @@ def model_kernels(model: nn.Module, dtype: torch.dtype, tokens: Iterable[int] = 
     """
     found: dict[Any, Kernel] = {}
     buckets = sorted({token_bucket(count) for count in tokens})
-    fused = unverified_kernels()  # when refusals_sm90.fuses_rows lets linears be stacked
     for module in model.modules():
         for run in (getattr(module, "_run", None), getattr(module, "_add_run", None)):
             if isinstance(run, AddingProducer):
@@ -44,7 +42,7 @@ def model_kernels(model: nn.Module, dtype: torch.dtype, tokens: Iterable[int] = 
                     found[gemm] = Kernel(gemm_path(gemm), partial(gemm_kernel, gemm))
             elif isinstance(run, QuantizingProducer):
                 gated = run.source in ("silu", "gelu_tanh")  # reads halves of one tensor where its linears are fused
-                for strided in {False, gated and fused}:
+                for strided in {False, gated}:
                     for config in run.configs(dtype, run.features or int(getattr(module, "size", 0)), strided):
                         found[config] = Kernel(producer_path(config), partial(producer_kernel, config))
     return list(found.values())

@@ -24,7 +24,6 @@ LOW_BIT = [name for name in PRESETS if name != "bf16"]
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_operands_mean_what_the_gemm_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check before a measurement passes on right numbers, and fails when one row has other weights."""
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
     EmulatedGpu(monkeypatch)
     linear = get_scheme(name).for_linear("x")
     weight, x = random_weight(linear, 72, 320, "cpu"), random_activation(linear, 5, 320, "cpu")
@@ -47,18 +46,16 @@ def test_a_product_that_differs_between_runs_is_found() -> None:
     assert found == "differs between runs"
 
 
-def test_rows_without_a_gpu_say_what_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "0")
+def test_rows_without_a_gpu_say_what_would_run() -> None:
     rows = bench_kernels(KernelsConfig(scheme=("w8a8", "fp8"), tokens=(1, 8192)))
     linear = {(row["scheme"], row["shape"], row["M"]): row for row in rows if row["op"] == "linear"}
     assert len(linear) == 16 and len(rows) == 32
-    assert linear["w8a8", "qkv", 1]["runs"] == "gemm_sm90" and "ATOM_UNVERIFIED" in linear["fp8", "qkv", 1]["runs"]
+    assert linear["w8a8", "qkv", 1]["runs"] == linear["fp8", "qkv", 1]["runs"] == "gemm_sm90"
     # 6144 x 4096 weights, 6144 scales of 4 bytes, 4096 codes and 6144 bfloat16 at 4.38 TB/s; then operations decide
     assert linear["w8a8", "qkv", 1]["sol_us"] == pytest.approx(5.755, abs=0.002)
     assert linear["w8a8", "qkv", 8192]["sol_us"] == pytest.approx(2 * 8192 * 6144 * 4096 / 1656e6, rel=1e-6)
     assert all(row["us"] is None for row in rows)
-    text = table(rows)
-    assert "[1] " in text and text.count("ATOM_UNVERIFIED_KERNELS=1") == 1
+    assert "gemm_sm90" in table(rows)
 
 
 def test_bytes_of_a_producer() -> None:
@@ -94,7 +91,6 @@ def test_records_hold_what_ran_and_the_sum_of_a_layer() -> None:
 @needs_dsl
 def test_the_torch_baseline_is_the_same_op(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a producer is timed against computes what the producer computes."""
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
     EmulatedGpu(monkeypatch)
     linear = get_scheme("mxfp4").for_linear("x")
     run = make_producer(op, linear, 256, "cpu")

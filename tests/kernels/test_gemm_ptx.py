@@ -39,7 +39,6 @@ LOW_BIT = [name for name in PRESETS if name != "bf16"]
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

@@ -115,15 +115,8 @@ def test_presets_that_the_kernel_claims(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", schemes())
-def test_what_never_ran_on_a_gpu_is_refused_until_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem("sm_90", schemes()[name], 512, 512)
-    monkeypatch.delenv("ATOM_UNVERIFIED_KERNELS", raising=False)
-    verified = name != "fp8"
-    assert (refuses_linear(problem) is None) == verified
-    if not verified:
-        assert "ATOM_UNVERIFIED_KERNELS=1" in str(refuses_linear(problem))
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
-    assert refuses_linear(problem) is None
+def test_presets_run_unasked(name: str) -> None:
+    assert refuses_linear(Problem("sm_90", schemes()[name], 512, 512)) is None
 
 
 def refused() -> dict[str, tuple[LinearScheme, str]]:
@@ -269,20 +262,17 @@ def disassemble(cubin: bytes, folder: Path) -> str:
 def compiled() -> None:
     """All kernels of the GPU tests below, compiled in parallel: one by one they would take minutes."""
     configs = set()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
-        for linear in schemes().values():
-            for N, K in (*SHAPES, (200, 512), (200, 4096)):
-                packed = pack_weight(linear, random_weight(linear, N, K, "cpu"))
-                for bias in (None, torch.zeros(N)):
-                    gemm = Gemm(packed, token_scales(linear), bias)
-                    configs |= {gemm.config(token_bucket(M)) for M in (*TOKENS, 512) if M}
+    for linear in schemes().values():
+        for N, K in (*SHAPES, (200, 512), (200, 4096)):
+            packed = pack_weight(linear, random_weight(linear, N, K, "cpu"))
+            for bias in (None, torch.zeros(N)):
+                gemm = Gemm(packed, token_scales(linear), bias)
+                configs |= {gemm.config(token_bucket(M)) for M in (*TOKENS, 512) if M}
     compile_together([partial(gemm_kernel, config) for config in configs])
 
 
 @pytest.fixture(params=schemes())
-def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LinearScheme:
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+def scheme(request: pytest.FixtureRequest) -> LinearScheme:
     return schemes()[request.param]
 
 

@@ -42,9 +42,8 @@ def reference(path: Path) -> Model:
     return model
 
 
-def on_sm90(path: Path, monkeypatch: pytest.MonkeyPatch, unverified: bool) -> Model:
+def on_sm90(path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """The model as it is made for a GPU of compute capability 9.0, its tensors on the CPU."""
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", str(int(unverified)))
     for module in (twins, quantized):
         monkeypatch.setattr(module, "device_arch", lambda device: "sm_90")
     return load_model(path)
@@ -58,7 +57,6 @@ def run(model: Model, scheme: Scheme) -> torch.Tensor:
 
 
 LAYER = ["gemm", "plain", "gemm", "add_norm", "gemm", "silu", "gemm"]  # behind the first norm; attention is not counted
-APART = ["gemm", "gemm", "gemm", "plain", "gemm", "norm", "gemm", "gemm", "silu", "gemm"]
 
 
 @needs_dsl
@@ -72,7 +70,7 @@ def test_the_kernel_path_computes_the_reference(name: str, tmp_path: Path, monke
     path, scheme = saved("llama", name, tmp_path / "model")
     wanted = run(reference(path), scheme)
     gpu = EmulatedGpu(monkeypatch)
-    found = run(on_sm90(path, monkeypatch, unverified=True), scheme)
+    found = run(on_sm90(path, monkeypatch), scheme)
     assert gpu.launches == ["norm", *LAYER, "add_norm", *LAYER]
     assert float((found - wanted).norm() / wanted.norm()) < 0.06
 
@@ -84,17 +82,9 @@ def test_other_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     path, scheme = saved(family, "w4a8", tmp_path / "model")
     wanted = run(reference(path), scheme)
     gpu = EmulatedGpu(monkeypatch)
-    found = run(on_sm90(path, monkeypatch, unverified=True), scheme)
+    found = run(on_sm90(path, monkeypatch), scheme)
     assert gpu.launches.count("gemm") == 8 and gpu.launches.count("add_norm") == 3
     assert float((found - wanted).norm() / wanted.norm()) < 0.06
-
-
-@needs_dsl
-def test_what_is_verified_runs_as_it_was_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, scheme = saved("llama", "w4a4", tmp_path / "model")
-    gpu = EmulatedGpu(monkeypatch)
-    run(on_sm90(path, monkeypatch, unverified=False), scheme)
-    assert gpu.launches == ["norm", *APART, "norm", *APART]
 
 
 @pytest.mark.slow
