@@ -55,7 +55,7 @@ class Measure:
     """Calibration text, disjoint from the test texts."""
 
     text: tuple[str, ...] = ("wikitext2",)
-    """Test texts."""
+    """Test texts; the first is for every method, the others for `fp`, `atom` and `ours`."""
 
     schemes: tuple[Bits, ...] = get_args(Bits)
     """w4a4, w4a8."""
@@ -125,6 +125,7 @@ class Runner:
         )
         tokenizer = load_tokenizer(self.source.path)
         self.windows = load_windows(options.calib, tokenizer, options.windows, options.window_length, self.base.seed)
+        self.distilled = ""
         self.full: dict[str, float] = {
             row["text"]: row["ppl"] for row in self.part.rows.get(RECORD, []) if row["method"] == "fp"
         }
@@ -138,10 +139,11 @@ class Runner:
         with scratch(self.options.scratch) as folder:
             loaded = self.loaded(method, scheme, folder)
             seconds = time.perf_counter() - started
-            for text in self.texts:
+            for text in self.texts if method.name in ("fp", "atom", "ours") else self.texts[:1]:
                 row = {"model": self.options.name, "text": text.name, "method": method.name, "scheme": bits}
                 row |= {"kv": kv_name(scheme), **self.perplexity(loaded, text), **self.bits(loaded, scheme)}
                 row |= {"source": self.options.source, "seconds": round(seconds, 1)}
+                row |= {} if method.name == "fp" else {"calibration": self.calibration(method)}
                 if method.learned:
                     row["note"] = "run in memory: its transforms have no place in a checkpoint"
                 self.part.add(RECORD, row)
@@ -149,6 +151,7 @@ class Runner:
 
     def loaded(self, method: Method, scheme: Scheme, folder: Path) -> Loaded:
         """The model as `method` quantizes it."""
+        self.distilled = ""
         where, device = str(self.source.path), self.options.device
         if not scheme.is_quantized:
             return load(where, device, "float32", "reference")
@@ -165,10 +168,16 @@ class Runner:
         config, out = method.config(self.base), folder / "checkpoint"
         if config.distill_steps:
             text = load_distill_text(self.source, config, self.windows)
-            quantize_and_distill(self.source, scheme, out, config, self.windows, text)
+            found = quantize_and_distill(self.source, scheme, out, config, self.windows, text).distilled
+            assert found is not None
+            self.distilled = "distilled in {steps} steps, {tokens} tokens, {seconds} s".format(**found)
         else:
             quantize_source(self.source, scheme, out, config, self.windows)
         return load(str(out), device, "float32", "reference")
+
+    def calibration(self, method: Method) -> str:
+        how = f"{self.options.windows} x {self.options.window_length} of {Path(self.options.calib).name}"
+        return how + (f", {self.distilled}" if self.distilled else "")
 
     def perplexity(self, loaded: Loaded, text: Any) -> dict[str, Any]:
         """The row's measurements; a perplexity beyond all sense is written as 1e9, which JSON can hold."""
