@@ -126,6 +126,7 @@ class Runner:
         tokenizer = load_tokenizer(self.source.path)
         self.windows = load_windows(options.calib, tokenizer, options.windows, options.window_length, self.base.seed)
         self.distilled = ""
+        self.is_full = False
         self.full: dict[str, float] = {
             row["text"]: row["ppl"] for row in self.part.rows.get(RECORD, []) if row["method"] == "fp"
         }
@@ -151,7 +152,7 @@ class Runner:
 
     def loaded(self, method: Method, scheme: Scheme, folder: Path) -> Loaded:
         """The model as `method` quantizes it."""
-        self.distilled = ""
+        self.distilled, self.is_full = "", method.name == "fp"
         where, device = str(self.source.path), self.options.device
         if not scheme.is_quantized:
             return load(where, device, "float32", "reference")
@@ -185,8 +186,15 @@ class Runner:
             loaded.model, loaded.tokenizer, text, window=self.options.eval_window, limit=self.options.limit
         )
         ppl = round(found.perplexity, 4) if math.isfinite(found.perplexity) else 1e9
-        full = self.full.setdefault(text.name, ppl)
-        return {"ppl": ppl, "ppl_fp": full, "windows": found.windows, "window": found.window, "path": "reference"}
+        if self.is_full:
+            self.full[text.name] = ppl
+        return {
+            "ppl": ppl,
+            "ppl_fp": self.full.get(text.name),
+            "windows": found.windows,
+            "window": found.window,
+            "path": "reference",
+        }
 
     def bits(self, loaded: Loaded, scheme: Scheme) -> dict[str, float]:
         config = loaded.model.config
@@ -214,6 +222,9 @@ def measure(options: Measure) -> None:
 def join(options: Join) -> None:
     parts = [json.loads(path.read_text()) for path in options.parts]
     rows = [row for part in parts for row in part.get(RECORD, [])]
+    full = {(row["model"], row["text"]): row["ppl"] for row in rows if row["method"] == "fp"}
+    for row in rows:  # a part that was measured beside the one with full precision does not know it
+        row["ppl_fp"] = full[row["model"], row["text"]]
     where = dict(parts[0]["where"])
     where["command"] += f" (and {len(parts) - 1} more models alike)" if len(parts) > 1 else ""
     print("wrote", write_record(RECORD, rows, where["machine"]["name"], commit=options.commit, where=where))
