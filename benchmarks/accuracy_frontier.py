@@ -123,8 +123,10 @@ class Runner:
             device=options.device,
             distill_seconds=options.distill_seconds,
         )
-        tokenizer = load_tokenizer(self.source.path)
-        self.windows = load_windows(options.calib, tokenizer, options.windows, options.window_length, self.base.seed)
+        self.tokenizer = load_tokenizer(self.source.path)
+        self.windows = load_windows(
+            options.calib, self.tokenizer, options.windows, options.window_length, self.base.seed
+        )
         self.distilled = ""
         self.is_full = False
         self.full: dict[str, float] = {
@@ -168,7 +170,7 @@ class Runner:
             return loaded
         config, out = method.config(self.base), folder / "checkpoint"
         if config.distill_steps:
-            text = load_distill_text(self.source, config, self.windows)
+            text = load_distill_text(self.tokenizer, config, self.windows)
             found = quantize_and_distill(self.source, scheme, out, config, self.windows, text).distilled
             assert found is not None
             self.distilled = "distilled in {steps} steps, {tokens} tokens, {seconds} s".format(**found)

@@ -25,7 +25,8 @@ from atom.checkpoint import REPORT_FILE, RUN_FILE, CheckpointWriter, read_json, 
 from atom.errors import CalibrationError
 from atom.models.loader import load_source
 from atom.models.model import Model
-from atom.models.source import Source, load_tokenizer, open_source
+from atom.models.source import Source, open_source
+from atom.models.tokens import Tokenizer
 
 from .config import CalibrationConfig
 from .data import SELF, Windows, load_windows
@@ -47,7 +48,7 @@ class DistillText:
     held_back: Tensor
 
 
-def load_distill_text(source: Source, config: CalibrationConfig, windows: Windows) -> DistillText:
+def load_distill_text(tokenizer: Tokenizer, config: CalibrationConfig, windows: Windows) -> DistillText:
     """Windows from the calibration text: the first 95 % of it to train on, the rest to judge by.
 
     windows  those of calibration; split instead, where the text was sampled from the model itself
@@ -60,7 +61,6 @@ def load_distill_text(source: Source, config: CalibrationConfig, windows: Window
         if held == len(windows.tokens):
             raise CalibrationError("distillation needs 2 windows or more of sampled text; raise --windows")
         return DistillText(windows.tokens[:-held], windows.tokens[-held:])
-    tokenizer = load_tokenizer(source.path)
     parts = [
         load_windows(config.calib, tokenizer, n, config.window_length, config.seed + 1, part).tokens
         for n, part in ((count, (0.0, 1.0 - HELD_BACK)), (held, (1.0 - HELD_BACK, 1.0)))
