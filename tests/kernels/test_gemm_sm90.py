@@ -309,13 +309,10 @@ LONE = {"clustered": False}
 COMPETING = [  # of a sweep: tile, warpgroups, and what else
     (16, 4, {"ways": 4}),
     (16, 4, {"ways": 4, "split": 2, **LONE}),
-    (16, 2, {"split": 4, "ctas_per_sm": 2, **LONE}),
-    (16, 2, {"split": 4, "ctas_per_sm": 2, "bounded": True}),
     (64, 4, {"ways": 4}),
     (64, 4, {"ways": 4, "split": 2, **LONE}),
     (64, 2, {"ctas_per_sm": 2, "bounded": True}),
     (64, 2, {"split": 4, **LONE}),
-    (128, 2, {"split": 4, **LONE}),
 ]
 
 
@@ -330,7 +327,7 @@ def fixed(config: GemmConfig) -> Any:
 def test_configs_that_compete_on_the_gpu(name: str, tile: int, warpgroups: int, more: dict[str, Any]) -> None:
     """Random operands against float64, a hundred times bit for bit, where K ends within a round of the ring."""
     linear = schemes()[name]
-    for M, N, K in ((tile, 1000, 2048), (tile - 3, 130, 1400)):
+    for M, N, K in ((tile, 1000, 2048), (tile - 3, 136, 1400)):
         weight, x = random_weight(linear, N, K, "cuda"), random_activation(linear, M, K, "cuda")
         packed = pack_weight(linear, weight)
         outliers = packed.int4_units < packed.units.shape[1]
