@@ -1,4 +1,5 @@
-"""Accuracy of the ladder and of all presets on real models, as the records quality-ladder, quality-presets, kv-rope.
+"""Accuracy of the ladder and of all presets on real models, as the records quality-ladder, quality-presets, kv-rope,
+and what other choices in the full recipe would give (quality-variants).
 
     python benchmarks/quality.py measure MODEL --name NAME --calib train.txt --text wikitext2=test.txt --output OUT.json
     python benchmarks/quality.py join part1.json part2.json ... --machine h200
@@ -81,8 +82,14 @@ class Measure:
     bos: Bos = "auto"
     """As for atom eval."""
 
-    what: tuple[Literal["ladder", "presets", "kv-rope", "scaled"], ...] = ("ladder", "presets", "kv-rope", "scaled")
-    """What to measure; scaled is the full recipe with the outlier count that is 128's share of 4096 channels."""
+    what: tuple[Literal["ladder", "variants", "presets", "kv-rope", "scaled"], ...] = (
+        "ladder",
+        "presets",
+        "kv-rope",
+        "scaled",
+    )
+    """What to measure; variants are the full recipe with one choice made otherwise, scaled is it with the outlier count
+    that is 128's share of 4096 channels."""
 
     kernels: bool = False
     """Measure the presets that have GPU kernels through these as well, in bfloat16: rows of their own."""
@@ -139,6 +146,10 @@ class Part:
 
     def add(self, record: str, row: dict[str, Any]) -> None:
         self.rows.setdefault(record, []).append(row)
+        self.write(record, row)
+
+    def write(self, record: str, row: dict[str, Any]) -> None:
+        """Write the part; `row`, of this record, is new or has changed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({**self.rows, "where": self.where}, indent=1))
         print(record, json.dumps(row), flush=True)
@@ -150,6 +161,8 @@ class Configuration:
 
     step       rung of the ladder, or None
     is_preset  a row of quality-presets, with tasks and, where asked for, through the kernels
+    variant    what is otherwise than in the full recipe: a row of quality-variants
+    changes    of the calibration's options
     """
 
     scheme: Scheme
@@ -157,6 +170,30 @@ class Configuration:
     clip: Clip = "measured"
     step: str | None = None
     is_preset: bool = False
+    variant: str | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def variants() -> list[Configuration]:
+    """The full recipe with one choice made otherwise, the weights' grids first."""
+    recipe = PRESETS["w4a4"]
+    assert recipe.weight is not None and recipe.activation is not None
+    whole = replace(recipe.weight, clip=1.0, scale_rule="max")
+    unclipped = replace(recipe, weight=whole)
+    schemes = {
+        "weights unclipped": unclipped,
+        "weights searched below the maximum": replace(recipe, weight=replace(recipe.weight, scale_rule="max")),
+        "weights unclipped, bf16 scales": replace(recipe, weight=replace(whole, scale_format="bf16", outer=None)),
+        "bf16 scales": replace(recipe, weight=replace(recipe.weight, scale_format="bf16", outer=None)),
+    }
+    found = [Configuration(scheme, True, variant=name) for name, scheme in schemes.items()]
+    relative = {"token_weights": "relative"}
+    found.append(Configuration(unclipped, True, variant="weights unclipped, relative tokens", changes=relative))
+    found.append(Configuration(recipe, True, variant="relative tokens", changes=relative))
+    plain = replace(unclipped, activation=replace(recipe.activation, clip=1.0))
+    found.append(Configuration(plain, True, "constant", variant="nothing clipped"))
+    found.append(Configuration(unclipped, False, variant="weights unclipped, rounded to nearest"))
+    return found
 
 
 def configurations(options: Measure) -> list[Configuration]:
@@ -168,6 +205,8 @@ def configurations(options: Measure) -> list[Configuration]:
             if step.name in options.steps:
                 is_preset = has_presets and step.name in ("fp", "kv4")
                 found.append(Configuration(step.scheme, step.gptq, step.clip, step.name, is_preset))
+    if "variants" in options.what:
+        found += variants()
     if has_presets:
         shared = [c.scheme for c in found if c.is_preset]
         schemes = [PRESETS["bf16"], *(s for s in PRESETS.values() if s.is_quantized)]  # first what others lose against
@@ -195,6 +234,7 @@ class Runner:
         self.texts = [load_text(name) for name in options.text]
         self.source = open_source(options.model)
         self.tokenizer = load_tokenizer(self.source.path)
+        self.kept: list[tuple[dict[str, Any], Path | str]] = []  # rows of presets, and the checkpoints they are of
         self.calibration = CalibrationConfig(
             calib=options.calib,
             windows=options.windows,
@@ -220,7 +260,7 @@ class Runner:
         if not scheme.is_quantized:
             return load(self.options.model, self.options.device, "float32", "reference"), 0.0
         out = folder / "checkpoint"
-        config = replace(self.calibration, gptq=configuration.gptq, clip=configuration.clip)
+        config = replace(self.calibration, gptq=configuration.gptq, clip=configuration.clip, **configuration.changes)
         windows = self.calibration_windows if is_calibrated(self.source, scheme) else None
         report = quantize_source(self.source, scheme, out, config, windows)
         return load(str(out), self.options.device, "float32", "reference"), float(report.totals["seconds"])
@@ -259,21 +299,28 @@ class Runner:
         of_presets = {"model": self.options.name, "scheme": scheme.name, "kv": kv_name(scheme)}
         to_ladder = configuration.step is not None and not self.part.has("quality-ladder", {**of_ladder, "text": text})
         to_presets = configuration.is_preset and not self.part.has("quality-presets", {**of_presets, "text": text})
-        if not to_ladder and not to_presets:
+        of_variants = {"model": self.options.name, "variant": configuration.variant}
+        to_variants = configuration.variant is not None and not self.part.has("quality-variants", of_variants)
+        if not to_ladder and not to_presets and not to_variants:
             return
-        with scratch(self.options.scratch) as folder:
+        has_tasks = to_presets and bool(self.options.tasks)
+        with scratch(self.options.scratch, has_tasks and scheme.is_quantized) as folder:
             loaded, seconds = self.loaded(configuration, folder)
             found = self.perplexity(loaded, 0)
             common = self.bits(scheme) | self.common(seconds, configuration.gptq)
             if to_ladder:
                 self.part.add("quality-ladder", {**of_ladder, "text": text, **found, **common})
+            if to_variants:
+                self.part.add("quality-variants", {**of_variants, "text": text, **found, **common})
             if to_presets:
                 row = {**of_presets, "text": text, **found, "ppl_fp": self.full(found["ppl"]), **common}
-                self.part.add("quality-presets", {**row, **self.tasks(loaded)})
+                self.part.add("quality-presets", row)
+                if has_tasks:
+                    self.kept.append((row, folder / "checkpoint" if scheme.is_quantized else self.options.model))
             if to_ladder and configuration.step in ("fp", "kv4"):
                 for number, other in list(enumerate(self.texts))[1:]:
-                    row = {**of_ladder, "text": other.name, **self.perplexity(loaded, number), **common}
-                    self.part.add("quality-ladder", row)
+                    more = {**of_ladder, "text": other.name, **self.perplexity(loaded, number), **common}
+                    self.part.add("quality-ladder", more)
             del loaded
             if to_presets and self.wants_kernels(scheme):
                 self.add_kernels_row(folder, row)
@@ -295,12 +342,20 @@ class Runner:
         except UnsupportedError as error:
             print(f"{reference['scheme']}: not through the kernels: {error}", flush=True)
             return
-        row = {key: value for key, value in reference.items() if not key.startswith("task:")}
-        self.part.add("quality-presets", row | self.perplexity(loaded, 0))
+        self.part.add("quality-presets", reference | self.perplexity(loaded, 0))
+
+    def run_tasks(self) -> None:
+        """Add the tasks to the rows of all presets, from their checkpoints; the least urgent numbers come last."""
+        for row, checkpoint in self.kept:
+            loaded = load(str(checkpoint), self.options.device, "float32", "reference")
+            row.update(self.tasks(loaded))
+            self.part.write("quality-presets", row)
+            del loaded
+            if isinstance(checkpoint, Path):
+                shutil.rmtree(checkpoint.parent)
 
     def tasks(self, loaded: Loaded) -> dict[str, Any]:
-        if not self.options.tasks:
-            return {}
+        """lm-eval's tasks under one model."""
         from atom.eval.lm import AtomLM
         from atom.eval.tasks import prepare_tasks, run_tasks
 
@@ -329,16 +384,18 @@ class Runner:
 
 
 class scratch:  # noqa: N801  a context manager, named as it reads
-    """A folder that is gone afterwards, and the GPU memory of what was loaded from it as well."""
+    """A folder that is gone afterwards unless it is kept, and the GPU memory of what was loaded from it as well."""
 
-    def __init__(self, parent: Path | None) -> None:
+    def __init__(self, parent: Path | None, keeps: bool = False) -> None:
         self.folder = Path(tempfile.mkdtemp(dir=parent))
+        self.keeps = keeps
 
     def __enter__(self) -> Path:
         return self.folder
 
     def __exit__(self, *error: object) -> None:
-        shutil.rmtree(self.folder)
+        if not self.keeps:
+            shutil.rmtree(self.folder)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -354,11 +411,12 @@ def measure(options: Measure) -> None:
             print(f"{configuration.step or configuration.scheme.name}: not measured: {error}", flush=True)
     if "kv-rope" in options.what:
         runner.run_kv_rope()
+    runner.run_tasks()
 
 
 def join(options: Join) -> None:
     parts = [json.loads(path.read_text()) for path in options.parts]
-    for name in ("quality-ladder", "quality-presets", "kv-rope"):
+    for name in ("quality-ladder", "quality-variants", "quality-presets", "kv-rope"):
         rows = [row for part in parts for row in part.get(name, [])]
         if rows:
             where = dict(parts[0]["where"])

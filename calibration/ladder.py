@@ -1,12 +1,13 @@
 """The paper's ablation as schemes: from plain rounding to the whole recipe, one step added at a time.
 
 Source: Atom, arXiv:2310.19102, table 3. Every step but the first quantizes weights and activations to 4 bits. The
-step `clip` has the paper's constants; those behind it have our recipe's clips, searched and measured.
+steps `groups` and `clip` have the paper's bf16 scales and constants; those behind them have our recipe's scales and its
+clips, searched and measured.
 """
 
 from dataclasses import dataclass, replace
 
-from atom.quant.granularity import Channel, Token
+from atom.quant.granularity import Channel, Group, Token
 from atom.quant.presets import get_scheme
 from atom.quant.schemes import OutlierSpec, Scheme, TensorSpec
 
@@ -31,8 +32,8 @@ def ladder(outliers: int = 128) -> list[Step]:
     assert recipe.weight is not None and recipe.activation is not None
     plain_weight = TensorSpec("int4", Channel())
     plain_activation = TensorSpec("int4", Token(), dynamic=True)
-    grouped_weight = replace(recipe.weight, clip=1.0, scale_rule="max")
-    grouped_activation = replace(recipe.activation, clip=1.0)
+    grouped_weight = TensorSpec("int4", Group(128))
+    grouped_activation = replace(grouped_weight, dynamic=True)
     plain = Scheme("w4a4", plain_weight, plain_activation)
     mixed = replace(plain, outliers=OutlierSpec(outliers), reorder=True)
     grouped = replace(mixed, weight=grouped_weight, activation=grouped_activation)

@@ -28,7 +28,7 @@ def test_each_step_changes_one_thing() -> None:
         {"outliers"},
         {"weight", "activation"},
         {"weight", "activation"},
-        {"weight"},  # GPTQ's grid
+        {"weight", "activation"},  # our grids: whole factors under a float32
         {"kv", "kv_offset", "kv_rotation"},
     ]
 
