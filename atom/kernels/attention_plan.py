@@ -87,25 +87,26 @@ def plan_balanced(
     active = counts > 0
     costs = counts + overhead * active
     ticks = np.zeros(len(counts) + 1, dtype=np.int64)  # of sequences in the line of all rows' costs
-    np.cumsum(num_kv_heads * costs, out=ticks[1:])
+    (num_kv_heads * costs).cumsum(out=ticks[1:])
     blocks = num_kv_heads * int(counts.sum())
     used = max(1, min(ctas, blocks // least))
     targets = np.arange(1, used) * ticks[-1] // used
-    seqs = np.searchsorted(ticks, targets, side="right") - 1  # of each cut
+    seqs = ticks.searchsorted(targets, side="right") - 1  # of each cut
     heads, cuts = np.divmod(targets - ticks[seqs], costs[seqs])
     most = counts[seqs]
     cuts = np.minimum(np.maximum(cuts - (overhead - grain // 2), 0) // grain * grain, most)  # within its row
     rows = num_kv_heads * seqs + heads
     inner = (cuts > 0) & (cuts < most)
     inner[1:] &= (rows[1:] != rows[:-1]) | (cuts[1:] != cuts[:-1])  # two targets may round to one cut
-    before = num_kv_heads * (np.cumsum(active) - active)[seqs] + heads  # rows that are read before the cut's
-    added = np.cumsum(inner)
+    before = num_kv_heads * (active.cumsum() - active)[seqs] + heads  # rows that are read before the cut's
+    added = inner.cumsum()
     # the segment that a cut opens: inner cuts one of their own, others their row's first or the next row's
     opened = before + added + (cuts == most)
     at = opened[inner]
-    parts = np.repeat(active.astype(np.int64), num_kv_heads)
-    np.add.at(parts, rows[inner], 1)
-    segments = np.repeat(_whole_rows(firsts, ends, num_kv_heads), parts, axis=0)
+    cut_rows = rows[inner]
+    parts = active.astype(np.int64).repeat(num_kv_heads)
+    np.add.at(parts, cut_rows, 1)
+    segments = _whole_rows(firsts, ends, num_kv_heads).repeat(parts, axis=0)
     work = np.empty(ctas + 1, dtype=np.int32)
     work[0] = 0
     work[1:used] = opened
@@ -116,7 +117,7 @@ def plan_balanced(
     flat[where + 2] = begins
     flat[where + 3 - SEGMENT_FIELDS] = begins
     flat[where + 6 - SEGMENT_FIELDS] = 0
-    return AttentionPlan(work, segments, _number_parts(segments, at, rows[inner]))
+    return AttentionPlan(work, segments, _number_parts(segments, at, cut_rows))
 
 
 def plan_fixed(
@@ -155,9 +156,9 @@ def _number_parts(segments: Int32, later: NDArray[Any], rows: NDArray[Any]) -> I
     """
     is_second = np.ones(len(later), dtype=bool)
     np.not_equal(rows[1:], rows[:-1], out=is_second[1:])
-    places = np.cumsum(is_second) - 1  # in merges
+    places = is_second.cumsum() - 1  # in merges
     slots = np.arange(1, len(later) + 1) + places
-    seconds = np.flatnonzero(is_second)
+    (seconds,) = is_second.nonzero()
     firsts = later[seconds] - 1
     pairs = segments.view(np.int64).reshape(-1)  # four a segment: (sequence, head), blocks, (slot, place), filling
     merges = np.empty((len(firsts), 4), dtype=np.int32)
