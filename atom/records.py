@@ -120,7 +120,9 @@ SCHEMAS: dict[str, RecordSchema] = {
         {"op": ("decode", "prefill", "rope_append", "plan"), **_KV},
     ),
     "engine-latency": RecordSchema(
-        ("shape", "scheme", "kv", "batch", "context", "ms", "sol_ms", "host_ms", "idle"), ("commit",), _KV
+        ("shape", "scheme", "kv", "batch", "context", "ms", "sol_ms", "host_ms", "idle"),
+        ("commit", "head", "cpu_ms"),
+        {"head": ("full", "int8"), **_KV},
     ),
     "engine-host": RecordSchema(
         ("batch", "context", "sampling", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),

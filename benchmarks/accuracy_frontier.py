@@ -55,7 +55,7 @@ class Measure:
     """Calibration text, disjoint from the test texts."""
 
     text: tuple[str, ...] = ("wikitext2",)
-    """Test texts."""
+    """Test texts; the first is for every method, the others for `fp`, `atom` and `ours`."""
 
     schemes: tuple[Bits, ...] = get_args(Bits)
     """w4a4, w4a8."""
@@ -123,8 +123,12 @@ class Runner:
             device=options.device,
             distill_seconds=options.distill_seconds,
         )
-        tokenizer = load_tokenizer(self.source.path)
-        self.windows = load_windows(options.calib, tokenizer, options.windows, options.window_length, self.base.seed)
+        self.tokenizer = load_tokenizer(self.source.path)
+        self.windows = load_windows(
+            options.calib, self.tokenizer, options.windows, options.window_length, self.base.seed
+        )
+        self.distilled = ""
+        self.is_full = False
         self.full: dict[str, float] = {
             row["text"]: row["ppl"] for row in self.part.rows.get(RECORD, []) if row["method"] == "fp"
         }
@@ -138,10 +142,11 @@ class Runner:
         with scratch(self.options.scratch) as folder:
             loaded = self.loaded(method, scheme, folder)
             seconds = time.perf_counter() - started
-            for text in self.texts:
+            for text in self.texts if method.name in ("fp", "atom", "ours") else self.texts[:1]:
                 row = {"model": self.options.name, "text": text.name, "method": method.name, "scheme": bits}
                 row |= {"kv": kv_name(scheme), **self.perplexity(loaded, text), **self.bits(loaded, scheme)}
                 row |= {"source": self.options.source, "seconds": round(seconds, 1)}
+                row |= {} if method.name == "fp" else {"calibration": self.calibration(method)}
                 if method.learned:
                     row["note"] = "run in memory: its transforms have no place in a checkpoint"
                 self.part.add(RECORD, row)
@@ -149,6 +154,7 @@ class Runner:
 
     def loaded(self, method: Method, scheme: Scheme, folder: Path) -> Loaded:
         """The model as `method` quantizes it."""
+        self.distilled, self.is_full = "", method.name == "fp"
         where, device = str(self.source.path), self.options.device
         if not scheme.is_quantized:
             return load(where, device, "float32", "reference")
@@ -164,11 +170,17 @@ class Runner:
             return loaded
         config, out = method.config(self.base), folder / "checkpoint"
         if config.distill_steps:
-            text = load_distill_text(self.source, config, self.windows)
-            quantize_and_distill(self.source, scheme, out, config, self.windows, text)
+            text = load_distill_text(self.tokenizer, config, self.windows)
+            found = quantize_and_distill(self.source, scheme, out, config, self.windows, text).distilled
+            assert found is not None
+            self.distilled = "distilled in {steps} steps, {tokens} tokens, {seconds} s".format(**found)
         else:
             quantize_source(self.source, scheme, out, config, self.windows)
         return load(str(out), device, "float32", "reference")
+
+    def calibration(self, method: Method) -> str:
+        how = f"{self.options.windows} x {self.options.window_length} of {Path(self.options.calib).name}"
+        return how + (f", {self.distilled}" if self.distilled else "")
 
     def perplexity(self, loaded: Loaded, text: Any) -> dict[str, Any]:
         """The row's measurements; a perplexity beyond all sense is written as 1e9, which JSON can hold."""
@@ -176,8 +188,15 @@ class Runner:
             loaded.model, loaded.tokenizer, text, window=self.options.eval_window, limit=self.options.limit
         )
         ppl = round(found.perplexity, 4) if math.isfinite(found.perplexity) else 1e9
-        full = self.full.setdefault(text.name, ppl)
-        return {"ppl": ppl, "ppl_fp": full, "windows": found.windows, "window": found.window, "path": "reference"}
+        if self.is_full:
+            self.full[text.name] = ppl
+        return {
+            "ppl": ppl,
+            "ppl_fp": self.full.get(text.name),
+            "windows": found.windows,
+            "window": found.window,
+            "path": "reference",
+        }
 
     def bits(self, loaded: Loaded, scheme: Scheme) -> dict[str, float]:
         config = loaded.model.config
@@ -205,6 +224,9 @@ def measure(options: Measure) -> None:
 def join(options: Join) -> None:
     parts = [json.loads(path.read_text()) for path in options.parts]
     rows = [row for part in parts for row in part.get(RECORD, [])]
+    full = {(row["model"], row["text"]): row["ppl"] for row in rows if row["method"] == "fp"}
+    for row in rows:  # a part that was measured beside the one with full precision does not know it
+        row["ppl_fp"] = full[row["model"], row["text"]]
     where = dict(parts[0]["where"])
     where["command"] += f" (and {len(parts) - 1} more models alike)" if len(parts) > 1 else ""
     print("wrote", write_record(RECORD, rows, where["machine"]["name"], commit=options.commit, where=where))

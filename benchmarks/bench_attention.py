@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from atom.kernels.attention_config import AppendConfig, choose_decode
+from atom.kernels.attention_config import AppendConfig, DecodeConfig, choose_decode
 from atom.kernels.attention_plan import plan_balanced
 from atom.kernels.attention_sm90 import (
     MANY_PARTS,
@@ -42,6 +42,7 @@ from atom.kernels.bench_attention import (
     read_bytes,
     step_of,
 )
+from atom.kernels.cache import compile_together
 from atom.kernels.dense_attention import AttentionSpec
 
 from .timing import BANDWIDTH, COLD_BYTES, RATE, keep, save, time_calls
@@ -145,7 +146,8 @@ def plan_rows() -> Iterator[dict[str, Any]]:
 
 
 def compile_all(formats: list[str]) -> int:
-    done = set()
+    """Every decode and append kernel into the cache, in parallel; returns how many there are."""
+    configs: dict[DecodeConfig | AppendConfig, Callable[[Any], Any]] = {}
     for kv in formats:
         name = "fp8_e4m3" if kv == "fp8" else kv
         for shape in CELLS:
@@ -153,12 +155,11 @@ def compile_all(formats: list[str]) -> int:
             config = choose_decode(
                 name, shape.head_dim, queries, BLOCK, shape.window is not None, False, shape.has_offset
             )
-            if config not in done:
-                decode_kernel(config)
-                done.add(config)
+            configs[config] = decode_kernel
         for parts in (1, MANY_PARTS):
-            append_kernel(AppendConfig(name, 128, BLOCK, 1.0, False, parts))
-    return len(done)
+            configs[AppendConfig(name, 128, BLOCK, 1.0, False, parts)] = append_kernel
+    compile_together([partial(kernel, config) for config, kernel in configs.items()])
+    return len(configs)
 
 
 def main() -> None:
@@ -172,7 +173,7 @@ def main() -> None:
     parser.add_argument("--record", metavar="FILE", help="write the record from what -o wrote")
     args = parser.parse_args()
     if args.compile_only:
-        print(f"{compile_all(args.kv)} decode kernels in the cache")
+        print(f"{compile_all(args.kv)} kernels in the cache")
         return
     if args.record:
         save("attention", args.record)

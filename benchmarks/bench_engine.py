@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_engine --out engine.json     on the GPU: rows of the record engine-latency
     python -m benchmarks.bench_engine --record engine.json  writes benchmarks/results/h200/engine-latency.json from them
+                                                            (several files; --commit where they came of no checkout)
     python -m benchmarks.bench_engine --profile 1,64        also prints the kernels of a step at these batches
     python -m benchmarks.bench_engine --host                any machine: the record engine-host, without a device
 
@@ -51,7 +52,7 @@ from atom.serving.sequence import Output
 from atom.serving.startup import start_up
 
 from .timeline import Span, idle_share, record, split_steps, table
-from .timing import keep, save
+from .timing import keep
 
 SCHEMES = ("bf16", "fp8", "w4a8", "w4a4")
 BATCHES = (1, 16, 64, 128, 256)
@@ -213,7 +214,7 @@ def measure(
             sol_us = floor.step_us(batch, context) - (head_gain_us(shape, batch) if head == "int8" else 0)
             row["sol_ms"] = round(sol_us / 1e3, 3)
             if not bench.fits(batch, context):
-                rows.append({**row, "ms": None, "host_ms": None, "cpu_ms": None, "idle": None, "note": "does not fit"})
+                print(f"{scheme}: {batch} sequences of {context} tokens do not fit", flush=True)
                 continue
             measured = summary(bench.decode(batch, context, WARM + STEPS)[-STEPS:])
             kernels = bench.profile(batch, context)
@@ -364,10 +365,16 @@ def main() -> None:
     parser.add_argument("--head", choices=("full", "int8"), default="full", help="the head's format")
     parser.add_argument("--shape", default="llama-3-8b")
     parser.add_argument("-o", "--out", help="write rows and circumstances there instead of a record")
-    parser.add_argument("--record", metavar="FILE", help="write the record from what -o wrote")
+    parser.add_argument("--record", metavar="FILE", nargs="+", help="write the record from what -o wrote")
+    parser.add_argument("--commit", help="of these files, where they do not know it")
     args = parser.parse_args()
     if args.record:
-        save("engine-latency", args.record)
+        found = [json.loads(Path(file).read_text()) for file in args.record]
+        rows = [row for run in found for row in run["rows"]]
+        commit, where = args.commit or found[0]["commit"], found[0]["where"]
+        schemes = ",".join(dict.fromkeys(row["scheme"] for row in rows))
+        command = f"ATOM_UNVERIFIED_KERNELS=1 python -m benchmarks.bench_engine --schemes {schemes}"
+        print(write_record("engine-latency", rows, "h200", command=command, where=where, commit=commit))
         return
     batches, contexts, profiled = (
         tuple(int(part) for part in text.split(",") if part) for text in (args.batches, args.contexts, args.profile)

@@ -36,8 +36,28 @@ from .timing import keep, save, time_calls
 
 LAYER = SHAPES["llama-3-8b"]
 TOKENS = (1, 16, 64, 128, 256, 1024, 8192)
-SMALL = {"qkv": (4, 5), "o": (8,), "gate_up": (1,), "down": (8,)}  # splits that fill 132 SMs with tiles of 256 rows
-NARROW = {"qkv": (2,), "o": (4,), "gate_up": (1,), "down": (4,)}  # of 128 rows, two CTAs an SM
+# what competes for few tokens, by shape: fields of GemmConfig
+MEETING = {"clustered": False}
+FEW: dict[str, tuple[dict[str, Any], ...]] = {
+    "qkv": (
+        {"warpgroups": 4, "split": 4},
+        {"warpgroups": 2, "split": 2, "ctas_per_sm": 2},
+        {"warpgroups": 4, "ways": 4},
+        {"warpgroups": 2, "ways": 2, "ctas_per_sm": 2, "bounded": True},
+    ),
+    "o": (
+        {"warpgroups": 2, "split": 4, "ctas_per_sm": 2, "bounded": True},
+        {"warpgroups": 4, "split": 4},
+        {"warpgroups": 4, "ways": 4, "split": 2, **MEETING},
+    ),
+    "gate_up": ({"warpgroups": 4}, {"warpgroups": 2, "ctas_per_sm": 2, "bounded": True}),
+    "down": (
+        {"warpgroups": 2, "split": 4, **MEETING},
+        {"warpgroups": 2, "split": 4, "ctas_per_sm": 2, **MEETING},
+        {"warpgroups": 4, "split": 8, **MEETING},
+        {"warpgroups": 4, "ways": 4, "split": 2, **MEETING},
+    ),
+}
 
 
 def schemes() -> dict[str, LinearScheme]:
@@ -58,30 +78,32 @@ def candidates(linear: LinearScheme, shape: str, M: int) -> Iterator[GemmConfig]
     yield from chosen(linear, shape, M)
     kind = weight_kind(linear)
     make = partial(GemmConfig, kind, token_scales(linear), int8_units=has_int8_units(linear))
-    sums_once = not make(16, 2).kind.promoted
-    is_bf16 = make(16, 2).kind.operand == "bf16"
+    weight = make(16, 2).kind
+    is_bf16, sums_once = weight.operand == "bf16", not weight.promoted
     if M <= 64:
         tile = 16 if M <= 16 else 64
-        for split in SMALL[shape]:
-            if tile == 16 or not (is_bf16 and not sums_once):  # int4_bf16 in four warpgroups of 64 tokens spills
-                yield make(tile, 4, split=split)
-                if split > 1:
-                    yield make(tile, 4, split=split, clustered=False)
-        for split in NARROW[shape]:
-            yield make(tile, 2, split=split, ctas_per_sm=1 if is_bf16 and tile == 64 else 2)
-        if M <= 16 and kind in ("int4", "int4_uint4") and LAYER[shape][1] % 128 == 0:
-            yield make(tile, 4, split=SMALL[shape][0], pairs=True)
+        for choice in FEW[shape]:
+            spills = is_bf16 and tile == 64 and (choice["warpgroups"] == 4 or "ctas_per_sm" in choice)
+            if not spills and not ("ways" in choice and (is_bf16 or token_scales(linear) == "group")):
+                yield make(tile, **choice)
+                if tile == 16 and weight.bits == 4 and not is_bf16 and "ways" not in choice:
+                    yield make(tile, pairs=True, **choice)
         return
-    rows = LAYER[shape][0]
     if M <= 256:
-        tiles = -(-rows // 128) * -(-M // 128)
+        tiles = -(-LAYER[shape][0] // 128) * -(-M // 128)
         for split in {max(1, min(4, 132 // tiles)), max(1, min(8, 132 // tiles))}:
             yield make(128, 2, split=split)
+            if split > 1:
+                yield make(128, 2, split=split, **MEETING)
         if sums_once and not is_bf16:
-            yield make(128, 4, split=max(1, min(8, 132 // (-(-rows // 256) * -(-M // 128)))))
+            yield make(128, 4, split=max(1, min(8, 264 // tiles)), **MEETING)
     if M >= 256:
         yield make(128, 2)
         yield make(128, 2, multicast=2)
+        if kind == "e4m3":
+            yield make(128, 2, pairs=True)
+            yield make(128, 2, pairs=True, multicast=2)
+            yield make(128, 3)
         if kind == "e4m3" or (is_bf16 and sums_once):
             yield make(192, 2)
             yield make(192, 2, multicast=2)

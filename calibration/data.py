@@ -8,6 +8,7 @@ BOS token has it at the start of each window, as in evaluation. The sha256 of th
 import hashlib
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,7 @@ def load_windows(
     Raises CalibrationError if the text is missing, empty, too short, damaged or not UTF-8.
     Source: the sampling of GPTQ, arXiv:2210.17323: starts drawn uniformly, windows may overlap.
     """
-    text = read_calibration_text(data)
-    ids = torch.tensor(encode_plain(tokenizer, text), dtype=torch.int64)
+    ids = _tokenise(data, tokenizer)
     ids = ids[int(part[0] * len(ids)) : int(part[1] * len(ids))]
     bos = [] if (token := leading_bos(tokenizer)) is None else [token]
     body = window_length - len(bos)
@@ -77,6 +77,12 @@ def load_windows(
     tokens = torch.stack([torch.cat([torch.tensor(bos, dtype=torch.int64), ids[s : s + body]]) for s in starts])
     known, file = _split(data)
     return Windows.of(tokens, f"{known}={Path(file).name}".lstrip("=") if is_text_file(file) else data)
+
+
+@lru_cache(maxsize=1)
+def _tokenise(data: str, tokenizer: Tokenizer) -> torch.Tensor:
+    """All tokens of the text that `data` names; the last text's are kept, since its windows are drawn several times."""
+    return torch.tensor(encode_plain(tokenizer, read_calibration_text(data)), dtype=torch.int64)
 
 
 def hash_tokens(tokens: torch.Tensor) -> str:

@@ -25,7 +25,8 @@ from atom.checkpoint import REPORT_FILE, RUN_FILE, CheckpointWriter, read_json, 
 from atom.errors import CalibrationError
 from atom.models.loader import load_source
 from atom.models.model import Model
-from atom.models.source import Source, load_tokenizer, open_source
+from atom.models.source import Source, open_source
+from atom.models.tokens import Tokenizer
 
 from .config import CalibrationConfig
 from .data import SELF, Windows, load_windows
@@ -36,7 +37,7 @@ HELD_BACK = 0.05  # of the text
 CHUNK_BYTES = 512 * 2**20  # of one chunk of float32 logits
 WARM_UP_STEPS = 10
 PACED_STEPS = 5  # whose pace says how many fit into the time limit
-OTHERS = 0.1  # learning rate of scales (relative), norms and biases, as a share of that of codes (in grid steps)
+OTHERS = 0.05  # relative learning rate of scales, norms and biases, as a share of that of codes in grid steps
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class DistillText:
     held_back: Tensor
 
 
-def load_distill_text(source: Source, config: CalibrationConfig, windows: Windows) -> DistillText:
+def load_distill_text(tokenizer: Tokenizer, config: CalibrationConfig, windows: Windows) -> DistillText:
     """Windows from the calibration text: the first 95 % of it to train on, the rest to judge by.
 
     windows  those of calibration; split instead, where the text was sampled from the model itself
@@ -60,7 +61,6 @@ def load_distill_text(source: Source, config: CalibrationConfig, windows: Window
         if held == len(windows.tokens):
             raise CalibrationError("distillation needs 2 windows or more of sampled text; raise --windows")
         return DistillText(windows.tokens[:-held], windows.tokens[-held:])
-    tokenizer = load_tokenizer(source.path)
     parts = [
         load_windows(config.calib, tokenizer, n, config.window_length, config.seed + 1, part).tokens
         for n, part in ((count, (0.0, 1.0 - HELD_BACK)), (held, (1.0 - HELD_BACK, 1.0)))
@@ -124,9 +124,8 @@ class Training:
     def run(self) -> Distilled:
         """Train for the configured steps, fewer if these would take longer than the configured seconds."""
         started = time.perf_counter()
-        latent, others = self.student.parameters()
-        rate = self.config.distill_rate
-        groups = [{"params": latent, "lr": rate}, {"params": others, "lr": rate * OTHERS}]
+        groups = self._groups()
+        rates = [float(group["lr"]) for group in groups]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=self.student.device.type == "cuda")
         before = self.divergence(self.text.held_back)
         steps = self.config.distill_steps
@@ -136,12 +135,12 @@ class Training:
             if done == steps:
                 break
             factor = min(1.0, (done + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * done / steps))
-            for group, base in zip(optimizer.param_groups, (rate, rate * OTHERS), strict=True):
-                group["lr"] = base * factor
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
             loss = self.step(batch)
             if not math.isfinite(loss):
                 raise CalibrationError(
-                    f"the distillation loss became {loss} at step {done}; lower --distill-rate from {rate:g}"
+                    f"the distillation loss became {loss} at step {done}; lower --distill-rate from {rates[0]:g}"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -155,6 +154,16 @@ class Training:
         del optimizer
         after = self.divergence(self.text.held_back)
         return Distilled(done, done * batch.numel(), before, after, time.perf_counter() - started)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters and their learning rates: codes in grid steps, scale factors, norms and biases by their size."""
+        latent, factors, plain = self.student.parameters()
+        rate = self.config.distill_rate
+        groups = [{"params": latent, "lr": rate}, {"params": factors, "lr": rate * OTHERS}]
+        for parameter in plain:
+            size = parameter.detach().square().mean().sqrt().item()
+            groups.append({"params": [parameter], "lr": rate * OTHERS * max(size, 1e-3)})
+        return groups
 
     def step(self, tokens: Tensor) -> float:
         """The mean divergence over tokens [windows, length]; gradients are added to the student's parameters."""

@@ -58,11 +58,9 @@ def _atom(bits: Bits) -> Method:
 
     With 8-bit activations the paper's own W4A8 has the same weights; outliers are INT8 on both sides then.
     """
-    recipe = get_scheme("w4a4+kv16")
-    assert recipe.weight is not None and recipe.activation is not None
-    weight = replace(recipe.weight, clip=PAPER_WEIGHT_CLIP)
-    activation = _activation(bits, replace(recipe.activation, clip=PAPER_ACTIVATION_CLIP))
-    scheme = Scheme(bits, weight, activation, outliers=OutlierSpec(128), reorder=True)
+    weight = TensorSpec("int4", Group(128), clip=PAPER_WEIGHT_CLIP, scale_rule="range")
+    activation = TensorSpec("int4", Group(128), dynamic=True, clip=PAPER_ACTIVATION_CLIP)
+    scheme = Scheme(bits, weight, _activation(bits, activation), outliers=OutlierSpec(128), reorder=True)
     return Method("atom", scheme, {"clip": "constant"})
 
 
@@ -98,11 +96,13 @@ def _nvfp4_gptq(bits: Bits) -> Method | None:
 
 
 def _ours(bits: Bits) -> Method:
-    """Groups of 32 with E4M3 scales, Hadamard blocks of a group's size, GPTQ, distillation: 4.25 bits."""
-    weight = TensorSpec("int4", Group(32), clip="mse", scale_format="e4m3", outer="tensor")
-    activation = TensorSpec("int4", Group(32), dynamic=True, scale_format="e4m3", outer="token")
-    scheme = Scheme(bits, weight, _activation(bits, activation), rotation=RotationSpec("block_hadamard", 32))
-    return Method("ours", scheme, {"clip": "constant", "distill_steps": 300})
+    """4.25 bits without outlier channels: groups of 64 behind Hadamard blocks of 64, balance, scales with a sign that
+    GPTQ searches with its feedback, distillation."""
+    weight = TensorSpec("int4", Group(64), clip="mse", scale_rule="signed")
+    activation = TensorSpec("int4", Group(64), dynamic=True, clip=0.95, scale_rule="signed")
+    scheme = Scheme(bits, weight, _activation(bits, activation), rotation=RotationSpec("block_hadamard", 64))
+    changes = {"clip": "constant", "balance": True, "scale_search": "feedback", "distill_steps": 200}
+    return Method("ours", scheme, changes)
 
 
 _MAKERS: tuple[Callable[[Bits], Method | None], ...] = (

@@ -28,6 +28,7 @@ from atom.models.loader import meta_model
 from atom.models.model import Model
 from atom.models.shards import Shards
 from atom.models.source import Source, load_tokenizer, open_source
+from atom.models.tokens import Tokenizer
 from atom.quant.schemes import Scheme
 from atom.records import current_commit
 
@@ -71,13 +72,10 @@ def quantize_model(
     opened = open_source(source, revision)
     if read_scheme(opened.config, f"{opened.path.name}/config.json") is not None:
         raise UnsupportedError(f"{opened.path.name} is quantized already; calibration needs the full-precision model")
-    if is_calibrated(opened, scheme):
-        windows = _windows(opened, config)
-    else:
-        load_tokenizer(opened.path)  # missing files are an error now rather than at the first prompt
-        windows = None
+    tokenizer = load_tokenizer(opened.path)  # missing files are an error now rather than at the first prompt
+    windows = _windows(opened, tokenizer, config) if is_calibrated(opened, scheme) else None
     if windows is not None and config.distill_steps:
-        text = load_distill_text(opened, config, windows)
+        text = load_distill_text(tokenizer, config, windows)
         return quantize_and_distill(opened, scheme, out, config, windows, text, resume, progress)
     return quantize_source(opened, scheme, out, config, windows, resume, progress)
 
@@ -276,8 +274,7 @@ def _embed(
     )
 
 
-def _windows(source: Source, config: CalibrationConfig) -> Windows:
-    tokenizer = load_tokenizer(source.path)
+def _windows(source: Source, tokenizer: Tokenizer, config: CalibrationConfig) -> Windows:
     if config.calib == SELF:
         return sample_windows(source, config, choose_device(config.device))
     return load_windows(config.calib, tokenizer, config.windows, config.window_length, config.seed)

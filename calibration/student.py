@@ -181,14 +181,13 @@ class Student:
         normed: Tensor = decoder.norm(states)
         return normed
 
-    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """(latent columns, everything else that is learned: scales, norms, biases)."""
-        latent: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                (latent if name.endswith(".latent") else others).append(parameter)
-        return latent, others
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+        """All that is learned: latent columns; factors of scales; norms and biases."""
+        found = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        latent = [p for name, p in found if name.endswith(".latent")]
+        factors = [p for name, p in found if name.endswith(".log_factor")]
+        plain = [p for name, p in found if not name.endswith((".latent", ".log_factor"))]
+        return latent, factors, plain
 
     def tensors(self, index: int | None) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all that was learned in layer `index`, or outside of layers, as checkpoints name it."""

@@ -128,7 +128,9 @@ class DecodeConfig:
     @property
     def stages(self) -> int:
         """Of the ring: what fits beside results, the queries of two segments, and barriers; as many for each warp."""
-        room = SHARED_BYTES // self.ctas_per_sm - 1024 - self.merge_bytes - 2 * self.query_bytes - self.turn_bytes - 768
+        room = (
+            SHARED_BYTES // self.ctas_per_sm - 1024 - self.merge_bytes - 2 * self.query_bytes - self.turn_bytes - 1280
+        )
         return min(24, max(0, room) // self.stage_bytes) // self.warps * self.warps
 
     @property

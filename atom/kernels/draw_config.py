@@ -4,10 +4,10 @@ import math
 
 THREADS = 1024
 TILE = 512  # tokens of a first-stage candidate
-BINS = (
-    48 * 1024
-)  # values below the largest that are counted apart. Further below lie only logits so far off (10^19 below
-# one of 10^19, 2^127 below one of 2) that they have no mass at any temperature
+# Values below the largest that are counted apart. Further below lie only logits so far off (10^19 below one of 10^19,
+# 2^127 below one of 2) that they have no mass at any temperature. An odd number for each thread: threads walk through
+# bins of their own side by side, and 48 each would meet in two of shared memory's 32 banks.
+BINS = 49 * THREADS
 FAULTY = -1  # instead of a token id: the logits held no number to choose by
 
 # rows of the parameters, int64 each; from TEMPERATURE on their bits are those of float64

@@ -4,6 +4,8 @@ from .gemm_config import GemmConfig
 from .gemm_kinds import KINDS
 
 SMS = 132
+# (tile, CTAs of a tile, whether K is long) where warpgroups that share rows were measured faster
+SHARED_ROWS: frozenset[tuple[int, int, bool]] = frozenset()
 
 
 def choose_config(
@@ -62,6 +64,12 @@ def choose_config(
         # leave room for 192 tokens only, too few products for their bytes.
         tile_m = 192 if weight == "e4m3" and tokens > 1024 else 128
         warpgroups, split, multicast = 2, 1, 1 if weight == "e4m3" and tokens <= 1024 else 2
+    ways = 1
+    row_tiles = -(-features // 64)
+    if tokens <= 64 and tile_m != 32 and kind.operand == "int8" and not kind.promoted and row_tiles <= sms:
+        shared = 2 if row_tiles * 2 <= sms else 1
+        if units >= 8 * shared and (tile_m, shared, units >= 64) in SHARED_ROWS:
+            ways, warpgroups, split, clustered, pairs, two_fit = 4, 4, shared, False, False, False
     split = max(1, min(split, units // 4))
     return GemmConfig(
         weight=weight,
@@ -77,6 +85,7 @@ def choose_config(
         bounded=warpgroups == 2 and two_fit and (split == 1 or (tokens <= 32 and clustered and split == 4)),
         pairs=pairs or (weight == "e4m3" and tile_m == 128),
         clustered=clustered or split == 1,
+        ways=ways,
     ).with_most_stages()
 
 

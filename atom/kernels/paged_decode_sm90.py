@@ -43,6 +43,7 @@ from .dsl.tensor_core import exp2, load_word, log2, mma_bf16, mma_f16, pack_f16x
 LOWEST = -1.0e30  # a maximum before the first score: finite, so that differences are numbers
 LOG2_E = 1.4426950408889634
 MOST_WEIGHT = 2.0**15  # a weight beyond it raises the reference; float16 ends at 2^16
+MERGED = 8  # partial results that a lane loads at once
 META = 8  # int32s of a segment that the producer hands on: head, begin, end, place, length, token
 
 
@@ -117,6 +118,7 @@ class PagedDecode(KeyOffset):
         columns = 8 * config.column_tiles
         queries = smem.allocate(2 * config.query_bytes, 128)
         sMeta = smem.allocate_tensor(Int32, cute.make_layout((META, 2)), byte_alignment=16)
+        sPart = smem.allocate_tensor(Int32, cute.make_layout((4, 32)), byte_alignment=16)
         sO = smem.allocate(4 * config.warps * config.queries * config.out_row, 16)
         sM = smem.allocate_tensor(Float32, cute.make_layout((columns, config.warps)), byte_alignment=16)
         sL = smem.allocate_tensor(Float32, cute.make_layout((columns, config.warps)), byte_alignment=16)
@@ -134,16 +136,20 @@ class PagedDecode(KeyOffset):
             sTurn = smem.allocate_tensor(Uint32, cute.make_layout(config.turn_bytes // 4), byte_alignment=16)
             self.load_turns(mTurn, sTurn, tid)
             turns = sTurn.iterator.toint()
-        cute.arch.sync_threads()
+        first = Int32(0)
+        last = Int32(0)
         if warp == config.warps:
             if is_early == 0:
                 cute.arch.griddepcontrol_wait()
             first = mWork[cta]
             last = mWork[cta + 1]
+        cute.arch.sync_threads()
+        if warp == config.warps:
             self.produce(
                 mQ, mKV, mTable, mLength, mRow, mSegment, full, empty, ready, taken, ring, queries, sMeta, first, last,
                 lane,
             )  # fmt: skip
+            self.announce(mRow, mSegment, mMerge, mCounter, sPart, first, last, lane)
         else:
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()  # after the wait: the next kernel may rely on it, as this one
@@ -155,7 +161,7 @@ class PagedDecode(KeyOffset):
                     mQ, mO, mPartial, mLse, mOffset, mCos, mSin, full, empty, ready, taken, ring, queries, sMeta, sO,
                     sM, sL, turns, index - first, count, warp, lane, scale, cap, window,
                 )  # fmt: skip
-            self.merge(mRow, mSegment, mMerge, mO, mPartial, mLse, mCounter, sM, first, last, warp, lane)
+            self.merge(mO, mPartial, mLse, sPart, first, last, warp, lane)
 
     @cute.jit
     def produce(
@@ -710,42 +716,56 @@ class PagedDecode(KeyOffset):
         cute.autovec_copy(out, cute.make_tensor((mO.iterator + at).align(8), cute.make_layout(4)))
 
     @cute.jit
-    def merge(self, mRow, mSegment, mMerge, mO, mPartial, mLse, mCounter, sM, first, last, warp, lane):
-        """After the CTA's last segment: tell that its partial results are there; merge the rows that are complete.
+    def announce(self, mRow, mSegment, mMerge, mCounter, sPart, first, last, lane):
+        """The fetching warp, after its last tile: tells of the CTA's partial results when they are there.
+
+        sPart  of each segment: the number of its row's partial results if all are there now, else 0; first slot, token,
+               head
+        """
+        config = self.config
+        for chunk in cutlass.range(first, last, 32, unroll=1):
+            index = cutlass.min(chunk + lane, last - 1)
+            sequence, head, slot, row = (mSegment[index, i] for i in (0, 1, 4, 5))
+            token = mRow[sequence]
+            first_slot = Int32(0)
+            parts = Int32(0)
+            if chunk + lane < last and slot >= 0:
+                first_slot, parts = mMerge[row, 2], mMerge[row, 3]
+            cute.arch.sync_warp()
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)  # partial results are stored
+            if parts > 0:
+                before = atomic_increment(mCounter.iterator + row)  # releases what the CTA stored, acquires others'
+                if before == parts - 1:
+                    mCounter[row] = Int32(0)
+                else:
+                    parts = Int32(0)
+            for i, value in enumerate((parts, first_slot, token, head)):
+                sPart[i, lane] = value
+            cute.arch.sync_warp()
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
+
+    @cute.jit
+    def merge(self, mO, mPartial, mLse, sPart, first, last, warp, lane):
+        """The other warps: the outputs of rows whose last part this CTA was.
 
         Whichever CTA does it, partial results are added up in the order of a row's parts: the same bits on every run.
         """
         config = self.config
-        threads = 32 * config.warps
-        flags = cute.make_tensor(cute.recast_ptr(sM.iterator, dtype=Int32), cute.make_layout(32))
-        cute.arch.fence_acq_rel_gpu()
-        cute.arch.barrier(barrier_id=1, number_of_threads=threads)
         for chunk in cutlass.range(first, last, 32, unroll=1):
-            if warp == 0:
-                is_mine = Int32(0)
-                index = chunk + lane
-                here = cutlass.min(index, last - 1)  # (both sides of a dynamic `and` are computed)
-                slot, row = mSegment[here, 4], mSegment[here, 5]
-                if index < last and slot >= 0:
-                    before = atomic_increment(mCounter.iterator + row)
-                    if before == mMerge[row, 3] - 1:
-                        is_mine = row + 1
-                        mCounter[row] = Int32(0)
-                flags[lane] = is_mine
-            cute.arch.barrier(barrier_id=1, number_of_threads=threads)
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
             for i in cutlass.range(cutlass.min(last - chunk, Int32(32)), unroll=1):
-                if flags[i] > 0:
-                    cute.arch.fence_acq_rel_gpu()
-                    self.merge_row(mRow, mMerge, mO, mPartial, mLse, flags[i] - 1, warp, lane)
-            cute.arch.barrier(barrier_id=1, number_of_threads=threads)
+                parts, slot, token, head = (sPart[k, i] for k in range(4))
+                if parts > 0:
+                    self.merge_row(mO, mPartial, mLse, parts, slot, token, head, warp, lane)
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
 
     @cute.jit
-    def merge_row(self, mRow, mMerge, mO, mPartial, mLse, row, warp, lane):
-        """The output of a split row from all its partial results."""
+    def merge_row(self, mO, mPartial, mLse, parts, slot, token, head, warp, lane):
+        """The output of a split row from all its partial results, MERGED of which are under way at once."""
         config = self.config
         threads = 32 * config.warps
-        sequence, head, slot, parts = (mMerge[row, i] for i in range(4))
-        token = mRow[sequence]
         quads = config.head_dim // 4
         total = config.queries * quads
         for step in cutlass.range_constexpr((total + threads - 1) // threads):
@@ -757,17 +777,28 @@ class PagedDecode(KeyOffset):
                 weight = Float32(0.0)
                 value = cute.make_rmem_tensor((4,), Float32)
                 value.fill(0.0)
-                for i in cutlass.range(parts, unroll=8):
-                    lse = load_global_f32(mLse.iterator + ((slot + i) * config.queries + query))
-                    at = (Int64(slot + i) * config.queries + query) * config.head_dim + channel
-                    part = load_global_f32x4(mPartial.iterator + at)
-                    higher = cute.arch.fmax(top, lse)
+                for begin in cutlass.range(0, parts, MERGED, unroll=1):
+                    sums = []
+                    found = []
+                    for i in cutlass.range_constexpr(MERGED):
+                        part = slot + cutlass.min(begin + i, parts - 1)
+                        sums.append(load_global_f32(mLse.iterator + (part * config.queries + query)))
+                        at = (Int64(part) * config.queries + query) * config.head_dim + channel
+                        found.append(load_global_f32x4(mPartial.iterator + at))
+                    higher = top
+                    for i in cutlass.range_constexpr(MERGED):
+                        higher = cute.arch.fmax(higher, sums[i])
                     shrink = exp2(top - higher)
-                    share = exp2(lse - higher)
                     top = higher
-                    weight = weight * shrink + share
+                    weight = weight * shrink
                     for e in cutlass.range_constexpr(4):
-                        value[e] = value[e] * shrink + share * part[e]
+                        value[e] = value[e] * shrink
+                    for i in cutlass.range_constexpr(MERGED):
+                        share = exp2(sums[i] - top)
+                        share = share if begin + i < parts else Float32(0.0)
+                        weight = weight + share
+                        for e in cutlass.range_constexpr(4):
+                            value[e] = value[e] + share * found[i][e]
                 inverse = Float32(1.0) / weight
                 for e in cutlass.range_constexpr(4):
                     value[e] = value[e] * inverse

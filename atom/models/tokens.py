@@ -9,6 +9,8 @@ class Tokenizer(Protocol):
 
     bos_token_id: int | None
 
+    def __hash__(self) -> int: ...
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
 

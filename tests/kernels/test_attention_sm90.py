@@ -202,6 +202,23 @@ def test_rings_that_go_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @needs_dsl
 @pytest.mark.slow
+def test_a_cta_of_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a warp tells of at once, of a row with more parts than are merged at once."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    lengths = (1120, 5, 40)
+    case = make_case(KV4, lengths, (1,) * 3, 4, 1, 64, dtype=torch.bfloat16)
+    spec, config = AttentionSpec(0.25), choose_decode("int4", 64, 4, 16, False, False)
+    kernel = decode_ptx(config, tmp_path)
+    exact = expected(case, spec)
+    for ctas in (1, 3):
+        plan = plan_fixed(np.array(lengths), 16, 1, ctas, 2)
+        assert len(plan.segments) == 38
+        found = emulate_decode(case, spec, plan, config, kernel)
+        assert float((found.double() - exact).norm() / exact.norm()) < 5e-3
+
+
+@needs_dsl
+@pytest.mark.slow
 @pytest.mark.parametrize("kv,dim,queries", [("int4", 128, 4), ("int4", 128, 8), ("int8", 128, 4), ("bf16", 64, 8)])
 def test_machine_code(kv: str, dim: int, queries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spills nothing; bulk copies, tensor cores and vector loads are where they should be; a code costs little."""

@@ -8,12 +8,13 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from atom.kernels.bench_linear import tolerance
-from atom.kernels.bench_operands import random_weight
+from atom.kernels.bench_linear import fault, tolerance
+from atom.kernels.bench_operands import product, random_activation, random_weight
 from atom.kernels.cache import compile_together
 from atom.kernels.gemm import Gemm, build_linear, gemm_kernel, pack_weight, token_bucket, token_scales
 from atom.kernels.gemm_choice import choose_config
@@ -302,6 +303,38 @@ def test_linear_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int], bias: b
         assert y.shape == (M, N) and torch.equal(y, run(activation))
         error = (y.double() - expected).abs()
         assert bool((error <= expected.abs() * 2**-8 + coarse * expected.abs().mean()).all()), f"M={M}"
+
+
+LONE = {"clustered": False}
+COMPETING = [  # of a sweep: tile, warpgroups, and what else
+    (16, 4, {"ways": 4}),
+    (16, 4, {"ways": 4, "split": 2, **LONE}),
+    (64, 4, {"ways": 4}),
+    (64, 4, {"ways": 4, "split": 2, **LONE}),
+    (64, 2, {"ctas_per_sm": 2, "bounded": True}),
+    (64, 2, {"split": 4, **LONE}),
+]
+
+
+def fixed(config: GemmConfig) -> Any:
+    """What stands for Gemm.config."""
+    return lambda tokens: config.with_most_stages()
+
+
+@GPU
+@pytest.mark.parametrize("name", ["w4a4", "w4a8", "w8a8", "fp8"])
+@pytest.mark.parametrize("tile,warpgroups,more", COMPETING, ids=str)
+def test_configs_that_compete_on_the_gpu(name: str, tile: int, warpgroups: int, more: dict[str, Any]) -> None:
+    """Random operands against float64, a hundred times bit for bit, where K ends within a round of the ring."""
+    linear = schemes()[name]
+    for M, N, K in ((tile, 1000, 2048), (tile - 3, 136, 1400)):
+        weight, x = random_weight(linear, N, K, "cuda"), random_activation(linear, M, K, "cuda")
+        packed = pack_weight(linear, weight)
+        outliers = packed.int4_units < packed.units.shape[1]
+        config = GemmConfig(packed.kind, "token", tile, warpgroups, int8_units=outliers, aligned=N % 8 == 0, **more)
+        gemm = Gemm(packed, "token")
+        gemm.config = fixed(config)
+        assert fault(gemm, x.codes, x.scales, product(x, weight, linear), tolerance(linear), 100) is None
 
 
 @GPU
