@@ -72,6 +72,9 @@ class Measure:
     window_length: int = 2048
     """Tokens of a calibration window."""
 
+    batch_tokens: int = 8192
+    """Tokens that run at once in calibration, and make a step of distillation."""
+
     distill_seconds: float = 600.0
     """At most so long for the distillation of `ours`."""
 
@@ -122,6 +125,7 @@ class Runner:
             window_length=options.window_length,
             device=options.device,
             distill_seconds=options.distill_seconds,
+            batch_tokens=options.batch_tokens,
         )
         self.tokenizer = load_tokenizer(self.source.path)
         self.windows = load_windows(

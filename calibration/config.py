@@ -72,8 +72,8 @@ class CalibrationConfig:
     distill_windows: int = 512
     """Windows of calibration text to train on; others are drawn to judge by."""
 
-    distill_rate: float = 0.02
-    """Learning rate of codes, in steps of their grid; scales, norms and biases have a twentieth of it, relative."""
+    distill_rate: float = 0.01
+    """Learning rate of codes, in steps of their grid; scales, norms and biases have a tenth of it, relative."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto: cuda where there is one."""

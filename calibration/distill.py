@@ -37,7 +37,7 @@ HELD_BACK = 0.05  # of the text
 CHUNK_BYTES = 512 * 2**20  # of one chunk of float32 logits
 WARM_UP_STEPS = 10
 PACED_STEPS = 5  # whose pace says how many fit into the time limit
-OTHERS = 0.05  # relative learning rate of scales, norms and biases, as a share of that of codes in grid steps
+OTHERS = 0.1  # relative learning rate of scales, norms and biases, as a share of that of codes in grid steps
 
 
 @dataclass(frozen=True)
