@@ -101,7 +101,10 @@ class Measure:
     """Presets to measure: all, or the ones that time allows."""
 
     steps: tuple[str, ...] = LADDER_STEPS
-    """Steps of the ladder to measure: all, or the ones that time allows."""
+    """Steps of the ladder to measure, in this order: all, or the ones that time allows."""
+
+    variants: tuple[str, ...] = ()
+    """Variants to measure, by name: all, or these."""
 
     device: str = "auto"
     """cpu or cuda."""
@@ -182,6 +185,7 @@ def variants() -> list[Configuration]:
     unclipped = replace(recipe, weight=whole)
     schemes = {
         "weights unclipped": unclipped,
+        "weights unclipped, 16-bit cache": replace(unclipped, kv=None, kv_offset="bias", kv_rotation="none"),
         "weights searched below the maximum": replace(recipe, weight=replace(recipe.weight, scale_rule="max")),
         "weights unclipped, bf16 scales": replace(recipe, weight=replace(whole, scale_format="bf16", outer=None)),
         "bf16 scales": replace(recipe, weight=replace(recipe.weight, scale_format="bf16", outer=None)),
@@ -201,12 +205,12 @@ def configurations(options: Measure) -> list[Configuration]:
     found = []
     has_presets = "presets" in options.what
     if "ladder" in options.what:
-        for step in ladder(128):
-            if step.name in options.steps:
-                is_preset = has_presets and step.name in ("fp", "kv4")
-                found.append(Configuration(step.scheme, step.gptq, step.clip, step.name, is_preset))
+        steps = {step.name: step for step in ladder(128)}
+        for step in (steps[name] for name in options.steps):
+            is_preset = has_presets and step.name in ("fp", "kv4")
+            found.append(Configuration(step.scheme, step.gptq, step.clip, step.name, is_preset))
     if "variants" in options.what:
-        found += variants()
+        found += [v for v in variants() if not options.variants or v.variant in options.variants]
     if has_presets:
         shared = [c.scheme for c in found if c.is_preset]
         schemes = [PRESETS["bf16"], *(s for s in PRESETS.values() if s.is_quantized)]  # first what others lose against
