@@ -373,7 +373,7 @@ def main() -> None:
         rows = [row for run in found for row in run["rows"]]
         commit, where = args.commit or found[0]["commit"], found[0]["where"]
         schemes = ",".join(dict.fromkeys(row["scheme"] for row in rows))
-        command = f"ATOM_UNVERIFIED_KERNELS=1 python -m benchmarks.bench_engine --schemes {schemes}"
+        command = f"python -m benchmarks.bench_engine --schemes {schemes}"
         print(write_record("engine-latency", rows, "h200", command=command, where=where, commit=commit))
         return
     batches, contexts, profiled = (

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cache import compile_together
-from .gemm import LinearSm90, gemm_kernel, gemm_path, token_bucket
+from . import begin, draw, greedy
+from .cache import compile_together, kernel_key, kernel_path
+from .gemm import ARCH, LinearSm90, gemm_kernel, gemm_path, token_bucket
 from .producers import AddingProducer, QuantizingProducer, producer_kernel, producer_path
 
 
@@ -48,11 +49,29 @@ def model_kernels(model: nn.Module, dtype: torch.dtype, tokens: Iterable[int] = 
     return list(found.values())
 
 
+def step_kernels() -> list[Kernel]:
+    """Those that begin a decode step and sample its tokens, whatever the model."""
+    found = (
+        ("begin_sm90", "begin", begin.SOURCES, begin.begin_kernel),
+        ("begin_sm90", "bring", begin.SOURCES, begin.bring_kernel),
+        ("greedy_sm90", "greedy", greedy.SOURCES, greedy.greedy_kernel),
+        ("draw_sm90", "draw", draw.SOURCES, draw.draw_kernel),
+    )
+    return [
+        Kernel(kernel_path(name, kernel_key(name, config, sources, ARCH)), job) for name, config, sources, job in found
+    ]
+
+
 def warm_up(
-    model: nn.Module, dtype: torch.dtype, tokens: Iterable[int] = DEFAULT_TOKENS, workers: int | None = None
+    model: nn.Module,
+    dtype: torch.dtype,
+    tokens: Iterable[int] = DEFAULT_TOKENS,
+    workers: int | None = None,
+    others: Iterable[Kernel] = (),
 ) -> int:
-    """Compile what is missing, with a progress bar on stderr; returns how many kernels that were."""
-    jobs = [kernel.compile for kernel in model_kernels(model, dtype, tokens) if not kernel.path.exists()]
+    """Compile what is missing, `others` too, with a progress bar on stderr; returns how many kernels that were."""
+    kernels = [*others, *model_kernels(model, dtype, tokens)]
+    jobs = [kernel.compile for kernel in kernels if not kernel.path.exists()]
     if jobs:
         from rich.console import Console
         from rich.progress import Progress

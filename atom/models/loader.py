@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import read_scheme
-from ..kernels.registry import Kernels
-from ..kernels.warm import warm_up
+from ..kernels.registry import Kernels, device_arch
+from ..kernels.warm import step_kernels, warm_up
 from .config import ModelConfig
 from .device import choose_device
 from .fused import fuse_model_
@@ -67,7 +67,8 @@ def load_source(
         round_head_(model, kernels)
     if torch.device(device).type == "cuda":
         fuse_model_(model, kernels)
-        warm_up(model, dtype)
+        steps = step_kernels() if kernels == "auto" and device_arch(device) == "sm_90" else ()
+        warm_up(model, dtype, others=steps)
     return model.eval().requires_grad_(False)
 
 

@@ -1,13 +1,15 @@
 """A model as it is set up for a GPU, without one: what it launches, what that computes, what is compiled for it."""
 
 import importlib.util
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from atom.kernels.warm import model_kernels, warm_up
+from atom.kernels import cache
+from atom.kernels.warm import model_kernels, step_kernels, warm_up
 from atom.models import quantized, twins
 from atom.models.kv import DenseKV
 from atom.models.loader import load_model
@@ -87,13 +89,27 @@ def test_other_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert float((found - wanted).norm() / wanted.norm()) < 0.06
 
 
+@needs_dsl
+def test_kernels_of_a_step_are_where_they_are_loaded_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that a process of its own can be given, and the very files that they write."""
+    monkeypatch.setenv("ATOM_CACHE", str(tmp_path))
+    asked: list[Path] = []
+    monkeypatch.setattr(cache, "_library", lambda name, key, compile, arch: asked.append(cache.kernel_path(name, key)))
+    monkeypatch.setattr(cache, "_open", lambda path: None)
+    monkeypatch.setattr(cache, "_loaded", {})
+    for kernel in step_kernels():
+        job = pickle.loads(pickle.dumps(kernel.compile))
+        job.__wrapped__()
+    assert asked == [kernel.path for kernel in step_kernels()] and len(set(asked)) == 4
+
+
 @pytest.mark.slow
 @needs_dsl
 def test_a_warm_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel that a forward pass asks for was compiled beforehand; the second time nothing is compiled."""
     monkeypatch.setenv("ATOM_CACHE", str(tmp_path / "cache"))
     path, scheme = saved("llama", "w8a8", tmp_path / "model")
-    model = on_sm90(path, monkeypatch, unverified=False)
+    model = on_sm90(path, monkeypatch)
     expected = {kernel.path for kernel in model_kernels(model, torch.float32, (16,))}
     assert warm_up(model, torch.float32, (16,), workers=1) == len(expected)
     assert {p for p in (tmp_path / "cache" / "kernels").iterdir() if p.suffix == ".so"} == expected
