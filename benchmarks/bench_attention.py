@@ -184,8 +184,13 @@ def main() -> None:
         "decode": partial(decode_rows, args.kv),
         "prefill": partial(prefill_rows, args.kv),
     }
-    rows = [found for name in args.only or parts for found in parts[name]()]
-    keep("attention", rows, args.out, is_record=not args.only)
+    rows: list[dict[str, Any]] = []
+    for name in args.only or parts:
+        rows += parts[name]()
+        if args.out:  # part by part, so that a time limit takes the last one alone
+            keep("attention", rows, args.out)
+    if not args.out:
+        keep("attention", rows, None, is_record=not args.only)
 
 
 if __name__ == "__main__":
