@@ -8,11 +8,10 @@
 
 paper   the Atom paper's: Llama-2-7B's shape, 24 GiB for everything, targets of 100 ms and 5 ms for a token, its length
         distribution and one like ShareGPT's; equal batches beside, those that 24 GiB do not hold on the whole GPU
-today   Llama-3-8B's shape: 512 requests of 512/256 on the whole GPU and in 24 GiB
-lengths the same shape on the whole GPU: 128/128 to 20000/2000
+today   Llama-3-8B's shape: 512 requests of 512/256 in 24 GiB and on the whole GPU, there 128/128 to 20000/2000 too
 traces  the same shape under the Azure 2023 traces' lengths, in the order of the traces, all at once
-Weights are random: speed is that of real ones, text is not. `paper` and `lengths` measure WINDOW_S seconds of a steady
-state each (serving/bench/window.py); `today` and `traces` run all requests to their ends, start and tail included.
+Weights are random: speed is that of real ones, text is not. The 512 requests and the traces run to their ends, start
+and tail included; of all else a steady state is measured for some seconds (serving/bench/window.py).
 """
 
 import json
@@ -28,20 +27,20 @@ from atom.records import write_record
 from atom.serving.bench.offline_tables import rows_table
 from atom.serving.bench.report_data import machine_name, read_bench, write_rows
 from atom.serving.bench.sweep import SweepConfig, run_sweep, throughput_rows
+from atom.serving.bench.window import WINDOW_S
 
 PAPER_SCHEMES = ("bf16", "w8a8+kv16", "w8a8", "fp8", "w4a16", "w4a8", "w4a4")
 TODAY_SCHEMES = ("bf16", "fp8", "w8a8", "w4a16", "w4a8", "w4a4")
 PAPER_BATCHES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 EQUAL_BATCHES = (32, 64, 128)  # on the whole GPU: what some scheme cannot hold in 24 GiB
-LENGTHS = ("128/128", "1000/1000", "2048/2048", "500/2000", "20000/2000")
-WINDOW_S = 4.0  # some hundred steps
+LENGTHS = ("512/256", *(f"steady:{x}" for x in ("1000/1000", "20000/2000", "128/128", "2048/2048", "500/2000")))
 
 
 @dataclass(frozen=True)
 class Run:
     """Run an experiment, or what is missing of it."""
 
-    experiment: Annotated[Literal["paper", "today", "lengths", "traces"], tyro.conf.Positional]
+    experiment: Annotated[Literal["paper", "today", "traces"], tyro.conf.Positional]
     """Which one."""
 
     output: Path
@@ -80,9 +79,8 @@ class Join:
 def sweeps(options: Run) -> list[SweepConfig]:
     """The sweeps of an experiment, each in a folder of its own below options.output."""
     if options.quick:
-        lengths = {"paper": ("paper:64",), "today": ("16/8",), "lengths": ("16/8", "9/30"), "traces": ("sharegpt",)}
-        steady = {"window_s": 0.3} if options.experiment in ("paper", "lengths") else {}
-        small: dict[str, Any] = {"memory_gb": (0.05,), "concurrency": (2, 0), "num_requests": 8, **steady}
+        lengths = {"paper": ("steady:paper:64",), "today": ("16/8", "steady:9/30"), "traces": ("sharegpt",)}
+        small: dict[str, Any] = {"memory_gb": (0.05,), "concurrency": (2, 0), "num_requests": 8, "window_s": 0.3}
         schemes = options.schemes or ("bf16", "w4a8")
         work = options.workload or lengths[options.experiment]
         return [SweepConfig(("tiny",), options.output / "quick", schemes, workload=work, **small)]
@@ -92,7 +90,7 @@ def sweeps(options: Run) -> list[SweepConfig]:
 
 def _paper(options: Run) -> list[SweepConfig]:
     shape, out, schemes = ("llama-2-7b",), options.output, options.schemes or PAPER_SCHEMES
-    work, steady, targets = options.workload or ("paper", "sharegpt"), options.window_s, (100.0, 5.0)
+    work, steady, targets = options.workload or ("steady:paper", "steady:sharegpt"), options.window_s, (100.0, 5.0)
     return [
         SweepConfig(
             shape,
@@ -123,14 +121,12 @@ def _today(options: Run) -> list[SweepConfig]:
     shape, out, schemes = ("llama-3-8b",), options.output, options.schemes or TODAY_SCHEMES
     most: dict[str, Any] = {"concurrency": (0,), "engine_args": f"--max-num-seqs 512 {options.engine_args}"}
     if options.experiment == "today":
-        work = options.workload or ("512/256",)
+        most |= {"num_requests": 512, "window_s": options.window_s}
+        small, work = options.workload or LENGTHS[:1], options.workload or LENGTHS
         return [
-            SweepConfig(shape, out / name, schemes, (memory,), workload=work, num_requests=512, **most)
-            for name, memory in (("24", 24.0), ("whole", 0.0))
+            SweepConfig(shape, out / "24", schemes, (24.0,), workload=small, **most),
+            SweepConfig(shape, out / "whole", schemes, (0.0,), workload=work, **most),
         ]
-    if options.experiment == "lengths":
-        work = options.workload or LENGTHS
-        return [SweepConfig(shape, out / "whole", schemes, (0.0,), workload=work, window_s=options.window_s, **most)]
     if options.data is None:
         raise ValueError("the traces lie outside the repository; name their folder with --data")
     files = tuple(f"trace:{options.data / name}.csv.gz" for name in ("conv", "code"))

@@ -11,6 +11,7 @@ from atom.quant.presets import get_scheme
 
 from ..engine_config import EngineConfig
 from .lengths import parse_workload
+from .window import STEADY, WINDOW_S
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ class ThroughputConfig(ModelChoice):
     """
 
     workload: tuple[str, ...] = ("512/256",)
-    """Lengths, as for atom bench serve; all of them on one engine, one after the other."""
+    """Lengths, as for atom bench serve; all of them on one engine, one after the other. steady:512/256 measures a
+    window of a full batch, from requests of every age, instead of all requests to their ends."""
 
-    window_s: float | None = None
-    """Measure so many seconds of a full batch, from requests of every age, instead of all requests to their end."""
+    window_s: float = WINDOW_S
+    """Seconds of such a window."""
 
     num_requests: int | None = None
     """How many; default: all of a trace, else 4 for each one under way, at least 64 (512 if all come at once)."""
@@ -78,12 +80,14 @@ class ThroughputConfig(ModelChoice):
     def __post_init__(self) -> None:
         super().__post_init__()
         for workload in self.workload:
-            if not workload.startswith(("trace:", "turns:")):
-                parse_workload(workload)
+            if not workload.removeprefix(STEADY).startswith(("trace:", "turns:")):
+                parse_workload(workload.removeprefix(STEADY))
         if not self.workload:
             raise ValueError("--workload names no lengths; 512/256 is the default")
-        if self.window_s is not None and (self.window_s <= 0 or self.rate):
-            raise ValueError("--window-s is above 0, and for a closed loop: drop --rate")
+        if self.window_s <= 0:
+            raise ValueError(f"--window-s must be above 0, got {self.window_s}; leave it out for {WINDOW_S:g}")
+        if self.rate and any(workload.startswith(STEADY) for workload in self.workload):
+            raise ValueError("a steady: workload is a closed loop; drop --rate, or steady:")
         if any(c < 0 for c in self.concurrency) or any(r <= 0 for r in self.rate):
             raise ValueError("--concurrency is at least 0 and --rate above 0; 0 under way means all at once")
 

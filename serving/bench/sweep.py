@@ -21,6 +21,7 @@ from atom.quant.presets import get_scheme, kv_name
 from ..engine_config import EngineConfig
 from .bounds import SCHEMES
 from .lengths import parse_workload
+from .window import STEADY, WINDOW_S
 
 Say = Callable[[str], None]
 RUNNING = "running.jsonl"
@@ -54,13 +55,13 @@ class SweepConfig:
     """Instead: Poisson arrivals of so many requests a second."""
 
     workload: tuple[str, ...] = ("512/256",)
-    """Lengths, as for atom bench serve; all of them for each engine."""
+    """Lengths, as for atom bench throughput; all of them for each engine."""
 
     num_requests: int | None = None
     """Of each run; default as for atom bench throughput."""
 
-    window_s: float | None = None
-    """Measure so many seconds of a full batch, from requests of every age, instead of all requests to their end."""
+    window_s: float = WINDOW_S
+    """Seconds of the window that a steady: workload measures."""
 
     tpot_ms: tuple[float, ...] = ()
     """Targets of the median time per output token: the best batch under each is reported."""
@@ -79,11 +80,9 @@ class SweepConfig:
             raise ValueError("name a shape or at least one checkpoint")
         for scheme in self.schemes:
             get_scheme(scheme)
-        if self.window_s is not None and (self.window_s <= 0 or self.rate):
-            raise ValueError("--window-s is above 0, and for a closed loop: drop --rate")
         for workload in self.workload:
-            if not workload.startswith(("trace:", "turns:")):
-                parse_workload(workload)
+            if not workload.removeprefix(STEADY).startswith(("trace:", "turns:")):
+                parse_workload(workload.removeprefix(STEADY))
         if self.experiment not in (None, "paper", "offline") and not str(self.experiment).startswith("trace:"):
             raise ValueError(f"--experiment is paper, offline or trace:NAME, got {self.experiment!r}")
 
@@ -184,7 +183,7 @@ def _run_job(config: SweepConfig, job: Job) -> str | None:
         command += ["--load-format", "dummy", "--scheme", job.scheme]
     if job.memory_gb:
         command += ["--memory-gb", f"{job.memory_gb:g}"]
-    if config.window_s is not None:
+    if any(workload.startswith(STEADY) for workload in job.workload):
         command += ["--window-s", f"{config.window_s:g}"]
     if config.num_requests is not None:
         command += ["--num-requests", str(config.num_requests)]

@@ -16,7 +16,7 @@ from .floor import Mix, ModelFloor
 from .lengths import parse_workload
 from .offline_config import ThroughputConfig
 from .summary import Summary, summarize
-from .window import StepTime, full_window, mid_life, within
+from .window import STEADY, StepTime, full_window, mid_life, within
 from .workload import drop_long, mean_context
 
 FRESH_TOKENS = 4_000_000  # of the requests that follow in a windowed run: more than the fastest GPU gets to
@@ -28,7 +28,7 @@ class Point:
 
     batch        most sequences that one step decoded
     steady_tok_s output tokens a second between the first and the last step of at least nine tenths of that batch; None
-                 where those span less than a fifth of the run; with window_s all is of that window alone
+                 where those span less than a fifth of the run; of a steady: workload all is of its window
     bound_tok_s  what the GPU allows at that batch, where its rates are known
     weight_bytes of the weights as packed for kernels
     """
@@ -88,7 +88,7 @@ def bench_throughput(
         )
         number = 0
         for asked in config.workload:
-            held = cache_holds(config, ready, asked)
+            held = cache_holds(config, ready, asked.removeprefix(STEADY))
             beyond = min((c for c, _ in runs if c > held), default=0)
             for concurrency, rate in runs:
                 keys = {"asked_workload": asked, "concurrency": concurrency, "rate": rate}
@@ -131,8 +131,9 @@ def _point(
     rate: float | None,
     say: Say,
 ) -> Point:
-    workload = parse_workload(asked)
-    wanted = config.requests_at(asked, concurrency)
+    workload = parse_workload(asked.removeprefix(STEADY))
+    window_s = config.window_s if asked.startswith(STEADY) else None
+    wanted = config.requests_at(asked.removeprefix(STEADY), concurrency)
     items, too_long = drop_long(workload.items(wanted, config.seed), ready.limits.max_sequence_tokens)
     if not items:
         raise ValueError(
@@ -140,7 +141,7 @@ def _point(
             "memory, or shorter requests"
         )
     mix = Mix.of(items)
-    if config.window_s is not None:
+    if window_s is not None:
         held = max(1, int(ready.limits.cache_tokens / mix.context))  # what waits has not run yet
         under_way = min(concurrency or ready.limits.max_num_seqs, held)
         fresh = items[: max(64, int(FRESH_TOKENS * len(items) / sum(item.total_tokens for item in items)))]
@@ -153,10 +154,10 @@ def _point(
 
     started = time.perf_counter()
     seed = config.seed + number  # other prompts for each run, or the prefix cache would know them from the last
-    samples = driver.run(items, seed, concurrency or None, due, show, config.window_s)
+    samples = driver.run(items, seed, concurrency or None, due, show, window_s)
     batch = max((step.sequences for step in driver.steps), default=0)
-    steady = steady_rate(driver.steps, 0.0 if config.window_s else 0.2)
-    if config.window_s is not None and (window := full_window(driver.steps)) is not None:
+    steady = steady_rate(driver.steps, 0.2 if window_s is None else 0.0)
+    if window_s is not None and (window := full_window(driver.steps)) is not None:
         samples = within(samples, *window)
     summary = summarize(samples)
     return Point(

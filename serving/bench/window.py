@@ -15,6 +15,8 @@ import numpy as np
 from .sample import Sample
 from .workload import Segment, WorkItem
 
+STEADY = "steady:"  # before the lengths of a workload whose steady state is to be measured
+WINDOW_S = 4.0  # of it, unless something else is asked for: some hundred steps
 FULL = 0.9  # share of the largest batch from which on a step counts as full
 
 

@@ -81,7 +81,12 @@ def test_a_window_of_a_full_batch(tmp_path: Path) -> None:
     """Two workloads on one engine, each cut after half a second at its full batch."""
     points = tmp_path / "points.jsonl"
     config = ThroughputConfig(
-        "tiny", engine=ENGINE, workload=("20/400", "9/90"), concurrency=(3, 0), window_s=0.5, points=points
+        "tiny",
+        engine=ENGINE,
+        workload=("steady:20/400", "steady:9/90"),
+        concurrency=(3, 0),
+        window_s=0.5,
+        points=points,
     )
     found = bench_throughput(config)
     assert [(p.workload, p.concurrency, p.batch) for p in found] == [
@@ -93,7 +98,9 @@ def test_a_window_of_a_full_batch(tmp_path: Path) -> None:
         assert point.summary.tpot is not None and point.requests < 512
     assert (found[0].input, found[0].output) == (20, 400), "of the workload, not of what was under way"
     entries = [json.loads(line) for line in points.read_text().splitlines()]
-    assert [entry["asked_workload"] for entry in entries] == ["20/400"] * 2 + ["9/90"] * 2
+    assert [entry["asked_workload"] for entry in entries] == ["steady:20/400"] * 2 + ["steady:9/90"] * 2
+    with pytest.raises(ValueError, match="is a closed loop"):
+        replace(config, rate=(3.0,))
 
 
 def test_driver_keeps_due_times_and_refuses_bad_requests(engine: tuple[object, object]) -> None:
