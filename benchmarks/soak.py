@@ -345,7 +345,7 @@ def soak(
     asked = requests(distinct, ready.limits.vocab_size, longest, random.Random(seed))
     with served(service) as url:
         run = Soak(url, service, asked, tolerant, seed)
-        asyncio.run(run.run(seconds, clients, warm_up_s=max(2.0, seconds / 5)))
+        asyncio.run(run.run(seconds, clients, warm_up_s=min(20.0, max(2.0, seconds / 5))))
     run.report.faults = runner.faults
     return run.report
 
