@@ -1,6 +1,6 @@
 """The sm_90a attention kernels as implementations of rope_append_kv and paged_attention: plans, buffers, launches.
 
-Decodes (sequences with one query) run the split decode kernel and the merge; prefill chunks are prefill_sm90.py's. What
+Decodes (sequences with one query) run the split decode kernel; prefill chunks are prefill_sm90.py's. What
 changes from step to step of a decode lies in buffers that keep their place, so that a CUDA graph captured over one step
 replays any other of the same batch size: `prepare` fills them.
 """

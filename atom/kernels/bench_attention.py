@@ -1,6 +1,6 @@
 """What `atom bench kernels --op paged_attention` measures: decode steps over random caches, against torch in bf16.
 
-Caches rotate, so that each is cold when it is read; their blocks are scattered. Times are of decode and merge together.
+Caches rotate, so that each is cold when it is read; their blocks are scattered.
 """
 
 from collections.abc import Callable
