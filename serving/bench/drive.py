@@ -74,8 +74,9 @@ class Driver:
                     break
                 sample = Sample(index, item.prompt_tokens, item.output_tokens, due, free_s=due)
                 sample.is_under_way = item.is_under_way
+                if not self._submit(sample, prompt, window_s):
+                    break
                 samples.append(sample)
-                self._submit(sample, prompt)
                 progress(index + 1 - len(self._open), len(items), self._tokens())
             while True:
                 with self._changed:
@@ -117,7 +118,8 @@ class Driver:
             return due
         return 0.0 if concurrency is None else self._now()  # all at once are due at once
 
-    def _submit(self, sample: Sample, prompt: tuple[int, ...]) -> None:
+    def _submit(self, sample: Sample, prompt: tuple[int, ...], window_s: float | None) -> bool:
+        """Hand a request to the engine; False if enough was measured before its queue had room."""
         name = self._name(sample)
         params = SamplingParams(max_tokens=sample.asked_output, temperature=self._temperature, ignore_eos=True)
         with self._changed:
@@ -125,11 +127,15 @@ class Driver:
         while True:
             sample.sent_s = self._now()
             try:
-                return self._engine.submit(Request(name, prompt, params))
+                self._engine.submit(Request(name, prompt, params))
+                return True
             except QueueFullError:
                 with self._changed:
                     self._changed.wait(PAUSE_S)
                     self._check_alive()
+                    if self._is_measured(window_s):
+                        del self._open[name]
+                        return False
             except AtomError:
                 with self._changed:
                     del self._open[name]

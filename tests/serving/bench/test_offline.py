@@ -167,3 +167,11 @@ def test_options() -> None:
 def test_prompts_are_of_the_model_s_vocabulary(engine: tuple[object, object]) -> None:
     ready, _ = engine
     assert Vocabulary.of_range(0, ready.limits.vocab_size).ids.max() < 258  # type: ignore[attr-defined]
+
+
+def test_a_window_ends_while_the_queue_is_full() -> None:
+    """More prompts than may wait: what has not been let in by the end of the window stays out."""
+    small = replace(ENGINE, max_waiting_tokens=600)
+    config = ThroughputConfig("tiny", engine=small, workload=("steady:100/400",), window_s=0.5)
+    (point,) = bench_throughput(config)
+    assert point.batch == 8 and not point.summary.errors and point.seconds < 60
