@@ -19,6 +19,8 @@ from .summary import Summary, summarize
 from .window import STEADY, StepTime, full_window, mid_life, within
 from .workload import drop_long, mean_context
 
+WINDOW_PROMPTS = 24  # that a window sees at least, where they take
+PROMPTS_SHARE = 0.05  # of the time or more
 FRESH_TOKENS = 4_000_000  # of the requests that follow in a windowed run: more than the fastest GPU gets to
 
 
@@ -144,6 +146,7 @@ def _point(
     if window_s is not None:
         held = max(1, int(ready.limits.cache_tokens / mix.context))  # what waits has not run yet
         under_way = min(concurrency or ready.limits.max_num_seqs, held)
+        window_s = window_of_prompts(window_s, floor, mix, under_way)
         fresh = items[: max(64, int(FRESH_TOKENS * len(items) / sum(item.total_tokens for item in items)))]
         items = mid_life(items, under_way, config.seed) + fresh
     due = None if rate is None else Arrivals(rate).times(items, config.seed)
@@ -177,6 +180,17 @@ def _point(
         config.memory_gb,
         time.perf_counter() - started,
     )
+
+
+def window_of_prompts(window_s: float, floor: ModelFloor, mix: Mix, batch: int) -> float:
+    """window_s, or as long as it takes at best until WINDOW_PROMPTS prompts have come, where prompts take time.
+
+    Five seconds of 20000/2000 hold five prompts or six, and which of both decides the rate.
+    """
+    bound = floor.bound(mix, batch)
+    if bound.step_ms > (1 - PROMPTS_SHARE) * bound.tpot_ms:
+        return window_s
+    return max(window_s, WINDOW_PROMPTS * mix.outputs / len(mix.prompts) / bound.out_tok_s)
 
 
 def steady_rate(steps: Sequence[StepTime], least: float = 0.2) -> float | None:

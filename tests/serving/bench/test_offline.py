@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from atom.errors import UnsupportedError
+from atom.kernels.bounds import GPUS
 from atom.serving.bench.drive import StepTime
 from atom.serving.bench.engine_run import running
+from atom.serving.bench.floor import Mix, model_floor
 from atom.serving.bench.latency import bench_latency, latency_rows
 from atom.serving.bench.lengths import parse_workload
 from atom.serving.bench.offline_config import LatencyConfig, ThroughputConfig
 from atom.serving.bench.offline_tables import latency_table, points_table
 from atom.serving.bench.prompts import Vocabulary
-from atom.serving.bench.throughput import bench_throughput, steady_rate
+from atom.serving.bench.throughput import bench_throughput, steady_rate, window_of_prompts
 from atom.serving.bench.workload import Segment, WorkItem
 from atom.serving.engine_config import EngineConfig
 from atom.serving.errors import InvalidRequestError
@@ -167,6 +169,15 @@ def test_options() -> None:
 def test_prompts_are_of_the_model_s_vocabulary(engine: tuple[object, object]) -> None:
     ready, _ = engine
     assert Vocabulary.of_range(0, ready.limits.vocab_size).ids.max() < 258  # type: ignore[attr-defined]
+
+
+def test_a_window_holds_many_prompts_where_they_take_time() -> None:
+    def window(shape: str, lengths: str, batch: int) -> float:
+        floor = model_floor(shape, "w4a8", GPUS["h200"])
+        return window_of_prompts(4.0, floor, Mix.of(parse_workload(lengths).items(64, 0)), batch)
+
+    assert 12 < window("llama-3-8b", "20000/2000", 150) < 20, "one and a half requests a second"
+    assert window("llama-3-8b", "1000/1000", 512) == 4.0 and window("llama-2-7b", "paper", 8) == 4.0
 
 
 def test_a_window_ends_while_the_queue_is_full() -> None:
