@@ -83,7 +83,7 @@ class Sampler:
         problem = Problem(device_arch(self.device), K=vocab_size)
         may = self.device.type == "cuda" and kernels == "auto"
         self._greedy: Greedy | None = None  # for steps whose rows only want their best token
-        if may and not GREEDY.refusals(problem):
+        if may and GREEDY.runs(problem):
             self._greedy = GREEDY.choose(problem).build()
         self._draws = may and refuses_draw(problem) is None  # for steps whose rows choose by their logits as they are
         self._num_tiles = -(-vocab_size // TILE)

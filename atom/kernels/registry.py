@@ -99,6 +99,10 @@ class Op:
             "Pass --kernels reference to run its torch reference, or choose another scheme"
         )
 
+    def runs(self, problem: Problem) -> bool:
+        """Whether some implementation, other than the reference, takes `problem`."""
+        return len(self.refusals(problem)) < len(self.implementations)
+
     def refusals(self, problem: Problem) -> dict[str, str]:
         """Why each implementation that refuses `problem` does so, by the implementation's name."""
         found = ((i.name, i.refuses(problem)) for i in self.implementations)

@@ -56,7 +56,7 @@ def fuse_model_(model: Model, kernels: Kernels = "auto") -> None:
         return
     for layer in model.model.decoder_layers():
         fuse_layer_(layer, model.family, kernels)
-    if isinstance(model.model.norm, RMSNorm) and not RMS_NORM_QUANTIZE.refusals(problem):
+    if isinstance(model.model.norm, RMSNorm) and RMS_NORM_QUANTIZE.runs(problem):
         model.model.norm = FusedRMSNorm(model.model.norm, kernels)
 
 
@@ -73,9 +73,9 @@ def fuse_layer_(layer: nn.Module, family: Family, kernels: Kernels = "auto") -> 
                 layer.set_submodule(name, part)
         device, size = linears[0].weight.device, linears[0].in_features
         problem, producer = Problem(device_arch(device), K=size), layer.get_submodule(group.producer)
-        if isinstance(producer, RMSNorm) and not RMS_NORM_QUANTIZE.refusals(problem):
+        if isinstance(producer, RMSNorm) and RMS_NORM_QUANTIZE.runs(problem):
             layer.set_submodule(group.producer, FusedRMSNorm(producer, kernels))
-        elif isinstance(producer, GatedActivation) and not GATED_QUANTIZE.refusals(problem):
+        elif isinstance(producer, GatedActivation) and GATED_QUANTIZE.runs(problem):
             layer.set_submodule(group.producer, FusedGatedActivation(producer.kind, size, device, kernels))
 
 

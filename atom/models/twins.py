@@ -71,7 +71,7 @@ class QuantizingRMSNorm(Quantized, Norm):
         gain = norm.gain().detach()
         problem = Problem(device_arch(gain.device), scheme, K=gain.numel())
         choice = RMS_NORM_QUANTIZE.choose(problem, kernels)
-        is_fused = choice.name != REFERENCE and not ADD_RMS_NORM_QUANTIZE.refusals(problem)
+        is_fused = choice.name != REFERENCE and ADD_RMS_NORM_QUANTIZE.runs(problem)
         super().__init__(RMS_NORM_QUANTIZE.name, choice.name, f"{gain.numel()}" + (", adds" if is_fused else ""))
         self._run = choice.build(scheme, perm, gain, norm.eps)
         self._add_run = None

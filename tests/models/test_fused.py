@@ -4,11 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from atom.kernels.gated import GATED_QUANTIZE
+from atom.kernels.norm import ADD_RMS_NORM_QUANTIZE, RMS_NORM_QUANTIZE
+from atom.kernels.producer_config import producer_config
+from atom.kernels.registry import Op, Problem
 from atom.models.fused import FusedGatedActivation, FusedRMSNorm, fuse_layer_, fuse_model_, stack_linears
 from atom.models.generate import scheme_cache
 from atom.models.layers import GatedActivation
 from atom.models.norm import RMSNorm
 from atom.models.together import LinearPart, run_together
+from atom.quant.presets import get_scheme
+from atom.quant.schemes import LinearScheme
 
 from .random_models import CONFIGS, random_model
 
@@ -52,3 +58,13 @@ def test_a_fused_model_computes_the_same(family: str) -> None:
     assert sum(isinstance(module, LinearPart) for module in model.modules()) == 5 * model.config.num_layers
     kv = scheme_cache(model, batch=1)
     assert torch.allclose(model(tokens, kv.positions(7), kv), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", [RMS_NORM_QUANTIZE, ADD_RMS_NORM_QUANTIZE, GATED_QUANTIZE], ids=lambda op: op.name)
+def test_full_precision_is_fused_on_hopper(op: Op) -> None:
+    """By the kernels that w4a16 runs; implementations for other GPUs refuse and change nothing."""
+    assert op.runs(Problem("sm_90", K=4096)) and not op.runs(Problem("sm_80", K=4096))
+    for source, dtype in (("norm", torch.bfloat16), ("add_norm", torch.bfloat16), ("silu", torch.bfloat16)):
+        plain, linear = LinearScheme(), get_scheme("w4a16").default_linear
+        found = [producer_config(source, each, dtype, 4096, False, source == "silu", 1) for each in (plain, linear)]
+        assert found[0] == found[1]
