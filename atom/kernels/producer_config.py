@@ -70,6 +70,10 @@ class ProducerConfig:
         return self.rounding in ("small", "none")
 
     @property
+    def dtype_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def is_norm(self) -> bool:
         return self.source in ("norm", "add_norm")
 
@@ -98,6 +102,17 @@ class ProducerConfig:
         return not (self.rounding == "group" and self.format != "int8" and reach < 0.5 - self.code_range[0])
 
     @property
+    def run(self) -> int:
+        """Neighbouring slots of one thread: all it has where it gathers them and they share a scale, else one."""
+        shares = self.permuted and not self.rotation and not self.writes_bf16 and self.chunks in (2, 4, 8)
+        return self.chunks if shares else 1
+
+    @property
+    def reorders(self) -> bool:
+        """Whether a thread gathers a chunk's columns in an order of its own (gather_order.py)."""
+        return self.permuted and self.ctas_per_sm > 0 and not self.rotation and not self.writes_bf16
+
+    @property
     def outer_ratio(self) -> float:
         """The outer scale is the largest inner scale times this."""
         return 1.0 / LARGEST_DYNAMIC[self.scale_format]
@@ -108,8 +123,8 @@ class ProducerConfig:
         return frexp(get_format(self.format).max)[1] - 1, frexp(self.largest_scale)[1] - 1
 
     # Slots: the chunks of the output in order, one after another: normal columns, zeros that fill up the last group,
-    # outliers, zeros that fill up their last unit of 64. Lanes of a warp hold neighbouring slots, and what shares a
-    # scale lies within a warp.
+    # outliers, zeros that fill up their last unit of 64. Lanes of a warp hold neighbouring slots, or runs of such, and
+    # what shares a scale lies within a warp.
 
     @property
     def normal_chunks(self) -> int:
@@ -189,17 +204,22 @@ def with_layout(config: ProducerConfig, tokens: int) -> ProducerConfig:
         return lay_out(config, 128, 1, 8)
     # a meeting in a cluster costs a quarter of a microsecond: one CTA a token
     stays = not few and not config.reads_two and (config.permuted or config.is_norm)
-    return lay_out(config, 256 if config.slots <= 1024 else 1024, 2, 1, stays)
+    if stays and config.permuted:
+        return lay_out(config, 128, 4, 1, 512)
+    return lay_out(config, 256 if config.slots <= 1024 else 1024, 2, 1, 1024 if stays else 0)
 
 
-def lay_out(config: ProducerConfig, threads: int, chunks: int, most_parts: int, stays: bool = False) -> ProducerConfig:
-    """About so many threads of so many chunks each, over as many CTAs as a token takes; more chunks if they must."""
+def lay_out(config: ProducerConfig, threads: int, chunks: int, most_parts: int, stay: int = 0) -> ProducerConfig:
+    """About so many threads of so many chunks each, over as many CTAs as a token takes; more chunks if they must.
+
+    stay   threads that stay on an SM, as their registers allow; 0: none does
+    """
     parts = min(-(-config.slots // (threads * chunks)), most_parts)
     while -(-config.slots // (parts * chunks)) > 1024:
         chunks += 1
     threads = -(-config.slots // (parts * chunks * 32)) * 32
     ctas_per_sm = 0
-    if stays:  # with two rows each
-        row_bytes = config.columns * (4 if config.dtype == "float32" else 2)
-        ctas_per_sm = min(max(1, 1024 // threads), 12, SHARED_BYTES // (2 * row_bytes))
+    if stay:  # with two rows each
+        row_bytes = config.columns * config.dtype_bytes
+        ctas_per_sm = min(max(1, stay // threads), 12, SHARED_BYTES // (2 * row_bytes))
     return replace(config, threads=threads, chunks=chunks, parts=parts, ctas_per_sm=ctas_per_sm)

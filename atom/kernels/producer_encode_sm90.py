@@ -10,9 +10,9 @@ from cutlass import BFloat16, Float32, Int32, Uint32, cute
 from .dsl.arithmetic import (
     as_bits,
     from_bits,
+    multiply_add,
     pack_e4m3x2,
     reciprocal,
-    reciprocal_of_normal,
     round_to_e4m3,
     round_to_whole,
 )
@@ -79,20 +79,18 @@ class ProducerEncode:
         return cute.arch.fmin(cute.arch.fmax(round_to_whole(raw * inverse_outer), Float32(1.0)), Float32(15.0))
 
     @cute.jit
-    def encode_factored(self, value, factor, effective, qmin, qmax, words):
+    def encode_factored(self, value, factor, inverse, qmin, qmax, words):
         """A chunk's values as whole numbers times their group's factor in bytes, four to a word."""
-        inverse = reciprocal_of_normal(effective)
+        less = Float32(TO_WHOLE) - Float32(TO_WHOLE) * factor  # exact, and so is (TO_WHOLE + n) * factor + less
         bits = []
         for e in cutlass.range_constexpr(CHUNK):
             scaled = cute.arch.fmin(cute.arch.fmax(value[e] * inverse, Float32(qmin)), Float32(qmax))
-            whole = (scaled + Float32(TO_WHOLE)) - Float32(TO_WHOLE)
-            bits.append(as_bits(whole * factor + Float32(TO_WHOLE)))
+            bits.append(as_bits(multiply_add(scaled + Float32(TO_WHOLE), factor, less)))
         self.pack(bits, words)
 
     @cute.jit
-    def encode(self, value, scale, qmin, qmax, words):
-        """A chunk's values as whole numbers in bytes, four to a word."""
-        inverse = reciprocal_of_normal(scale)
+    def encode(self, value, inverse, qmin, qmax, words):
+        """A chunk's values as whole numbers in bytes, four to a word; `inverse` of their scale."""
         bits = []
         for e in cutlass.range_constexpr(CHUNK):
             scaled = cute.arch.fmin(value[e] * inverse, Float32(qmax))
@@ -110,9 +108,8 @@ class ProducerEncode:
             words[w] = Int32(pick_bytes(low, high, Uint32(0x5410)))
 
     @cute.jit
-    def encode_e4m3(self, value, scale, words):
+    def encode_e4m3(self, value, inverse, words):
         """A chunk's values as E4M3, saturating, four to a word."""
-        inverse = reciprocal_of_normal(scale)
         for w in cutlass.range_constexpr(2):
             low = pack_e4m3x2(value[4 * w] * inverse, value[4 * w + 1] * inverse)
             high = pack_e4m3x2(value[4 * w + 2] * inverse, value[4 * w + 3] * inverse)

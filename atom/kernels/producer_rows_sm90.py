@@ -212,10 +212,9 @@ class ProducerRows:
                 value[e] = turned[e] * Float32(1.0 / sqrt(block))
 
     @cute.jit
-    def largest(self, value):
-        """The largest magnitude of a chunk."""
-        found = max_magnitude(Float32(0.0), value[0])
-        for e in cutlass.range_constexpr(1, CHUNK):
+    def largest(self, value, found):
+        """The largest magnitude of a chunk, or `found` if that is larger."""
+        for e in cutlass.range_constexpr(CHUNK):
             found = max_magnitude(found, value[e])
         return found
 

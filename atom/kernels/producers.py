@@ -16,8 +16,9 @@ from torch import Tensor
 from ..quant.schemes import LinearScheme
 from .activation import Activation, QuantizedActivation
 from .cache import kernel_key, kernel_path, load_kernel
+from .gather_order import gather_orders, selector
 from .gemm import ARCH, activation_columns, takes_bf16, token_scales
-from .producer_config import FEW_TOKENS, ProducerConfig, producer_config
+from .producer_config import CHUNK, FEW_TOKENS, ProducerConfig, producer_config
 
 HERE = Path(__file__).parent
 SOURCES = tuple(
@@ -128,15 +129,23 @@ class QuantizingProducer:
         )
 
     def in_slots(self, config: ProducerConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(gain, columns) in the order of a kernel's slots, one word where there is none."""
+        """(gain, columns) in the order in which a kernel's slots take them, one word where there is none.
+
+        Where the kernel reorders, the words that put each chunk's codes back in place follow the columns.
+        """
         K = config.columns
         gain, columns = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int32, device=device)
         if self.gain is None and self.perm is None:
             return gain, columns
         held = torch.tensor(config.slot_columns(), device=device)
         if self.perm is not None:
-            held = torch.cat((self.perm, self.perm.new_tensor([K])))[held]
-            columns = held
+            columns = held = torch.cat((self.perm, self.perm.new_tensor([K])))[held]
+            if config.reorders:
+                orders = gather_orders(held.tolist(), config.run, config.dtype_bytes)
+                moved = [CHUNK * chunk + place for chunk, order in enumerate(orders) for place in order]
+                held = held[torch.tensor(moved, device=device)]
+                back = torch.tensor([selector(order) for order in orders], device=device)  # int64: of 32 bits
+                columns = torch.cat((held, (back - (back >> 31 << 32)).to(torch.int32)))
         if self.gain is not None:
             gain = torch.cat((self.gain, self.gain.new_zeros(1)))[held.long()]
         return gain, columns

@@ -16,7 +16,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, mak
 
 from .dsl.arithmetic import max_over_lanes, reciprocal_of_normal, reciprocal_root
 from .dsl.memory import bulk_load
-from .dsl.packed_floats import BYTES
+from .dsl.tensor_core import pick_bytes
 from .dsl.wide_access import load_floats, load_words, store_words
 from .producer_config import CHUNK, GROUP_CHUNKS, ProducerConfig
 from .producer_encode_sm90 import ProducerEncode
@@ -32,6 +32,7 @@ class Producer(ProducerRows, ProducerEncode):
     def __init__(self, config: ProducerConfig) -> None:
         self.config = config
         self.warps = config.threads // 32
+        self.runs = config.chunks // config.run
         held = config.threads * config.chunks * config.parts
         assert held >= config.slots and config.threads % 32 == 0
         assert config.parts <= 8 or not config.clustered
@@ -41,7 +42,7 @@ class Producer(ProducerRows, ProducerEncode):
             read == self.reads * config.threads if config.permuted else held == config.slots == read
         )  # no thread reads past a row
         self.fills = held == config.slots == config.outlier_slot + config.outliers // CHUNK == config.columns // CHUNK
-        self.size = BYTES[config.dtype]
+        self.size = config.dtype_bytes
         self.words = CHUNK * self.size // 4  # of a chunk
         self.stays = config.ctas_per_sm > 0
         assert not self.stays or not (config.reads_two or config.strided or config.parts > 1)
@@ -56,7 +57,7 @@ class Producer(ProducerRows, ProducerEncode):
         mU: cute.Tensor,  # [M, K] up where the source is gated, the residual where it adds, else any
         mT: cute.Tensor,  # [M, K] their sum where the source adds, else as mX
         mG: cute.Tensor,  # [slots x 8] float32 gain of the norm in the order of slots, zero where there is no column
-        mP: cute.Tensor,  # [slots x 8] int32 the columns in the order of slots, K where there is none
+        mP: cute.Tensor,  # int32 [slots x 8] columns in that order, K where none is, then [slots] to put codes back
         mQ: cute.Tensor,  # [M, words] int32: codes, four to a word, or bfloat16, two to a word
         mS: cute.Tensor,  # float32 [units, padded M] (group), [1, M] (token, or small under an outer scale), else any
         eps: Float32,
@@ -117,11 +118,12 @@ class Producer(ProducerRows, ProducerEncode):
         # What does not depend on the launch before this one: columns and gains of this thread's slots.
         rI = cute.make_rmem_tensor((CHUNK, config.chunks), Int32)
         rG = cute.make_rmem_tensor((CHUNK, config.chunks), Float32)
+        rO = cute.make_rmem_tensor((config.chunks,), Uint32)
         rI.fill(config.columns)
         rG.fill(0.0)
         for j in cutlass.range_constexpr(config.chunks):
-            slot = (rank * config.chunks + j) * config.threads + tid
-            self.load_constants(mG, mP, sV, rI, rG, j, slot)
+            slot = self.first_slot(j // config.run, tid, rank) + j % config.run
+            self.load_constants(mG, mP, sV, rI, rG, rO, j, slot)
         if cutlass.const_expr(config.permuted):
             if tid < self.rows * CHUNK:
                 sV[tid // CHUNK * self.row + config.columns + tid % CHUNK] = dtype(0.0)
@@ -140,11 +142,11 @@ class Producer(ProducerRows, ProducerEncode):
                     if token < M:
                         cute.arch.mbarrier_wait(full + s, phase)
                         self.token(
-                            mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, eps, s, token, STAGES * step, tid, rank
+                            mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, rO, eps, s, token, STAGES * step, tid, rank
                         )
                 phase = phase ^ 1
         else:
-            self.token(mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, eps, 0, first, M, tid, rank)
+            self.token(mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, rO, eps, 0, first, M, tid, rank)
 
     @cute.jit
     def fetch(self, mX, sV, full, stage: cutlass.Constexpr, token, tid):
@@ -156,11 +158,14 @@ class Producer(ProducerRows, ProducerEncode):
             bulk_load(sV.iterator + stage * self.row, source, Int32(size), full + stage)
 
     @cute.jit
-    def load_constants(self, mG, mP, sV, rI, rG, j: cutlass.Constexpr, slot):
-        """Addresses in shared memory and gains of one slot."""
+    def load_constants(self, mG, mP, sV, rI, rG, rO, j: cutlass.Constexpr, slot):
+        """Addresses in shared memory and gains of one slot, and the word that puts its codes back in place."""
         config = self.config
         there = slot < config.slots
+        rO[j] = Uint32(0x76543210)
         if there:
+            if cutlass.const_expr(config.reorders):
+                rO[j] = Uint32(mP[CHUNK * config.slots + slot])
             for half in cutlass.range_constexpr(2):
                 at = 4 * (slot * CHUNK + 4 * half)
                 if cutlass.const_expr(config.permuted):
@@ -177,7 +182,7 @@ class Producer(ProducerRows, ProducerEncode):
 
     @cute.jit
     def token(
-        self, mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, eps, stage: cutlass.Constexpr, token, ahead, tid, rank
+        self, mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, rO, eps, stage: cutlass.Constexpr, token, ahead, tid, rank
     ):
         """One token from its row to its codes; once the row is read, that of the token `ahead` takes its place."""
         config = self.config
@@ -197,29 +202,38 @@ class Producer(ProducerRows, ProducerEncode):
         if cutlass.const_expr(self.stays):
             self.fetch(mX, sV, full, stage, token + ahead, tid)
 
-        largest = [Float32(0.0) for _ in range(config.chunks)]
+        largest = [Float32(0.0) for _ in range(self.runs)]
         of_row = Float32(0.0)
-        for j in cutlass.range_constexpr(config.chunks):
-            slot = (rank * config.chunks + j) * config.threads + tid
-            if cutlass.const_expr(config.permuted and not self.stays):
-                self.gather(rI, 0, values[j], j)
-            if cutlass.const_expr(config.is_norm):
-                for e in cutlass.range_constexpr(CHUNK):
-                    values[j][e] = values[j][e] * factor * rG[e, j]
-            if cutlass.const_expr(config.rotation > 0):
-                self.rotate(values[j], slot)
-            if cutlass.const_expr(config.rounding != "none"):
-                largest[j] = self.largest(values[j])
-                if cutlass.const_expr(config.outliers == 0):
-                    of_row = cute.arch.fmax(of_row, largest[j])
-                else:
-                    if slot < config.outlier_slot:
-                        of_row = cute.arch.fmax(of_row, largest[j])
+        for i in cutlass.range_constexpr(self.runs):
+            slot = self.first_slot(i, tid, rank)
+            for j in cutlass.range_constexpr(i * config.run, (i + 1) * config.run):
+                if cutlass.const_expr(config.permuted and not self.stays):
+                    self.gather(rI, 0, values[j], j)
+                if cutlass.const_expr(config.is_norm):
+                    for e in cutlass.range_constexpr(CHUNK):
+                        values[j][e] = values[j][e] * factor * rG[e, j]
+                if cutlass.const_expr(config.rotation > 0):
+                    self.rotate(values[j], slot)
+                if cutlass.const_expr(config.rounding != "none"):
+                    largest[i] = self.largest(values[j], largest[i])
+            if cutlass.const_expr(config.outliers == 0):
+                of_row = cute.arch.fmax(of_row, largest[i])
+            else:
+                if slot < config.outlier_slot:
+                    of_row = cute.arch.fmax(of_row, largest[i])
+            largest[i] = self.unit_max(largest[i], slot)
         if cutlass.const_expr(config.needs_row_max):
             of_row = self.over_row(sR, met, room + self.room, of_row, False, tid, rank, False)
-        for j in cutlass.range_constexpr(config.chunks):
-            slot = (rank * config.chunks + j) * config.threads + tid
-            self.write(mQ, mS, values[j], largest[j], of_row, token, slot)
+        for i in cutlass.range_constexpr(self.runs):
+            run = values[i * config.run : (i + 1) * config.run]
+            back = [rO[j] for j in range(i * config.run, (i + 1) * config.run)]
+            self.write(mQ, mS, run, back, largest[i], of_row, token, self.first_slot(i, tid, rank))
+
+    @cute.jit
+    def first_slot(self, i: cutlass.Constexpr, tid, rank):
+        """The first slot of this thread's i-th run."""
+        config = self.config
+        return ((rank * self.runs + i) * config.threads + tid) * config.run
 
     @cute.jit
     def read(self, mX, mU, mT, sV, values, token, tid, rank):
@@ -263,21 +277,23 @@ class Producer(ProducerRows, ProducerEncode):
         return squares
 
     @cute.jit
-    def write(self, mQ, mS, value, largest, of_row, token, slot):
-        """Round one chunk and store it, and its scale where it is the first under it."""
+    def write(self, mQ, mS, run, back, largest, of_row, token, slot):
+        """Round a run of chunks and store it, and its scale where it is the first under it; `slot` is its first."""
         config = self.config
-        words = cute.make_rmem_tensor((CHUNK // 2 if config.writes_bf16 else 2,), Int32)
-        is_bf16 = config.scale_format == "bf16"
+        each = 4 if config.writes_bf16 else 2
+        words = cute.make_rmem_tensor((each, config.run), Int32)
         if cutlass.const_expr(config.rounding == "group"):
-            self.round_group(mS, value, largest, words, token, slot)
+            self.round_group(mS, run, largest, words, token, slot)
         elif cutlass.const_expr(config.rounding == "factor"):
-            self.round_factored(mS, value, largest, of_row, words, token, slot)
+            self.round_factored(mS, run, largest, of_row, words, token, slot)
         elif cutlass.const_expr(config.rounding == "token"):
-            scale = self.scale(of_row, config.ratio, is_bf16)
-            if cutlass.const_expr(config.format == "fp8_e4m3"):
-                self.encode_e4m3(value, scale, words)
-            else:
-                self.encode(value, scale, *config.code_range, words)
+            scale = self.scale(of_row, config.ratio, config.scale_format == "bf16")
+            inverse = reciprocal_of_normal(scale)
+            for c in cutlass.range_constexpr(config.run):
+                if cutlass.const_expr(config.format == "fp8_e4m3"):
+                    self.encode_e4m3(run[c], inverse, words[None, c])
+                else:
+                    self.encode(run[c], inverse, *config.code_range, words[None, c])
             if slot == 0:
                 mS[0, token] = scale
         else:
@@ -287,49 +303,58 @@ class Producer(ProducerRows, ProducerEncode):
                     outer = self.outer_scale(of_row)
                     if slot == 0:
                         mS[0, token] = outer
-                scale = self.small_scale(
-                    max_over_lanes(largest, config.group_size // CHUNK), reciprocal_of_normal(outer)
-                )
-                self.round_small(value, scale, scale * outer)
-            self.encode_bf16(value, words)
+                scale = self.small_scale(largest, reciprocal_of_normal(outer))
+                self.round_small(run[0], scale, scale * outer)
+            self.encode_bf16(run[0], words[None, 0])
+        if cutlass.const_expr(config.reorders):
+            for c in cutlass.range_constexpr(config.run):
+                low, high = Uint32(words[0, c]), Uint32(words[1, c])
+                words[0, c] = Int32(pick_bytes(low, high, back[c]))
+                words[1, c] = Int32(pick_bytes(low, high, back[c] >> 16))
         chunk = slot
         there = slot < config.slots
         if cutlass.const_expr(config.outlier_slot > config.filled_chunks):
             there = there and (slot < config.filled_chunks or slot >= config.outlier_slot)
             if slot >= config.outlier_slot:
                 chunk = slot - (config.outlier_slot - config.filled_chunks)
-        each = 4 if config.writes_bf16 else 2
         length = (config.slots - config.outlier_slot + config.filled_chunks) * each
         at = mQ.iterator.toint() + (Int64(token) * length + chunk * each) * 4
         if cutlass.const_expr(self.fills):
-            store_words(at, [words[w] for w in range(each)])
+            self.store_run(at, words)
         else:
             if there:
-                store_words(at, [words[w] for w in range(each)])
+                self.store_run(at, words)
 
     @cute.jit
-    def round_group(self, mS, value, largest, words, token, slot):
-        """A chunk under the scale of its 128 columns, or of the outliers."""
+    def store_run(self, at, words):
+        each = cute.size(words, mode=[0])
+        found = [words[w, c] for c in range(self.config.run) for w in range(each)]
+        for first in cutlass.range_constexpr(0, len(found), 4):
+            store_words(at + 4 * first, found[first : first + 4])
+
+    @cute.jit
+    def round_group(self, mS, run, largest, words, token, slot):
+        """Chunks under the scale of their 128 columns, or of the outliers."""
         config = self.config
-        largest = self.unit_max(largest, slot)
         qmin, qmax, ratio = self.unit_range(slot)
-        unit = slot // GROUP_CHUNKS
-        begins = slot % GROUP_CHUNKS == 0 and slot < config.filled_chunks
+        unit = slot >> 4  # sixteen chunks a group
+        begins = (slot & 15) == 0 and slot < config.filled_chunks
         if cutlass.const_expr(config.outliers > 0):
             if slot >= config.outlier_slot:
-                unit = config.groups + (slot - config.outlier_slot) // 8
-                begins = slot % 8 == 0 and slot < config.slots
+                unit = config.groups + ((slot - config.outlier_slot) >> 3)
+                begins = (slot & 7) == 0 and slot < config.slots
         scale = self.scale(largest, ratio, config.scale_format == "bf16")
-        self.encode(value, scale, qmin, qmax, words)
+        inverse = reciprocal_of_normal(scale)
+        for c in cutlass.range_constexpr(config.run):
+            self.encode(run[c], inverse, qmin, qmax, words[None, c])
         if begins:
             mS[unit, token] = scale
 
     @cute.jit
-    def round_factored(self, mS, value, largest, of_row, words, token, slot):
-        """A chunk under its group's factor and the token's scale, or under the scale of the outliers."""
+    def round_factored(self, mS, run, largest, of_row, words, token, slot):
+        """Chunks under their group's factor and the token's scale, or under the scale of the outliers."""
         config = self.config
         outer = self.outer_scale(of_row)
-        largest = self.unit_max(largest, slot)
         qmin, qmax, _ = self.unit_range(slot)
         factor = self.factor_scale(largest, reciprocal_of_normal(outer))
         effective = factor * outer
@@ -341,17 +366,22 @@ class Producer(ProducerRows, ProducerEncode):
                 effective = self.scale(largest, 1.0 / 127.0, True)
                 if slot == config.outlier_slot:
                     mS[1, token] = effective
-        self.encode_factored(value, factor, effective, qmin, qmax, words)
+        inverse = reciprocal_of_normal(effective)
+        for c in cutlass.range_constexpr(config.run):
+            self.encode_factored(run[c], factor, inverse, qmin, qmax, words[None, c])
 
     @cute.jit
     def unit_max(self, largest, slot):
-        """The largest magnitude of the group of 128 that a slot belongs to, or of the outliers."""
+        """The largest magnitude of the columns under one scale, from that of this thread's run of them."""
         config = self.config
-        largest = max_over_lanes(largest, GROUP_CHUNKS)
-        if cutlass.const_expr(config.outliers > 128):
-            both = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=16))
-            if slot >= config.outlier_slot:
-                largest = both
+        if cutlass.const_expr(config.rounding == "small"):
+            largest = max_over_lanes(largest, config.group_size // CHUNK)
+        if cutlass.const_expr(config.rounding in ("group", "factor")):
+            largest = max_over_lanes(largest, GROUP_CHUNKS // config.run)
+            if cutlass.const_expr(config.outliers > 128):
+                both = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=GROUP_CHUNKS // config.run))
+                if slot >= config.outlier_slot:
+                    largest = both
         return largest
 
     @cute.jit

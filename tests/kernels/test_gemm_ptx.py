@@ -168,6 +168,8 @@ SOURCES = [("plain", name) for name in LOW_BIT] + [
 LAYOUTS: dict[str, dict[str, int]] = {
     "one": {},
     "stay": {"threads": 64, "ctas_per_sm": 1},
+    "stay in runs of 2": {"threads": 32, "chunks": 2, "ctas_per_sm": 1},
+    "stay in runs of 4": {"threads": 32, "chunks": 4, "ctas_per_sm": 1},
     "parts": {"threads": 32, "chunks": 1, "parts": 2},
 }
 IN_ALL_LAYOUTS = [*SOURCES[-9:], ("plain", "w4a8"), ("plain", "w4a4")]
@@ -175,7 +177,7 @@ CASES_OF_PRODUCERS = [
     (*case, layout)
     for case in SOURCES
     for layout in (LAYOUTS if case in IN_ALL_LAYOUTS else ["one"])
-    if layout != "stay" or case[0] in ("norm", "plain")
+    if not layout.startswith("stay") or case[0] in ("norm", "plain")
 ]
 
 
@@ -194,11 +196,12 @@ def test_rotating_producer(source: str, name: str, block: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name,count", [("w4a4-bf16", 16), ("w4a4-bf16", 256), ("w4a4", 208)])
-@pytest.mark.parametrize("layout", ["one", "parts"])
+@pytest.mark.parametrize("layout", ["one", "parts", "stay in runs of 4"])
 def test_producer_of_few_and_many_outliers(name: str, count: int, layout: str, tmp_path: Path) -> None:
     found = linear_scheme(name)
     linear = replace(found, outliers=replace(found.outliers, count=count))
-    check_producer("plain", linear, LAYOUTS[layout] | ({"parts": 3} if layout == "parts" else {}), tmp_path, K=520)
+    more = {"parts": 3} if layout == "parts" else {}
+    check_producer("plain", linear, LAYOUTS[layout] | more, tmp_path, K=520)
 
 
 def check_producer(

@@ -36,11 +36,11 @@ def encoder(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch,
         BFloat16=lambda x: torch.tensor(float(x)).bfloat16().item(),
         reciprocal=lambda x: np.float32(1.0) / x,
-        reciprocal_of_normal=lambda x: np.float32(1.0) / x,
         round_to_whole=np.rint,
         round_to_e4m3=lambda x: np.float32(as_e4m3(x).float().item()),
         pack_e4m3x2=lambda low, high: np.uint32(int(bits(low)) | int(bits(high)) << 8),
         as_bits=lambda x: np.float32(x).view(np.uint32),
+        multiply_add=lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c)),
         from_bits=lambda x: np.uint32(x).view(np.float32),
         pick_bytes=pick_bytes,
     )
@@ -122,8 +122,33 @@ def test_codes_in_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for at in range(0, 128, 8):
             words: dict[int, Any] = {}
             if spec.format == "fp8_e4m3":
-                made.encode_e4m3(numbers[at : at + 8], np.float32(scale), words)
+                made.encode_e4m3(numbers[at : at + 8], np.float32(1.0) / np.float32(scale), words)
             else:
-                made.encode(numbers[at : at + 8], np.float32(scale), *made.config.code_range, words)
+                made.encode(numbers[at : at + 8], np.float32(1.0) / np.float32(scale), *made.config.code_range, words)
             found += [words[0], words[1]]
         assert np.array(found).astype(np.uint32).view(np.uint8).tolist() == wanted.codes[row].view(torch.uint8).tolist()
+
+
+def test_codes_times_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written of w4a4 is code x factor of the group, a byte, under one scale of the token."""
+    made = encoder("w4a4", monkeypatch)
+    spec = linear_scheme("w4a4").activation
+    assert isinstance(spec, TensorSpec)
+    x = torch.cat((rows(), rows().flip(0) / 5, torch.randn(10, 128) * 3), 1)  # three groups a token
+    wanted = quantize(x, spec)
+    assert wanted.scale.outer is not None
+    written = wanted.codes.float() * wanted.scale.scale.repeat_interleave(128, 1)
+    for row in range(x.shape[0]):
+        numbers = as_numbers(x[row])
+        outer = made.outer_scale(max(abs(v) for v in numbers))
+        assert outer == wanted.scale.outer[row].item()
+        for g in range(3):
+            group = numbers[128 * g : 128 * (g + 1)]
+            factor = made.factor_scale(max(abs(v) for v in group), np.float32(1.0) / outer)
+            assert factor == wanted.scale.scale[row, g].item()
+            words: dict[int, Any] = {}
+            for at in range(0, 128, 8):
+                inverse = np.float32(1.0) / np.float32(factor * outer)
+                made.encode_factored(group[at : at + 8], factor, inverse, *made.config.code_range, words)
+                found = np.array([words[0], words[1]]).astype(np.uint32).view(np.int8)
+                assert found.tolist() == written[row, 128 * g + at : 128 * g + at + 8].tolist()

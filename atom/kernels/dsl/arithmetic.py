@@ -29,6 +29,14 @@ def reciprocal_root(x: Any):
 
 
 @cute.jit
+def multiply_add(a: Any, b: Any, c: Any):
+    """a * b + c, rounded once."""
+    return cute.arch.inline_ptx(
+        "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c]
+    )
+
+
+@cute.jit
 def round_to_int(x: Any):
     """The nearest integer, ties to even, as the bits of an int32."""
     return cute.arch.inline_ptx("cvt.rni.s32.f32 {$w0}, {$r0};", write_only_types=[Uint32], read_only_args=[x])

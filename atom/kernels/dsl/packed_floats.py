@@ -8,8 +8,6 @@ from .arithmetic import as_bits, from_bits
 from .packed_bf16 import add_pairs, high_float, low_float
 from .tensor_core import pack_f16x2
 
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
 
 def unpack(words: Any, dtype: str) -> list[Any]:
     """Words -> the float32 values in them, in order."""
