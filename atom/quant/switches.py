@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .granularity import Channel, Group, Token
-from .schemes import KeyOffset, KeyRotation, Outer, OutlierSpec, RotationSpec, Scheme, TensorSpec
+from .schemes import KeyOffset, KeyRotation, Outer, OutlierSpec, RotationSpec, ScaleRule, Scheme, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class Switches:
 
     group_scales: Literal["uint4", "bf16"] | None = None
     """Scales of groups: whole factors under one float32 a row and a token, or bfloat16."""
+
+    scale_rule: ScaleRule | None = None
+    """How a group's scale follows its largest value, in weights and activations: max, range, signed, four_six."""
 
     weight_clip: float | Literal["mse"] | None = None
     """Share of the maximum that the weight grid reaches, or mse to search it."""
@@ -67,6 +70,9 @@ class Switches:
             activation = activation and replace(activation, clip=self.activation_clip)
         if not gptq:
             weight = weight and replace(weight, scale_rule="max")
+        if self.scale_rule is not None:
+            weight = weight and replace(weight, scale_rule=self.scale_rule)
+            activation = activation and replace(activation, scale_rule=self.scale_rule)
         if self.outliers is not None or self.outlier_format is not None:
             count = outliers.count if self.outliers is None else self.outliers
             outliers = OutlierSpec(count, self.outlier_format or outliers.format)
@@ -99,6 +105,7 @@ class Switches:
             "group_size": ("quantized weights", scheme.weight),
             "group_scales": ("quantized weights", scheme.weight),
             "weight_clip": ("quantized weights", scheme.weight),
+            "scale_rule": ("quantized weights", scheme.weight),
             "outliers": ("quantized weights", scheme.weight),
             "outlier_format": ("quantized weights", scheme.weight),
             "rotation": ("quantized weights", scheme.weight),

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import tyro
 
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.methods import Bits, methods, with_cache
 from atom.calibration.stream import quantize_model
+from atom.commands.quantize import Options
+from atom.records import CHECKOUT
 
 Tiny = Callable[[str], Path]
 Close = Callable[[Path, Path], float]
@@ -49,3 +52,17 @@ def test_each_writes_a_checkpoint_that_predicts(
         quantize_model(tiny("qwen2"), scheme, tmp_path / name, config)
         errors[name] = logit_error(tmp_path / name, tiny("qwen2"))
     assert errors["ours"] < errors["rtn"] and errors["atom"] < errors["rtn"] and max(errors.values()) < 0.8
+
+
+def test_ours_can_be_said_on_the_command_line() -> None:
+    options = (
+        "x --scheme w4a4 --outliers 0 --reorder False --group-size 64 --group-scales bf16 --scale-rule signed "
+        "--activation-clip 0.95 --rotation block_hadamard --rotation-block 64 --balance --scale-search feedback "
+        "--distill-steps 200"
+    )
+    said = tyro.cli(Options, args=options.split())
+    ours = methods("w4a4")["ours"]
+    assert said.build_scheme() == with_cache(ours.scheme, "kv4")
+    assert said.config == ours.config(CalibrationConfig())
+    page = (CHECKOUT / "docs/accuracy-methods.md").read_text().replace("\\\n", " ")
+    assert options.removeprefix("x ") in " ".join(page.split())
