@@ -94,6 +94,9 @@ SCHEMAS: dict[str, RecordSchema] = {
         {"step": LADDER_STEPS, "path": PATHS},
     ),
     "quality-presets": _PRESETS,
+    "quality-variants": RecordSchema(
+        ("model", "text", "variant", "ppl", *BITS, "windows", "path"), PERPLEXITY_EXTRAS, {"path": PATHS}
+    ),
     "accuracy-frontier": RecordSchema(
         ("model", "text", "method", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
         ("scheme", "task:", *PERPLEXITY_EXTRAS),

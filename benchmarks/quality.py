@@ -165,7 +165,6 @@ class Configuration:
     step       rung of the ladder, or None
     is_preset  a row of quality-presets, with tasks and, where asked for, through the kernels
     variant    what is otherwise than in the full recipe: a row of quality-variants
-    changes    of the calibration's options
     """
 
     scheme: Scheme
@@ -174,7 +173,6 @@ class Configuration:
     step: str | None = None
     is_preset: bool = False
     variant: str | None = None
-    changes: dict[str, Any] = field(default_factory=dict)
 
 
 def variants() -> list[Configuration]:
@@ -191,9 +189,6 @@ def variants() -> list[Configuration]:
         "bf16 scales": replace(recipe, weight=replace(recipe.weight, scale_format="bf16", outer=None)),
     }
     found = [Configuration(scheme, True, variant=name) for name, scheme in schemes.items()]
-    relative = {"token_weights": "relative"}
-    found.append(Configuration(unclipped, True, variant="weights unclipped, relative tokens", changes=relative))
-    found.append(Configuration(recipe, True, variant="relative tokens", changes=relative))
     plain = replace(unclipped, activation=replace(recipe.activation, clip=1.0))
     found.append(Configuration(plain, True, "constant", variant="nothing clipped"))
     found.append(Configuration(unclipped, False, variant="weights unclipped, rounded to nearest"))
@@ -264,7 +259,7 @@ class Runner:
         if not scheme.is_quantized:
             return load(self.options.model, self.options.device, "float32", "reference"), 0.0
         out = folder / "checkpoint"
-        config = replace(self.calibration, gptq=configuration.gptq, clip=configuration.clip, **configuration.changes)
+        config = replace(self.calibration, gptq=configuration.gptq, clip=configuration.clip)
         windows = self.calibration_windows if is_calibrated(self.source, scheme) else None
         report = quantize_source(self.source, scheme, out, config, windows)
         return load(str(out), self.options.device, "float32", "reference"), float(report.totals["seconds"])

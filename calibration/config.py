@@ -10,7 +10,6 @@ from typing import Any, Literal
 Offload = Literal["auto", "on", "off"]
 Precision = Literal["highest", "high"]
 Clip = Literal["measured", "constant"]
-TokenWeights = Literal["equal", "relative"]
 Rotate = Literal["none", "residual"]
 Order = Literal["ascending", "dealt"]
 ScaleSearch = Literal["rounding", "feedback"]
@@ -38,9 +37,6 @@ class CalibrationConfig:
 
     damping: float = 0.01
     """GPTQ: share of the Hessian's mean diagonal that is added to the diagonal."""
-
-    token_weights: TokenWeights = "equal"
-    """GPTQ: relative weighs what o and down add to the residual stream by the stream, so that no loud token decides."""
 
     scale_search: ScaleSearch = "rounding"
     """GPTQ, where weight clips are searched (mse): by a group's rounding error alone, or by what GPTQ makes of it."""
@@ -104,8 +100,6 @@ class CalibrationConfig:
             )
         if self.order not in ("ascending", "dealt"):
             raise ValueError(f"order must be ascending or dealt, got {self.order!r}; use dealt with block_hadamard")
-        if self.token_weights not in ("equal", "relative"):
-            raise ValueError(f"token_weights must be equal or relative, got {self.token_weights!r}; use relative")
         if self.scale_search not in ("rounding", "feedback"):
             raise ValueError(f"scale_search must be rounding or feedback, got {self.scale_search!r}; use feedback")
         if self.rotate not in ("none", "residual"):

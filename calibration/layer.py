@@ -210,8 +210,7 @@ class LayerQuantizer:
         self, layer: DecoderLayer, index: int, plans: list[InputPlan], hidden: HiddenStates, only: str | None = None
     ) -> dict[str, HessianAccumulator]:
         with self.clock.phase("hessian"):
-            tokens = self.config.token_weights
-            return observe_hessians(layer, index, plans, hidden, self.runner, self.scheme, only, tokens)
+            return observe_hessians(layer, index, plans, hidden, self.runner, self.scheme, only)
 
     def _round_group(
         self, layer: DecoderLayer, plan: InputPlan, hessians: dict[str, HessianAccumulator], prefix: str

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from atom.models.layers import DecoderLayer
 from atom.models.layout import layer_prefix
-from atom.models.norm import RMSNorm
 from atom.quant.mixed import fake_quantize_activation
 from atom.quant.schemes import Scheme
 
-from .config import TokenWeights
 from .hidden import HiddenStates, LayerRunner
 from .keys import KeyStatistics
 from .plan import InputPlan, unrotate_input
@@ -89,15 +87,12 @@ def observe_hessians(
     runner: LayerRunner,
     scheme: Scheme,
     only: str | None = None,
-    tokens: TokenWeights = "equal",
 ) -> dict[str, HessianAccumulator]:
     """Run the permuted layer on rounded inputs: the Hessian accumulator of every quantized input group.
 
-    only    the one group that is wanted; the layer runs no further than its input
-    tokens  "relative": what o and down add to the residual stream counts in proportion to the stream, token by token
+    only  the one group that is wanted; the layer runs no further than its input
     """
     hessians: dict[str, HessianAccumulator] = {}
-    stream: list[Tensor] = []  # ||h||^2 [T] of the batch that runs
 
     def watch(plan: InputPlan) -> Hook:
         name = plan.group.name
@@ -110,17 +105,10 @@ def observe_hessians(
                 if name not in hessians:
                     where = input_name(plan, index)
                     hessians[name] = HessianAccumulator(x.shape[-1], x.device, where)
-                weigh = tokens == "relative" and not isinstance(module, RMSNorm)
-                hessians[name].add(rounded * _loudness(plan, rounded)[:, None].rsqrt() if weigh else rounded)
+                hessians[name].add(rounded)
             return unrotate_input(rounded, plan.linear)
 
         return hook
-
-    def _loudness(plan: InputPlan, x: Tensor) -> Tensor:
-        """[T], what the residual stream holds behind the plan's linear, about: of two sums of squares, their sum."""
-        weight = layer.get_parameter(f"{plan.group.linears[0]}.weight")
-        added = (unrotate_input(x, plan.linear) @ weight.T).square().sum(1)
-        return (stream[0] + added).clamp_min(1e-30)
 
     watched = {plan.group.producer: watch(plan) for plan in plans if plan.is_quantized}
     if not watched:
@@ -128,7 +116,6 @@ def observe_hessians(
     last = list(watched)[-1] if only is None else next(p.group.producer for p in plans if p.group.name == only)
     with hooked(watched, layer), stopped_after(last, layer):
         for number in range(len(hidden)):
-            stream[:] = [hidden.get(number).square().sum(1)]
             with suppress(_SeenEnough):
                 runner.run(layer, hidden, number, scheme)
     return hessians
