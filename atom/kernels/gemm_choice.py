@@ -4,8 +4,6 @@ from .gemm_config import GemmConfig
 from .gemm_kinds import KINDS
 
 SMS = 132
-# (tile, CTAs of a tile, whether K is long) where warpgroups that share rows were measured faster
-SHARED_ROWS: frozenset[tuple[int, int, bool]] = frozenset()
 
 
 def choose_config(
@@ -39,6 +37,7 @@ def choose_config(
             pairs = kind.promoted
         elif units >= 64 and kind.operand != "bf16":  # down
             warpgroups, split, clustered, pairs = 2, _split(-(-features // 128), sms), False, True
+            two_fit = not int8_units
         elif kind.operand == "bf16" or kind.promoted:
             warpgroups, split, pairs = 4, 5 if units >= 64 else 4, True
         else:  # o
@@ -64,12 +63,13 @@ def choose_config(
         # leave room for 192 tokens only, too few products for their bytes.
         tile_m = 192 if weight == "e4m3" and tokens > 1024 else 128
         warpgroups, split, multicast = 2, 1, 1 if weight == "e4m3" and tokens <= 1024 else 2
-    ways = 1
-    row_tiles = -(-features // 64)
-    if tokens <= 64 and tile_m != 32 and kind.operand == "int8" and not kind.promoted and row_tiles <= sms:
-        shared = 2 if row_tiles * 2 <= sms else 1
-        if units >= 8 * shared and (tile_m, shared, units >= 64) in SHARED_ROWS:
-            ways, warpgroups, split, clustered, pairs, two_fit = 4, 4, shared, False, False, False
+    ways, row_tiles = 1, -(-features // 64)
+    is_one_round = 48 <= row_tiles <= sms  # of tiles of 64 rows
+    if is_one_round and weight == "int8" and tokens <= 16 and units >= 8:
+        ways, warpgroups, split, two_fit = 4, 4, 1, False
+    elif is_one_round and weight == "int4_uint4" and 64 < tokens <= 128 and 8 <= units < 64:  # qkv, o
+        ways, split = 2, 2 if row_tiles * 2 <= sms else 1
+        clustered = split == 1
     split = max(1, min(split, units // 4))
     return GemmConfig(
         weight=weight,

@@ -29,7 +29,9 @@ def normalize_heads(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) 
     own code has it.
     """
     wide = x.float()
-    normed = wide * (_sum(wide.square()) * (1.0 / x.shape[-1]) + eps).sqrt().reciprocal()
+    mean = _sum(wide.square()) * (1.0 / x.shape[-1])
+    root = (mean + eps).double().sqrt().float()  # torch's float32 root is not rounded correctly on a CPU
+    normed = wide * root.reciprocal()
     if offset:
         return (normed * (weight.float() + offset)).to(x.dtype)
     return weight * normed.to(x.dtype)

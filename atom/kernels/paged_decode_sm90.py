@@ -430,6 +430,8 @@ class PagedDecode(KeyOffset):
             self.turn_back(mCos, mSin, rU, rB, token0, lane)
         cute.arch.mbarrier_wait(full + slot, phase)
         base = (ring + slot * config.stage_bytes).toint()
+        may_be_hidden = is_edge and config.has_window and self.steps > 1  # a window may begin behind the first step
+        is_still_first = is_first if cutlass.const_expr(may_be_hidden) else Boolean(False)
         for step in cutlass.range_constexpr(self.steps):
             row = lane // 4
             spot = row // 2 + 4 * (row % 2)  # attention_config.row_token
@@ -470,7 +472,9 @@ class PagedDecode(KeyOffset):
                         for n in cutlass.range_constexpr(config.column_tiles):
                             rE[r, c, n] = rE[r, c, n] if seen[r] else Float32(-cutlass.Float32.inf)
             rW = cute.make_rmem_tensor((2, 2, config.column_tiles), Float32)
-            self.weigh(rE, rW, rM, rL, rZ, rO, scales, is_first if cutlass.const_expr(step == 0) else Boolean(False))
+            self.weigh(rE, rW, rM, rL, rZ, rO, scales, is_first if cutlass.const_expr(step == 0) else is_still_first)
+            if cutlass.const_expr(may_be_hidden):
+                is_still_first = is_still_first and not cute.arch.vote_any_sync(seen[0] or seen[1])
             for h in cutlass.range_constexpr(config.groups if self.is_wide else 0):
                 values.append(self.load_values(is_edge, base, config.groups * step + h, lane, token0, lowest, limit))
             self.outputs(values, rW, rO, lane)
@@ -558,6 +562,8 @@ class PagedDecode(KeyOffset):
                     for offset in (2, 4, 8, 16) if config.groups == 2 else (4, 8, 16):
                         rise = cute.arch.fmax(rise, cute.arch.shuffle_sync_bfly(rise, offset=offset))
                     rise = rise if is_first else cute.arch.fmax(rise, Float32(0.0))
+                    if cutlass.const_expr(config.has_window):  # a step of which nothing is seen sets no reference
+                        rise = rise if rise > Float32(0.5 * LOWEST) else Float32(0.0)
                     shrink = exp2(-cute.arch.fmax(rise, Float32(0.0)))
                     rM[c, n] = rM[c, n] + rise
                     rL[c, n] = rL[c, n] * shrink

@@ -15,7 +15,8 @@ from ..quant.schemes import LinearScheme
 CHUNK = 8  # columns that a thread reads, rounds and writes together
 GROUP_CHUNKS = 16  # chunks of a group of 128
 SHARED_BYTES = 220 * 1024  # of an SM, for rows
-FEW_TOKENS = 64  # up to so many, a launch is laid out for latency, beyond for bandwidth
+FEW_TOKENS = 64  # up to so many, a launch is laid out for latency,
+SOME_TOKENS = 1024  # up to so many for a token or two on each CTA, and beyond for bandwidth
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,12 @@ class ProducerConfig:
 
     @property
     def run(self) -> int:
-        """Neighbouring slots of one thread: all it has where it gathers them and they share a scale, else one."""
-        shares = self.permuted and not self.rotation and not self.writes_bf16 and self.chunks in (2, 4, 8)
-        return self.chunks if shares else 1
+        """Neighbouring slots of one thread: all it has where it gathers them and they share a scale, else one.
+
+        Only of CTAs that stay: columns and gains of runs are loaded badly, which must be worth it.
+        """
+        shares = self.permuted and self.ctas_per_sm > 0 and not self.rotation and not self.writes_bf16
+        return self.chunks if shares and self.chunks in (2, 4, 8) else 1
 
     @property
     def reorders(self) -> bool:
@@ -192,6 +196,11 @@ def producer_config(
     return with_layout(config, tokens)
 
 
+def token_range(tokens: int) -> int:
+    """Which of the layouts of a producer so many tokens run with."""
+    return (tokens > FEW_TOKENS) + (tokens > SOME_TOKENS)
+
+
 def with_layout(config: ProducerConfig, tokens: int) -> ProducerConfig:
     """The config with threads, chunks and parts for so many tokens; docs/kernels/producers.md has the measurements."""
     few = tokens <= FEW_TOKENS
@@ -204,8 +213,8 @@ def with_layout(config: ProducerConfig, tokens: int) -> ProducerConfig:
         return lay_out(config, 128, 1, 8)
     # a meeting in a cluster costs a quarter of a microsecond: one CTA a token
     stays = not few and not config.reads_two and (config.permuted or config.is_norm)
-    if stays and config.permuted:
-        return lay_out(config, 128, 4, 1, 512)
+    if stays and config.permuted and config.is_norm:
+        return lay_out(config, 256, 2, 1, 768) if tokens <= SOME_TOKENS else lay_out(config, 128, 4, 1, 512)
     return lay_out(config, 256 if config.slots <= 1024 else 1024, 2, 1, 1024 if stays else 0)
 
 

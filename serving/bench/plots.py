@@ -112,7 +112,7 @@ def draw_loads(loads: Sequence[Row], folder: Path) -> list[Path]:
             points = [(x["summary"]["tpot"]["p50"], x["summary"]["out_tok_s"]) for x in mine if load_label(x) == label]
             axis.plot(*zip(*sorted(points, key=lambda p: p[1]), strict=True), marker="o", markersize=4, label=label)
         axis.set(xlabel="time per output token, median (ms)", ylabel="output tokens/s", xlim=(0, None), ylim=(0, None))
-        _legend(axis)
+        _legend([axis])
         path = folder / f"http-{file_stem(workload)}.png"
         _save(figure, path)
         found.append(path)
@@ -183,7 +183,7 @@ def _by_batch(rows: Sequence[Row], title: str, path: Path) -> bool:
     axes[0].set_ylim(0, None)
     axes[0].set_ylabel("output tokens/s")
     has_bounds = any(row.get("bound_tok_s") for row in rows)
-    _legend(axes[-1], "thin: what the GPU allows" if has_bounds else None)
+    _legend(axes, "thin: what the GPU allows" if has_bounds else None)
     return _save(figure, path)
 
 
@@ -210,7 +210,7 @@ def _frontier(rows: Sequence[Row], title: str, path: Path) -> bool:
         axis.set_title(memory_text(memory), pad=14)
     axes[0].set_ylim(0, None)
     axes[0].set_ylabel("output tokens/s")
-    _legend(axes[-1])
+    _legend(axes)
     return _save(figure, path)
 
 
@@ -277,7 +277,7 @@ def _memory(rows: Sequence[Row], title: str, path: Path) -> bool:
         axis.tick_params(axis="x", rotation=30)
         axis.grid(False, axis="x")
     axes[0].set_ylabel("GiB")
-    _legend(axes[-1])
+    _legend(axes)
     return _save(figure, path)
 
 
@@ -294,9 +294,13 @@ def _spaced(ticks: list[int]) -> list[int]:
     return kept
 
 
-def _legend(axis: Any, title: str | None = None) -> None:
-    """Beside the last panel, not over the curves."""
-    axis.legend(
+def _legend(axes: Sequence[Any], title: str | None = None) -> None:
+    """Beside the last panel, not over the curves; with what is drawn in any of them."""
+    drawn = dict(pair for axis in axes for pair in zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    labels = sorted(drawn, key=lambda label: _rank(label.partition("+")[0]))
+    axes[-1].legend(
+        [drawn[label] for label in labels],
+        labels,
         fontsize=8,
         frameon=False,
         loc="center left",

@@ -131,6 +131,8 @@ DECODES = [
     ("int4", 128, 8, 2, 16, None, None, 7, None),
     ("int4", 64, 3, 3, 32, 70, None, 7, None),
     ("int4", 80, 12, 1, 64, None, 3.0, 5, None),
+    ("int4", 64, 4, 1, 64, 40, None, 3, None),  # a window that begins behind the first tokens of a stage
+    ("int4", 64, 8, 1, 32, 70, None, 3, 2),
     ("int4", 256, 4, 1, 16, 33, None, 3, 2),
     ("int8", 128, 4, 1, 16, None, None, 7, None),
     ("fp8_e4m3", 96, 4, 2, 16, 40, None, 3, 2),

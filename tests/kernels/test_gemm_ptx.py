@@ -75,6 +75,7 @@ SHARED = {
     "multicast": GemmConfig("", "", 32, 2, multicast=2),
     "warpgroups share rows": GemmConfig("", "", 16, 2, ways=2),
     "four of them, several tiles a CTA": GemmConfig("", "", 16, 4, ways=4),
+    "shared rows of many tokens": GemmConfig("", "", 128, 2, ways=2, split=2, clustered=False),
     "shared rows and a split": GemmConfig("", "", 16, 2, ways=2, split=2, clustered=False, pairs=True),
     "alternating sums": GemmConfig("", "", 64, 2, split=3, pairs=True),  # of one and of two units
 }
@@ -96,6 +97,7 @@ SHARED = {
         ("w4a4", "warpgroups share rows"),
         ("w8a8", "warpgroups share rows"),
         ("w4a4", "four of them, several tiles a CTA"),
+        ("w4a4", "shared rows of many tokens"),
         ("w4a8", "shared rows and a split"),
         ("w4a4", "shared rows and a split"),
     ],

@@ -175,6 +175,7 @@ def chosen() -> list[GemmConfig]:
         GemmConfig("int4_uint4", "token", 256, 2, multicast=2),
         GemmConfig("int4_uint4", "token", 64, 4, int8_units=True, ways=4, split=2, clustered=False),
         GemmConfig("int4_uint4", "token", 16, 4, ways=4),
+        GemmConfig("int4_uint4", "token", 128, 2, int8_units=True, ways=2, split=2, clustered=False),
         GemmConfig("int8", "token", 16, 4, ways=4),
         GemmConfig("int4_uint4", "token", 128, 4, int8_units=True),
         GemmConfig("int4_uint4", "token", 64, 2, int8_units=True, ctas_per_sm=2),
@@ -313,6 +314,7 @@ COMPETING = [  # of a sweep: tile, warpgroups, and what else
     (64, 4, {"ways": 4, "split": 2, **LONE}),
     (64, 2, {"ctas_per_sm": 2, "bounded": True}),
     (64, 2, {"split": 4, **LONE}),
+    (128, 2, {"ways": 2, "split": 2, **LONE}),
 ]
 
 

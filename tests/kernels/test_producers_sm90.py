@@ -72,7 +72,7 @@ def test_rows_it_cannot_hold_are_refused(K: int, reason: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
-@pytest.mark.parametrize("tokens", [1, 8192])
+@pytest.mark.parametrize("tokens", [1, 256, 8192])
 @pytest.mark.parametrize("name,source", COMPILED)
 @pytest.mark.usefixtures("unverified")
 def test_machine_code(name: str, source: str, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_codes_and_scales(name: str, source: str, K: int) -> None:
     """Bit-exact where no sum is involved; a norm's or exp's last bit may move a code that stood on a tie."""
     run, scheme = producer(source, name, K, "cuda"), linear(name)
     normal, outliers = scheme.split(K)
-    for M in (0, 1, 3, 64, 257):
+    for M in (0, 1, 3, 64, 257, 1025):  # every layout
         x = torch.randn(M, K, device="cuda").bfloat16()
         x[:, -5] *= 30
         if M > 2:
