@@ -119,7 +119,7 @@ SCHEMAS: dict[str, RecordSchema] = {
     "producers": RecordSchema(("op", "scheme", "M", "hidden", "us", "gbps"), ("sol_us",)),
     "attention": RecordSchema(
         ("op", "kv", "batch", "context", "heads", "kv_heads", "head_dim", "window", "us", "sol_us", "bf16_sdpa_us"),
-        ("offset",),  # a key offset is added back while keys are read
+        ("offset", "queries"),  # a key offset is added back while keys are read; new tokens of a prefill's chunk
         {"op": ("decode", "prefill", "rope_append", "plan"), **_KV},
     ),
     "engine-latency": RecordSchema(

@@ -5,7 +5,9 @@ from typing import Any
 
 CODE_BITS = {"int4": 4, "int8": 8, "fp8_e4m3": 8, "bf16": 16}
 SHARED_BYTES = 227 * 1024  # of one SM of sm_90, less what the driver keeps
-SEGMENT_BYTES = 26_000  # read in the 2.4 us that a segment's begin and end cost a CTA (H200, ragged batch of 128)
+SEGMENT_BYTES = (
+    40_000  # that could be read while a CTA begins and ends a segment (H200: best of 8 to 60 KB, nine batches)
+)
 CTA_BYTES = 52_000  # that a CTA is started for: merging what it leaves takes longer than reading less
 ENOUGH_BYTES = (
     120_000  # that rings of an SM should hold: 33 KB are under way in a microsecond, and warps hold a stage each

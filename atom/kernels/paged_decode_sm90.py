@@ -289,9 +289,6 @@ class PagedDecode(KeyOffset):
             rB.fill(0)
             factor = scale if cutlass.const_expr(config.has_cap) else scale * Float32(LOG2_E)
             self.load_offsets(mQ, mOffset, rU, rN, token, head, lane, factor)
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(taken + buffer)
         unit = unit * scale
         if cutlass.const_expr(not config.has_cap):
             unit = unit * Float32(LOG2_E)
@@ -314,28 +311,40 @@ class PagedDecode(KeyOffset):
         mine = j
         slot = (count + j) % config.stages
         phase = (count + j) // config.stages % 2
+        # A slot is released when the next stage begins, not at its own end: there the arrival was issued as soon as the
+        # loads were, before the products that wait for them, and where many loads queue for banks (bfloat16) the next
+        # tile came first. A branch stands between now, which products are not moved across.
+        held = Int32(-1)
         if cutlass.const_expr(not config.has_window):  # stages whose tokens are all seen: but the last, perhaps
             whole = (limit - start) // config.stage_tokens
             while j < whole:
+                self.release(empty, held)
                 self.attend(
                     False, mCos, mSin, full, empty, ring, rQ, rSum, rM, rL, rZ, rO, rU, rB, rN, turns, unit, cap, start,
                     lowest, limit, j, j == mine, slot, phase, lane,
                 )  # fmt: skip
+                held = slot
                 j += config.warps
                 slot += config.warps
                 if slot >= config.stages:
                     slot -= config.stages
                     phase = phase ^ 1
         while j < stages:
+            self.release(empty, held)
             self.attend(
                 True, mCos, mSin, full, empty, ring, rQ, rSum, rM, rL, rZ, rO, rU, rB, rN, turns, unit, cap, start,
                 lowest, limit, j, j == mine, slot, phase, lane,
             )  # fmt: skip
+            held = slot
             j += config.warps
             slot += config.warps
             if slot >= config.stages:
                 slot -= config.stages
                 phase = phase ^ 1
+        self.release(empty, held)
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(taken + buffer)
         self.finish(
             mO, mPartial, mLse, sO, sM, sL, rM, rL, rZ, rO, token, head, place, mine < stages, turned, warp, lane
         )
@@ -478,9 +487,14 @@ class PagedDecode(KeyOffset):
             for h in cutlass.range_constexpr(config.groups if self.is_wide else 0):
                 values.append(self.load_values(is_edge, base, config.groups * step + h, lane, token0, lowest, limit))
             self.outputs(values, rW, rO, lane)
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(empty + slot)
+
+    @cute.jit
+    def release(self, empty, slot):
+        """This warp has read what is in a slot (none if negative)."""
+        if slot >= 0:
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(empty + slot)
 
     @cute.jit
     def scores(self, base, step: cutlass.Constexpr, rQ, rSum, rM, rE, rB, rN, scales, turns, unit, cap, lane):

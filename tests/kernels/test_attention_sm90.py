@@ -234,6 +234,8 @@ def test_machine_code(kv: str, dim: int, queries: int, tmp_path: Path, monkeypat
     assert "UBLKCP" in sass and "LDS.128" in sass
     multiplied = len(re.findall(r"HMMA\.16816\.F32", sass))
     assert len(re.findall(r"HMMA\.16816\.F32\.BF16", sass)) == (multiplied if kv == "bf16" else 0)
+    between = [part.count("HMMA.16816") for part in sass.split("SYNCS.ARRIVE")]
+    assert max(between) == multiplied, "a slot is released before its last product: its loads may still be under way"
     assert multiplied == config.stage_tokens // 16 * config.column_tiles * (dim // 16) * 2
     if kv == "int4":
         assert not re.findall(r"\bI2F", sass)
