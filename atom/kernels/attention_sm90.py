@@ -34,7 +34,14 @@ SHARED = ("attention_config.py", "dsl/tensor_core.py", "dsl/memory.py", "dsl/ari
 SOURCES = {
     name: tuple(HERE / file for file in (*files, *SHARED))
     for name, files in {
-        "paged_decode_sm90": ("paged_decode_sm90.py", "decode_codes_sm90.py", "decode_offset_sm90.py"),
+        "paged_decode_sm90": (
+            "paged_decode_sm90.py",
+            "decode_fetch_sm90.py",
+            "decode_stage_sm90.py",
+            "decode_merge_sm90.py",
+            "decode_codes_sm90.py",
+            "decode_offset_sm90.py",
+        ),
         "rope_append_sm90": (
             "rope_append_sm90.py",
             "head_transforms_sm90.py",

@@ -1,0 +1,112 @@
+"""The fetching warp of the decode kernel (sm_90a): tiles into the ring, queries and what a segment is before them."""
+
+import cutlass
+from cutlass import Int32, Int64, cute
+
+from .attention_config import DecodeConfig
+from .dsl.memory import bulk_load
+
+META = 8  # int32s of a segment that it hands on: head, begin, end, place, length, token
+
+
+class DecodeFetch:
+    """What the kernel class mixes in."""
+
+    config: DecodeConfig
+
+    @cute.jit
+    def produce(
+        self, mQ, mKV, mTable, mLength, mRow, mSegment, full, empty, ready, taken, ring, queries, sMeta, first, last,
+        lane,
+    ):  # fmt: skip
+        """One warp: the tiles of the CTA's segments into the ring, and each one's queries before them.
+
+        Only a sequence's last block is of this step, so plan and tiles before it are fetched while the kernel that
+        appends still runs. That kernel lets this one start when it has waited for all before it, and no sooner.
+        """
+        config = self.config
+        ahead = config.stage_blocks
+        slot = Int32(0)
+        phase = Int32(1)  # of `empty`: what was never filled counts as emptied
+        begun = Int32(0)  # stages of the first segment that are under way before its turn
+        entry = Int32(0)
+        stride = mKV.shape[1] * config.tile_bytes
+        if first < last:
+            sequence, head, begin, end = (mSegment[first, i] for i in range(4))
+            length = mLength[sequence]
+            end = self.end_of(mSegment, first, end, length)
+            origin = mKV.iterator + Int64(head) * config.tile_bytes
+            entry = mTable[sequence, cutlass.min(begin + lane, mTable.shape[1] - 1)]  # 32 blocks of the table at a time
+            old = cutlass.min((length - 1) // config.block_size, end) - begin
+            begun = cutlass.min(cutlass.min(old, Int32(32)) // ahead, Int32(config.stages))
+            for i in cutlass.range(begun, unroll=1):
+                self.fetch(origin, stride, full, empty, ring, entry, ahead * i, Int32(32), slot, phase)
+                slot += 1
+                if slot == config.stages:
+                    slot = Int32(0)
+                    phase = phase ^ 1
+        cute.arch.griddepcontrol_wait()
+        for index in cutlass.range(first, last, unroll=1):
+            sequence, head, begin, end, place = (mSegment[index, i] for i in range(5))
+            following = cutlass.min(index + 1, last - 1)
+            sequence_next, begin_next = mSegment[following, 0], mSegment[following, 2]
+            token = mRow[sequence]
+            length = mLength[sequence]
+            end = self.end_of(mSegment, index, end, length)
+            turn = index - first
+            buffer = turn % 2
+            cute.arch.mbarrier_wait(taken + buffer, (turn // 2 + 1) % 2)
+            with cute.arch.elect_one():
+                for i, value in enumerate((head, begin, end, place, length, token)):
+                    sMeta[i, buffer] = value
+                cute.arch.mbarrier_arrive_and_expect_tx(ready + buffer, config.query_bytes)
+                at = (Int64(token) * mQ.shape[1] + head * config.queries) * (config.head_dim // 2)
+                bulk_load(
+                    queries + buffer * config.query_bytes, mQ.iterator + at, Int32(config.query_bytes), ready + buffer
+                )
+            origin = mKV.iterator + Int64(head) * config.tile_bytes
+            blocks = end - begin
+            chunks = (blocks + 31) // 32
+            for chunk in cutlass.range(chunks, unroll=1):
+                done = 32 * chunk
+                here = cutlass.min(blocks - done, Int32(32))
+                now = entry
+                row = sequence
+                column = begin + done + 32 + lane
+                if chunk + 1 == chunks:
+                    row = sequence_next
+                    column = begin_next + lane
+                entry = mTable[row, cutlass.min(column, mTable.shape[1] - 1)]  # for the next chunk
+                for i in cutlass.range(begun, (here + ahead - 1) // ahead, unroll=1):
+                    self.fetch(origin, stride, full, empty, ring, now, ahead * i, here, slot, phase)
+                    slot += 1
+                    if slot == config.stages:
+                        slot = Int32(0)
+                        phase = phase ^ 1
+                begun = Int32(0)
+
+    @cute.jit
+    def end_of(self, mSegment, index, end, length):
+        """A row's last segment goes to the sequence's end, wherever that has come since the plan was made."""
+        blocks = (length + (self.config.block_size - 1)) // self.config.block_size
+        return blocks if mSegment[index, 6] > 0 else end
+
+    @cute.jit
+    def fetch(self, origin, stride, full, empty, ring, entry, block, here, slot, phase):
+        """A stage: blocks `block` ... of the 32 (of which `here` are there) whose places the lanes hold in `entry`.
+
+        origin  the KV head's tile of the pool's first block; stride  bytes from one block to the next
+        """
+        config = self.config
+        present = cutlass.min(here - block, Int32(config.stage_blocks))
+        places = [cute.arch.shuffle_sync(entry, block + k) for k in range(config.stage_blocks)]
+        target = ring + slot * config.stage_bytes
+        cute.arch.mbarrier_wait(empty + slot, phase)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full + slot, present * config.tile_bytes)
+            for k in cutlass.range_constexpr(config.stage_blocks):
+                if k < present:
+                    bulk_load(
+                        target + k * config.tile_bytes, origin + Int64(places[k]) * Int64(stride),
+                        Int32(config.tile_bytes), full + slot,
+                    )  # fmt: skip

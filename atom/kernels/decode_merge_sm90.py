@@ -1,0 +1,197 @@
+"""From warps' results to outputs in the decode kernel (sm_90a): a segment's end, and rows that several CTAs share."""
+
+import cutlass
+from cutlass import BFloat16, Float32, Int32, Int64, cute
+
+from .attention_config import DecodeConfig
+from .decode_codes_sm90 import SECOND, UNIT
+from .decode_stage_sm90 import LOWEST
+from .dsl.memory import (
+    atomic_increment,
+    load_f32x4,
+    load_global_f32,
+    load_global_f32x4,
+    store_f32x2,
+    store_f32x4,
+)
+from .dsl.tensor_core import exp2, log2
+
+MERGED = 8  # partial results that a lane loads at once
+
+
+class DecodeMerge:
+    """What the kernel class mixes in."""
+
+    config: DecodeConfig
+
+    @cute.jit
+    def finish(self, mO, mPartial, mLse, sO, sM, sL, rM, rL, rZ, rO, token, head, place, is_busy, turned, warp, lane):
+        """Put the warps' results together, in the order of their first stages, and store output or partial result."""
+        config = self.config
+        threads = 32 * config.warps
+        sharer = lane % 4
+        for n in cutlass.range_constexpr(config.column_tiles):
+            for c in cutlass.range_constexpr(2):
+                for offset in (2, 4, 8, 16) if config.groups == 2 else (4, 8, 16):
+                    rL[c, n] = rL[c, n] + cute.arch.shuffle_sync_bfly(rL[c, n], offset=offset)
+                    rZ[c, n] = rZ[c, n] + cute.arch.shuffle_sync_bfly(rZ[c, n], offset=offset)
+                if cutlass.const_expr(config.groups == 2):
+                    for j in cutlass.range_constexpr(config.channel_tiles):
+                        for e in (c, 2 + c):
+                            rO[e, j, n] = rO[e, j, n] + cute.arch.shuffle_sync_bfly(rO[e, j, n], offset=2)
+                query = 8 * n + 2 * sharer + c
+                if lane < 4:
+                    sM[query, warp] = rM[c, n] if is_busy else Float32(LOWEST)
+                    sL[query, warp] = rL[c, n]
+                if query < config.queries:
+                    row = sO.toint() + 4 * (warp * config.queries + query) * config.out_row
+                    for i in cutlass.range_constexpr(config.value_words):
+                        if cutlass.const_expr(config.row_words % 8 == 0):
+                            word = config.value_words * (lane // 4) + i
+                        else:
+                            word = 8 * i + lane // 4
+                        if word < config.row_words:
+                            found = []
+                            for p in cutlass.range_constexpr(config.codes_per_word // 2):
+                                j = config.codes_per_word // 2 * i + p
+                                low = Float32(1.0 / UNIT[config.kv])
+                                high = Float32(1.0 / (UNIT[config.kv] * SECOND[config.kv]))
+                                found.append(rO[c, j, n] * low - rZ[c, n])
+                                found.append(rO[2 + c, j, n] * high - rZ[c, n])
+                            at = row + 4 * config.codes_per_word * word
+                            if cutlass.const_expr(len(found) == 2):
+                                store_f32x2(at, *found)
+                            else:
+                                for q in cutlass.range_constexpr(len(found) // 4):
+                                    store_f32x4(at + 16 * q, *found[4 * q : 4 * q + 4])
+        cute.arch.barrier(barrier_id=1, number_of_threads=threads)
+        quads = config.head_dim // 4
+        total = config.queries * quads
+        for step in cutlass.range_constexpr((total + threads - 1) // threads):
+            item = threads * step + 32 * warp + lane
+            if item < total:
+                query = item // quads
+                channel = item % quads * 4
+                top = Float32(LOWEST)
+                for w in cutlass.range_constexpr(config.warps):
+                    top = cute.arch.fmax(top, sM[query, w])
+                value = cute.make_rmem_tensor((4,), Float32)
+                value.fill(0.0)
+                weight = Float32(0.0)
+                for i in cutlass.range_constexpr(config.warps):
+                    w = turned + i
+                    w = w - (config.warps if w >= config.warps else 0)
+                    share = exp2(sM[query, w] - top)
+                    weight = weight + share * sL[query, w]
+                    part = load_f32x4(sO.toint() + 4 * ((w * config.queries + query) * config.out_row + channel))
+                    for e in cutlass.range_constexpr(4):
+                        value[e] = value[e] + share * part[e]
+                inverse = Float32(1.0) / weight
+                for e in cutlass.range_constexpr(4):
+                    value[e] = value[e] * inverse
+                if place < 0:
+                    self.store(mO, value, token, head, query, channel)
+                else:
+                    at = (Int64(place) * config.queries + query) * config.head_dim + channel
+                    cute.autovec_copy(value, cute.make_tensor((mPartial.iterator + at).align(16), cute.make_layout(4)))
+                    if channel == 0:
+                        mLse[place, query] = top + log2(weight)
+        cute.arch.barrier(barrier_id=1, number_of_threads=threads)
+
+    @cute.jit
+    def store(self, mO, value, token, head, query, channel):
+        """Four channels of a head's output, as bfloat16."""
+        config = self.config
+        at = (Int64(token) * mO.shape[1] + head * config.queries + query) * config.head_dim + channel
+        out = cute.make_rmem_tensor((4,), BFloat16)
+        out.store(value.load().to(BFloat16))
+        cute.autovec_copy(out, cute.make_tensor((mO.iterator + at).align(8), cute.make_layout(4)))
+
+    @cute.jit
+    def announce(self, mRow, mSegment, mMerge, mCounter, sPart, first, last, lane):
+        """The fetching warp, after its last tile: tells of the CTA's partial results when they are there.
+
+        sPart  of each segment: the number of its row's partial results if all are there now, else 0; first slot, token,
+               head
+        """
+        config = self.config
+        for chunk in cutlass.range(first, last, 32, unroll=1):
+            index = cutlass.min(chunk + lane, last - 1)
+            sequence, head, slot, row = (mSegment[index, i] for i in (0, 1, 4, 5))
+            token = mRow[sequence]
+            first_slot = Int32(0)
+            parts = Int32(0)
+            if chunk + lane < last and slot >= 0:
+                first_slot, parts = mMerge[row, 2], mMerge[row, 3]
+            cute.arch.sync_warp()
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)  # partial results are stored
+            if parts > 0:
+                before = atomic_increment(mCounter.iterator + row)  # releases what the CTA stored, acquires others'
+                if before == parts - 1:
+                    mCounter[row] = Int32(0)
+                else:
+                    parts = Int32(0)
+            for i, value in enumerate((parts, first_slot, token, head)):
+                sPart[i, lane] = value
+            cute.arch.sync_warp()
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
+
+    @cute.jit
+    def merge(self, mO, mPartial, mLse, sPart, first, last, warp, lane):
+        """The other warps: the outputs of rows whose last part this CTA was.
+
+        Whichever CTA does it, partial results are added up in the order of a row's parts: the same bits on every run.
+        """
+        config = self.config
+        for chunk in cutlass.range(first, last, 32, unroll=1):
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
+            for i in cutlass.range(cutlass.min(last - chunk, Int32(32)), unroll=1):
+                parts, slot, token, head = (sPart[k, i] for k in range(4))
+                if parts > 0:
+                    self.merge_row(mO, mPartial, mLse, parts, slot, token, head, warp, lane)
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
+
+    @cute.jit
+    def merge_row(self, mO, mPartial, mLse, parts, slot, token, head, warp, lane):
+        """The output of a split row from all its partial results, MERGED of which are under way at once."""
+        config = self.config
+        threads = 32 * config.warps
+        quads = config.head_dim // 4
+        total = config.queries * quads
+        for step in cutlass.range_constexpr((total + threads - 1) // threads):
+            item = threads * step + 32 * warp + lane
+            if item < total:
+                query = item // quads
+                channel = item % quads * 4
+                top = Float32(LOWEST)
+                weight = Float32(0.0)
+                value = cute.make_rmem_tensor((4,), Float32)
+                value.fill(0.0)
+                for begin in cutlass.range(0, parts, MERGED, unroll=1):
+                    sums = []
+                    found = []
+                    for i in cutlass.range_constexpr(MERGED):
+                        part = slot + cutlass.min(begin + i, parts - 1)
+                        sums.append(load_global_f32(mLse.iterator + (part * config.queries + query)))
+                        at = (Int64(part) * config.queries + query) * config.head_dim + channel
+                        found.append(load_global_f32x4(mPartial.iterator + at))
+                    higher = top
+                    for i in cutlass.range_constexpr(MERGED):
+                        higher = cute.arch.fmax(higher, sums[i])
+                    shrink = exp2(top - higher)
+                    top = higher
+                    weight = weight * shrink
+                    for e in cutlass.range_constexpr(4):
+                        value[e] = value[e] * shrink
+                    for i in cutlass.range_constexpr(MERGED):
+                        share = exp2(sums[i] - top)
+                        share = share if begin + i < parts else Float32(0.0)
+                        weight = weight + share
+                        for e in cutlass.range_constexpr(4):
+                            value[e] = value[e] + share * found[i][e]
+                inverse = Float32(1.0) / weight
+                for e in cutlass.range_constexpr(4):
+                    value[e] = value[e] * inverse
+                self.store(mO, value, token, head, query, channel)
