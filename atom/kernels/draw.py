@@ -18,7 +18,14 @@ ARCH = "sm_90a"
 HERE = Path(__file__).parent
 SOURCES = tuple(
     HERE / name
-    for name in ("draw_sm90.py", "draw_config.py", "dsl/arithmetic.py", "dsl/memory.py", "dsl/tensor_core.py")
+    for name in (
+        "draw_sm90.py",
+        "draw_config.py",
+        "largest_logit_sm90.py",
+        "dsl/arithmetic.py",
+        "dsl/memory.py",
+        "dsl/tensor_core.py",
+    )
 )
 
 _ring = HostRing()

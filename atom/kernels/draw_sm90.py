@@ -31,9 +31,10 @@ from .draw_config import (
     TOP_K,
     TOP_P,
 )
-from .dsl.arithmetic import from_bits, max_or_nan, warp_sum
+from .dsl.arithmetic import from_bits, warp_sum
 from .dsl.memory import count_in_shared
 from .dsl.tensor_core import exp2
+from .largest_logit_sm90 import LargestLogit
 
 WARPS = THREADS // 32
 EACH = BINS // THREADS  # bins of a thread
@@ -41,7 +42,9 @@ LOG2_E = math.log2(math.e)
 SIGN = 0x8000
 
 
-class Draw:
+class Draw(LargestLogit):
+    threads = THREADS
+
     @cute.jit
     def __call__(
         self,
@@ -139,41 +142,6 @@ class Draw:
             mT[row] = drawn
             host = cute.make_ptr(Int64, address + 8 * Int64(row), cute.AddressSpace.gmem, assumed_align=8)
             cute.make_tensor(host, cute.make_layout(1))[0] = told
-
-    # --- the largest logit ---
-
-    @cute.jit
-    def largest(self, mL, row, tid, V, words):
-        """The largest logit of this thread's warp (or NaN) and the first token that has it, in every lane."""
-        best = -Float32.inf
-        at = Int32(0)
-        for i in cutlass.range(tid, V // 8, THREADS, unroll=4):
-            self.load(mL, row, i, words)
-            top = -Float32.inf
-            for w in cutlass.range_constexpr(4):
-                top = max_or_nan(top, max_or_nan(from_bits(words[w] << 16), from_bits(words[w] & Uint32(0xFFFF0000))))
-            if top > best or top != top:
-                best = top
-                at = i
-        self.load(mL, row, at, words)
-        place = 8 * at
-        for w in cutlass.range_constexpr(3, -1, -1):
-            if from_bits(words[w] & Uint32(0xFFFF0000)) == best:
-                place = 8 * at + 2 * w + 1
-            if from_bits(words[w] << 16) == best:
-                place = 8 * at + 2 * w
-        return self.first_of_warp(best, place)
-
-    @cute.jit
-    def first_of_warp(self, best, place):
-        """The largest value of a warp (or NaN), and the first place that has it."""
-        for offset in (16, 8, 4, 2, 1):
-            other = cute.arch.shuffle_sync_bfly(best, offset=offset)
-            there = cute.arch.shuffle_sync_bfly(place, offset=offset)
-            if other > best or other != other or (other == best and there < place):
-                best = other
-                place = there
-        return best, place
 
     # --- filters ---
 
@@ -389,12 +357,6 @@ class Draw:
         return cute.arch.inline_ptx("mov.b64 {$w0}, {$r0};", write_only_types=[Float64], read_only_args=[word])
 
     # --- memory ---
-
-    @cute.jit
-    def load(self, mL, row, vector, words):
-        at = Int64(row) * mL.shape[1] + 8 * Int64(vector)
-        source = cute.make_ptr(Uint32, (mL.iterator + at).toint(), cute.AddressSpace.gmem, assumed_align=16)
-        cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), words)
 
     @cute.jit
     def clear(self, sH, quad):

@@ -14,7 +14,7 @@ from .registry import Implementation, Op, Problem
 
 ARCH = "sm_90a"
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / name for name in ("greedy_sm90.py", "dsl/arithmetic.py"))
+SOURCES = tuple(HERE / name for name in ("greedy_sm90.py", "largest_logit_sm90.py", "dsl/arithmetic.py"))
 FAULTY = -1  # instead of a token id: the logits held no number to choose by
 
 Greedy = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

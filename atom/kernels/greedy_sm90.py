@@ -5,19 +5,20 @@ and the CTA reduce values with their places. Logits were written by the product 
 """
 
 import cuda.bindings.driver as cuda
-import cutlass
 import cutlass.utils as utils
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from .dsl.arithmetic import from_bits, max_or_nan
+from .largest_logit_sm90 import LargestLogit
 
 THREADS = 1024
 WARPS = THREADS // 32
 FAULTY = -1  # what is reported for a row without a number to choose by
 
 
-class Greedy:
+class Greedy(LargestLogit):
+    threads = THREADS
+
     @cute.jit
     def __call__(
         self,
@@ -45,33 +46,14 @@ class Greedy:
         cute.arch.griddepcontrol_wait()
 
         V = mL.shape[1]
-        best = -Float32.inf
-        at = Int32(0)
         words = cute.make_rmem_tensor((4,), Uint32)
-        for i in cutlass.range(tid, V // 8, THREADS, unroll=4):
-            self.load(mL, row, i, words)
-            top = -Float32.inf
-            for w in cutlass.range_constexpr(4):
-                top = max_or_nan(top, max_or_nan(from_bits(words[w] << 16), from_bits(words[w] & Uint32(0xFFFF0000))))
-            if top > best or top != top:
-                best = top
-                at = i
-        # the first of the vector's elements that is the largest
-        self.load(mL, row, at, words)
-        place = 8 * at
-        for w in cutlass.range_constexpr(3, -1, -1):
-            if from_bits(words[w] & Uint32(0xFFFF0000)) == best:
-                place = 8 * at + 2 * w + 1
-            if from_bits(words[w] << 16) == best:
-                place = 8 * at + 2 * w
-
-        best, place = self.reduce(best, place)
+        best, place = self.largest(mL, row, tid, V, words)
         if lane == 0:
             sV[warp] = best
             sI[warp] = place
         cute.arch.sync_threads()
         if warp == 0:
-            best, place = self.reduce(sV[lane], sI[lane])
+            best, place = self.first_of_warp(sV[lane], sI[lane])
             if lane == 0:
                 token = Int64(place)
                 told = token
@@ -82,23 +64,6 @@ class Greedy:
                 mT[row] = token
                 host = cute.make_ptr(Int64, address + 8 * Int64(row), cute.AddressSpace.gmem, assumed_align=8)
                 cute.make_tensor(host, cute.make_layout(1))[0] = told
-
-    @cute.jit
-    def load(self, mL, row, vector, words):
-        at = Int64(row) * mL.shape[1] + 8 * Int64(vector)
-        source = cute.make_ptr(Uint32, (mL.iterator + at).toint(), cute.AddressSpace.gmem, assumed_align=16)
-        cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), words)
-
-    @cute.jit
-    def reduce(self, best, place):
-        """The largest of a warp (or NaN), and the first place that has it."""
-        for offset in (16, 8, 4, 2, 1):
-            other = cute.arch.shuffle_sync_bfly(best, offset=offset)
-            there = cute.arch.shuffle_sync_bfly(place, offset=offset)
-            if other > best or other != other or (other == best and there < place):
-                best = other
-                place = there
-        return best, place
 
 
 def compile_greedy(options: str = "") -> object:
