@@ -42,10 +42,13 @@ from atom.kernels.bench_attention import (
     read_bytes,
     step_of,
 )
+from atom.kernels.bounds import GPUS
 from atom.kernels.cache import compile_together
 from atom.kernels.dense_attention import AttentionSpec
 
-from .timing import BANDWIDTH, COLD_BYTES, RATE, keep, save, time_calls
+from .timing import COLD_BYTES, keep, save, time_calls
+
+GPU = GPUS["h200"]  # whose speed of light stands beside every row, as in its record
 
 
 def decode_rows(formats: list[str]) -> Iterator[dict[str, Any]]:
@@ -59,7 +62,7 @@ def decode_rows(formats: list[str]) -> Iterator[dict[str, Any]]:
                 print(f"LEFT OUT decode {kv} {shape}: {wrong}", flush=True)
                 continue
             us = time_calls({kv: decode_calls(kv, shape)})[kv]
-            floor = read_bytes(layout_of(kv, shape), shape.lengths(), shape.window) / BANDWIDTH * 1e6
+            floor = read_bytes(layout_of(kv, shape), shape.lengths(), shape.window) / GPU.bytes_per_s * 1e6
             yield row("decode", kv, shape, us, floor, base)
 
 
@@ -93,7 +96,7 @@ def append_rows(formats: list[str]) -> Iterator[dict[str, Any]]:
             slots = torch.randperm(tokens, device="cuda") if tokens <= 64 else torch.arange(tokens, device="cuda")
             calls = [partial(append, q[i], *k[i].unbind(0), cos, sin, slots, layer) for i in range(copies)]
             us = time_calls({kv: calls})[kv]
-            yield row("rope_append", kv, shape, us, moved / BANDWIDTH * 1e6, None)
+            yield row("rope_append", kv, shape, us, moved / GPU.bytes_per_s * 1e6, None)
 
 
 PREFILLS = ((1, 8192, 0), (8, 1024, 0), (1, 2048, 8192), (8, 512, 4096))  # chunks, new tokens, tokens before them
@@ -109,7 +112,7 @@ def prefill_rows(formats: list[str]) -> Iterator[dict[str, Any]]:
         k, v = torch.randn(2, count * length, shape.kv_heads, shape.head_dim, device="cuda").bfloat16()
         base = min(time_calls({name: [call] * 3 for name, call in dense_prefills(q, k, v, count).items()}).values())
         pairs = new * before + new * (new + 1) / 2
-        floor = 4 * shape.heads * shape.head_dim * count * pairs / RATE["bf16"] * 1e6
+        floor = 4 * shape.heads * shape.head_dim * count * pairs / GPU.flops_16 * 1e6
         for kv in formats:
             layout = layout_of(kv, shape)
             blocks = count * length // BLOCK

@@ -103,16 +103,6 @@ def table(steps: Sequence[Sequence[Span]], width: int = 90) -> str:
     return "\n".join([*rows, f"{sum(x.count for x in lines):5d} {total:8.1f} {gaps:7.1f}          one step"])
 
 
-def timeline(step: Sequence[Span]) -> str:
-    """A step span by span: start, duration, gap, name."""
-    end, rows = step[0].start, []
-    for span in step:
-        at, gap = span.start - step[0].start, max(0.0, span.start - end)
-        rows.append(f"{at:9.2f} {span.duration:8.2f} {gap:6.2f} {_short(span.name)[:100]}")
-        end = max(end, span.end)
-    return "\n".join(rows)
-
-
 def _short(name: str) -> str:
     """A kernel's name without what all have in common."""
     for long, short in (

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the timing protocol of atom/kernels/timing.py, floors, and how records are kept."""
+"""What the benchmarks share: the timing protocol of atom/kernels/timing.py, and how records are kept."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,6 @@ from typing import Any
 from atom.kernels.timing import COLD_BYTES as COLD_BYTES
 from atom.kernels.timing import time_calls as time_calls
 from atom.records import circumstances, current_commit, write_record
-
-BANDWIDTH = 4.38e12  # bytes a second that one H200 reads
-RATE = {"bf16": 900e12, "8bit": 1656e12}  # operations a second of its best GEMMs
-
-
-def gemm_floor_us(M: int, N: int, K: int, weight_bytes: float, rate: str = "8bit") -> float:
-    """Speed of light of one GEMM: its bytes at full bandwidth or its operations at full rate, the larger."""
-    moved = weight_bytes + M * K + 2 * M * N
-    return max(moved / BANDWIDTH, 2 * M * N * K / RATE[rate]) * 1e6
 
 
 def keep(name: str, rows: list[dict[str, Any]], out: str | None, is_record: bool = True) -> None:

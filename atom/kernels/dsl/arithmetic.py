@@ -83,14 +83,6 @@ def from_bits(x: Any):
 
 
 @cute.jit
-def warp_max(x: Any):
-    """The largest value of a warp, in every lane."""
-    for offset in (16, 8, 4, 2, 1):
-        x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=offset))
-    return x
-
-
-@cute.jit
 def warp_max_magnitude(x: Any):
     """The largest of a warp's values, none of them negative, in every lane: their bits are ordered as they are."""
     return cute.arch.inline_ptx(
