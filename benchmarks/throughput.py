@@ -9,12 +9,13 @@
 paper   the Atom paper's: Llama-2-7B's shape, 24 GiB for everything, targets of 100 ms and 5 ms for a token, its length
         distribution and one like ShareGPT's; equal batches beside, those that 24 GiB do not hold on the whole GPU
 today   Llama-3-8B's shape: 512 requests of 512/256 in 24 GiB and on the whole GPU, there 128/128 to 20000/2000 too
-traces  the same shape under the Azure 2023 traces' lengths, in the order of the traces, all at once
-Weights are random: speed is that of real ones, text is not. The 512 requests and the traces run to their ends, start
-and tail included; of all else a steady state is measured for some seconds (serving/bench/window.py).
+traces  the same shape under the Azure 2023 traces' lengths
+Weights are random: speed is that of real ones, text is not. The 512 requests run to their ends, start and tail
+included; of all else a steady state is measured for some seconds (serving/bench/window.py).
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,16 +25,19 @@ import tyro
 
 from atom.commands.console import console, progress_console
 from atom.records import write_record
+from atom.serving.bench.engine_process import EngineProcesses
 from atom.serving.bench.offline_tables import rows_table
-from atom.serving.bench.report_data import machine_name, read_bench, write_rows
-from atom.serving.bench.sweep import SweepConfig, run_sweep, throughput_rows
-from atom.serving.bench.window import WINDOW_S
+from atom.serving.bench.report_data import machine_name, write_rows
+from atom.serving.bench.sweep import SweepConfig, best_rows, run_sweep, throughput_rows
+from atom.serving.bench.window import STEADY, WINDOW_S
 
 PAPER_SCHEMES = ("bf16", "w8a8+kv16", "w8a8", "fp8", "w4a16", "w4a8", "w4a4")
 TODAY_SCHEMES = ("bf16", "fp8", "w8a8", "w4a16", "w4a8", "w4a4")
-PAPER_BATCHES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+PAPER_BATCHES = (4, 8, 16, 24, 32, 48, 64, 128, 192, 256)
 EQUAL_BATCHES = (32, 64, 128)  # on the whole GPU: what some scheme cannot hold in 24 GiB
 LENGTHS = ("512/256", *(f"steady:{x}" for x in ("1000/1000", "20000/2000", "128/128", "2048/2048", "500/2000")))
+TARGETS_MS = (100.0, 5.0)  # for a token, in the paper's experiment
+ROW_KEY = ("experiment", "shape", "scheme", "kv", "memory_gb", "batch", "workload", "rate")  # of one measurement
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class Run:
     memory_gb: tuple[int, ...] = ()
     """Only in these budgets, 0 for the whole GPU; default: the experiment's own."""
 
+    batches: tuple[int, ...] = ()
+    """Requests under way at once, in the paper's experiment; default: the experiment's own."""
+
     window_s: float = WINDOW_S
     """Seconds of a steady state, where the experiment measures one."""
 
@@ -70,10 +77,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Join:
-    """Write the record from the folders of finished experiments."""
+    """Write the record from what experiments left; of two measurements of one thing the later counts."""
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders that `run` filled."""
+    parts: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders that `run` filled, or records."""
 
 
 def sweeps(options: Run) -> list[SweepConfig]:
@@ -90,29 +97,13 @@ def sweeps(options: Run) -> list[SweepConfig]:
 
 def _paper(options: Run) -> list[SweepConfig]:
     shape, out, schemes = ("llama-2-7b",), options.output, options.schemes or PAPER_SCHEMES
-    work, steady, targets = options.workload or ("steady:paper", "steady:sharegpt"), options.window_s, (100.0, 5.0)
+    work, same = options.workload or ("steady:paper", "steady:sharegpt"), {"window_s": options.window_s}
+    more: dict[str, Any] = {"engine_args": options.engine_args, **same}
+    batches = options.batches or PAPER_BATCHES
+    equal = tuple(batch for batch in EQUAL_BATCHES if not options.batches or batch in options.batches)
     return [
-        SweepConfig(
-            shape,
-            out / "24",
-            schemes,
-            (24.0,),
-            PAPER_BATCHES,
-            workload=work,
-            window_s=steady,
-            tpot_ms=targets,
-            engine_args=options.engine_args,
-        ),
-        SweepConfig(
-            shape,
-            out / "whole",
-            schemes,
-            (0.0,),
-            EQUAL_BATCHES,
-            workload=work[:1],
-            window_s=steady,
-            engine_args=options.engine_args,
-        ),
+        SweepConfig(shape, out / "24", schemes, (24.0,), batches, workload=work, tpot_ms=TARGETS_MS, **more),
+        SweepConfig(shape, out / "whole", schemes, (0.0,), equal, workload=work[:1], **more),
     ]
 
 
@@ -120,8 +111,8 @@ def _today(options: Run) -> list[SweepConfig]:
     """All requests at once: the engine takes as many as memory holds, 512 at most."""
     shape, out, schemes = ("llama-3-8b",), options.output, options.schemes or TODAY_SCHEMES
     most: dict[str, Any] = {"concurrency": (0,), "engine_args": f"--max-num-seqs 512 {options.engine_args}"}
+    most |= {"num_requests": 512 if options.experiment == "today" else None, "window_s": options.window_s}
     if options.experiment == "today":
-        most |= {"num_requests": 512, "window_s": options.window_s}
         small, work = options.workload or LENGTHS[:1], options.workload or LENGTHS
         return [
             SweepConfig(shape, out / "24", schemes, (24.0,), workload=small, **most),
@@ -129,24 +120,26 @@ def _today(options: Run) -> list[SweepConfig]:
         ]
     if options.data is None:
         raise ValueError("the traces lie outside the repository; name their folder with --data")
-    files = tuple(f"trace:{options.data / name}.csv.gz" for name in ("conv", "code"))
+    files = tuple(f"{STEADY}trace:{options.data / name}.csv.gz" for name in ("conv", "code"))
     return [SweepConfig(shape, out / "whole", schemes, (0.0,), workload=options.workload or files, **most)]
 
 
 def run(options: Run) -> None:
     """Measure, print, and leave a throughput.json in each sweep's folder."""
-    for sweep in sweeps(options):
-        entries = run_sweep(
-            sweep,
-            lambda text: progress_console.print(text, highlight=False, markup=False),
-            partial(keep_rows, sweep),
-        )
-        rows = throughput_rows(sweep, entries)
-        console.print(rows_table(rows), highlight=False, markup=False, soft_wrap=True)
-        for entry in entries:
-            if "error" in entry:
-                console.print(f"failed: {entry['scheme']}: {entry['error']}", highlight=False, markup=False)
-        keep_rows(sweep, entries)
+    with EngineProcesses() as processes:
+        for sweep in sweeps(options):
+            entries = run_sweep(
+                sweep,
+                lambda text: progress_console.print(text, highlight=False, markup=False),
+                partial(keep_rows, sweep),
+                processes,
+            )
+            rows = throughput_rows(sweep, entries)
+            console.print(rows_table(rows), highlight=False, markup=False, soft_wrap=True)
+            for entry in entries:
+                if "error" in entry:
+                    console.print(f"failed: {entry['scheme']}: {entry['error']}", highlight=False, markup=False)
+            keep_rows(sweep, entries)
 
 
 def keep_rows(sweep: SweepConfig, entries: list[dict[str, Any]]) -> None:
@@ -156,18 +149,40 @@ def keep_rows(sweep: SweepConfig, entries: list[dict[str, Any]]) -> None:
 
 
 def join(options: Join) -> None:
-    """Write benchmarks/results/<machine>/throughput.json, with the circumstances of the last part."""
-    files = sorted(file for folder in options.folders for file in folder.glob("*/throughput.json"))
+    """Write benchmarks/results/<machine>/throughput.json, with the circumstances of the last part, all commands."""
+    files = [file for part in options.parts for file in ([part] if part.is_file() else part.glob("*/throughput.json"))]
     if not files:
-        raise ValueError("the folders hold no throughput.json; run the experiments first")
-    rows = read_bench(files).rows
-    last = max((json.loads(file.read_text(encoding="utf-8")) for file in files), key=lambda found: found["date"])
-    names = {json.loads(file.read_text(encoding="utf-8"))["machine"]["name"] for file in files}
+        raise ValueError("there is no throughput.json in these folders; run the experiments first")
+    parts = sorted((json.loads(file.read_text(encoding="utf-8")) for file in files), key=lambda part: str(part["date"]))
+    names = {part["machine"]["name"] for part in parts}
     if len(names) > 1:
         raise ValueError(f"the parts come from {', '.join(sorted(names))}; a record is of one machine")
-    where = {key: last[key] for key in ("date", "command", "machine", "versions")}
+    last = parts[-1]
+    where = {key: last[key] for key in ("date", "machine", "versions")}
+    where["command"] = "; ".join(dict.fromkeys(part["command"] for part in parts))
     machine = last["machine"].get("name", machine_name())
-    console.print(f"wrote {write_record('throughput', rows, machine, where=where, commit=last['commit'])}")
+    console.print(f"wrote {write_record('throughput', joined(parts), machine, where=where, commit=last['commit'])}")
+
+
+def joined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of parts in order of time: of one measurement the latest, and the best batches of those.
+
+    A row from another commit than the last part's says so under `source`.
+    """
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for part in parts:
+        source = {} if part["commit"] == parts[-1]["commit"] else {"source": f"commit {part['commit']}"}
+        for row in part["rows"]:
+            if row["batch_mode"] == "equal":
+                key = tuple(row.get(name) for name in ROW_KEY)
+                found.pop(key, None)
+                found[key] = source | row
+    rows = sorted(found.values(), key=lambda row: [str(row[name]) for name in ROW_KEY[:2]])
+    paper = [row for row in rows if row["experiment"] == "paper"]
+    others = [row for row in rows if row["experiment"] != "paper"]
+    small = [row for row in paper if row["memory_gb"]]
+    whole = [row for row in paper if not row["memory_gb"]]
+    return [*rows, *best_rows(small, TARGETS_MS), *best_rows([*whole, *others])]
 
 
 if __name__ == "__main__":

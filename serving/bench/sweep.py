@@ -6,8 +6,6 @@ does what that file lacks.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from atom.quant.presets import get_scheme, kv_name
 
 from ..engine_config import EngineConfig
 from .bounds import SCHEMES
+from .engine_process import EngineProcesses
 from .lengths import parse_workload
 from .window import STEADY, WINDOW_S
 
@@ -153,18 +152,23 @@ def run_sweep(
     config: SweepConfig,
     say: Say = lambda text: None,
     kept: Callable[[list[dict[str, Any]]], None] = lambda entries: None,
+    processes: EngineProcesses | None = None,
 ) -> list[dict[str, Any]]:
     """Run what is missing and return all entries, failures (entries with `error`) of this call included.
 
-    kept  called after each engine with what there is by then, so that a run which is stopped leaves its results
+    kept       called after each engine with what there is by then, so that a run which is stopped leaves its results
+    processes  for the engines, where they go on to serve another sweep
     """
+    if processes is None:
+        with EngineProcesses() as own:
+            return run_sweep(config, say, kept, own)
     config.output.mkdir(parents=True, exist_ok=True)
     _absorb(config)  # what a sweep that was killed had measured last
     jobs = list(pending_jobs(config, read_points(config.points_file)))
     failures = []
     for number, job in enumerate(jobs, 1):
         say(f"engine {number} of {len(jobs)}: {job.name}")
-        error = _run_job(config, job)
+        error = _run_job(config, job, processes)
         if error is not None:
             failures.append({"model": job.model, "scheme": job.scheme, "memory_gb": job.memory_gb, "error": error})
             say(f"failed: {job.name}")
@@ -172,12 +176,12 @@ def run_sweep(
     return [*read_points(config.points_file), *failures]
 
 
-def _run_job(config: SweepConfig, job: Job) -> str | None:
+def _run_job(config: SweepConfig, job: Job, processes: EngineProcesses) -> str | None:
     """Run one engine in a process; returns the last of what it said if it failed."""
     fresh = config.output / RUNNING
     asked = {"model": job.model, "asked_scheme": job.scheme, "asked_memory_gb": float(job.memory_gb)}
     fresh.write_text(json.dumps(asked) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "atom", "bench", "throughput", job.model, "--workload", *job.workload]
+    command = ["bench", "throughput", job.model, "--workload", *job.workload]
     command += ["--points", str(fresh)]
     if job.scheme is not None:
         command += ["--load-format", "dummy", "--scheme", job.scheme]
@@ -193,10 +197,10 @@ def _run_job(config: SweepConfig, job: Job) -> str | None:
         command += ["--max-num-seqs", str(max(job.concurrency))]
     command += config.engine_args.split()
     try:
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        code, said = processes.run(command)
     finally:  # what was measured before a failure or Ctrl-C counts
         _absorb(config)
-    return None if done.returncode == 0 else done.stderr.strip()[-TAIL:] or f"exit code {done.returncode}"
+    return None if code == 0 else said.strip()[-TAIL:] or f"exit code {code}"
 
 
 def _absorb(config: SweepConfig) -> None:
@@ -216,17 +220,23 @@ def throughput_rows(config: SweepConfig, points: Sequence[dict[str, Any]]) -> li
     """
     runs = [point for point in points if "error" not in point and "skipped" not in point]
     rows = [_row(config, point, "equal", None) for point in runs]
+    return rows + best_rows(rows, config.tpot_ms)
+
+
+def best_rows(rows: Sequence[dict[str, Any]], tpot_ms: Sequence[float] = ()) -> list[dict[str, Any]]:
+    """Of equal-batch rows the fastest under each target, in each experiment, shape, scheme, cache, memory, workload."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("experiment", "shape", "scheme", "kv", "memory_gb", "workload"))
         groups.setdefault(key, []).append(row)
-    for target in config.tpot_ms or (None,):
+    found = []
+    for target in tpot_ms or (None,):
         for group in groups.values():
             fit = [r for r in group if target is None or (r["tpot_ms_p50"] is not None and r["tpot_ms_p50"] <= target)]
             if fit:
                 best = max(fit, key=lambda row: row["out_tok_s"])
-                rows.append({**best, "batch_mode": "best", "tpot_target_ms": target})
-    return rows
+                found.append({**best, "batch_mode": "best", "tpot_target_ms": target})
+    return found
 
 
 def _row(config: SweepConfig, point: dict[str, Any], mode: str, target: float | None) -> dict[str, Any]:

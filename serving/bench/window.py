@@ -33,18 +33,27 @@ def mid_life(items: Sequence[WorkItem], count: int, seed: int) -> list[WorkItem]
     """`count` requests as a steady state of `items` holds them.
 
     An item is drawn in proportion to its output tokens, since longer ones are under way for longer; of its o output
-    tokens 0 ... o - 1, all alike, are done and stand at the end of its prompt.
+    tokens 0 ... o - 1, all alike, are done and stand at the end of its prompt. Both draws are stratified.
     """
     rng = np.random.default_rng((seed, count))
-    weights = np.array([item.output_tokens for item in items], dtype=np.float64)
+    weights = np.cumsum([item.output_tokens for item in items], dtype=np.float64)
+    places = np.searchsorted(weights, _spread(rng, count) * weights[-1], side="right")
     found = []
-    for number, place in enumerate(rng.choice(len(items), count, p=weights / weights.sum())):
+    for number, (place, done) in enumerate(zip(places, _spread(rng, count), strict=True)):
         item = items[int(place)]
-        age = int(rng.integers(0, item.output_tokens))
+        age = int(done * item.output_tokens)
         # of its own from the first token on, as no two drawn requests share what they said
         segments = (Segment(f"under way {number}", item.prompt_tokens + age),)
         found.append(WorkItem(segments, item.output_tokens - age, is_under_way=True))
     return found
+
+
+def _spread(rng: np.random.Generator, count: int) -> np.ndarray:
+    """[count] numbers in 0 <= x < 1, uniform, one in each of `count` equal parts, shuffled.
+
+    Requests then end at even distances: a short window holds as many ends, and new prompts, as a long one would.
+    """
+    return rng.permutation((np.arange(count) + rng.random(count)) / count)
 
 
 def full_window(steps: Sequence[StepTime]) -> tuple[float, float] | None:

@@ -2,17 +2,16 @@
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from atom.errors import UnsupportedError
 from atom.records import check_rows
+from atom.serving.bench.engine_process import EngineProcesses
 from atom.serving.bench.plots import draw_group, in_order, label_of
 from atom.serving.bench.report import quality_tables, speedup_rows, write_report
 from atom.serving.bench.report_data import read_bench, write_rows
@@ -39,7 +38,7 @@ class FakeRuns:
         self.commands: list[list[str]] = []
         self.failing = failing
 
-    def __call__(self, command: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+    def __call__(self, command: list[str]) -> tuple[int, str]:
         self.commands.append(command)
         (scheme,), (memory,) = option(command, "--scheme"), option(command, "--memory-gb") or ["0"]
         runs = [(int(c), None) for c in option(command, "--concurrency")]
@@ -50,7 +49,7 @@ class FakeRuns:
             lines = [lines[0], lines[0][:40]]  # it died while it wrote
         with Path(option(command, "--points")[0]).open("a") as file:
             file.write("\n".join(lines) + "\n")
-        return subprocess.CompletedProcess(command, int(scheme in self.failing), "", "CUDA out of memory\n")
+        return int(scheme in self.failing), "CUDA out of memory\n"
 
 
 def point(scheme: str, memory: float, concurrency: int, rate: float | None, workload: str) -> dict[str, Any]:
@@ -71,8 +70,7 @@ def point(scheme: str, memory: float, concurrency: int, rate: float | None, work
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
     fake = FakeRuns()
-    stands_in = SimpleNamespace(run=fake, PIPE=None, DEVNULL=None)
-    monkeypatch.setattr("atom.serving.bench.sweep.subprocess", stands_in)
+    monkeypatch.setattr(EngineProcesses, "run", lambda self, command: fake(command))
     return fake
 
 
