@@ -132,6 +132,9 @@ SCHEMAS: dict[str, RecordSchema] = {
         (),
         {"sampling": ("greedy", "top_p")},
     ),
+    "latency": RecordSchema(
+        ("shape", "scheme", "kv", "batch", "context", "ms", "ms_p99", "prefill_ms", "sol_ms"), (), _KV
+    ),
     "throughput": RecordSchema(
         (
             *("experiment", "shape", "scheme", "kv", "memory_gb", "batch_mode", "batch", "input", "output"),

@@ -84,7 +84,7 @@ def _is_full(a: StepTime, b: StepTime, batch: int) -> bool:
 
 
 def latency_rows(config: LatencyConfig, found: list[StepLatency], facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of record `engine-latency`; host time and idle share need a profile and are not known here."""
+    """Rows of record `latency`."""
     shape = config.model if config.model in SHAPES else str(facts["model"]).rstrip("/").rpartition("/")[2]
     return [
         {
@@ -94,9 +94,9 @@ def latency_rows(config: LatencyConfig, found: list[StepLatency], facts: dict[st
             "batch": row.batch,
             "context": row.context,
             "ms": row.ms,
+            "ms_p99": row.ms_p99,
+            "prefill_ms": row.prefill_ms,
             "sol_ms": row.sol_ms,
-            "host_ms": None,
-            "idle": None,
         }
         for row in found
     ]

@@ -115,7 +115,7 @@ class LatencyConfig(ModelChoice):
     """Decode steps to measure."""
 
     rows: Path | None = None
-    """Append the rows of record `engine-latency` to this file, a line of JSON each."""
+    """Append the rows of record `latency` to this file, a line of JSON each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

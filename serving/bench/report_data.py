@@ -30,10 +30,10 @@ class BenchData:
     sources: list[dict[str, Any]] = field(default_factory=list)
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write rows of record `throughput` with the circumstances of this machine; returns the path."""
-    check_rows("throughput", rows)
-    data = {"name": "throughput", **circumstances(machine_name()), "commit": current_commit(), "rows": list(rows)}
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], name: str = "throughput") -> Path:
+    """Write rows of record `name` with the circumstances of this machine; returns the path."""
+    check_rows(name, rows)
+    data = {"name": name, **circumstances(machine_name()), "commit": current_commit(), "rows": list(rows)}
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
