@@ -77,6 +77,56 @@ def test_shared_prefixes_of_a_trace_hit_the_cache(tmp_path: Path) -> None:
     assert result.config["arrivals"] == "the trace's arrivals at 1 times its speed"
 
 
+TRACES = {
+    "azure.csv": "arrival_s,context_tokens,generated_tokens\n0.0,37,4\n0.6,50,3\n1.8,20,5\n",
+    "published.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:01:51.1000000,37,4\n"
+    "2023-11-16 18:01:51.7000000,50,3\n2023-11-16 18:01:52.9000000,20,5\n",
+    "arxiv.csv": "num_prefill_tokens,num_decode_tokens\n37,4\n50,3\n20,5\n",
+    "sharegpt.jsonl": "".join(
+        json.dumps({"id": str(i), "turns": [[p, o], [9, 9]]}) + "\n"
+        for i, (p, o) in enumerate([(37, 4), (50, 3), (20, 5)])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_a_trace_is_asked_as_it_was_recorded(name: str, tmp_path: Path) -> None:
+    """Lengths of each request, and its time where the trace has one, three times as fast; goodput by both limits."""
+    (tmp_path / name).write_text(TRACES[name])
+    has_times = name in ("azure.csv", "published.csv")
+    with running(ScriptedRunner(pause_s=STEP_S)) as server:
+        options: dict[str, Any] = {"trace_arrivals": True, "speed": 3.0} if has_times else {"max_concurrency": 1}
+        workload = {"workload": f"trace:{tmp_path / name}", "num_requests": None, "warmup": 0}
+        result = bench(server, **workload, **options, slo="ttft:5000,tpot:1000")
+        strict = bench(server, **workload, **options, slo="ttft:5000,tpot:1", seed=1)
+        server.wait_idle()
+    assert [(s["prompt"], s["output"]) for s in result.samples] == [(37, 4), (50, 3), (20, 5)]
+    if has_times:
+        assert [s["due_s"] for s in result.samples] == pytest.approx([0.0, 0.2, 0.6])
+        assert result.config["arrivals"] == "the trace's arrivals at 3 times its speed"
+    assert result.summary.goodput_s == pytest.approx(result.summary.request_s)
+    assert strict.summary.goodput_s == 0.0 and strict.summary.completed == 3
+
+
+def test_turns_of_a_conversation_find_the_turn_before(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"id": "a", "turns": [[64, 8], [32, 8], [16, 8]]}) + "\n")
+    with running(ScriptedRunner()) as server:
+        options = {"workload": f"turns:{tmp_path / 't.jsonl'}", "num_requests": None, "max_concurrency": 1, "warmup": 0}
+        result = bench(server, **options)
+    assert [s["prompt"] for s in result.samples] == [64, 64 + 8 + 32, 64 + 8 + 32 + 8 + 16]
+    assert result.summary.cached_tokens is not None and result.summary.cached_tokens >= 64 - 16 + 96
+
+
+def test_bursts() -> None:
+    """Gamma gaps through the command's own option; a limit of clients makes some wait, and their wait counts."""
+    with running(ScriptedRunner(pause_s=STEP_S)) as server:
+        result = bench(server, request_rate=40.0, burstiness=0.3, max_concurrency=2, workload="16/6")
+        server.wait_idle()
+    found = result.summary
+    assert found.completed == 16 and found.peak_concurrency <= 2 and "0.3" in result.config["arrivals"]
+    assert found.ttft is not None and found.ttft.max > 4 * STEP_S * 1e3, "those that queued in the client say so"
+
+
 def test_a_full_queue_is_an_error_by_its_status() -> None:
     with running(ScriptedRunner(pause_s=STEP_S), max_num_seqs=1, max_waiting_requests=2) as server:
         result = bench(server, max_concurrency=12, num_requests=12, warmup=0)
