@@ -75,7 +75,7 @@ def draw_group(rows: Sequence[Row], title: str, folder: Path, stem: str) -> list
     """
     _load_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"batch": _by_batch, "frontier": _frontier, "speedup": _speedups, "memory": _memory}
+    figures = {"batch": _by_batch, "frontier": _frontier, "speedup": _speedups, "equal": _equal, "memory": _memory}
     found = []
     for name, draw in figures.items():
         path = folder / f"{stem}-{name}.png"
@@ -248,8 +248,51 @@ def _speedups(rows: Sequence[Row], title: str, path: Path) -> bool:
     return _save(figure, path)
 
 
+def equal_ratios(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
+    """batch -> label -> times as fast as the first scheme at the same batch, in whatever memory each was fastest."""
+    equal = [row for row in rows if row["batch_mode"] == "equal" and row["out_tok_s"] and row.get("rate") is None]
+    labels = in_order(equal)
+    found: dict[int, dict[str, float]] = {}
+    for batch in sorted({row["batch"] for row in equal}):
+        rates: dict[str, float] = {}
+        for row in equal:
+            if row["batch"] == batch:
+                rates[label_of(row)] = max(rates.get(label_of(row), 0.0), float(row["out_tok_s"]))
+        if labels[0] in rates and len(rates) > 1:
+            found[batch] = {label: rates[label] / rates[labels[0]] for label in labels if label in rates}
+    return found
+
+
+def _equal(rows: Sequence[Row], title: str, path: Path) -> bool:
+    """Each scheme against the first at equal batches; for one batch alone there is no figure."""
+    ratios = equal_ratios(rows)
+    if len(ratios) < 2:
+        return False
+    labels = [label for label in in_order(rows) if any(label in found for found in ratios.values())]
+    figure, (axis,) = _panels(1, f"Speed-up over {labels[0]} at equal batches: {title}", 2.2 + 1.3 * len(ratios))
+    width = 0.84 / len(labels)
+    for index, label in enumerate(labels):
+        places = [
+            i + (index - (len(labels) - 1) / 2) * width for i, found in enumerate(ratios.values()) if label in found
+        ]
+        heights = [found[label] for found in ratios.values() if label in found]
+        style = _style(label, rows)
+        hatch = "//" if style["linestyle"] != "-" else None
+        bars = axis.bar(
+            places, heights, width * 0.92, color=style["color"], label=label, hatch=hatch, edgecolor="white"
+        )
+        axis.bar_label(bars, [f"{h:.1f}" for h in heights], fontsize=7, padding=2)
+    axis.axhline(1, color="0.3", linewidth=0.8)
+    axis.set_xticks(range(len(ratios)), [str(batch) for batch in ratios])
+    axis.set(xlabel="requests under way", ylabel="times as many output tokens/s")
+    axis.margins(y=0.12)
+    axis.grid(False, axis="x")
+    _legend([axis])
+    return _save(figure, path)
+
+
 def _memory(rows: Sequence[Row], title: str, path: Path) -> bool:
-    """What the memory holds: weights, and the KV cache that is left, with the tokens that this holds."""
+    """What the memory holds: weights, the KV cache with the tokens that it holds, and what steps need to work in."""
     known = [row for row in rows if row.get("weight_gb") and row.get("kv_gb")]
     panels = {}
     for memory in dict.fromkeys(row["memory_gb"] for row in known):
@@ -264,6 +307,9 @@ def _memory(rows: Sequence[Row], title: str, path: Path) -> bool:
         axis.bar(names, weights, color="#4c72b0", label="weights")
         axis.bar(names, caches, bottom=weights, color="#dd8452", label="KV cache")
         if memory:
+            rest = [max(0.0, memory - w - c) for w, c in zip(weights, caches, strict=True)]
+            bottoms = [w + c for w, c in zip(weights, caches, strict=True)]
+            axis.bar(names, rest, bottom=bottoms, color="0.8", label="activations, graphs, CUDA")
             axis.axhline(memory, color="0.3", linewidth=0.9, linestyle="--", label="budget")
         for place, (w, c) in enumerate(zip(weights, caches, strict=True)):
             share = max(w + c, 1e-9)

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import draw_group, draw_loads, file_stem, group_rows, in_order, label_of, load_label, memory_text
+from .comparison import compare_all, comparison_table
+from .plots import (
+    draw_group,
+    draw_loads,
+    equal_ratios,
+    file_stem,
+    group_rows,
+    in_order,
+    label_of,
+    load_label,
+    memory_text,
+)
 from .report_data import BenchData
 from .tables import cell, markdown_table
 
@@ -22,7 +33,9 @@ def write_report(data: BenchData, folder: Path, title: str, plots: bool = True) 
     text, page, raw = folder / "report.md", folder / "report.html", folder / "report.json"
     text.write_text(to_markdown(title, parts), encoding="utf-8")
     page.write_text(to_html(title, parts), encoding="utf-8")
-    found = {"title": title, "rows": data.rows, "quality": data.quality, "loads": data.loads, "sources": data.sources}
+    found = {name: getattr(data, name) for name in ("rows", "quality", "latency", "loads", "sources")} | {
+        "title": title
+    }
     found["speedups"] = [row for rows in group_rows(data.rows).values() for row in speedup_rows(rows)]
     raw.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return [text, page, raw, *(content for kind, _, content in parts if kind == "plot")]
@@ -30,7 +43,7 @@ def write_report(data: BenchData, folder: Path, title: str, plots: bool = True) 
 
 def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
     """The report's content in order. Raises ValueError if there is none."""
-    if not data.rows and not data.loads and not data.quality:
+    if not (data.rows or data.loads or data.quality or data.latency):
         raise ValueError("the files hold no measurement; run atom bench sweep or atom bench serve --output first")
     parts: list[Part] = []
     for (experiment, shape, workload), rows in group_rows(data.rows).items():
@@ -40,12 +53,22 @@ def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
             parts.append(("table", "Best batch of each scheme", best_table(rows)))
         if any(row["batch_mode"] == "equal" for row in rows):
             parts.append(("table", "Equal batches: output tokens/s", batch_table(rows)))
+        if ratios := equal_ratios(rows):
+            parts.append(("table", "Equal batches: times the first scheme's", ratio_table(ratios)))
         if plots is not None:
             for path in draw_group(rows, f"{shape}, {workload}", plots, file_stem(f"{experiment}-{shape}-{workload}")):
                 parts.append(("plot", path.stem, path))
         bad = sum(row.get("errors") or 0 for row in rows if row["batch_mode"] == "equal")
         if bad:
             parts.append(("text", "", f"{bad} requests failed in these runs; they count as errors, not as answers."))
+    if data.latency:
+        parts.append(("heading", "Decode steps", None))
+        parts.append(
+            ("table", "Milliseconds, beside what the GPU's memory and tensor cores allow", latency_table(data))
+        )
+    if compared := compare_all(data.rows, data.latency):
+        parts.append(("heading", "4 bits against bf16 and FP8", None))
+        parts.append(("table", "Times as fast; within 1 % is not slower", comparison_table(compared)))
     if data.quality:
         parts.append(("heading", "Quality, speed and memory side by side", None))
         parts += [("table", name, table) for name, table in quality_tables(data)]
@@ -112,6 +135,26 @@ def batch_table(rows: Sequence[Row]) -> Table:
     return ("scheme", "memory", *(str(batch) for batch in batches)), body
 
 
+def ratio_table(ratios: dict[int, dict[str, float]]) -> Table:
+    """Schemes down, batches across."""
+    labels = list(dict.fromkeys(label for found in ratios.values() for label in found))
+    body = [[label, *(found.get(label) for found in ratios.values())] for label in labels]
+    return ("scheme", *(str(batch) for batch in ratios)), body
+
+
+def latency_table(data: BenchData) -> Table:
+    """The largest shape last, each batch and context with all schemes together."""
+    titles = ("shape", "batch", "context", "scheme", "ms", "floor ms", "of the floor", "tok/s")
+    rows = [row for row in data.latency if row.get("head", "full") == "full"]
+    order = in_order(rows)
+    body: list[list[Any]] = []
+    for row in sorted(rows, key=lambda r: (r["shape"], r["context"], r["batch"], order.index(label_of(r)))):
+        share = None if row["sol_ms"] is None else f"{100 * row['sol_ms'] / row['ms']:.0f} %"
+        times = (f"{row['ms']:.2f}", None if row["sol_ms"] is None else f"{row['sol_ms']:.2f}", share)
+        body.append([row["shape"], row["batch"], row["context"], label_of(row), *times, row["batch"] / row["ms"] * 1e3])
+    return titles, body
+
+
 def quality_tables(data: BenchData) -> list[tuple[str, Table]]:
     """For each model and text whose quality is known: a scheme's perplexity beside its speed and memory.
 
@@ -123,7 +166,7 @@ def quality_tables(data: BenchData) -> list[tuple[str, Table]]:
         if row["batch_mode"] == "best" and row["out_tok_s"]:
             label = label_of(row)
             fastest[label] = max(fastest.get(label, row), row, key=lambda r: float(r["out_tok_s"]))
-    titles = ["scheme", "weight bits", "KV bits", "perplexity", "full precision", "loss"]
+    titles = ["scheme", "weight bits", "KV bits", "through", "perplexity", "full precision", "loss"]
     titles += ["output tok/s", "on", "weights GB", "KV tokens"]
     found: list[tuple[str, Table]] = []
     for model, text in dict.fromkeys((row["model"], row["text"]) for row in data.quality):
@@ -135,7 +178,7 @@ def quality_tables(data: BenchData) -> list[tuple[str, Table]]:
             loss = None if not ppl or not full else f"{100 * (ppl / full - 1):.1f} %"
             speed = fastest.get(label_of(row), {})
             where = f"{speed['shape']}, {memory_text(speed['memory_gb'])}" if speed else None
-            start = (label_of(row), row["bits_weight"], row["bits_kv"], ppl, full, loss)
+            start = (label_of(row), row["bits_weight"], row["bits_kv"], row["path"], ppl, full, loss)
             body.append([*start, speed.get("out_tok_s"), where, speed.get("weight_gb"), speed.get("kv_tokens")])
         found.append((f"{model} on {text}", (titles, body)))
     return found

@@ -12,6 +12,7 @@ from atom.records import check_rows, circumstances, current_commit
 from .result import KIND
 
 QUALITY = ("quality-presets", "accuracy-frontier")
+LATENCY = ("engine-latency", "latency")
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class BenchData:
 
     rows     of record `throughput`
     quality  of records `quality-presets` and `accuracy-frontier`, schemes only
+    latency  of records `engine-latency` and `latency`
     loads    results of `atom bench serve`
     sources  file, date, commit, machine and command of each
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     quality: list[dict[str, Any]] = field(default_factory=list)
+    latency: list[dict[str, Any]] = field(default_factory=list)
     loads: list[dict[str, Any]] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
@@ -49,7 +52,7 @@ def machine_name() -> str:
 
 
 def read_bench(paths: Sequence[Path]) -> BenchData:
-    """Read records or sweeps of `throughput`, folders of a sweep, results of `atom bench serve`, records of quality.
+    """Read records or sweeps of `throughput`, folders of a sweep, results of `atom bench serve`, other records.
 
     Raises ValueError for a file that is none of these.
     """
@@ -66,6 +69,9 @@ def read_bench(paths: Sequence[Path]) -> BenchData:
         elif isinstance(found, dict) and found.get("name") in QUALITY:
             check_rows(found["name"], found["rows"])
             data.quality.extend(row for row in found["rows"] if "scheme" in row)
+        elif isinstance(found, dict) and found.get("name") in LATENCY:
+            check_rows(found["name"], found["rows"])
+            data.latency.extend(found["rows"])
         elif isinstance(found, dict) and found.get("kind") == KIND:
             data.loads.append({**found, "file": file.name, "samples": None})
         else:

@@ -12,7 +12,7 @@ import pytest
 from atom.errors import UnsupportedError
 from atom.records import check_rows
 from atom.serving.bench.engine_process import EngineProcesses
-from atom.serving.bench.plots import draw_group, in_order, label_of
+from atom.serving.bench.plots import draw_group, equal_ratios, in_order, label_of
 from atom.serving.bench.report import quality_tables, speedup_rows, write_report
 from atom.serving.bench.report_data import read_bench, write_rows
 from atom.serving.bench.result import ServeResult
@@ -184,14 +184,14 @@ def test_report_holds_the_numbers(tmp_path: Path, measured: Path) -> None:
     data = read_bench([measured, load_result(tmp_path / "load.json")])
     paths = write_report(data, tmp_path / "report", "A & B")
     text, page, raw, *plots = paths
-    assert len(plots) == 4 and all(path.stat().st_size > 10_000 for path in plots)
+    assert len(plots) == 5 and all(path.stat().st_size > 10_000 for path in plots)
     markdown, html = text.read_text(), page.read_text()
     best = next(r for r in data.rows if r["batch_mode"] == "best" and r["scheme"] == "w4a8")
     number = f"{best['out_tok_s']:,.0f}"
     assert number in markdown and number in html
     assert "| w8a8+kv16 |" in markdown and "no, stopped" in markdown and "2 requests were not sent" in markdown
     assert all(f"({path.name})" in markdown for path in plots)
-    assert html.count("data:image/png;base64,") == 4 and "A &amp; B" in html and "m&lt;1&gt;" in html
+    assert html.count("data:image/png;base64,") == 5 and "A &amp; B" in html and "m&lt;1&gt;" in html
     assert not re.search(r'(src|href)="(?!data:)', html), "nothing is fetched from elsewhere"
     found = json.loads(raw.read_text())
     assert len(found["rows"]) == len(data.rows) and found["loads"][0]["summary"]["requests"] == 3
@@ -226,6 +226,15 @@ def test_speedups_compare_like_with_like(measured: Path) -> None:
     assert missing[12.0, "w4a8+kv4"] is None, "no ratio to something that was not measured"
 
 
+def test_ratios_at_equal_batches(measured: Path) -> None:
+    """A baseline that a small memory cannot hold at that batch is taken from the whole GPU's rows."""
+    rows = read_bench([measured]).rows
+    small = [r for r in rows if not (r["scheme"] == "bf16" and r["memory_gb"] == 24 and r["batch"] == 64)]
+    for found in (equal_ratios(rows), equal_ratios(small)):
+        assert list(found) == [8, 64, 100] and found[64]["bf16"] == 1.0 and found[64]["w4a8+kv4"] == pytest.approx(4.0)
+    assert equal_ratios([row for row in rows if row["scheme"] == "bf16"]) == {}
+
+
 def test_quality_beside_speed(tmp_path: Path, measured: Path) -> None:
     row = {"model": "m", "text": "t", "scheme": "w4a8", "kv": "int4", "ppl": 11.0, "ppl_fp": 10.0, "windows": 1}
     rows = [row | {"path": "kernels", "bits_weight": 4.13, "bits_activation": 8, "bits_kv": 4.25}]
@@ -238,7 +247,7 @@ def test_quality_beside_speed(tmp_path: Path, measured: Path) -> None:
     found = dict(zip(titles, body[1], strict=True))
     assert name == "m on t" and [line[0] for line in body] == ["fp8+kvfp8", "w4a8+kv4"]
     assert found["loss"] == "10.0 %" and found["output tok/s"] == best and found["on"].startswith("llama-2-7b")
-    assert body[0][3:7] == [None, 10.0, None, None], "not measured is not zero"
+    assert body[0][3:8] == ["kernels", None, 10.0, None, None], "not measured is not zero"
 
 
 def test_without_matplotlib(tmp_path: Path, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
