@@ -135,6 +135,15 @@ SCHEMAS: dict[str, RecordSchema] = {
     "latency": RecordSchema(
         ("shape", "scheme", "kv", "batch", "context", "ms", "ms_p99", "prefill_ms", "sol_ms"), (), _KV
     ),
+    "profile": RecordSchema(  # shares of the GPU's time, steps in milliseconds; docs/benchmarks.md has the words
+        (
+            *("shape", "scheme", "kv", "workload", "memory_gb", "batch", "out_tok_s"),
+            *("gemm", "decode_attention", "prefill_attention", "append", "producers", "sampling", "torch", "copies"),
+            *("other", "idle", "decode_ms", "mixed_ms", "mixed_time", "host_ms"),
+        ),
+        ("mixed_tokens",),
+        _KV,
+    ),
     "throughput": RecordSchema(
         (
             *("experiment", "shape", "scheme", "kv", "memory_gb", "batch_mode", "batch", "input", "output"),

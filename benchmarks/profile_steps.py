@@ -1,7 +1,8 @@
 """Where the time of a loaded engine goes: GPU time by part of the model, and decode steps against steps that prefill.
 
     python -m benchmarks.profile_steps llama-3-8b --scheme w4a8 --workload 512/256
-    python -m benchmarks.profile_steps llama-2-7b --scheme bf16 --workload paper --memory-gb 24
+    python -m benchmarks.profile_steps llama-2-7b --scheme bf16 --workload paper --memory-gb 24 -o build/paper-bf16.json
+    python -m benchmarks.profile_steps --join build/*.json    the record `profile`, of several such files
 
 Weights are random. A second of a steady state is profiled (CUPTI sees the kernels of CUDA graphs too); steps are timed
 over the whole run, the profiled part included.
@@ -18,10 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from atom.quant.presets import get_scheme, kv_name
+from atom.records import write_record
 from atom.serving.bench.drive import Driver
 from atom.serving.bench.engine_run import running
 from atom.serving.bench.lengths import parse_workload
 from atom.serving.bench.offline_config import ModelChoice
+from atom.serving.bench.report_data import machine_name, write_rows
 from atom.serving.bench.throughput import steady_rate
 from atom.serving.bench.window import mid_life
 from atom.serving.engine_config import EngineConfig
@@ -82,7 +86,8 @@ def kinds(steps: list[Timed]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--join", type=Path, nargs="+", help="write the record from these files")
     parser.add_argument("--scheme", default="w4a8")
     parser.add_argument("--workload", default="512/256")
     parser.add_argument("--requests", type=int, default=512)
@@ -93,6 +98,11 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=16, help="kernels to list")
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
+    if args.join:
+        print(f"wrote {join(args.join)}")
+        return
+    if args.model is None:
+        parser.error("name a shape to profile, or files to --join")
     engine = EngineConfig(load_format="dummy", scheme=args.scheme, max_num_seqs=args.batch, seed=0)
     started = time.perf_counter()
     with running(ModelChoice(args.model, args.memory_gb, engine), lambda text: None) as (ready, driver):
@@ -102,8 +112,48 @@ def main() -> None:
         found = profile_run(driver, runner, args)
     found = {"model": args.model, "scheme": args.scheme, "workload": args.workload, **found}
     if args.out is not None:
-        args.out.write_text(json.dumps(found))
+        write_rows(args.out, [row_of(args, found)], "profile")
     print(json.dumps(found), flush=True)
+
+
+def row_of(args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
+    """A row of the record `profile`."""
+    shares = {_key(part): share for part, share in found["shares"].items()}
+    parts = [*(_key(part) for part, _ in PARTS), "other", "idle"]
+    steps = found["steps"]
+    seconds = sum(kind["seconds"] for kind in steps.values())
+    decode, mixed = steps.get("decode", {}), steps.get("mixed", {})
+    scheme = get_scheme(args.scheme)
+    return {
+        "shape": args.model,
+        "scheme": scheme.name,
+        "kv": kv_name(scheme),
+        "workload": args.workload,
+        "memory_gb": args.memory_gb or 0,
+        "batch": args.batch,
+        "out_tok_s": found["out_tok_s"],
+        **{part: shares.get(part, 0.0) for part in parts},
+        "decode_ms": decode.get("ms"),
+        "mixed_ms": mixed.get("ms"),
+        "mixed_time": round(mixed.get("seconds", 0.0) / seconds, 4) if seconds else None,
+        "host_ms": decode.get("host_ms"),
+        "mixed_tokens": mixed.get("tokens"),
+    }
+
+
+def _key(part: str) -> str:
+    return "idle" if part == "nothing runs" else part.lower().replace(" ", "_")
+
+
+def join(files: list[Path]) -> Path:
+    """Write benchmarks/results/<machine>/profile.json; of two profiles of one thing the later counts."""
+    parts = sorted((json.loads(file.read_text(encoding="utf-8")) for file in files), key=lambda part: part["date"])
+    keys = ("shape", "scheme", "kv", "workload", "memory_gb", "batch")
+    rows = {tuple(row[key] for key in keys): row for part in parts for row in part["rows"]}
+    where = {key: parts[-1][key] for key in ("date", "machine", "versions")}
+    where["command"] = "python -m benchmarks.profile_steps SHAPE --scheme --workload --batch --memory-gb -o, --join"
+    machine = parts[-1]["machine"].get("name", machine_name())
+    return write_record("profile", rows.values(), machine, where=where, commit=parts[-1]["commit"])
 
 
 def profile_run(driver: Driver, runner: TimedRunner, args: argparse.Namespace) -> dict[str, Any]:
