@@ -32,6 +32,8 @@ class SchedulerConfig:
     """Steps from one that begins prompts to the next while a crowd decodes, so that several prompts share one."""
     admission_crowd: int = 32
     """Decoding sequences that are a crowd."""
+    admission_few: int = 1
+    """Prompt tokens that may begin in any step all the same: whole prompts, so short that they cost it little."""
     patience_steps: int = 256
     """Steps that one level of priority is worth: a request never waits for later ones beyond this."""
     num_speculative_tokens: int = 0

@@ -144,8 +144,12 @@ class Scheduler:
                 budget -= end - sequence.scheduled
                 chunks.append((sequence, end))
         admitted = []
-        may_wait = not drafted and not chunks and self._gathers(num_decodes)
-        while not may_wait and budget and self._preemptions == preemptions and self._admit():
+        gathers = not drafted and not chunks and self._gathers(num_decodes)
+        if gathers:
+            budget = min(budget, self.config.admission_few)
+        while budget and self._preemptions == preemptions:
+            if (gathers and not self._begins_within(budget)) or not self._admit():
+                break
             sequence = self._waiting.pop(0)
             insort(self._running, sequence, key=_order)
             end = min(sequence.length, sequence.scheduled + budget)
@@ -321,7 +325,7 @@ class Scheduler:
         self._lanes.extend(sequence.lane, self.blocks.table(sequence.sequence_id))
 
     def _gathers(self, num_decodes: int) -> bool:
-        """Whether what waits is left to wait for more of its kind, since a step that only decodes is cheaper.
+        """Whether long prompts that wait are left to wait for more of their kind, since a step without is cheaper.
 
         For admission_interval steps at most, and only while a crowd decodes and little could begin.
         """
@@ -337,6 +341,10 @@ class Scheduler:
             if tokens >= config.max_num_batched_tokens // ENOUGH:
                 return False
         return True
+
+    def _begins_within(self, budget: int) -> bool:
+        """Whether the head of the queue is a whole prompt of at most `budget` tokens."""
+        return bool(self._waiting) and self._waiting[0].length <= budget
 
     def _admit(self) -> bool:
         """Give the head of the queue a table and a lane, if it may run now; it stays in the queue."""

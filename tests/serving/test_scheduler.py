@@ -476,6 +476,25 @@ def test_prompts_that_come_one_by_one_share_steps() -> None:
     run.assert_idle()
 
 
+def test_short_prompts_are_not_gathered() -> None:
+    """Those that fit into a few tokens begin at once, up to the first that does not; that one waits for its turn."""
+    limits = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "num_blocks": 64, "admission_crowd": 2}
+    run = engine(**limits, admission_interval=4, admission_few=5)
+    for name in "ab":
+        run.add(request(name, max_tokens=30))
+    assert admissions(run, 1) == [0]
+    for name, length in (("c", 2), ("d", 3), ("e", 2), ("f", 6), ("g", 1)):
+        run.add(request(name, length=length, max_tokens=30))
+    steps = [run.launch() for _ in range(7)]
+    assert [[s.request.request_id for s in step.admitted] for step in steps if step is not None] == [
+        ["c", "d"], ["e"], [], [], [], ["f", "g"], [],
+    ]  # fmt: skip
+    while run.results:
+        run.deliver()
+    run.finish()
+    run.assert_idle()
+
+
 @pytest.mark.parametrize(("decodes", "length"), [(1, 2), (2, 16)], ids=["no crowd", "enough to begin"])
 def test_prompts_are_not_made_to_wait_without_need(decodes: int, length: int) -> None:
     limits = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "num_blocks": 64, "admission_crowd": 2}
