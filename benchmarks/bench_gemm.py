@@ -132,7 +132,7 @@ class Launcher:
         self.channel = weight.channel_scale if weight.channel_scale.numel() else torch.empty(1, device=device)
         self.bias = torch.empty(1, dtype=torch.bfloat16, device=device)
         self.scratch = torch.zeros(SCRATCH_WORDS, device=device)
-        self.ctas = torch.cuda.get_device_properties(device).multi_processor_count * config.ctas_per_sm
+        self.ctas = config.most_ctas(torch.cuda.get_device_properties(device).multi_processor_count)
 
     def __call__(self, y: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         self.kernel(

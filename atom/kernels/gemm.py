@@ -122,7 +122,7 @@ class Gemm:
         self.channel = weight.channel_scale if weight.channel_scale.numel() else torch.empty(1, device=device)
         self.ctas = 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
         self.device = device
-        self.chosen: dict[int, tuple[Any, Tensor, int]] = {}  # tokens -> kernel, scratch memory, CTAs of an SM
+        self.chosen: dict[int, tuple[Any, Tensor, int]] = {}  # tokens -> kernel, scratch memory, most CTAs
 
     def config(self, tokens: int) -> GemmConfig:
         """What runs with so many tokens."""
@@ -150,9 +150,9 @@ class Gemm:
         launch = self.chosen.get(bucket)
         if launch is None:
             config = self.config(bucket)
-            launch = self.chosen[bucket] = (gemm_kernel(config), scratch_words(self.device), config.ctas_per_sm)
-        kernel, scratch, ctas_per_sm = launch
-        limit = self.ctas * ctas_per_sm
+            most = config.most_ctas(self.ctas)
+            launch = self.chosen[bucket] = (gemm_kernel(config), scratch_words(self.device), most)
+        kernel, scratch, limit = launch
         kernel(self.units, codes, scales, self.channel, self.bias, y, scratch, self.weight.int4_units, limit)
         return y
 

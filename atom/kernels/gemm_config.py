@@ -6,6 +6,7 @@ from .gemm_kinds import KINDS, UNIT_ROWS, WeightKind
 
 MOST_TILES = 256  # output tiles of a launch that splits K
 COUNTER_WORDS = 32 * MOST_TILES  # of scratch memory, before the partial sums
+EVEN_COUNTERS = 16 * MOST_TILES  # where the counters of `even` launches begin
 SHARED_BYTES = 227 * 1024  # of one SM of sm_90, less what the driver keeps
 
 
@@ -27,6 +28,10 @@ class GemmConfig:
     aligned       N is a multiple of 8: 16-byte stores
     bounded       registers and shared memory are such that `ctas_per_sm` CTAs fit for certain
     ways          warpgroups that share rows: each takes every `ways`-th unit of K; 1, or all of them
+    even          a CTA for each SM, which share the units of all rows evenly; the last CTA of some rows adds up. All
+                  tokens are one tile
+    late          the next kernel may start when the last weights are asked for, not at once: its own then arrive
+                  while this one adds up and stores
     """
 
     weight: str
@@ -45,6 +50,8 @@ class GemmConfig:
     clustered: bool = True
     bounded: bool = False
     ways: int = 1
+    even: bool = False
+    late: bool = False
 
     @property
     def kind(self) -> WeightKind:
@@ -73,6 +80,10 @@ class GemmConfig:
     @property
     def w_bytes(self) -> int:
         return self.warpgroups * self.kind.unit_bytes
+
+    def most_ctas(self, sms: int) -> int:
+        """CTAs of a launch that takes its tiles one after the other, on a GPU of so many SMs."""
+        return sms if self.even else sms * self.ctas_per_sm
 
     @property
     def registers(self) -> int:

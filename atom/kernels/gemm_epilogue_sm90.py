@@ -3,10 +3,17 @@
 from typing import Any
 
 import cutlass
-from cutlass import BFloat16, Float32, Int64, cute
+from cutlass import BFloat16, Float32, Int32, Int64, cute
 
-from .dsl.memory import atomic_increment, load_acquire, load_global_f32x4, pack_bf16x2, store_matrix_transposed
-from .gemm_config import COUNTER_WORDS, MOST_TILES, GemmConfig
+from .dsl.memory import (
+    atomic_increment,
+    load_acquire,
+    load_global_f32x4,
+    pack_bf16x2,
+    store_matrix_transposed,
+    store_release,
+)
+from .gemm_config import COUNTER_WORDS, EVEN_COUNTERS, MOST_TILES, GemmConfig
 from .gemm_kinds import WeightKind
 
 
@@ -202,3 +209,67 @@ class GemmEpilogue:
     def partial(self, mE, cta, block, tid):
         at = COUNTER_WORDS + ((Int64(cta) * (self.tile_m // 8) + block) * self.sharers + tid) * 4
         return cute.make_tensor((mE.iterator + at).align(16), cute.make_layout(4))
+
+    @cute.jit
+    def add_up(self, mE, sums, tid, item, units, all_units, first_unit, tokens, is_last):
+        """Hand this CTA's sums of some rows on, or, being the last of these rows' CTAs, add up all of theirs.
+
+        Returns 1 if `sums` are now the whole, in the order of the CTAs: the same bits on every run. Nobody waits. A
+        CTA has two places in scratch memory: it may end one tile of rows and begin another.
+        """
+        blocks = self.tile_m // 8
+        bx, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        begin = item * units
+        low = ((begin + 1) * ctas - 1) // all_units  # the CTAs of these rows
+        high = ((begin + units) * ctas - 1) // all_units
+        low_place = 2 * low
+        if all_units * low // ctas < begin:
+            low_place = low_place + 1
+        place = 2 * bx
+        if first_unit < begin:
+            place = place + 1
+        part = cute.make_rmem_tensor((4,), Float32)
+        part_sums = cute.recast_tensor(part, sums.element_type)
+        for j in cutlass.range_constexpr(blocks):
+            if 8 * j < tokens:
+                for e in cutlass.range_constexpr(4):
+                    part_sums[e] = sums[4 * j + e]
+                cute.autovec_copy(part, self.partial(mE, place, j, tid))
+        cute.arch.fence_acq_rel_gpu()
+        cute.arch.barrier(barrier_id=1, number_of_threads=self.sharers)
+        if tid == 0:
+            counter = mE.iterator + (EVEN_COUNTERS + item)
+            last = Int32(0)
+            if atomic_increment(counter) == high - low:
+                last = Int32(1)
+                store_release(counter, Int32(0))  # for the next launch
+            is_last[0] = last
+        cute.arch.barrier(barrier_id=1, number_of_threads=self.sharers)
+        whole = is_last[0]
+        if whole == 1:
+            cute.arch.fence_acq_rel_gpu()
+            wide = min(blocks, 2)  # 8 tokens each, at a time
+            deep = 6 if self.tile_m <= 16 and self.config.warpgroups <= 2 else 4  # CTAs whose sums are under way
+            for j in cutlass.range_constexpr(0, blocks, wide):
+                if 8 * j < tokens:
+                    total = cute.make_rmem_tensor((4 * wide,), sums.element_type)
+                    total.fill(0)
+                    parts = cute.make_rmem_tensor((4 * wide, deep), Float32)
+                    parts_sums = cute.recast_tensor(parts, sums.element_type)
+                    for cta in cutlass.range(low, high + 1, deep, unroll=1):
+                        for p in cutlass.range_constexpr(deep):
+                            place = 2 * cutlass.min(cta + p, high)
+                            if cta + p == low:
+                                place = low_place
+                            for b in cutlass.range_constexpr(wide):
+                                words = load_global_f32x4(self.partial(mE, place, j + b, tid).iterator)
+                                for e in cutlass.range_constexpr(4):
+                                    parts[4 * b + e, p] = words[e]
+                        for p in cutlass.range_constexpr(deep):
+                            if cta + p <= high:
+                                for e in cutlass.range_constexpr(4 * wide):
+                                    total[e] = total[e] + parts_sums[e, p]
+                    for e in cutlass.range_constexpr(4 * wide):
+                        sums[4 * j + e] = total[e]
+        return whole

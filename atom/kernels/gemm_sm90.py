@@ -79,7 +79,9 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         row_groups = cute.ceil_div(mY.shape[1], self.rows * config.multicast)
         token_tiles = cute.ceil_div(mY.shape[0], self.tile_m)
         clusters = row_groups * token_tiles
-        if cutlass.const_expr(config.split == 1):
+        if cutlass.const_expr(config.even):
+            clusters = cutlass.max(cutlass.min(clusters * mW.shape[1] // 4, max_ctas), 1)
+        elif cutlass.const_expr(config.split == 1):
             clusters = cutlass.min(clusters, max_ctas // config.multicast)
         self.kernel(x_atom, x_tensor, x_layout, mW, mS, mC, mB, mY, mE, int4_units, row_groups, token_tiles).launch(
             grid=(clusters * config.multicast * config.split, 1, 1),
@@ -120,10 +122,16 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         total = row_groups * token_tiles
         begin = units * split_rank // config.split
         end = units * (split_rank + 1) // config.split
+        all_units = total * units
+        first_unit = all_units * bx // blocks
+        last_unit = all_units * (bx + 1) // blocks
+        if cutlass.const_expr(config.even):
+            work, total, stride = first_unit // units, (last_unit + units - 1) // units, Int32(1)
 
         smem = utils.SmemAllocator()
         full = smem.allocate_array(Int64, config.stages)
         empty = smem.allocate_array(Int64, config.stages)
+        is_last = smem.allocate_array(Int32, 1)
         pool = smem.allocate(config.pool_bytes, 1024)
         sX = cute.make_tensor(cute.recast_ptr(pool, x_layout.inner, self.x_type), x_layout.outer)
         w_words = cute.recast_ptr(pool + self.x_bytes * config.ways * config.stages, dtype=Uint32)
@@ -148,7 +156,7 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             cute.arch.cluster_wait()
         else:
             cute.arch.sync_threads()
-        if cutlass.const_expr(config.pdl):
+        if cutlass.const_expr(config.pdl and not config.late):
             cute.arch.griddepcontrol_launch_dependents()
 
         if warp >= 4 * config.warpgroups:
@@ -159,13 +167,18 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
                 stage = Int32(0)
                 phase = Int32(1)
                 first = Int32(1)
-                for item in cutlass.range(work, total, stride, unroll=1):
-                    row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
-                    stage, phase = self.produce(
-                        x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units,
-                        stage, phase, first,
-                    )  # fmt: skip
-                    first = Int32(0)
+                if cutlass.const_expr(config.even):
+                    self.produce_evenly(
+                        x_atom, mX, sX, mW, sW, mS, sS, full, empty, units, first_unit, last_unit, int4_units
+                    )
+                else:
+                    for item in cutlass.range(work, total, stride, unroll=1):
+                        row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
+                        stage, phase = self.produce(
+                            x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end,
+                            int4_units, stage, phase, first, item + stride >= total,
+                        )  # fmt: skip
+                        first = Int32(0)
             self.cluster_sync(self.cluster)
         else:
             if cutlass.const_expr(config.registers):
@@ -186,7 +199,12 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             row_values = cute.make_rmem_tensor((4,), Float32)
             token_values = cute.make_rmem_tensor((-(-self.tile_m // 128) * max(config.scale_rows, 1),), Float32)
             for item in cutlass.range(work, total, stride, unroll=1):
-                row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
+                row_tile, token0 = item, Int32(0)
+                if cutlass.const_expr(config.even):
+                    begin = cutlass.max(first_unit - item * units, 0)
+                    end = cutlass.min(last_unit - item * units, units)
+                else:
+                    row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
                 row0 = row_tile * self.rows
                 if cutlass.const_expr(config.ways == 1):
                     row0 = row0 + group * 64
@@ -217,7 +235,13 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
                 if cutlass.const_expr(not config.scaled_early):
                     self.share_scales(sT, mS, mC, mB, mY, row_values, token_values, thread, group, row0, token0)
                 place = (row0, token0, split_rank, item)
-                if cutlass.const_expr(config.ways > 1):
+                if cutlass.const_expr(config.even):
+                    is_sum = Int32(1)
+                    if end - begin < units:
+                        is_sum = self.add_up(mE, sums, tid, item, units, all_units, first_unit, mY.shape[0], is_last)
+                    if is_sum == 1:
+                        self.store(staging, sums, sT, row_values, mY, thread, group, row0, token0, token0, mY.shape[0])
+                elif cutlass.const_expr(config.ways > 1):
                     if group == 0:
                         self.finish(staging, sums, sT, row_values, mE, mY, tid, thread, group, *place)
                 else:
@@ -268,7 +292,7 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
     @cute.jit
     def produce(
         self, x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units,
-        stage, phase, first,
+        stage, phase, first, is_end,
     ):  # fmt: skip
         """One warp: weights, activation codes and token scales of units begin .. end into the ring of stages."""
         config = self.config
@@ -276,17 +300,7 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         scale_bytes = Int32(0)
         if cutlass.const_expr(config.token_scales == "group"):
             scale_bytes = cutlass.min(Int32(self.tile_m), mS.shape[1] - token0) * 4
-        boxes = (self.tile_m, 128 // self.slabs)
-        tokens = cute.domain_offset((token0, 0), mX)
-        gX = cute.local_tile(tokens, boxes, (0, None))
-        half = cute.local_tile(cute.domain_offset((0, 64), tokens), boxes, (0, None))  # from column 64 on
-        x_cta = rank % config.multicast
-        x_ctas = cute.make_layout(config.multicast)
-        s_group = cute.group_modes(sX, 0, 2)
-        tXsX, tXgX = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(gX, 0, 2))
-        _, tXgH = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(half, 0, 2))
-        mask = cutlass.Int16((1 << config.multicast) - 1)
-
+        tXgX, tXgH, tXsX, mask = self.token_boxes(x_atom, mX, sX, token0, rank)
         ways = config.ways
         count = (end - begin + ways - 1) // ways
         early = cutlass.min(count, Int32(config.stages)) * first
@@ -295,12 +309,18 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             self.load_weights(mW, sW, full, row_tile, last_tile, begin + ways * i, end, i, scale_bytes)
         if cutlass.const_expr(config.pdl):
             if first == 1:
+                if cutlass.const_expr(config.late):
+                    if is_end and early == count:
+                        cute.arch.griddepcontrol_launch_dependents()
                 cute.arch.griddepcontrol_wait()
         for i in cutlass.range(count, unroll=1):
             unit = begin + ways * i
             if i >= early:
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 self.load_weights(mW, sW, full, row_tile, last_tile, unit, end, stage, scale_bytes)
+                if cutlass.const_expr(config.pdl and config.late):
+                    if is_end and i == count - 1:
+                        cute.arch.griddepcontrol_launch_dependents()
             for way in cutlass.range_constexpr(ways):
                 if cutlass.const_expr(ways == 1):
                     self.load_unit_tokens(x_atom, tXgX, tXgH, tXsX, unit, stage, full + stage, int4_units, mask)
@@ -316,6 +336,62 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
                 stage = Int32(0)
                 phase ^= 1
         return stage, phase
+
+    @cute.jit
+    def produce_evenly(self, x_atom, mX, sX, mW, sW, mS, sS, full, empty, units, first_unit, last_unit, int4_units):
+        """One warp: what `produce` brings, for the units first_unit .. last_unit of all rows."""
+        config = self.config
+        last_tile = mW.shape[0] - 1
+        scale_bytes = Int32(0)
+        if cutlass.const_expr(config.token_scales == "group"):
+            scale_bytes = cutlass.min(Int32(self.tile_m), mS.shape[1]) * 4
+        tXgX, tXgH, tXsX, mask = self.token_boxes(x_atom, mX, sX, Int32(0), Int32(0))
+        count = last_unit - first_unit
+        early = cutlass.min(count, Int32(config.stages))
+        for i in cutlass.range(early, unroll=1):
+            row_tile = (first_unit + i) // units
+            unit = first_unit + i - row_tile * units
+            self.load_weights(mW, sW, full, row_tile, last_tile, unit, units, i, scale_bytes)
+        if cutlass.const_expr(config.pdl):
+            if cutlass.const_expr(config.late):
+                if early == count:
+                    cute.arch.griddepcontrol_launch_dependents()
+            cute.arch.griddepcontrol_wait()
+        stage = Int32(0)
+        phase = Int32(1)
+        for i in cutlass.range(count, unroll=1):
+            row_tile = (first_unit + i) // units
+            unit = first_unit + i - row_tile * units
+            if i >= early:
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                self.load_weights(mW, sW, full, row_tile, last_tile, unit, units, stage, scale_bytes)
+                if cutlass.const_expr(config.pdl and config.late):
+                    if i == count - 1:
+                        cute.arch.griddepcontrol_launch_dependents()
+            self.load_unit_tokens(x_atom, tXgX, tXgH, tXsX, unit, stage, full + stage, int4_units, mask)
+            if cutlass.const_expr(config.token_scales == "group"):
+                with cute.arch.elect_one():
+                    source = mS.iterator + Int64(unit) * mS.shape[1]
+                    bulk_load(sS.iterator + stage * self.tile_m, source, scale_bytes, full + stage)
+            stage += 1
+            if stage == config.stages:
+                stage = Int32(0)
+                phase ^= 1
+
+    @cute.jit
+    def token_boxes(self, x_atom, mX, sX, token0, rank):
+        """(boxes of activations by 128 columns, the same from column 64 on, places in the ring, CTAs to reach)."""
+        config = self.config
+        boxes = (self.tile_m, 128 // self.slabs)
+        tokens = cute.domain_offset((token0, 0), mX)
+        gX = cute.local_tile(tokens, boxes, (0, None))
+        half = cute.local_tile(cute.domain_offset((0, 64), tokens), boxes, (0, None))  # from column 64 on
+        x_cta = rank % config.multicast
+        x_ctas = cute.make_layout(config.multicast)
+        s_group = cute.group_modes(sX, 0, 2)
+        tXsX, tXgX = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(gX, 0, 2))
+        _, tXgH = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(half, 0, 2))
+        return tXgX, tXgH, tXsX, cutlass.Int16((1 << config.multicast) - 1)
 
     @cute.jit
     def load_weights(self, mW, sW, full, row_tile, last_tile, unit, end, stage, scale_bytes):

@@ -153,6 +153,7 @@ def test_configs_fit_the_machine(weight: str, tokens: int, features: int, units:
     assert config.clustered or tiles * config.split <= 132, "CTAs that wait for each other are all resident"
 
 
+EVENLY: dict[str, Any] = {"even": True, "late": True, "ctas_per_sm": 2, "bounded": True}
 LLAMA = ((6144, 33), (4096, 33), (28672, 33), (4096, 113))  # features and units along K of Llama-3-8B, w4a4
 TOKEN_SCALES = {"int4": "group", "int4_bf16": "none", "e2m1_g32": "none"}  # of a kind; else "token"
 
@@ -180,6 +181,9 @@ def chosen() -> list[GemmConfig]:
         GemmConfig("int4_uint4", "token", 128, 4, int8_units=True),
         GemmConfig("int4_uint4", "token", 64, 2, int8_units=True, ctas_per_sm=2),
         GemmConfig("int4", "group", 16, 4, split=8, int8_units=True, clustered=False),
+        GemmConfig("int4_uint4", "token", 16, 2, int8_units=True, pairs=True, **EVENLY),
+        GemmConfig("int4_uint4", "token", 16, 4, **EVENLY),
+        GemmConfig("int4_uint4", "token", 64, 2, int8_units=True, **EVENLY),
     ]
     return list(dict.fromkeys([*found.values(), *(config.with_most_stages() for config in others)]))
 
@@ -315,6 +319,9 @@ COMPETING = [  # of a sweep: tile, warpgroups, and what else
     (64, 2, {"ctas_per_sm": 2, "bounded": True}),
     (64, 2, {"split": 4, **LONE}),
     (128, 2, {"ways": 2, "split": 2, **LONE}),
+    (16, 2, {"even": True, "late": True, "ctas_per_sm": 2, "bounded": True}),
+    (64, 2, {"even": True, "late": True, "ctas_per_sm": 2, "bounded": True}),
+    (16, 4, {"even": True, "late": True}),
 ]
 
 

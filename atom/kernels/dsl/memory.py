@@ -87,6 +87,12 @@ def load_acquire(counter: Any):
 
 
 @cute.jit
+def store_release(counter: Any, value: Any):
+    """An int32 to global memory, with release order for the GPU."""
+    cute.arch.inline_ptx("st.release.gpu.global.s32 [{$r0}], {$r1};", read_only_args=[counter, value])
+
+
+@cute.jit
 def pack_bf16x2(low: Any, high: Any):
     """Two floats rounded to bfloat16 in one word."""
     return cute.arch.inline_ptx(
