@@ -68,9 +68,10 @@ def pack_weight(linear: LinearScheme, weight: MixedWeight) -> PackedWeight:
     if weight.outlier is not None:
         assert isinstance(weight.outlier, Quantized)
         outliers, outlier_scale = weight.outlier.codes, weight.outlier.scale.scale
-    if kind == "int4_uint4":
-        assert scale.outer is not None
-        return pack_channel_scaled(codes, scale.scale.to(torch.uint8), scale.outer, outliers, outlier_scale)
+    if kind in ("int4_uint4", "int4_uint4_g32"):
+        assert scale.outer is not None and spec.group_size is not None
+        factors = scale.scale.to(torch.uint8)
+        return pack_channel_scaled(codes, factors, scale.outer, outliers, outlier_scale, spec.group_size)
     return pack_group_scaled(codes, scale.scale, outliers, outlier_scale)
 
 

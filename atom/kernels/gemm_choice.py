@@ -67,7 +67,7 @@ def choose_config(
     is_one_round = 48 <= row_tiles <= sms  # of tiles of 64 rows
     if is_one_round and weight == "int8" and tokens <= 16 and units >= 8:
         ways, warpgroups, split, two_fit = 4, 4, 1, False
-    elif is_one_round and weight == "int4_uint4" and 64 < tokens <= 128 and 8 <= units < 64:  # qkv, o
+    elif is_one_round and weight.startswith("int4_uint4") and 64 < tokens <= 128 and 8 <= units < 64:  # qkv, o
         ways, split = 2, 2 if row_tiles * 2 <= sms else 1
         clustered = split == 1
     split = max(1, min(split, units // 4))

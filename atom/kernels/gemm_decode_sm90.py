@@ -75,6 +75,38 @@ class Int4Uint4:
             words[2 * j + 1] = (high * factor[1] + centre1) ^ Uint32(0x80808080)
 
 
+class Int4Uint4By32:
+    """As Int4Uint4, with a factor of 4 bits for each row and 32 columns: what one wgmma multiplies.
+
+    A word holds those of two rows: byte `k` is for columns 32 k to 32 k + 31, its low nibble for `row`.
+    """
+
+    scale_type = Uint32
+    scale_words = 1
+
+    def __init__(self, scale_word: int) -> None:
+        self.scale_word = scale_word
+
+    @cute.jit
+    def load_scales(self, unit, scale, thread):
+        words = cute.make_tensor(unit + self.scale_word, cute.make_layout(32))
+        scale[0] = words[(thread // 32) * 8 + (thread % 32) // 4]
+
+    @cute.jit
+    def decode(self, raw, scale, words):
+        factors = (scale[0] & Uint32(0x0F0F0F0F), (scale[0] >> 4) & Uint32(0x0F0F0F0F))
+        for k in cutlass.range_constexpr(4):
+            factor0 = select_bytes(factors[0], Uint32(0x4440 + k))
+            factor1 = select_bytes(factors[1], Uint32(0x4440 + k))
+            centre0 = Uint32(0x80808080) - factor0 * Uint32(0x08080808)
+            centre1 = Uint32(0x80808080) - factor1 * Uint32(0x08080808)
+            for j in cutlass.range_constexpr(2 * k, 2 * k + 2):
+                low = raw[j] & Uint32(0x0F0F0F0F)
+                high = (raw[j] >> 4) & Uint32(0x0F0F0F0F)
+                words[2 * j] = (low * factor0 + centre0) ^ Uint32(0x80808080)
+                words[2 * j + 1] = (high * factor1 + centre1) ^ Uint32(0x80808080)
+
+
 class Int4Bf16(RowScaled):
     """INT4 to bfloat16: a nibble `code + 8` behind the exponent of 128 reads 136 + code; 136 is taken away."""
 
@@ -170,6 +202,7 @@ def spread_e2m1(word: Any, register: cutlass.Constexpr):
 def decoder(kind: str) -> Any:
     """The decoder of a WeightKind."""
     scale_word = KINDS[kind].code_bytes // 4
-    if kind in ("int4", "int4_uint4", "int4_bf16"):
-        return {"int4": Int4, "int4_uint4": Int4Uint4, "int4_bf16": Int4Bf16}[kind](scale_word)
+    simple = {"int4": Int4, "int4_uint4": Int4Uint4, "int4_uint4_g32": Int4Uint4By32, "int4_bf16": Int4Bf16}
+    if kind in simple:
+        return simple[kind](scale_word)
     return {"int4_g16": Int4Group16, "e2m1_g16": E2m1Group, "e2m1_g32": E2m1Group}[kind](scale_word, int(kind[-2:]))

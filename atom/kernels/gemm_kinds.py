@@ -61,6 +61,8 @@ KINDS = {
         WeightKind("int4", "int8", 4, 128, 128, promoted=True, channel_scaled=False),
         # INT4 codes times an integer factor per row and unit
         WeightKind("int4_uint4", "int8", 4, 128, 128, promoted=False, channel_scaled=True),
+        # the same, a factor per row and 32 columns
+        WeightKind("int4_uint4_g32", "int8", 4, 128, 128, promoted=False, channel_scaled=True),
         WeightKind("int8", "int8", 8, 128, 0, promoted=False, channel_scaled=True),
         WeightKind("e4m3", "e4m3", 8, 128, 0, promoted=True, channel_scaled=True),
         # 4-bit codes that become bfloat16, exactly: alone, or times an 8-bit scale per row and 16 or 32 columns

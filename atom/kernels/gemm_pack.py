@@ -108,23 +108,36 @@ def pack_channel_scaled(
     channel_scale: Tensor,
     outliers: Tensor | None = None,
     outlier_scale: Tensor | None = None,
+    group: int = INT4_COLUMNS,
 ) -> PackedWeight:
     """Units with an unsigned integer factor per row and group under one float32 scale per row, then INT8 outliers.
 
-    codes          int8 [N, Kn]             within [-8, 7]; the last group may be short
-    factors        uint8 [N, ceil(Kn/128)]  within [0, 15]; code x factor stays within INT8
+    codes          int8 [N, Kn]           within [-8, 7]; the last group may be short
+    factors        uint8 [N, ceil(Kn/g)]  within [0, 15], g = `group` of 32, 64 or 128; code x factor stays within INT8
     channel_scale  float32 [N, 1]
     outliers       int8 [N, outliers] or None
     outlier_scale  [N, 1] bfloat16 values, or None
     """
     if int(factors.max()) > 15:
         raise ValueError(f"a group factor is at most 15, got {int(factors.max())}; use scale_format='uint4'")
-    parts = [
-        with_scales(pack_int4_codes(codes, offset=8), factors.to(torch.uint8)),
-        *outlier_units(outliers, outlier_scale),
-    ]
-    units = torch.cat(parts, dim=1).contiguous()
-    return PackedWeight("int4_uint4", units, parts[0].shape[1], channel_scale.reshape(-1).float(), codes.shape[0])
+    packed, factors = pack_int4_codes(codes, offset=8), factors.to(torch.uint8)
+    first = with_scales(packed, factors) if group == INT4_COLUMNS else with_small_groups(packed, factors, group)
+    units = torch.cat([first, *outlier_units(outliers, outlier_scale)], dim=1).contiguous()
+    kind = "int4_uint4" if group == INT4_COLUMNS else "int4_uint4_g32"
+    return PackedWeight(kind, units, first.shape[1], channel_scale.reshape(-1).float(), codes.shape[0])
+
+
+def with_small_groups(packed: Tensor, factors: Tensor, group: int) -> Tensor:
+    """Append each unit's factors of 4 bits, one for each row and 32 columns: [N, groups] of 32 or 64 columns.
+
+    Word `8 w + g` holds those of rows `16 w + g` (low nibbles) and `16 w + g + 8`, a byte for each 32 columns.
+    """
+    tiles, units = packed.shape[:2]
+    each = factors.repeat_interleave(group // 32, 1)
+    padded = torch.nn.functional.pad(each, (0, 4 * units - each.shape[1], 0, tiles * UNIT_ROWS - each.shape[0]))
+    rows = padded.view(tiles, 4, 2, 8, units, 4)  # w, low or high nibble, g
+    words = rows[:, :, 0] | rows[:, :, 1] << 4
+    return torch.cat([packed, words.permute(0, 3, 1, 2, 4).reshape(tiles, units, SCALE_BYTES)], dim=2)
 
 
 def outlier_units(outliers: Tensor | None, scale: Tensor | None) -> list[Tensor]:

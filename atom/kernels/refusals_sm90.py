@@ -7,6 +7,7 @@ from .registry import Problem
 
 LARGEST_ROW = 48 * 1024  # float32 values of a row that fit in shared memory
 LARGEST_ROTATION = 256  # columns of a Hadamard block: what a warp holds
+FACTOR_GROUPS = (32, 64, 128)  # columns under one integer factor
 
 
 def refuses_linear(problem: Problem) -> str | None:
@@ -28,6 +29,9 @@ def refuses_producer(problem: Problem) -> str | None:
         return f"rows of {problem.K} do not fit in shared memory; at most {LARGEST_ROW}"
     if problem.linear == LinearScheme():  # nothing is rounded: the model's own format
         return None if problem.dtype == "bfloat16" else f"full precision must be bfloat16, got {problem.dtype}"
+    activation = problem.linear.activation
+    if activation is not None and _by_factor(activation, "token") and activation.group_size != 128:
+        return f"no producer rounds under factors of {activation.group_size} columns yet"
     return refuses_scheme(problem.linear)
 
 
@@ -44,11 +48,13 @@ def weight_kind(linear: LinearScheme) -> str:
         return "e4m3"
     if weight.format == "int8":
         return "int8"
+    if weight.outer == "channel" and weight.scale_format == "uint4":
+        return "int4_uint4" if weight.group_size == 128 else "int4_uint4_g32"
     if weight.group_size != 128:
         return f"{weight.format}_g{weight.group_size}"
     if activation is None or not _is_integer(activation):
         return "int4_bf16"
-    return "int4_uint4" if weight.outer == "channel" else "int4"
+    return "int4"
 
 
 def refuses_scheme(linear: LinearScheme) -> str | None:
@@ -67,8 +73,9 @@ def refuses_scheme(linear: LinearScheme) -> str | None:
         return f"no producer chooses scales by the rule {activation.scale_rule!r} yet"
     if outliers.count > 256 or (outliers.count and outliers.format != "int8"):
         return f"outliers must be at most 256 INT8 columns, got {outliers.count} in {outliers.format}"
+    by_factor = activation is not None and _by_factor(activation, "token")
     by_group = activation is not None and _is_integer(activation) and activation.group_size == 128
-    if outliers.count and not by_group:
+    if outliers.count and not (by_group or by_factor):
         return "outlier columns need INT4 activations in groups of 128"
     if weight.format in ("int8", "fp8_e4m3"):
         if not _plain(weight, weight.format, Channel()):
@@ -78,14 +85,12 @@ def refuses_scheme(linear: LinearScheme) -> str | None:
     if activation is None or _small_groups(activation):
         known = _small_groups(weight) or _groups_of_128(weight)
         return None if known else f"weights in {weight} have no kernel yet"
+    by_token = _plain(activation, "int8", Token())
+    if _by_factor(weight, "channel"):
+        wants = "INT8 activations per token, or INT4 in groups of 32, 64 or 128 under factors per token"
+        return None if by_token or by_factor else f"integer scales need {wants}"
     if weight.granularity != Group(128) or weight.format not in ("int4", "int3"):
         return f"weights in {weight} have no kernel yet for activations in {activation}"
-    by_token = _plain(activation, "int8", Token())
-    by_factor = by_group and activation.scale_format == "uint4" and activation.outer == "token"
-    by_factor = by_factor and activation.format != "int8"  # code x factor must stay within INT8
-    if weight.outer == "channel" and weight.scale_format == "uint4":
-        wants = "INT8 activations per token, or INT4 in groups of 128 under factors per token"
-        return None if by_token or by_factor else f"integer scales need {wants}"
     if not _groups_of_128(weight):
         return f"{weight.scale_format} weight scales under {weight.outer} have no kernel yet"
     if by_token or (by_group and activation.outer is None and activation.scale_format == "bf16"):
@@ -100,6 +105,12 @@ def _plain(spec: TensorSpec, name: str, granularity: Granularity) -> bool:
 def _is_integer(spec: TensorSpec) -> bool:
     """INT8 per token, or INT4 in groups of 128: codes that INT8 wgmma multiplies."""
     return spec.format in ("int3", "int4", "int8") and spec.group_size in (None, 128)
+
+
+def _by_factor(spec: TensorSpec, outer: str) -> bool:
+    """INT4 codes under integer factors under one scale per row: code x factor stays within INT8."""
+    codes = spec.format in ("int3", "int4") and spec.group_size in FACTOR_GROUPS
+    return codes and spec.scale_format == "uint4" and spec.outer == outer
 
 
 def _groups_of_128(weight: TensorSpec) -> bool:

@@ -1,12 +1,26 @@
 """The linear schemes that the kernels' tests run, by name."""
 
+from dataclasses import replace
+
+from atom.quant.granularity import Group
 from atom.quant.presets import get_scheme
 from atom.quant.schemes import LinearScheme
 from atom.quant.switches import Switches
 
 
 def linear_scheme(name: str) -> LinearScheme:
-    """What the linears of a preset run; `w4a4-bf16` has bfloat16 scales of its groups instead of factors."""
-    preset, _, scales = name.partition("-")
-    switches = Switches(group_scales="bf16") if scales else Switches()
-    return switches.apply(get_scheme(preset)).for_linear("x")
+    """What the linears of a preset run.
+
+    `w4a4-bf16` has bfloat16 scales of its groups instead of factors; `w4a8-g32` groups of 32, of its activations too
+    if they have any.
+    """
+    preset, _, more = name.partition("-")
+    switches = Switches(group_scales="bf16") if more == "bf16" else Switches()
+    linear = switches.apply(get_scheme(preset)).for_linear("x")
+    if not more.startswith("g"):
+        return linear
+    group, activation = Group(int(more[1:])), linear.activation
+    assert linear.weight is not None
+    if activation is not None and activation.group_size is not None:
+        activation = replace(activation, granularity=group)
+    return replace(linear, weight=replace(linear.weight, granularity=group), activation=activation)

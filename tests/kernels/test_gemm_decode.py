@@ -95,6 +95,17 @@ def test_every_code_times_every_integer_factor(decode: Any) -> None:
 
 
 @needs_dsl
+@pytest.mark.parametrize("group", [32, 64])
+def test_every_code_times_every_factor_of_small_groups(group: int, decode: Any) -> None:
+    codes = every_code(70, 328, group, -8)
+    groups = -(-328 // group)
+    factors = (torch.arange(70).unsqueeze(1) + 5 * torch.arange(groups)).remainder(16).to(torch.uint8)
+    packed = pack_channel_scaled(codes, factors, torch.ones(70, 1), group=group)
+    wanted = padded(codes.float() * factors.repeat_interleave(group, 1)[:, :328])
+    assert packed.kind == "int4_uint4_g32" and (operand_matrix(packed, decode) == wanted).all()
+
+
+@needs_dsl
 @pytest.mark.parametrize("name", ["w4a16", "nvfp4", "mxfp4", "nvint4"])
 def test_presets_decode_to_their_weights(name: str, decode: Any) -> None:
     """Random weights with a zero row and a huge value: operand x row scale is the dequantized weight."""

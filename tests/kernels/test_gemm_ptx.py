@@ -59,6 +59,9 @@ CASES = [(name, 19, 75, 328, 16, 2, True) for name in LOW_BIT if name != "w3a3"]
     ("w4a4-bf16", 19, 75, 328, 16, 2, True),
     ("w4a4", 130, 72, 328, 128, 2, False),
     ("w4a4", 260, 72, 328, 256, 2, True),
+    ("w4a4-g32", 19, 75, 328, 16, 2, True),
+    ("w4a4-g64", 64, 75, 328, 64, 2, False),
+    ("w4a8-g32", 130, 72, 328, 128, 2, False),
 ]
 
 
@@ -90,7 +93,15 @@ EVEN = {
 
 @pytest.mark.parametrize("grid", [3, 1, 7])  # CTAs that end one tile of rows and begin another; 1: no sums to add
 @pytest.mark.parametrize(
-    "name,how", [("w4a4", "few"), ("w4a8", "two at a time"), ("w4a4-bf16", "few"), ("w4a4", "more"), ("fp8", "few")]
+    "name,how",
+    [
+        ("w4a4", "few"),
+        ("w4a8", "two at a time"),
+        ("w4a4-bf16", "few"),
+        ("w4a4", "more"),
+        ("fp8", "few"),
+        ("w4a4-g32", "two at a time"),
+    ],
 )
 def test_gemm_shared_evenly(name: str, how: str, grid: int, tmp_path: Path) -> None:
     config = EVEN[how]

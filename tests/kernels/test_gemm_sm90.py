@@ -31,7 +31,7 @@ from atom.kernels.gemm_pack import (
     pack_verbatim,
 )
 from atom.kernels.producers import QuantizingProducer
-from atom.kernels.refusals_sm90 import refuses_linear, refuses_scheme, weight_kind
+from atom.kernels.refusals_sm90 import refuses_linear, refuses_producer, refuses_scheme, weight_kind
 from atom.kernels.registry import Problem
 from atom.quant.formats import get_format
 from atom.quant.granularity import Group
@@ -49,8 +49,7 @@ GPU = pytest.mark.gpu
 
 def schemes() -> dict[str, LinearScheme]:
     linear = {name: get_scheme(name).for_linear("x") for name in PRESETS if name != "bf16"}
-    linear["w4a4-bf16"] = linear_scheme("w4a4-bf16")
-    return linear
+    return linear | {name: linear_scheme(name) for name in ("w4a4-bf16", "w4a4-g32", "w4a4-g64", "w4a8-g32")}
 
 
 # a tail row tile, a tail unit, one unit more; an odd N; SmolLM2's 576 with outliers is 3.5 groups
@@ -289,6 +288,8 @@ def scheme(request: pytest.FixtureRequest) -> LinearScheme:
 def test_linear_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int], bias: bool) -> None:
     """Producer and GEMM against float64 from the dequantized operands, fresh inputs, every element, twice the same."""
     N, K = shape
+    if (reason := refuses_producer(Problem("sm_90", scheme, N, K))) is not None:
+        pytest.skip(reason)
     weight = torch.randn(N, K, device="cuda") * 0.05
     weight[0, 0] = -2.0
     mixed = quantize_weight(weight, scheme)
@@ -308,6 +309,19 @@ def test_linear_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int], bias: b
         assert y.shape == (M, N) and torch.equal(y, run(activation))
         error = (y.double() - expected).abs()
         assert bool((error <= expected.abs() * 2**-8 + coarse * expected.abs().mean()).all()), f"M={M}"
+
+
+@GPU
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_random_operands_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int]) -> None:
+    """Every code under every scale of the formats, against float64, twenty times bit for bit."""
+    N, K = shape
+    weight = random_weight(scheme, N, K, "cuda")
+    gemm = Gemm(pack_weight(scheme, weight), token_scales(scheme))
+    for M in (1, 16, 37, 64, 129, 2100):
+        x = random_activation(scheme, M, K, "cuda")
+        assert fault(gemm, x.codes, x.scales, product(x, weight, scheme), tolerance(scheme), 20) is None, f"M={M}"
 
 
 LONE = {"clustered": False}
