@@ -5,12 +5,12 @@ while a run is under way, beside its shards, so that `--resume` can refuse a run
 """
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Offload = Literal["auto", "on", "off"]
 Precision = Literal["highest", "high"]
 Clip = Literal["measured", "constant"]
-Rotate = Literal["none", "residual"]
+Rotate = Literal["none", "values", "residual"]
 Order = Literal["ascending", "dealt"]
 ScaleSearch = Literal["rounding", "feedback"]
 
@@ -51,7 +51,7 @@ class CalibrationConfig:
     """Where the cache rotates keys: divide them by factors that queries undo, pair by pair, in the weights."""
 
     rotate: Rotate = "none"
-    """residual folds a Hadamard rotation of the residual stream, and of each head's values, into the weights."""
+    """Folds Hadamard rotations into the weights: each head's values, or (residual) the residual stream as well."""
 
     order: Order = "ascending"
     """Of reordered channels: ascending in energy, or dealt out to the blocks of a block_hadamard rotation."""
@@ -68,8 +68,11 @@ class CalibrationConfig:
     distill_windows: int = 512
     """Windows of calibration text to train on; others are drawn to judge by."""
 
-    distill_rate: float = 0.01
-    """Learning rate of codes, in steps of their grid; scales, norms and biases have a tenth of it, relative."""
+    distill_rate: float = 0.003
+    """Learning rate of scales, norms and biases, relative to their size."""
+
+    distill_codes: bool = False
+    """Codes learn as well, at ten times that rate in steps of their grid."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto: cuda where there is one."""
@@ -96,14 +99,14 @@ class CalibrationConfig:
         if self.distill_steps < 0 or self.distill_seconds <= 0 or self.distill_rate <= 0:
             raise ValueError(
                 f"distill_steps {self.distill_steps}, distill_seconds {self.distill_seconds}, distill_rate "
-                f"{self.distill_rate}: steps count from 0, time and rate are positive; try 300 steps, 600 s, 0.01"
+                f"{self.distill_rate}: steps count from 0, time and rate are positive; try 300 steps, 600 s, 0.003"
             )
         if self.order not in ("ascending", "dealt"):
             raise ValueError(f"order must be ascending or dealt, got {self.order!r}; use dealt with block_hadamard")
         if self.scale_search not in ("rounding", "feedback"):
             raise ValueError(f"scale_search must be rounding or feedback, got {self.scale_search!r}; use feedback")
-        if self.rotate not in ("none", "residual"):
-            raise ValueError(f"rotate must be none or residual, got {self.rotate!r}; use residual")
+        if self.rotate not in get_args(Rotate):
+            raise ValueError(f"rotate must be one of {', '.join(get_args(Rotate))}, got {self.rotate!r}; use values")
         if self.offload not in ("auto", "on", "off"):
             raise ValueError(f"offload must be auto, on or off, got {self.offload!r}; use auto")
         if self.matmul_precision not in ("highest", "high"):

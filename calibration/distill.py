@@ -1,15 +1,17 @@
-"""End-to-end distillation of a rounded checkpoint: codes, scales, norms and biases learn what the full model predicts.
+"""End-to-end distillation of a rounded checkpoint: scales, norms and biases learn what the full model predicts.
 
 Rounding layer by layer cannot know what later layers do with an error. Here the rounded model, exactly as it will be
 run, is trained for some minutes to predict what the full-precision model predicts: the loss is the divergence
 KL(full || rounded) of the next token, on calibration text. Nothing changes in form, so nothing is paid at run time.
 A part of the text is held back, and where the divergence does not fall on it the checkpoint stays as it was rounded.
 
-Sources: straight-through training of codes and of scales in units of the grid, as LSQ (arXiv:1902.08153); distillation
-of quantized language models on the full model's own predictions, LLM-QAT (arXiv:2305.17888), EfficientQAT
-(arXiv:2407.11062). Here training starts at GPTQ's codes, and a code moves once its latent has drifted half a step.
+Sources: distillation of quantized language models on the full model's own predictions, LLM-QAT (arXiv:2305.17888);
+scales alone, under codes that stay, EfficientQAT (arXiv:2407.11062). Codes learn where they are asked to, straight
+through the rounding as in LSQ (arXiv:1902.08153): they start as GPTQ's, and one moves once its latent has drifted half
+a step of the grid.
 """
 
+import logging
 import math
 import random
 import time
@@ -31,13 +33,15 @@ from atom.models.tokens import Tokenizer
 from .config import CalibrationConfig
 from .data import SELF, Windows, load_windows
 from .progress import Progress, Silent
-from .student import Student
+from .student import Student, TrainingKV
+from .training_step import PLAIN_STEPS, TrainingStep, schedule
+
+log = logging.getLogger(__name__)
 
 HELD_BACK = 0.05  # of the text
 CHUNK_BYTES = 512 * 2**20  # of one chunk of float32 logits
 WARM_UP_STEPS = 10
-PACED_STEPS = 5  # whose pace says how many fit into the time limit
-OTHERS = 0.1  # relative learning rate of scales, norms and biases, as a share of that of codes in grid steps
+PACED_STEPS = (PLAIN_STEPS + 1, PLAIN_STEPS + 6)  # whose pace between them says how many there is time for
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def distill_checkpoint(
     scheme = read_scheme(checkpoint.config)
     assert scheme is not None, "a checkpoint of this calibrator has a scheme"
     teacher = load_source(source, device, torch.float32)
-    student = Student(checkpoint, scheme, device)
+    student = Student(checkpoint, scheme, device, config.distill_codes)
     found = Training(teacher, student, text, config, progress or Silent()).run()
     _write(student if found.is_better else None, checkpoint, rounded, out, found)
     return found
@@ -124,57 +128,57 @@ class Training:
     def run(self) -> Distilled:
         """Train for the configured steps, fewer if these would take longer than the configured seconds."""
         started = time.perf_counter()
-        groups = self._groups()
-        rates = [float(group["lr"]) for group in groups]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=self.student.device.type == "cuda")
         before = self.divergence(self.text.held_back)
-        steps = self.config.distill_steps
-        first = 0.0  # when the first step was over, which is slower than the others
-        done = 0
+        steps, done, tokens = self.config.distill_steps, 0, 0
+        paced = 0.0  # when the pace began to count
+        records = not any(rope.kind == "dynamic" for rope in self.student.model.model.ropes())
+        if not records:
+            log.info("dynamic RoPE: training steps are launched kernel by kernel, which takes several times as long")
+        step = TrainingStep(self.gradients, self.student.parameters(), self.config.distill_rate, records)
+        last: Tensor | None = None
         for batch in self._batches(self.text.training):
             if done == steps:
                 break
-            factor = min(1.0, (done + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * done / steps))
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-            loss = self.step(batch)
-            if not math.isfinite(loss):
-                raise CalibrationError(
-                    f"the distillation loss became {loss} at step {done}; lower --distill-rate from {rates[0]:g}"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            done += 1
-            self.progress.step(done, steps, loss)
-            if done == 1:
-                first = time.perf_counter()
-            elif done == PACED_STEPS:
-                pace = (time.perf_counter() - first) / (done - 1)
-                steps = max(done, min(steps, int(self.config.distill_seconds / pace)))
-        del optimizer
+            loss = step(batch, schedule(done, steps, WARM_UP_STEPS))
+            self._check(last, done, steps)  # of the step before: this one may still be running
+            last = loss
+            done, tokens = done + 1, tokens + batch.numel()
+            if last is not None and done in PACED_STEPS:
+                self._check(last, done, steps)
+                now = time.perf_counter()
+                if done == PACED_STEPS[0]:
+                    paced = now
+                else:
+                    pace = (now - paced) / (done - PACED_STEPS[0])
+                    left = self.config.distill_seconds - (now - started)
+                    steps = max(done, min(steps, done + int(left / pace)))
+        self._check(last, done, steps)
+        del step
         after = self.divergence(self.text.held_back)
-        return Distilled(done, done * batch.numel(), before, after, time.perf_counter() - started)
+        return Distilled(done, tokens, before, after, time.perf_counter() - started)
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """Parameters and their learning rates: codes in grid steps, scale factors, norms and biases by their size."""
-        latent, factors, plain = self.student.parameters()
-        rate = self.config.distill_rate
-        groups = [{"params": latent, "lr": rate}, {"params": factors, "lr": rate * OTHERS}]
-        for parameter in plain:
-            size = parameter.detach().square().mean().sqrt().item()
-            groups.append({"params": [parameter], "lr": rate * OTHERS * max(size, 1e-3)})
-        return groups
+    def _check(self, loss: Tensor | None, step: int, steps: int) -> None:
+        """Show the loss of `step`; CalibrationError if it is not finite."""
+        if loss is None:
+            return
+        found = loss.item()
+        if not math.isfinite(found):
+            raise CalibrationError(
+                f"the distillation loss became {found} at step {step}; lower --distill-rate from "
+                f"{self.config.distill_rate:g}"
+            )
+        self.progress.step(step, steps, found)
 
-    def step(self, tokens: Tensor) -> float:
+    def gradients(self, tokens: Tensor) -> Tensor:
         """The mean divergence over tokens [windows, length]; gradients are added to the student's parameters."""
         hidden = self.student.hidden(tokens)
         expected = self._expected(tokens)
         leaf = hidden.detach().requires_grad_()
-        total = 0.0
+        total = torch.zeros((), device=leaf.device)
         for rows in self._chunks(len(leaf)):
             loss = self._kl(leaf[rows], expected[rows]) / len(leaf)
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         hidden.backward(leaf.grad)
         return total
 
@@ -190,9 +194,7 @@ class Training:
     @torch.no_grad()
     def _expected(self, tokens: Tensor) -> Tensor:
         """The full model's hidden states [windows * length, hidden_size]."""
-        from atom.models.generate import scheme_cache
-
-        kv = scheme_cache(self.teacher, len(tokens))
+        kv = TrainingKV(self.teacher.config, len(tokens), device=self.student.device)
         hidden: Tensor = self.teacher(tokens.to(self.student.device).flatten(), kv.positions(tokens.shape[1]), kv)
         return hidden
 

@@ -7,8 +7,9 @@ it, so for a norm with gain g, linears W that read the stream, and linears V (bi
 
 and every gain becomes 1. R is a Hadamard matrix with random signs, R = diag(signs) H. The values of each head are
 turned by a Hadamard matrix of their own, v -> v Q, which o undoes: W_v -> Q^T W_v, W_o -> W_o Q by heads; that helps
-o's input and a low-bit cache of values. Nothing is left for run time; what stays to be rotated there, the inputs of o
-and down, is the scheme's `rotation`.
+o's input and a low-bit cache of values, and needs nothing of the stream: it can be had alone. Q = H diag(signs): the
+signs come last, or a Hadamard block over o's input would turn values back. Nothing is left for run time; what stays to
+be rotated there, the inputs of o and down, is the scheme's `rotation`.
 
 Tensors are rotated when they are read, one at a time, so a model of any size streams through.
 Source: QuaRot, arXiv:2404.00456.
@@ -38,35 +39,47 @@ WHOLE = RotationSpec("hadamard")
 Change = Callable[[Tensor], Tensor]
 
 
-def rotate_source(source: Source, seed: int = 0, device: torch.device | str = "cpu") -> Source:
+def rotate_source(
+    source: Source, seed: int = 0, device: torch.device | str = "cpu", values_alone: bool = False
+) -> Source:
     """`source` with its residual stream and its values rotated: the same logits, from other weights.
 
-    seed    of the signs
-    device  where products run; tensors come back on the CPU, in float32
-    Raises UnsupportedError for a family whose layers norm what they add to the stream (Gemma 3), ValueError where no
-    Hadamard matrix of the hidden size or of a head's size is known.
+    seed          of the signs
+    device        where products run; tensors come back on the CPU, in float32
+    values_alone  the stream stays as it is
+    Raises UnsupportedError for a stream that cannot be rotated, where layers norm what they add to it (Gemma 3),
+    ValueError where no Hadamard matrix of the hidden size or of a head's size is known.
     """
     model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
-    weights = RotatedWeights(source.weights, model, seed, torch.device(device))
+    weights = RotatedWeights(source.weights, model, seed, torch.device(device), values_alone)
+    if values_alone:
+        return replace(source, weights=weights)
     return replace(source, config={**source.config, "tie_word_embeddings": False}, weights=weights)
 
 
 class RotatedWeights:
     """The tensors of `weights` (a `Weights` itself) under the rotation; `model` says what each of them does."""
 
-    def __init__(self, weights: Weights, model: Model, seed: int, device: torch.device) -> None:
-        _refuse_inner_norms(model)
+    def __init__(
+        self, weights: Weights, model: Model, seed: int, device: torch.device, values_alone: bool = False
+    ) -> None:
+        config = model.config
+        if not values_alone:
+            _refuse_inner_norms(model)
+            hadamard(config.hidden_size)  # ValueError before any work
+        hadamard(config.head_dim)
         self._weights = weights
         self._model = model
         self._device = device
-        config = model.config
-        hadamard(config.hidden_size), hadamard(config.head_dim)  # ValueError before any work
+        self._values_alone = values_alone
         generator = torch.Generator().manual_seed(seed)
-        self._signs = torch.randint(0, 2, (config.hidden_size,), generator=generator).float().mul_(2).sub_(1)
-        self._signs = self._signs.to(device)
-        self._is_tied = config.tie_embeddings
+        self._signs = _draw_signs(config.hidden_size, generator).to(device)
+        self._head_signs = _draw_signs(config.head_dim, generator).to(device)
+        self._is_tied = config.tie_embeddings and not values_alone
 
     def names(self) -> list[str]:
+        if self._values_alone:
+            return self._weights.names()
         found = [name for name in self._weights.names() if name != HEAD]
         return [*found, HEAD]
 
@@ -90,6 +103,8 @@ class RotatedWeights:
 
     def _change(self, name: str) -> Change | None:
         """What happens to the tensor `name`; None leaves it as it is."""
+        if self._values_alone:
+            return self._value_change(name)
         if name == EMBEDDING:
             return self._turn
         if name == HEAD:
@@ -101,6 +116,13 @@ class RotatedWeights:
         _, _, index, inner = name.split(".", 3)
         module, _, kind = inner.rpartition(".")
         return self._layer_change(f"model.layers.{index}", module, kind)
+
+    def _value_change(self, name: str) -> Change | None:
+        """What happens to the tensor `name` where only values turn."""
+        if name.endswith(".self_attn.v_proj.weight"):
+            return lambda W: self._turn_heads(W.T).T.contiguous()
+        is_turned = name.endswith((".self_attn.v_proj.bias", ".self_attn.o_proj.weight"))
+        return self._turn_heads if is_turned else None
 
     def _layer_change(self, prefix: str, module: str, kind: str) -> Change | None:
         groups = self._model.family.groups
@@ -129,7 +151,7 @@ class RotatedWeights:
 
     def _turn_heads(self, x: Tensor) -> Tensor:
         """x [..., heads * head_dim] -> each head times Q."""
-        return rotate(x.unflatten(-1, (-1, self._model.config.head_dim)), WHOLE).flatten(-2)
+        return (rotate(x.unflatten(-1, (-1, self._model.config.head_dim)), WHOLE) * self._head_signs).flatten(-2)
 
     def _read(self, W: Tensor, norm: str) -> Tensor:
         """A weight [N, hidden_size] that reads what `norm` gives."""
@@ -144,6 +166,10 @@ class RotatedWeights:
         return torch.full_like(gain, 1.0 - self._model.config.norm_offset)
 
 
+def _draw_signs(n: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, (n,), generator=generator).float().mul_(2).sub_(1)
+
+
 def _refuse_inner_norms(model: Model) -> None:
     layer = model.model.layers[0]
     known = [group.producer for group in model.family.groups]
@@ -151,5 +177,5 @@ def _refuse_inner_norms(model: Model) -> None:
     if inner or model.config.embedding_scale is not None:
         raise UnsupportedError(
             f"the residual stream of {model.config.architecture} cannot be rotated: {' and '.join(inner)} norm what is "
-            "added to it, and their gains cannot move on; use --rotation block_hadamard, which needs no folding"
+            "added to it, and their gains cannot move on; use --rotate values and --rotation block_hadamard"
         )

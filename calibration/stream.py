@@ -116,8 +116,8 @@ def quantize_source(
     """As quantize_model, from an opened source and given tokens; `windows` None copies the weights as they are."""
     started = time.perf_counter()
     config = replace(config, device=str(choose_device(config.device)))
-    if config.rotate == "residual":
-        source = rotate_source(source, config.seed, config.device)
+    if config.rotate != "none":
+        source = rotate_source(source, config.seed, config.device, values_alone=config.rotate == "values")
     model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
     check_source(model_tensors(model, None), source, model)
     _check_scheme(model, scheme)

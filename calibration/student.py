@@ -1,13 +1,14 @@
 """A rounded checkpoint as a model that can be trained: the same numbers, with gradients.
 
-Every rounded column keeps a latent value in units of its own grid, starting at its code; what runs is the latent
-rounded, times the group's scale, which has a factor to learn as well. Rounding passes gradients as if it were not
-there (the straight-through estimator, arXiv:1308.3432), and none where the grid ends. Norms and biases are learned
-too; embedding and head are not.
+Every scale has a factor to learn; norms and biases are learned too, embedding and head are not. So are attention's
+weights where they keep full precision and the cache does not. Codes are, where they are asked to: then every rounded
+column keeps a latent value in units of its own grid, starting at its code, and what runs is the latent rounded, times
+the scale. Rounding passes gradients as if it were not there (the straight-through estimator, arXiv:1308.3432), and
+none where the grid ends.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,38 +44,47 @@ def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
 class TrainableColumns(nn.Module):
     """Columns of a weight under one spec.
 
-    latent       [N, k] in units of the grid, whatever the scale; starts at the codes' values
-    log_factor   like the scale; the scale is what was stored times exp(log_factor), rounded to its storage format
+    latent       [N, k] in units of the grid, whatever the scale; starts at the codes' values, and learns if asked to
+    log_factor   like the scales that learn: the outer ones, if inner scales are whole numbers under them, which move in
+                 steps too large to learn; else the inner ones. The scale is what was stored times exp(log_factor),
+                 rounded to its storage format
     """
 
     scale: Tensor
     outer: Tensor | None
     zero_point: Tensor | None
 
-    def __init__(self, columns: Quantized, spec: TensorSpec) -> None:
+    def __init__(self, columns: Quantized, spec: TensorSpec, learns_codes: bool = False) -> None:
         super().__init__()
         self.spec = spec
         self.format = get_format(spec.format)
-        values = code_values(columns.codes, self.format)
-        self.latent = nn.Parameter(values)
-        self.log_factor = nn.Parameter(torch.zeros_like(columns.scale.scale))
+        self.latent = nn.Parameter(code_values(columns.codes, self.format), requires_grad=learns_codes)
         self.register_buffer("scale", columns.scale.scale.clone())
         self.register_buffer("outer", columns.scale.outer)
         self.register_buffer("zero_point", columns.scale.zero_point)
+        self.learns_outer = self.outer is not None and spec.scale_format == "uint4"
+        learning = self.outer if self.learns_outer else self.scale
+        assert learning is not None
+        self.log_factor = nn.Parameter(torch.zeros_like(learning))
 
     def values(self) -> Tensor:
         """What the columns stand for, float32 [N, k]."""
-        low, high = self._range()
-        inside = self.latent.clamp(low, high)
-        grid = inside.round() if self.format.is_integer else self._nearest_float(inside)
-        codes = straight_through(inside, grid)
+        codes: Tensor = self.latent
+        if codes.requires_grad:
+            low, high = self._range()
+            inside = codes.clamp(low, high)
+            grid = inside.round() if self.format.is_integer else self._nearest_float(inside)
+            codes = straight_through(inside, grid)
         if self.zero_point is not None:
             codes = codes - expand_scale(self.zero_point, codes.shape[1], self.spec)
-        scale = self.scale * self.log_factor.exp()
-        scale = straight_through(scale, self._stored_scale())
-        if self.outer is not None:
-            scale = scale * self.outer
-        return codes * expand_scale(scale, codes.shape[1], self.spec)
+        scale, factor = self._stored_scale(), self.log_factor.exp()
+        learned = factor / factor.detach()  # 1, and the gradient of the factor
+        effective = (scale.scale if scale.outer is None else scale.scale * scale.outer) * learned
+        size = self.spec.group_size
+        if size is None or effective.shape[1] == 1 or codes.shape[1] % size:
+            return codes * expand_scale(effective, codes.shape[1], self.spec)
+        grouped: Tensor = codes.unflatten(1, (-1, size)) * effective.unsqueeze(2)
+        return grouped.flatten(1)
 
     @torch.no_grad()
     def quantized(self) -> Quantized:
@@ -85,7 +95,7 @@ class TrainableColumns(nn.Module):
             codes = latent.round().to(self.format.dtype if self.spec.symmetric else torch.uint8)
         else:
             codes = encode_float(latent, self.format)
-        return Quantized(codes, Scale(self._stored_scale(), self.zero_point, self.outer))
+        return Quantized(codes, self._stored_scale())
 
     def _range(self) -> tuple[float, float]:
         if not self.format.is_integer:
@@ -95,26 +105,34 @@ class TrainableColumns(nn.Module):
     def _nearest_float(self, x: Tensor) -> Tensor:
         return code_values(encode_float(x.detach(), self.format), self.format)
 
-    def _stored_scale(self) -> Tensor:
-        return round_scale((self.scale * self.log_factor.exp()).detach(), self.spec.scale_format)
+    @torch.no_grad()
+    def _stored_scale(self) -> Scale:
+        """The scales as they are now, on the grid of their storage format."""
+        factor = self.log_factor.exp()
+        if self.learns_outer:
+            assert self.outer is not None
+            return Scale(self.scale, self.zero_point, self.outer * factor)
+        return Scale(round_scale(self.scale * factor, self.spec.scale_format), self.zero_point, self.outer)
 
 
 class TrainableLinear(nn.Module):
-    """A quantized linear whose codes, scales and bias can learn. Outliers that keep bf16 stay as they are."""
+    """A quantized linear whose scales, bias and codes can learn. Outliers that keep bf16 stay as they are."""
 
     kept: Tensor | None
 
-    def __init__(self, linear: LinearScheme, weight: MixedWeight, bias: Tensor | None) -> None:
+    def __init__(
+        self, linear: LinearScheme, weight: MixedWeight, bias: Tensor | None, learns_codes: bool = False
+    ) -> None:
         super().__init__()
         assert linear.weight is not None
         self.linear = linear
-        self.normal = TrainableColumns(weight.normal, linear.weight)
+        self.normal = TrainableColumns(weight.normal, linear.weight, learns_codes)
         self.outlier: TrainableColumns | None = None
         kept = None
         if isinstance(weight.outlier, Quantized):
             spec = linear.outliers.spec(Channel(), dynamic=False)
             assert spec is not None
-            self.outlier = TrainableColumns(weight.outlier, spec)
+            self.outlier = TrainableColumns(weight.outlier, spec, learns_codes)
         elif weight.outlier is not None:
             kept = weight.outlier
         self.register_buffer("kept", kept)
@@ -137,10 +155,34 @@ class TrainableLinear(nn.Module):
 
 
 class TrainingKV(DenseKV):
-    """The dense cache, whose rounding passes gradients."""
+    """The dense cache, whose rounding passes gradients.
+
+    It hands attention as many key and value heads as there are queries': with fewer, torch has no kernel in float32
+    that does without all scores in memory.
+    """
 
     def _round(self, x: Tensor) -> Tensor:
         return straight_through(x, super()._round(x))
+
+    def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        repeats = self.config.num_heads // self.config.num_kv_heads
+        return super()._append(layer, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1))
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The parameters that learn, by what their size means.
+
+    codes    latent columns, in steps of their grids; none unless asked for
+    factors  logarithms of what scales are multiplied with
+    plain    norms' gains and biases, in their own units
+    weights  of linears in full precision, in their own units
+    """
+
+    codes: list[nn.Parameter]
+    factors: list[nn.Parameter]
+    plain: list[nn.Parameter]
+    weights: list[nn.Parameter]
 
 
 class Student:
@@ -149,9 +191,10 @@ class Student:
     Raises CheckpointError like any reader if a tensor is missing.
     """
 
-    def __init__(self, source: Source, scheme: Scheme, device: torch.device) -> None:
+    def __init__(self, source: Source, scheme: Scheme, device: torch.device, learns_codes: bool = False) -> None:
         self.scheme = scheme
         self.device = device
+        self.learns_codes = learns_codes
         self.keeps_activations: bool | None = None  # found out at the first run
         self.model: Model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
         outside = [name for name in self.model.state_dict() if not name.startswith("model.layers.")]
@@ -169,7 +212,7 @@ class Student:
         """
         decoder = self.model.model
         states = decoder.embed(tokens.to(self.device).flatten())
-        if self.keeps_activations is None:
+        if self.keeps_activations is None and torch.is_grad_enabled():
             self.keeps_activations = self._fits(tokens.numel())
         for layer in decoder.decoder_layers():
             if self.keeps_activations or not torch.is_grad_enabled():
@@ -181,13 +224,13 @@ class Student:
         normed: Tensor = decoder.norm(states)
         return normed
 
-    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-        """All that is learned: latent columns; factors of scales; norms and biases."""
-        found = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        latent = [p for name, p in found if name.endswith(".latent")]
-        factors = [p for name, p in found if name.endswith(".log_factor")]
-        plain = [p for name, p in found if not name.endswith((".latent", ".log_factor"))]
-        return latent, factors, plain
+    def parameters(self) -> Learning:
+        """All that learns."""
+        found: dict[str, list[nn.Parameter]] = {"codes": [], "factors": [], "plain": [], "weights": []}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                found[_kind(name)].append(parameter)
+        return Learning(**found)
 
     def tensors(self, index: int | None) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of all that was learned in layer `index`, or outside of layers, as checkpoints name it."""
@@ -199,7 +242,7 @@ class Student:
             if isinstance(module, TrainableLinear):
                 yield from ((f"{prefix}.{name}.{part}", tensor) for part, tensor in module.stored().items())
         for name, parameter in self.model.get_submodule(prefix).named_parameters():
-            if name.endswith("norm.weight"):
+            if name.endswith((".weight", ".bias")) and parameter.requires_grad:
                 yield f"{prefix}.{name}", parameter.detach()
 
     def _fits(self, tokens: int) -> bool:
@@ -231,6 +274,9 @@ class Student:
         for group in self.model.family.groups:
             perm, shared = None, self.scheme.for_linear(f"{prefix}.{group.linears[0]}")
             if shared.weight is None:
+                if self.scheme.kv is not None and group.linears[0].startswith("self_attn."):
+                    for name in group.linears:
+                        layer.get_submodule(name).requires_grad_(True)
                 continue
             for name in group.linears:
                 full, own = f"{prefix}.{name}", self.scheme.for_linear(f"{prefix}.{name}")
@@ -238,7 +284,7 @@ class Student:
                 perm, bias = parts.pop(PERM, None), parts.pop("bias", None)
                 shape = layer.get_submodule(name).in_features
                 assert isinstance(shape, int)
-                layer.set_submodule(name, TrainableLinear(own, load_weight(parts, shape, own), bias))
+                layer.set_submodule(name, TrainableLinear(own, load_weight(parts, shape, own), bias, self.learns_codes))
             layer.get_submodule(group.producer).register_forward_hook(round_inputs(shared, perm))
         for name, parameter in layer.named_parameters():
             if name.endswith("norm.weight"):
@@ -261,6 +307,15 @@ def round_inputs(linear: LinearScheme, perm: Tensor | None) -> Hook:
         return straight_through(x, rounded)
 
     return hook
+
+
+def _kind(name: str) -> str:
+    """Which list of `Learning` a parameter belongs to."""
+    if name.endswith(".latent"):
+        return "codes"
+    if name.endswith(".log_factor"):
+        return "factors"
+    return "weights" if name.endswith("_proj.weight") else "plain"
 
 
 def _is_of(name: str, linear: str) -> bool:

@@ -18,6 +18,8 @@ from atom.models.generate import scheme_cache
 from atom.models.model import build_model
 from atom.models.source import Source, open_source
 from atom.quant.presets import get_scheme
+from atom.quant.rotation import rotate
+from atom.quant.schemes import RotationSpec
 
 Tiny = Callable[[str], Path]
 Close = Callable[[Path, Path], float]
@@ -38,6 +40,29 @@ def test_the_rotated_model_is_the_same_function(name: str, tiny: Tiny) -> None:
     expected = logits(source)
     found = logits(rotate_source(source, seed=1))
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_turned_values_are_the_same_function(name: str, tiny: Tiny) -> None:
+    source = open_source(tiny(name))
+    turned = rotate_source(source, seed=1, values_alone=True)
+    assert turned.config == source.config and turned.names() == source.names()
+    changed = {n.split(".", 3)[-1] for n in source.names() if not torch.equal(turned.get(n), source.get(n))}
+    assert {"self_attn.v_proj.weight", "self_attn.o_proj.weight"} <= changed
+    assert changed <= {"self_attn.v_proj.weight", "self_attn.o_proj.weight", "self_attn.v_proj.bias"}
+    expected = logits(source)
+    assert (logits(turned) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_hadamard_blocks_of_o_do_not_turn_values_back(tiny: Tiny) -> None:
+    """A loud channel of values stays spread behind a block of a head's size."""
+    source = open_source(tiny("llama"))
+    head_dim = ModelConfig.from_hf(source.config, source.generation_config).head_dim
+    weights = rotate_source(source, values_alone=True).weights
+    loud = torch.zeros(1, head_dim)
+    loud[0, 3] = 1.0
+    turned = weights._turn_heads(loud)  # type: ignore[attr-defined]
+    assert rotate(turned, RotationSpec("block_hadamard", head_dim)).abs().max() < 0.9
 
 
 def test_loud_channels_are_gone(tiny: Tiny) -> None:
@@ -74,6 +99,14 @@ def test_other_signs_are_another_rotation(tiny: Tiny) -> None:
 def test_gemma_is_refused(tiny: Tiny) -> None:
     with pytest.raises(UnsupportedError, match="block_hadamard"):
         rotate_source(open_source(tiny("gemma3")))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_checkpoint_with_turned_values_is_close(
+    name: str, tiny: Tiny, logit_error: Close, quick: CalibrationConfig, tmp_path: Path
+) -> None:
+    quantize_model(tiny(name), get_scheme("w8a8+kv16"), tmp_path / "out", replace(quick, rotate="values"))
+    assert logit_error(tmp_path / "out", tiny(name)) < 0.04
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
