@@ -135,6 +135,14 @@ SCHEMAS: dict[str, RecordSchema] = {
     "latency": RecordSchema(
         ("shape", "scheme", "kv", "batch", "context", "ms", "ms_p99", "prefill_ms", "sol_ms"), (), _KV
     ),
+    "served": RecordSchema(
+        (
+            *("model", "scheme", "kv", "workload", "load", "requests", "errors", "out_tok_s", "slo", "good"),
+            *("ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99", "ppl", "text", "windows"),
+        ),
+        (),
+        _KV,
+    ),
     "profile": RecordSchema(  # shares of the GPU's time, steps in milliseconds; docs/benchmarks.md has the words
         (
             *("shape", "scheme", "kv", "workload", "memory_gb", "batch", "out_tok_s"),

@@ -33,9 +33,9 @@ def write_report(data: BenchData, folder: Path, title: str, plots: bool = True) 
     text, page, raw = folder / "report.md", folder / "report.html", folder / "report.json"
     text.write_text(to_markdown(title, parts), encoding="utf-8")
     page.write_text(to_html(title, parts), encoding="utf-8")
-    found = {name: getattr(data, name) for name in ("rows", "quality", "latency", "loads", "sources")} | {
-        "title": title
-    }
+    found = {
+        name: getattr(data, name) for name in ("rows", "quality", "latency", "profile", "served", "loads", "sources")
+    } | {"title": title}
     found["speedups"] = [row for rows in group_rows(data.rows).values() for row in speedup_rows(rows)]
     raw.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return [text, page, raw, *(content for kind, _, content in parts if kind == "plot")]
@@ -43,7 +43,7 @@ def write_report(data: BenchData, folder: Path, title: str, plots: bool = True) 
 
 def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
     """The report's content in order. Raises ValueError if there is none."""
-    if not (data.rows or data.loads or data.quality or data.latency):
+    if not (data.rows or data.loads or data.quality or data.latency or data.profile or data.served):
         raise ValueError("the files hold no measurement; run atom bench sweep or atom bench serve --output first")
     parts: list[Part] = []
     for (experiment, shape, workload), rows in group_rows(data.rows).items():
@@ -69,9 +69,15 @@ def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
     if compared := compare_all(data.rows, data.latency):
         parts.append(("heading", "4 bits against bf16 and FP8", None))
         parts.append(("table", "Times as fast; within 1 % is not slower", comparison_table(compared)))
+    if data.profile:
+        parts.append(("heading", "Where the time goes", None))
+        parts.append(("table", "Shares of the GPU's time under load, and steps in milliseconds", profile_table(data)))
     if data.quality:
         parts.append(("heading", "Quality, speed and memory side by side", None))
         parts += [("table", name, table) for name, table in quality_tables(data)]
+    if data.served:
+        parts.append(("heading", "Served models", None))
+        parts.append(("table", "Latencies in milliseconds, perplexity through the same server", served_table(data)))
     if data.loads:
         parts.append(("heading", "Over HTTP", None))
         parts.append(("table", "Latencies in milliseconds, as clients saw them", loads_table(data.loads)))
@@ -152,6 +158,31 @@ def latency_table(data: BenchData) -> Table:
         share = None if row["sol_ms"] is None else f"{100 * row['sol_ms'] / row['ms']:.0f} %"
         times = (f"{row['ms']:.2f}", None if row["sol_ms"] is None else f"{row['sol_ms']:.2f}", share)
         body.append([row["shape"], row["batch"], row["context"], label_of(row), *times, row["batch"] / row["ms"] * 1e3])
+    return titles, body
+
+
+PARTS = ("gemm", "decode_attention", "prefill_attention", "append", "producers", "sampling", "torch", "copies", "other")
+
+
+def profile_table(data: BenchData) -> Table:
+    """An engine a line: shares by part of a step, then the two kinds of step, and the host."""
+    titles = ["shape", "workload", "memory", "batch", "scheme", *(part.replace("_", " ") for part in PARTS), "nothing"]
+    titles += ["decode ms", "with prompts ms", "their share", "host ms", "output tok/s"]
+    body: list[list[Any]] = []
+    for row in data.profile:
+        shares = [f"{100 * row[part]:.1f} %" for part in (*PARTS, "idle")]
+        start = (row["shape"], row["workload"], memory_text(row["memory_gb"]), row["batch"], label_of(row))
+        mixed = None if row["mixed_time"] is None else f"{100 * row['mixed_time']:.0f} %"
+        body.append([*start, *shares, row["decode_ms"], row["mixed_ms"], mixed, row["host_ms"], row["out_tok_s"]])
+    return titles, body
+
+
+def served_table(data: BenchData) -> Table:
+    times = ("ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99")
+    keys = ("model", "workload", "load", "requests", "errors", "out_tok_s", "slo", "good", *times, "ppl", "text")
+    titles = ["model", "scheme", "workload", "load", "requests", "errors", "output tok/s", "limits", "within them"]
+    titles += ["TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "perplexity", "of"]
+    body = [[row[keys[0]], label_of(row), *(row[key] for key in keys[1:])] for row in data.served]
     return titles, body
 
 

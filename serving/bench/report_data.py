@@ -22,6 +22,8 @@ class BenchData:
     rows     of record `throughput`
     quality  of records `quality-presets` and `accuracy-frontier`, schemes only
     latency  of records `engine-latency` and `latency`
+    profile  of record `profile`
+    served   of record `served`
     loads    results of `atom bench serve`
     sources  file, date, commit, machine and command of each
     """
@@ -29,6 +31,8 @@ class BenchData:
     rows: list[dict[str, Any]] = field(default_factory=list)
     quality: list[dict[str, Any]] = field(default_factory=list)
     latency: list[dict[str, Any]] = field(default_factory=list)
+    profile: list[dict[str, Any]] = field(default_factory=list)
+    served: list[dict[str, Any]] = field(default_factory=list)
     loads: list[dict[str, Any]] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
@@ -72,12 +76,15 @@ def read_bench(paths: Sequence[Path]) -> BenchData:
         elif isinstance(found, dict) and found.get("name") in LATENCY:
             check_rows(found["name"], found["rows"])
             data.latency.extend(found["rows"])
+        elif isinstance(found, dict) and found.get("name") in ("profile", "served"):
+            check_rows(found["name"], found["rows"])
+            getattr(data, found["name"]).extend(found["rows"])
         elif isinstance(found, dict) and found.get("kind") == KIND:
             data.loads.append({**found, "file": file.name, "samples": None})
         else:
             raise ValueError(
                 f"{file} is neither a record `throughput` nor a result of atom bench serve; give files that atom bench "
-                "sweep or atom bench serve --output wrote"
+                "sweep or atom bench serve --output wrote, or records of latency, quality, profiles"
             )
         facts = {key: found.get(key) for key in ("date", "commit", "command")}
         data.sources.append({"file": file.name, **facts, "machine": found.get("machine", {})})
