@@ -28,11 +28,11 @@ RESULTS = CHECKOUT / "benchmarks" / "results"
 
 KV_FORMATS = ("int4", "int8", "fp8", "bf16")
 PATHS = ("kernels", "reference")
-LADDER_STEPS = ("fp", "rtn", "outliers-bf16", "outliers-int8", "groups", "clip", "gptq", "kv4")
+LADDER_STEPS = ("fp", "rtn", "outliers-bf16", "outliers-int8", "groups", "clip", "gptq", "kv4", "distill")
 # Row keys any record may carry: where a number came from, never what it is.
-COMMENT_KEYS = ("source", "seconds", "seed", "note")
+COMMENT_KEYS = ("source", "seconds", "seed", "note", "commit")
 BITS = ("bits_weight", "bits_activation", "bits_kv")
-PERPLEXITY_EXTRAS = ("window", "tokens", "ppl_stderr", "kl", "calibration")
+PERPLEXITY_EXTRAS = ("window", "tokens", "ppl_stderr", "kl", "calibration", "dtype", "distill_steps")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ SCHEMAS: dict[str, RecordSchema] = {
     ),
     "engine-latency": RecordSchema(
         ("shape", "scheme", "kv", "batch", "context", "ms", "sol_ms", "host_ms", "idle"),
-        ("commit", "head", "cpu_ms"),
+        ("head", "cpu_ms"),
         {"head": ("full", "int8"), **_KV},
     ),
     "engine-host": RecordSchema(

@@ -2,7 +2,8 @@
 
 Source: Atom, arXiv:2310.19102, table 3. Every step but the first quantizes weights and activations to 4 bits. The
 steps `groups` and `clip` have the paper's bf16 scales and constants; those behind them have our recipe's scales and its
-clips, searched and measured.
+clips, searched and measured. The last step, `distill`, is not the paper's: the whole rounded model learns what the
+full-precision model predicts.
 """
 
 from dataclasses import dataclass, replace
@@ -18,16 +19,18 @@ PAPER_WEIGHT_CLIP, PAPER_ACTIVATION_CLIP = 0.85, 0.9
 
 @dataclass(frozen=True)
 class Step:
-    """One rung: its name, what runs, whether GPTQ finds the weights, and where activation clips come from."""
+    """One rung: its name, what runs, whether GPTQ finds the weights, where activation clips come from, and whether the
+    checkpoint is trained after that."""
 
     name: str
     scheme: Scheme
     gptq: bool = False
     clip: Clip = "constant"
+    distilled: bool = False
 
 
 def ladder(outliers: int = 128) -> list[Step]:
-    """fp, rtn, outliers-bf16, outliers-int8, groups, clip, gptq, kv4; the full recipe last."""
+    """fp, rtn, outliers-bf16, outliers-int8, groups, clip, gptq, kv4, distill; the full recipe last."""
     recipe = replace(get_scheme("w4a4"), outliers=OutlierSpec(outliers))
     assert recipe.weight is not None and recipe.activation is not None
     plain_weight = TensorSpec("int4", Channel())
@@ -51,6 +54,7 @@ def ladder(outliers: int = 128) -> list[Step]:
         Step("clip", clipped),
         Step("gptq", replace(recipe, kv=None, kv_offset="bias", kv_rotation="none"), gptq=True, clip="measured"),
         Step("kv4", recipe, gptq=True, clip="measured"),
+        Step("distill", recipe, gptq=True, clip="measured", distilled=True),
     ]
 
 

@@ -12,7 +12,7 @@ from atom.records import LADDER_STEPS
 def test_steps_are_the_records_and_the_last_is_the_preset() -> None:
     steps = ladder()
     assert tuple(step.name for step in steps) == LADDER_STEPS
-    assert steps[-1].scheme == get_scheme("w4a4") and steps[-1].gptq
+    assert steps[-1].scheme == get_scheme("w4a4") and steps[-1].gptq and steps[-1].distilled
     assert not steps[0].scheme.is_quantized
 
 
@@ -30,7 +30,9 @@ def test_each_step_changes_one_thing() -> None:
         {"weight", "activation"},
         {"weight", "activation"},  # our grids: whole factors under a float32
         {"kv", "kv_offset", "kv_rotation"},
+        set(),
     ]
+    assert [step.name for step in steps if step.distilled] == ["distill"]
 
 
 @pytest.mark.parametrize(("hidden", "count"), [(4096, 128), (8192, 256), (576, 16), (896, 32), (2048, 64), (64, 16)])

@@ -1,0 +1,193 @@
+"""What quality.py measures: its options, and the checkpoints that they ask for in their order."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from atom.calibration.config import Clip
+from atom.calibration.ladder import ladder, scaled_outliers
+from atom.eval.perplexity import Bos
+from atom.models.config import ModelConfig
+from atom.models.source import read_config
+from atom.quant.presets import PRESETS, get_scheme
+from atom.quant.schemes import Scheme
+from atom.records import LADDER_STEPS
+
+Rounding = tuple[Scheme, bool, Clip]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measure one model."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Directory, GGUF file or hub id of the full-precision model."""
+
+    name: str
+    """What the records call it."""
+
+    output: Path
+    """The part to write; what it holds already is kept and not measured again."""
+
+    calib: str = "wikitext2"
+    """Calibration text, disjoint from the test texts."""
+
+    text: tuple[str, ...] = ("wikitext2",)
+    """Test texts; the first is for every configuration, the others for the full recipe and full precision."""
+
+    tasks: tuple[str, ...] = ()
+    """lm-eval tasks for the presets."""
+
+    include_path: str | None = None
+    """Folder of lm-eval task files."""
+
+    task_limit: int | None = None
+    """Documents of each task."""
+
+    windows: int = 128
+    """Calibration windows."""
+
+    window_length: int = 2048
+    """Tokens of a calibration window."""
+
+    eval_window: int = 2048
+    """Tokens of a test window."""
+
+    limit: int | None = None
+    """Test windows of each text."""
+
+    bos: Bos = "auto"
+    """As for atom eval."""
+
+    what: tuple[Literal["ladder", "variants", "presets", "kv-rope", "scaled"], ...] = (
+        "ladder",
+        "presets",
+        "kv-rope",
+        "scaled",
+    )
+    """What to measure; variants are the full recipe with one choice made otherwise, scaled is it with the outlier count
+    that is 128's share of 4096 channels."""
+
+    kernels: bool = False
+    """Measure the presets that have GPU kernels through these as well, in bfloat16: rows of their own."""
+
+    kernel_schemes: tuple[str, ...] = ()
+    """Only these presets through the kernels."""
+
+    schemes: tuple[str, ...] = ()
+    """Presets to measure: all, or the ones that time allows."""
+
+    distilled: tuple[str, ...] = ("w4a4",)
+    """Presets to distil besides: rows of their own."""
+
+    distill_steps: int = 200
+    """Steps of distillation, of the ladder's last step and of presets."""
+
+    distill_tokens: int = 4096
+    """Tokens of a step of distillation."""
+
+    steps: tuple[str, ...] = LADDER_STEPS
+    """Steps of the ladder to measure, in this order: all, or the ones that time allows."""
+
+    variants: tuple[str, ...] = ()
+    """Variants to measure, by name: all, or these."""
+
+    device: str = "auto"
+    """cpu or cuda."""
+
+    machine: str = "cpu"
+    """What the records call the machine: h200 or cpu."""
+
+    source: str = ""
+    """Where the weights come from (a GGUF's format, say); stands beside every number."""
+
+    scratch: Path | None = None
+    """Where checkpoints are written and removed again."""
+
+    commit: str | None = None
+    """The commit that is measured; default: the checkout's."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One checkpoint to make and measure, and the records that its numbers belong to.
+
+    step       rung of the ladder, or None
+    is_preset  a row of quality-presets, with tasks and, where asked for, through the kernels
+    variant    what is otherwise than in the full recipe: a row of quality-variants
+    distilled  trained after rounding
+    """
+
+    scheme: Scheme
+    gptq: bool
+    clip: Clip = "measured"
+    step: str | None = None
+    is_preset: bool = False
+    variant: str | None = None
+    distilled: bool = False
+
+    @property
+    def rounding(self) -> Rounding:
+        """What decides the checkpoint before it is distilled."""
+        return self.scheme, self.gptq, self.clip
+
+
+def variants() -> list[Configuration]:
+    """The full recipe with one choice made otherwise, the weights' grids first."""
+    recipe = PRESETS["w4a4"]
+    assert recipe.weight is not None and recipe.activation is not None
+    whole = replace(recipe.weight, clip=1.0, scale_rule="max")
+    unclipped = replace(recipe, weight=whole)
+    schemes = {
+        "weights unclipped": unclipped,
+        "weights unclipped, 16-bit cache": replace(unclipped, kv=None, kv_offset="bias", kv_rotation="none"),
+        "weights searched below the maximum": replace(recipe, weight=replace(recipe.weight, scale_rule="max")),
+        "weights unclipped, bf16 scales": replace(recipe, weight=replace(whole, scale_format="bf16", outer=None)),
+        "bf16 scales": replace(recipe, weight=replace(recipe.weight, scale_format="bf16", outer=None)),
+    }
+    found = [Configuration(scheme, True, variant=name) for name, scheme in schemes.items()]
+    plain = replace(unclipped, activation=replace(recipe.activation, clip=1.0))
+    found.append(Configuration(plain, True, "constant", variant="nothing clipped"))
+    found.append(Configuration(unclipped, False, variant="weights unclipped, rounded to nearest"))
+    return found
+
+
+def configurations(options: Measure) -> list[Configuration]:
+    """What `options` ask for, the ladder first; a rung that is a preset is made once for both."""
+    found = []
+    has_presets = "presets" in options.what
+    if "ladder" in options.what:
+        steps = {step.name: step for step in ladder(128)}
+        for step in (steps[name] for name in options.steps):
+            is_preset = has_presets and step.name in ("fp", "kv4", "distill")
+            found.append(
+                Configuration(step.scheme, step.gptq, step.clip, step.name, is_preset, distilled=step.distilled)
+            )
+    if "variants" in options.what:
+        found += [v for v in variants() if not options.variants or v.variant in options.variants]
+    if has_presets:
+        known = {(c.scheme, c.distilled) for c in found if c.is_preset}
+        found += [c for c in _presets(options) if (c.scheme, c.distilled) not in known]
+    if "scaled" in options.what:
+        raw, generation = read_config(options.model)
+        count = scaled_outliers(ModelConfig.from_hf(raw, generation).hidden_size)
+        step = next(step for step in ladder(count) if step.name == "kv4")
+        found.append(Configuration(step.scheme, step.gptq, step.clip, step.name))
+    return found
+
+
+def _presets(options: Measure) -> list[Configuration]:
+    """The presets that `options` ask for, full precision first, since the others lose against it."""
+    schemes = [PRESETS["bf16"], *(s for s in PRESETS.values() if s.is_quantized)]
+    schemes += [get_scheme(f"bf16+{kv}") for kv in ("kv4", "kv8", "kvfp8")]
+    found = []
+    for scheme in schemes:
+        if options.schemes and scheme.name not in options.schemes:
+            continue
+        plain = Configuration(scheme, scheme.weight is not None and scheme.name not in ("w8a8", "fp8"), is_preset=True)
+        found.append(plain)
+        if scheme.weight is not None and scheme.name in options.distilled:
+            found.append(replace(plain, distilled=True))
+    return found
