@@ -249,7 +249,7 @@ class Engine:
         self._failures += 1
         self._num_failures += 1
         cause = failure.__cause__
-        logger.error("step %d of %d sequences failed", failure.step.number, len(failure.step.entries), exc_info=cause)
+        logger.error("step %d of %d sequences failed", failure.step.number, failure.step.batch.num_seqs, exc_info=cause)
         self._steps.clear()
         outputs = self._scheduler.fail()
         try:

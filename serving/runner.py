@@ -199,10 +199,9 @@ class Launched:
 
 def prompt_parts(step: Step) -> list[PromptPart]:
     """What a step computes of prompts whose logprobs are wanted."""
-    first = step.batch.num_decodes
     return [
         PromptPart(index, int(step.batch.cu_seqlens_q[index]), tuple(tokens), wanted)
-        for index, entry in enumerate(step.entries[first:], first)
+        for index, entry in enumerate(step.rest, len(step.decodes))
         if (wanted := entry.sequence.params.prompt_logprobs) is not None and (tokens := _prompt_tokens(entry))
     ]
 

@@ -16,19 +16,24 @@ runner must execute steps in order on one stream: a block that was freed may be 
 
 from bisect import bisect_left, insort
 from collections import deque
-from itertools import repeat
+from collections.abc import Iterable
+from itertools import compress, repeat
 from operator import attrgetter
 
+import numpy as np
+
 from .admission import check_room
-from .batch import Entry, LaneTables, Step
+from .batch import Entry, Step
 from .block_manager import BlockManager
 from .config import SchedulerConfig
+from .decoding import Decodes, Decoding
 from .drafts import Drafting, Sampled
 from .errors import InvalidRequestError
+from .lane_tables import LaneTables
 from .ngram import NgramIndex, can_speculate
 from .prefix import PrefixHasher
 from .request import FinishReason, Request
-from .result import FAULTY, StepResult
+from .result import FAULTY, StepResult, TokenLogprobs
 from .sequence import Output, Sequence
 from .stats import Stats
 
@@ -43,6 +48,11 @@ def _entry(
 ) -> Entry:
     """Entry(...), in half the time."""
     return _new_tuple(Entry, (sequence, lane, sequence.epoch, start, end, samples, masks_stop, drafts))
+
+
+def _may_guess(sequence: Sequence) -> bool:
+    """It decodes, with drafts where something can be guessed; they follow its last token, so that must be known."""
+    return sequence.ngrams is not None and sequence.is_decode and not sequence.pending and not sequence.is_sampled_out
 
 
 class Scheduler:
@@ -61,6 +71,7 @@ class Scheduler:
         self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences of each
         self._waiting: list[Sequence] = []  # both sorted by order
         self._running: list[Sequence] = []
+        self._decoding = Decoding(config.max_num_seqs, config.block_size)  # most of them
         self._in_flight: deque[Step] = deque()
         self._new_seqs = 0  # waiting sequences that never ran, and their prompt tokens
         self._new_tokens = 0
@@ -133,9 +144,11 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step; None if there is nothing to compute before an update, or at all."""
         preemptions = self._preemptions
-        entries, drafted, prefills = self._plan_running()
-        num_decodes = len(entries)
-        entries += drafted
+        self._grow()
+        decodes = self._decoding.advance()
+        rest, drafted, prefills = self._plan_others()
+        num_decodes = len(decodes) + len(rest)
+        rest += drafted
         budget = self.config.max_num_batched_tokens - num_decodes - sum(entry.num_tokens for entry in drafted)
         chunks = []
         for sequence in prefills:
@@ -158,10 +171,11 @@ class Scheduler:
             admitted.append(sequence)
         if admitted:
             self._last_admission = self._steps
-        entries += [self._chunk(sequence, end) for sequence, end in chunks]
-        if not entries:
+        rest += [self._chunk(sequence, end) for sequence, end in chunks]
+        if not decodes and not rest:
             return None
-        step = Step(self._steps, tuple(entries), tuple(admitted), self._lanes.build(entries, num_decodes))
+        batch = self._lanes.build(decodes, rest, num_decodes)
+        step = Step(self._steps, decodes, tuple(rest), tuple(admitted), batch)
         self._steps += 1
         self._in_flight.append(step)
         return step
@@ -178,34 +192,19 @@ class Scheduler:
         assert len(result.token_ids) == len(step.batch.sample_rows), "one token for each row that is sampled"
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(step, result)
-        tokens, logprobs = iter(result.token_ids), iter(result.logprobs or repeat(None))
-        size, registers = self.config.block_size, self.config.prefix_cache
-        outputs = []
-        for entry in step.entries:
-            sequence, _, epoch, _, end, samples, _, drafts = entry  # in half the time of asking for each by name
-            if drafts:
+        outputs = self._take_decodes(step.decodes, result) if step.decodes else []
+        count = len(step.decodes)
+        tokens = iter(result.token_ids[count:])
+        logprobs = repeat(None) if result.logprobs is None else iter(result.logprobs[count:])
+        for entry in step.rest:
+            if entry.drafts:
                 found = self._drafting.take(entry, tokens, logprobs)
-                if sequence.finish_reason is None:
+                if entry.sequence.finish_reason is None:
                     outputs.append(self._verify(entry, found))
-                continue
-            token, logprob = (next(tokens), next(logprobs)) if samples else (None, None)
-            if sequence.finish_reason is not None:
-                continue
-            if token == FAULTY:
-                self._output_tokens -= 1
-                outputs.append(self._end(sequence, FinishReason.ERROR))
-                continue
-            if token is not None:
-                sequence.pending -= 1
-                sequence.append(token)
-            if sequence.lane is not None and sequence.epoch == epoch:  # not preempted since
-                sequence.computed = end
-                if registers and end // size > sequence.registered:
-                    self._register(sequence, end // size)
-            if token is not None:
-                outputs.append(sequence.output((token,), None if logprob is None else (logprob,)))
-                if sequence.finish_reason is not None:
-                    self._remove(sequence)
+            elif entry.samples:
+                outputs += self._take(entry.sequence, entry.epoch, entry.end, next(tokens), next(logprobs))
+            elif entry.sequence.finish_reason is None:
+                self._note_computed(entry.sequence, entry.epoch, entry.end)
         self._output_tokens += len(outputs)
         return outputs
 
@@ -234,6 +233,7 @@ class Scheduler:
     def check(self) -> None:
         """Assert what must hold between any two calls; what breaks it is a bug here."""
         self.blocks.check()
+        self._decoding.check()
         running, waiting = self._running, self._waiting
         live = {s.sequence_id for sequences in self._requests.values() for s in sequences}
         assert live == {s.sequence_id for s in (*running, *waiting)}, "a sequence is lost or outlived its request"
@@ -254,44 +254,100 @@ class Scheduler:
                 alone = self.blocks.references(block) == 1 and not self.blocks.is_registered(block)
                 assert alone, "a block that will be written is shared"
 
+    def _take_decodes(self, decodes: Decodes, result: StepResult) -> list[Output]:
+        """Take the tokens of the sequences that do nothing but decode, which come first."""
+        count = len(decodes)
+        taken = self._decoding.take(decodes, np.array(result.token_ids[:count], dtype=np.int32))
+        sequences, tokens, logprobs = decodes.sequences, result.token_ids, result.logprobs
+        rows: Iterable[tuple[Sequence, int, TokenLogprobs | None]] = zip(
+            sequences, tokens, logprobs or repeat(None), strict=False
+        )
+        if not taken.all():
+            rows = compress(rows, taken.tolist())
+        outputs = []
+        for sequence, token, logprob in rows:
+            sequence.token_ids.append(token)
+            found = None if logprob is None else (logprob,)
+            news = (sequence.request_id, sequence.index, (token,), None, None, sequence.cached_tokens, found, None)
+            outputs.append(_new_tuple(Output, news))
+        if self.config.prefix_cache:
+            ends = decodes.starts + 1
+            for row in np.nonzero(taken & (ends % self.config.block_size == 0))[0].tolist():
+                self._register(sequences[row], int(ends[row]) // self.config.block_size)
+        for row in np.nonzero(~taken)[0].tolist():
+            epoch, end = int(decodes.epochs[row]), int(decodes.starts[row]) + 1
+            outputs += self._take(sequences[row], epoch, end, tokens[row], None if logprobs is None else logprobs[row])
+        return outputs
+
+    def _take(
+        self, sequence: Sequence, epoch: int, end: int, token: int, logprob: TokenLogprobs | None
+    ) -> list[Output]:
+        """Take the token that a step sampled from a sequence's first `end` tokens; no news if it has ended since."""
+        if sequence.finish_reason is not None:
+            return []
+        if token == FAULTY:
+            self._output_tokens -= 1
+            return [self._end(sequence, FinishReason.ERROR)]
+        sequence.came_back(token)
+        self._note_computed(sequence, epoch, end)
+        output = sequence.output((token,), None if logprob is None else (logprob,))
+        if sequence.finish_reason is not None:
+            self._remove(sequence)
+        return [output]
+
+    def _note_computed(self, sequence: Sequence, epoch: int, end: int) -> None:
+        """A step has come back that computed a sequence up to `end`, if it has not been preempted since."""
+        if sequence.lane is not None and sequence.epoch == epoch:
+            sequence.computed = end
+            if self.config.prefix_cache:
+                self._register(sequence, end // self.config.block_size)
+
     def _keep_prompt_logprobs(self, step: Step, result: StepResult) -> None:
         """Collect them chunk by chunk; they leave with the sequence's first token."""
         for index, found in result.prompt_logprobs.items():
-            kept, start = step.entries[index].sequence.prompt_logprobs, step.entries[index].start + 1
+            entry = step.rest[index - len(step.decodes)]
+            kept, start = entry.sequence.prompt_logprobs, entry.start + 1
             if kept:  # not handed out already
                 kept[start : start + len(found)] = found
 
-    def _plan_running(self) -> tuple[list[Entry], list[Entry], list[Sequence]]:
-        """The entries of the sequences that decode in this step, without and with drafts, and those still in a prompt.
+    def _grow(self) -> None:
+        """Have a block for every token that begins one, in order; preempts the last in order to get there."""
+        growing = self._decoding.at_block_start()
+        if self.config.num_speculative_tokens:
+            size = self.config.block_size
+            growing += [(s, s.length) for s in self._running if _may_guess(s) and s.scheduled % size == 0]
+            growing.sort(key=lambda each: each[0].order)
+        for sequence, length in growing:
+            while sequence.lane is not None:
+                if self.blocks.append(sequence.sequence_id, length):
+                    self._extend_lane(sequence)
+                    break
+                self._preempt(self._running[-1])  # never before `sequence` in order, so not grown already
 
-        Preempts to get there. It runs for every sequence and step, so the questions that Sequence answers (is_decode,
-        is_sampled_out, length) are written out.
-        """
-        decodes: list[Entry] = []
+    def _plan_others(self) -> tuple[list[Entry], list[Entry], list[Sequence]]:
+        """Entries of sequences that may guess, without and with drafts, and the sequences still in their prompts."""
+        plain: list[Entry] = []
         drafted: list[Entry] = []
         prefills: list[Sequence] = []
-        size = self.config.block_size
+        if len(self._decoding) == len(self._running):
+            return plain, drafted, prefills
         spare = self.config.max_num_batched_tokens - len(self._running)  # tokens of a step that may be drafts
-        for sequence in tuple(self._running):
-            start, length = sequence.scheduled, len(sequence.token_ids) + sequence.pending
-            if sequence.lane is None or length >= sequence.max_length:  # preempted just now, or nothing left to compute
+        for sequence in self._running:
+            if sequence.decoding is not None or sequence.is_sampled_out:
                 continue
-            if length - start != 1 or length == sequence.num_prompt:
+            start, length = sequence.scheduled, sequence.length
+            if sequence.ngrams is None or not sequence.is_decode:
                 prefills.append(sequence)
-            elif sequence.ngrams is not None and sequence.pending:  # drafts follow the last token, so it must be known
-                continue
-            elif start % size or self._grow(sequence):
+            elif _may_guess(sequence):
                 masks = length + 1 < sequence.min_length
-                if sequence.ngrams is not None and not masks and (drafts := self._drafting.propose(sequence, spare)):
-                    end = length + len(drafts)
-                    spare -= len(drafts)
-                    drafted.append(_entry(sequence, sequence.lane, start, end, True, False, drafts))
-                else:
-                    plain = (sequence, sequence.lane, sequence.epoch, start, length, True, masks, ())
-                    decodes.append(_new_tuple(Entry, plain))
+                drafts = () if masks else self._drafting.propose(sequence, spare)
+                spare -= len(drafts)
+                assert sequence.lane is not None
+                entry = _entry(sequence, sequence.lane, start, length + len(drafts), True, masks, drafts)
+                (drafted if drafts else plain).append(entry)
                 sequence.scheduled = length
                 sequence.pending += 1
-        return decodes, drafted, prefills
+        return plain, drafted, prefills
 
     def _verify(self, entry: Entry, found: list[Sampled]) -> Output:
         """Take what was sampled from a sequence's last token and from those of its drafts that were right."""
@@ -301,24 +357,13 @@ class Scheduler:
             return self._end(sequence, FinishReason.ERROR)
         taken = self._drafting.accept(entry, found)
         self._output_tokens += len(taken) - 1
-        full = sequence.computed // self.config.block_size
-        if self.config.prefix_cache and sequence.lane is not None and full > sequence.registered:
-            self._register(sequence, full)
+        if self.config.prefix_cache and sequence.lane is not None:
+            self._register(sequence, sequence.computed // self.config.block_size)
         logprobs = tuple(each for _, each in taken if each is not None)
         output = sequence.output(tuple(token for token, _ in taken), logprobs or None)
         if sequence.is_finished:
             self._remove(sequence)
         return output
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """Have a block for a decode's token; False if only the sequence itself was left to preempt for it."""
-        while not self.blocks.append(sequence.sequence_id, sequence.length):
-            victim = self._running[-1]  # never before `sequence` in order, so not planned already
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        self._extend_lane(sequence)
-        return True
 
     def _extend_lane(self, sequence: Sequence) -> None:
         assert sequence.lane is not None
@@ -397,10 +442,14 @@ class Scheduler:
         samples = end == length
         sequence.scheduled = end
         sequence.pending += samples
+        if samples and sequence.ngrams is None:
+            self._decoding.join(sequence)
         return _entry(sequence, sequence.lane, start, end, samples, length + 1 < sequence.min_length)
 
     def _register(self, sequence: Sequence, full: int) -> None:
-        """Offer the sequence's `full` computed blocks to the prefix cache."""
+        """Offer the sequence's `full` computed blocks to the prefix cache, as far as they are new."""
+        if full <= sequence.registered:
+            return
         self._hasher.extend(sequence.digests, sequence.token_ids, sequence.request.cache_salt)
         for index in range(sequence.registered, full):
             self.blocks.register(sequence.sequence_id, index, sequence.digests[index])
@@ -416,6 +465,8 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         """Take a sequence out of the running ones, with its blocks and lane."""
         assert sequence.lane is not None
+        if sequence.decoding is not None:
+            self._decoding.leave(sequence)
         del self._running[bisect_left(self._running, sequence.order, key=_order)]
         self.blocks.free(sequence.sequence_id)
         self._lanes.give_back(sequence.lane)

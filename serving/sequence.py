@@ -9,15 +9,17 @@ A sequence lacks the steps for `length - scheduled` tokens, where length = len(t
 first, one token in decode, all of it again after a preemption.
 """
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from .ngram import NgramIndex
 from .request import FinishReason, Request
 from .result import TokenLogprobs
 
+if TYPE_CHECKING:
+    from .decoding import Decoding
 
-@dataclass(slots=True)  # not frozen: made for every token, and that would triple the time
-class Output:
+
+class Output(NamedTuple):  # made for every token: a named tuple takes a third of a frozen dataclass's time
     """News of one sequence: what `Scheduler.update` hands to the front end.
 
     token_ids      new tokens, in order; an EOS or stop token that ended the sequence is among them
@@ -29,7 +31,7 @@ class Output:
     """
 
     request_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
@@ -39,11 +41,15 @@ class Output:
 
 
 class Sequence:
-    """State of one sample of a request; only the scheduler changes it."""
+    """State of one sample of a request; only the scheduler changes it.
+
+    decoding  holds `scheduled`, `computed` and `pending` while all that steps do with the sequence is to decode
+    """
 
     def __init__(self, sequence_id: int, request: Request, index: int, max_tokens: int, order: tuple[int, int]) -> None:
         self.sequence_id = sequence_id
         self.request = request
+        self.request_id = request.request_id
         self.params = request.params
         self.index = index
         self.max_tokens = max_tokens
@@ -60,9 +66,10 @@ class Sequence:
         self.ngrams: NgramIndex | None = None  # where drafts come from, if its tokens are guessed at all
         self.digests: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
         self.registered = 0  # leading blocks of the current table that were offered to the prefix cache
-        self.pending = 0
-        self.scheduled = 0
-        self.computed = 0
+        self.decoding: Decoding | None = None
+        self._pending = 0
+        self._scheduled = 0
+        self._computed = 0
         self.lane: int | None = None  # row of the runner's per-sequence state while running
         self.epoch = 0  # admissions so far: tells a step's entries from before a preemption
         self.cached_tokens = 0
@@ -75,6 +82,35 @@ class Sequence:
     def __repr__(self) -> str:
         state = self.finish_reason or ("waiting" if self.lane is None else "running")
         return f"Sequence({self.request.request_id!r}[{self.index}], {self.scheduled}/{self.length} tokens, {state})"
+
+    @property
+    def scheduled(self) -> int:
+        return self._scheduled if self.decoding is None else int(self.decoding.scheduled[self.lane])
+
+    @scheduled.setter
+    def scheduled(self, count: int) -> None:
+        assert self.decoding is None
+        self._scheduled = count
+
+    @property
+    def computed(self) -> int:
+        return self._computed if self.decoding is None else int(self.decoding.computed[self.lane])
+
+    @computed.setter
+    def computed(self, count: int) -> None:
+        if self.decoding is None:
+            self._computed = count
+        else:
+            self.decoding.computed[self.lane] = count
+
+    @property
+    def pending(self) -> int:
+        return self._pending if self.decoding is None else self.scheduled + 1 - len(self.token_ids)
+
+    @pending.setter
+    def pending(self, count: int) -> None:
+        assert self.decoding is None
+        self._pending = count
 
     @property
     def length(self) -> int:
@@ -106,6 +142,15 @@ class Sequence:
         """Every prompt token must run through the model, cached or not: their logprobs are wanted, once a request."""
         return self.params.prompt_logprobs is not None and self.index == 0 and not self.num_output
 
+    def came_back(self, token: int) -> None:
+        """Take a token that was pending, as `append` does."""
+        if self.decoding is None:
+            self._pending -= 1
+        else:
+            assert self.lane is not None
+            self.decoding.came_back(self.lane, token)
+        self.append(token)
+
     def append(self, token: int) -> None:
         """Take a token that came back; sets `finish_reason` if it is the last."""
         token_ids = self.token_ids
@@ -122,7 +167,7 @@ class Sequence:
             assert len(found) == self.num_prompt - 1, "a prompt token's logprob was never computed"
             of_prompt, self.prompt_logprobs = tuple(found), []
         return Output(
-            self.request.request_id,
+            self.request_id,
             self.index,
             token_ids,
             self.finish_reason,

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from .request import FinishReason, Request
@@ -170,8 +169,7 @@ def joined(outputs: Sequence[Output]) -> Output:
     if len(outputs) == 1:
         return outputs[0]
     has_logprobs = any(each.logprobs is not None for each in outputs)
-    return replace(
-        outputs[-1],
+    return outputs[-1]._replace(
         token_ids=tuple(token for each in outputs for token in each.token_ids),
         logprobs=tuple(found for each in outputs for found in each.logprobs or ()) if has_logprobs else None,
         prompt_logprobs=next((each.prompt_logprobs for each in outputs if each.prompt_logprobs is not None), None),

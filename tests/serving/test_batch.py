@@ -2,8 +2,8 @@
 
 import pytest
 
-from atom.serving.batch import LaneTables
 from atom.serving.config import SchedulerConfig
+from atom.serving.lane_tables import LaneTables
 from atom.serving.request import Request
 from atom.serving.result import StepResult
 from atom.serving.sampling_params import SamplingParams

@@ -1,0 +1,123 @@
+"""A step's arrays, made of its decoding sequences, its other entries, and the block tables of their lanes."""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+
+from .batch import Batch, Entry, Int32
+from .decoding import Decodes
+
+
+class LaneTables:
+    """Block tables by lane, kept as one array so that a batch gathers its rows at once."""
+
+    def __init__(self, num_lanes: int, max_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self._tables = np.zeros((num_lanes, max_blocks), dtype=np.int32)
+        self._lengths = [0] * num_lanes  # blocks written
+        self._free = list(reversed(range(num_lanes)))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free lane, its table empty."""
+        lane = self._free.pop()
+        self._tables[lane] = 0
+        self._lengths[lane] = 0
+        return lane
+
+    def give_back(self, lane: int) -> None:
+        assert lane not in self._free, f"lane {lane} is free already"
+        self._free.append(lane)
+
+    def extend(self, lane: int, table: SequenceOf[int]) -> None:
+        """Write those blocks of a sequence's table that are new since the last call."""
+        written = self._lengths[lane]
+        if written < len(table):
+            self._tables[lane, written : len(table)] = table[written:]
+            self._lengths[lane] = len(table)
+
+    def build(self, decodes: Decodes, rest: SequenceOf[Entry], num_decodes: int) -> Batch:
+        """The arrays of a step; the tables of its lanes must be up to date.
+
+        num_decodes  of the leading sequences, some of the rest included, see Batch
+        """
+        if not rest:
+            return self._build_decodes(decodes)
+        _, own_lanes, _, own_starts, own_ends, own_samples, own_masks, own_drafts = zip(*rest, strict=True)
+        count = len(decodes)
+        starts = _joined(decodes.starts, own_starts)
+        ends = _joined(decodes.starts + 1, own_ends)
+        lanes = _joined(decodes.lanes, own_lanes)
+        samples = np.concatenate((np.ones(count, dtype=np.bool_), np.array(own_samples, dtype=np.bool_)))
+        counts = ends - starts
+        cu_seqlens_q = np.zeros(len(starts) + 1, dtype=np.int32)
+        np.cumsum(counts, out=cu_seqlens_q[1:])
+        owner = np.repeat(np.arange(len(starts)), counts)  # [T]
+        positions = np.arange(cu_seqlens_q[-1], dtype=np.int32) + (starts - cu_seqlens_q[:-1])[owner]
+        blocks = self._tables[lanes[owner], positions // self.block_size].astype(np.int64)
+        block_tables = self._tables[lanes, : -(-ends.max() // self.block_size)]  # a copy: lanes indexed it
+        token_ids = np.concatenate((decodes.tokens, np.array(_tokens(rest), dtype=np.int32)))
+        pending = decodes.is_pending.nonzero()[0].astype(np.int32)
+        rows = cu_seqlens_q[1:][samples] - 1
+        masks_stop = np.concatenate((decodes.masks_stop, np.array(own_masks, dtype=np.bool_)))[samples]
+        sample_lanes = lanes[samples]
+        if any(own_drafts):
+            widths = np.array([1] * count + [1 + len(drafts) for drafts in own_drafts], dtype=np.int32)[samples]
+            last = np.cumsum(widths)
+            rows = np.repeat(rows - last + 1, widths) + np.arange(last[-1], dtype=np.int32)
+            sample_lanes, masks_stop = np.repeat(sample_lanes, widths), np.repeat(masks_stop, widths)
+        assert len(token_ids) == cu_seqlens_q[-1]
+        return Batch(
+            token_ids=token_ids,
+            pending=pending,
+            pending_lanes=lanes[pending],
+            positions=positions,
+            slots=blocks * self.block_size + positions % self.block_size,
+            cu_seqlens_q=cu_seqlens_q,
+            seqlens_k=ends,
+            block_tables=block_tables,
+            lanes=lanes,
+            sample_rows=rows.astype(np.int32, copy=False),
+            sample_lanes=sample_lanes,
+            masks_stop=masks_stop,
+            num_decodes=num_decodes,
+        )
+
+    def _build_decodes(self, decodes: Decodes) -> Batch:
+        """`build` of nothing else: what runs most of the time."""
+        lanes, starts = decodes.lanes, decodes.starts
+        blocks = self._tables[lanes, starts // self.block_size].astype(np.int64)
+        rows = np.arange(len(decodes) + 1, dtype=np.int32)
+        pending = rows[:-1][decodes.is_pending]
+        ends = starts + 1
+        return Batch(
+            token_ids=decodes.tokens,
+            pending=pending,
+            pending_lanes=lanes[pending],
+            positions=starts,
+            slots=blocks * self.block_size + starts % self.block_size,
+            cu_seqlens_q=rows,
+            seqlens_k=ends,
+            block_tables=self._tables[lanes, : -(-ends.max() // self.block_size)],
+            lanes=lanes,
+            sample_rows=rows[:-1],
+            sample_lanes=lanes,
+            masks_stop=decodes.masks_stop,
+            num_decodes=len(decodes),
+        )
+
+
+def _joined(decodes: Int32, rest: tuple[int, ...]) -> Int32:
+    return np.concatenate((decodes, np.array(rest, dtype=np.int32)))
+
+
+def _tokens(entries: Iterable[Entry]) -> list[int]:
+    """The input tokens of entries, drafts included."""
+    tokens: list[int] = []
+    for sequence, _, _, start, end, _, _, drafts in entries:
+        tokens += (sequence.token_ids[start], *drafts) if drafts else sequence.token_ids[start:end]
+    return tokens
