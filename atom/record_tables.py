@@ -9,8 +9,8 @@ A table stands between two comments and is rewritten by `python -m atom.record_t
     <!-- /record -->
 
 The first form lists rows; `key=Title` renames a column, and a key whose `key:stderr` is in the row shows both.
-The second crosses two keys. Markers start at the first column: indented ones, as here, are examples.
-`where` keeps rows (key=value,key=value), `digits` rounds, `machine` defaults to cpu.
+The second crosses two keys; `rows=scheme+kv` names its lines by two. Markers start at the first column: indented
+ones, as here, are examples. `where` keeps rows (key=value,key=value), `digits` rounds, `machine` defaults to cpu.
 """
 
 import re
@@ -102,16 +102,20 @@ def _cross(spec: TableSpec, rows: Sequence[Row]) -> list[list[str]]:
     if len(spec.columns) != 1:
         raise ValueError(f"record:{spec.name}: a cross table has one key in columns=, got {len(spec.columns)}")
     across = spec.columns[0][0]
-    heads, tops = ([*dict.fromkeys(str(row.get(key)) for row in rows)] for key in (spec.rows, across))
+    heads, tops = ([*dict.fromkeys(_name(row, key) for row in rows)] for key in (spec.rows, across))
     cells: dict[tuple[str, str], str] = {}
     for row in rows:
-        place = str(row.get(spec.rows)), str(row.get(across))
+        place = _name(row, spec.rows), _name(row, across)
         if place in cells:
             raise ValueError(
                 f"record:{spec.name}: two rows for {spec.rows}={place[0]}, {across}={place[1]}; narrow where="
             )
         cells[place] = _cell(row, spec.value, spec.digits)
     return [[spec.rows, *tops]] + [[head, *(cells.get((head, top), "") for top in tops)] for head in heads]
+
+
+def _name(row: Row, keys: str) -> str:
+    return " ".join(str(row.get(key)) for key in keys.split("+"))
 
 
 def _cell(row: Row, key: str, digits: int) -> str:

@@ -27,6 +27,7 @@ from atom.commands.console import console, progress_console
 from atom.records import write_record
 from atom.serving.bench.engine_process import EngineProcesses
 from atom.serving.bench.offline_tables import rows_table
+from atom.serving.bench.plots import in_order, label_of
 from atom.serving.bench.report_data import machine_name, write_rows
 from atom.serving.bench.sweep import SweepConfig, best_rows, run_sweep, throughput_rows
 from atom.serving.bench.window import STEADY, WINDOW_S
@@ -177,7 +178,15 @@ def joined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 key = tuple(row.get(name) for name in ROW_KEY)
                 found.pop(key, None)
                 found[key] = source | row
-    rows = sorted(found.values(), key=lambda row: [str(row[name]) for name in ROW_KEY[:2]])
+    schemes = in_order(list(found.values()))
+    place = [name.removeprefix(STEADY) for name in (*LENGTHS, "paper:2048", "sharegpt")]
+
+    def order(row: dict[str, Any]) -> tuple[Any, ...]:
+        lengths = place.index(row["workload"]) if row["workload"] in place else len(place)
+        memory = -row["memory_gb"]  # the whole GPU, 0, last
+        return (row["experiment"], row["shape"], lengths, memory, schemes.index(label_of(row)), row["batch"])
+
+    rows = sorted(found.values(), key=order)
     paper = [row for row in rows if row["experiment"] == "paper"]
     others = [row for row in rows if row["experiment"] != "paper"]
     small = [row for row in paper if row["memory_gb"]]

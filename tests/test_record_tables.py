@@ -43,6 +43,11 @@ def test_cross(results: Path) -> None:
     assert lines[:4] == expected
 
 
+def test_lines_named_by_two_keys(results: Path) -> None:
+    lines = draw("rows=model+text columns=step value=ppl digits=1", results)
+    assert lines[0] == "| model+text | fp | rtn |" and lines[2] == "| small wikitext2 | 9.5 | 1234.5 |"
+
+
 def test_drawing_twice_changes_nothing(results: Path) -> None:
     text = "<!-- record:quality-ladder columns=model,ppl -->\n<!-- /record -->\n"
     once = update_text(text, results)

@@ -1,0 +1,40 @@
+"""The record of throughput is joined from parts: the latest of each measurement, and the best batches of those."""
+
+from typing import Any
+
+from benchmarks.throughput import joined
+
+
+def row(scheme: str, batch: int, rate: float, **more: Any) -> dict[str, Any]:
+    kv = "int4" if scheme.startswith("w4") else "bf16"
+    found = {"experiment": "paper", "shape": "llama-2-7b", "scheme": scheme, "kv": kv, "memory_gb": 24}
+    found |= {"batch_mode": "equal", "batch": batch, "out_tok_s": rate, "tpot_target_ms": None, "rate": None}
+    return found | {"tpot_ms_p50": batch / 10, "workload": "paper:2048"} | more
+
+
+def part(commit: str, *rows: dict[str, Any]) -> dict[str, Any]:
+    return {"commit": commit, "rows": list(rows)}
+
+
+def test_the_latest_counts() -> None:
+    old = part("old", row("bf16", 8, 90.0), row("bf16", 16, 150.0), row("bf16", 16, 150.0, batch_mode="best"))
+    whole = row("w4a8", 512, 20_000.0, experiment="offline", shape="llama-3-8b", memory_gb=0, workload="512/256")
+    new = part("new", row("w4a4", 64, 900.0), row("w4a4", 40, 700.0), row("bf16", 16, 100.0), whole)
+    rows = joined([old, new])
+    equal = [r for r in rows if r["batch_mode"] == "equal"]
+    assert [(r["scheme"], r["batch"], r["out_tok_s"]) for r in equal] == [
+        ("w4a8", 512, 20_000.0),
+        ("bf16", 8, 90.0),
+        ("bf16", 16, 100.0),
+        ("w4a4", 40, 700.0),
+        ("w4a4", 64, 900.0),
+    ]
+    assert [r.get("source") for r in equal] == [None, "commit old", None, None, None]
+    best = {(r["scheme"], r["tpot_target_ms"]): r["out_tok_s"] for r in rows if r["batch_mode"] == "best"}
+    assert best == {
+        ("bf16", 100.0): 100.0,
+        ("w4a4", 100.0): 900.0,
+        ("bf16", 5.0): 100.0,
+        ("w4a4", 5.0): 700.0,
+        ("w4a8", None): 20_000.0,
+    }
