@@ -5,7 +5,7 @@ itself is gemm_sm90.py; this file and gemm_config.py start no compiler.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ ARCH = "sm_90a"
 HERE = Path(__file__).parent
 FILES = (
     "gemm_sm90.py",
+    "gemm_loads_sm90.py",
     "gemm_mainloop_sm90.py",
     "gemm_epilogue_sm90.py",
     "gemm_decode_sm90.py",
@@ -97,6 +98,14 @@ def build_linear(linear: LinearScheme, weight: MixedWeight, bias: Tensor | None)
     return LinearSm90(Gemm(pack_weight(linear, weight), token_scales(linear), offset))
 
 
+def build_linear_add(
+    linear: LinearScheme, weight: MixedWeight, bias: Tensor | None
+) -> Callable[[Activation, Tensor], Tensor]:
+    """Builder of (QuantizedActivation of T tokens, residual bfloat16 [T, N]) -> residual + y, bfloat16 [T, N]."""
+    offset = None if bias is None else bias.to(torch.bfloat16).contiguous()
+    return AddingLinearSm90(Gemm(pack_weight(linear, weight), token_scales(linear), offset, adds=True))
+
+
 @dataclass(frozen=True)
 class LinearSm90:
     """A Gemm as a quantized linear calls it."""
@@ -110,11 +119,27 @@ class LinearSm90:
         return self.gemm(x.packed, x.scale, out)
 
 
-class Gemm:
-    """One packed weight, ready to be multiplied with any number of tokens."""
+@dataclass(frozen=True)
+class AddingLinearSm90:
+    """A Gemm that adds its products to a residual."""
 
-    def __init__(self, weight: PackedWeight, token_scales: str, bias: Tensor | None = None) -> None:
+    gemm: "Gemm"
+
+    def __call__(self, x: Activation, residual: Tensor, out: Tensor | None = None) -> Tensor:
+        """residual + y bfloat16 [T, N], in `out` if given: contiguous, and `residual` itself if it pleases."""
+        assert isinstance(x, QuantizedActivation), "the GEMM takes what its own producers hand on"
+        return self.gemm(x.packed, x.scale, out, residual)
+
+
+class Gemm:
+    """One packed weight, ready to be multiplied with any number of tokens.
+
+    adds   calls bring a residual, to which the products are added
+    """
+
+    def __init__(self, weight: PackedWeight, token_scales: str, bias: Tensor | None = None, adds: bool = False) -> None:
         self.weight = weight
+        self.adds = adds
         self.token_scales = token_scales
         self.units = weight.units.view(torch.int32).view(torch.uint32)
         device = self.units.device
@@ -128,7 +153,7 @@ class Gemm:
     def config(self, tokens: int) -> GemmConfig:
         """What runs with so many tokens."""
         weight = self.weight
-        return choose_config(
+        config = choose_config(
             weight=weight.kind,
             token_scales=self.token_scales,
             tokens=tokens,
@@ -138,10 +163,19 @@ class Gemm:
             bias=self.has_bias,
             sms=self.ctas,
         )
+        return replace(config, residual=True) if self.adds else config
 
-    def __call__(self, codes: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
-        """codes int8 [T, columns] or bfloat16 [T, K], scales float32: see token_scales. Returns bfloat16 [T, N]."""
+    def __call__(
+        self, codes: Tensor, scales: Tensor, out: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """codes int8 [T, columns] or bfloat16 [T, K], scales float32: see token_scales. Returns bfloat16 [T, N].
+
+        Raises ValueError where a residual is not a contiguous bfloat16 [T, N], or there is none where it adds one.
+        """
         tokens = codes.shape[0]
+        added: tuple[Tensor, ...] = ()
+        if self.adds or residual is not None:
+            added = (self.residual_of(tokens, residual),)
         y = out
         if y is None:
             y = torch.empty((tokens, self.weight.features), dtype=torch.bfloat16, device=self.device)
@@ -154,8 +188,22 @@ class Gemm:
             most = config.most_ctas(self.ctas)
             launch = self.chosen[bucket] = (gemm_kernel(config), scratch_words(self.device), most)
         kernel, scratch, limit = launch
-        kernel(self.units, codes, scales, self.channel, self.bias, y, scratch, self.weight.int4_units, limit)
+        kernel(self.units, codes, scales, self.channel, self.bias, y, *added, scratch, self.weight.int4_units, limit)
         return y
+
+    def residual_of(self, tokens: int, residual: Tensor | None) -> Tensor:
+        """The residual of a call, if it fits the kernel."""
+        if not self.adds:
+            raise ValueError("this GEMM adds no residual, but got one; build it by op linear_add")
+        shape = (tokens, self.weight.features)
+        if residual is None or residual.shape != shape or residual.dtype != torch.bfloat16:
+            got = "none" if residual is None else f"{residual.dtype} {list(residual.shape)}"
+            raise ValueError(
+                f"a residual must be bfloat16 {list(shape)}, got {got}; use op linear where nothing is added"
+            )
+        if not residual.is_contiguous():
+            raise ValueError(f"a residual must be contiguous, got strides {residual.stride()}; call contiguous()")
+        return residual
 
 
 def token_bucket(tokens: int) -> int:

@@ -30,6 +30,7 @@ class GemmConfig:
     ways          warpgroups that share rows: each takes every `ways`-th unit of K; 1, or all of them
     even          a CTA for each SM, which share the units of all rows evenly; the last CTA of some rows adds up. All
                   tokens are one tile
+    residual      a bfloat16 matrix of the output's shape is added to the rounded products
     late          the next kernel may start when the last weights are asked for, not at once: its own then arrive
                   while this one adds up and stores
     """
@@ -52,6 +53,7 @@ class GemmConfig:
     ways: int = 1
     even: bool = False
     late: bool = False
+    residual: bool = False
 
     @property
     def kind(self) -> WeightKind:

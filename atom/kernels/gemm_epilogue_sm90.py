@@ -66,8 +66,11 @@ class GemmEpilogue:
             cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
 
     @cute.jit
-    def store(self, staging, sums, sT, row_values, mY, thread, group, feature0, token0, low, high):
-        """Scale, add the bias, transpose through this warpgroup's own staging, 16 tokens x 64 features at a time."""
+    def store(self, staging, sums, sT, row_values, mY, mR, thread, group, feature0, token0, low, high):
+        """Scale, add the bias, transpose through this warpgroup's own staging, 16 tokens x 64 features at a time.
+
+        What is added to the products is added to what they round to, as a sum of its own would.
+        """
         config = self.config
         by_channel = self.kind.channel_scaled and not config.scaled_early
         by_token = config.token_scales == "token" and not config.scaled_early
@@ -113,14 +116,32 @@ class GemmEpilogue:
                         row_bf16 = cute.make_tensor(
                             cute.recast_ptr(source, dtype=BFloat16).align(16), cute.make_layout(8)
                         )
+                        at = Int64(token) * features + feature
+                        if cutlass.const_expr(config.residual):
+                            self.add_residual(row_bf16, mR, at, features - feature)
                         if cutlass.const_expr(config.aligned):
-                            place = mY.iterator + (Int64(token) * features + feature)
+                            place = mY.iterator + at
                             cute.autovec_copy(row_bf16, cute.make_tensor(place.align(16), cute.make_layout(8)))
                         else:
                             for e in cutlass.range_constexpr(8):
                                 if feature + e < features:
                                     mY[token, feature + e] = row_bf16[e]
                 cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
+
+    @cute.jit
+    def add_residual(self, row, mR, at, width):
+        """Eight bfloat16 of `row` += those of mR from element `at` on; `width` of them exist."""
+        other = cute.make_rmem_tensor((8,), BFloat16)
+        if cutlass.const_expr(self.config.aligned):
+            cute.autovec_copy(cute.make_tensor((mR.iterator + at).align(16), cute.make_layout(8)), other)
+        else:
+            other.fill(0)
+            source = cute.make_tensor(mR.iterator + at, cute.make_layout(8))
+            for e in cutlass.range_constexpr(8):
+                if e < width:
+                    other[e] = source[e]
+        for e in cutlass.range_constexpr(8):
+            row[e] = BFloat16(Float32(row[e]) + Float32(other[e]))
 
     @cute.jit
     def merge(self, pool, sums, thread, group):

@@ -8,8 +8,9 @@ registers, or multiplies them as they stand where they need no decoding.
 
 What a reader must know: a *promoted* kind adds the sum of every unit to a float32 sum (weight scale x token scale);
 the others leave the whole sum over K to wgmma and there is nothing to promote. `split` CTAs share one output tile
-along K and add their partial sums in rank order: the same bits on every run. This file launches the kernel and feeds
-it; the consumers' main loop stands in gemm_mainloop_sm90.py, what follows it in gemm_epilogue_sm90.py.
+along K and add their partial sums in rank order: the same bits on every run. This file launches the kernel; what feeds
+it stands in gemm_loads_sm90.py, the consumers' main loop in gemm_mainloop_sm90.py, what follows in
+gemm_epilogue_sm90.py.
 """
 
 import cuda.bindings.driver as cuda
@@ -20,14 +21,14 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.nvgpu import warpgroup as wg
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
-from .dsl.memory import bulk_load
 from .gemm_config import GemmConfig
 from .gemm_decode_sm90 import decoder
 from .gemm_epilogue_sm90 import GemmEpilogue
+from .gemm_loads_sm90 import GemmLoads
 from .gemm_mainloop_sm90 import GemmMainloop
 
 
-class PackedWeightGemm(GemmMainloop, GemmEpilogue):
+class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
     """The compile-time choices of one kernel; see GemmConfig for their meaning."""
 
     def __init__(self, config: GemmConfig) -> None:
@@ -60,6 +61,11 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         max_ctas: Int32,  # how many CTAs the GPU holds at once
         stream: cuda.CUstream,
     ):
+        self.start(mW, mX, mS, mC, mB, mY, mY, mE, int4_units, max_ctas, stream)
+
+    @cute.jit
+    def start(self, mW, mX, mS, mC, mB, mY, mR, mE, int4_units, max_ctas, stream):
+        """Launch; `mR` is what is added to the products, of mY's shape, or mY where nothing is."""
         config = self.config
         box = (self.tile_m, 128 // self.slabs)
         atom = wg.make_smem_layout_atom(wg.SmemLayoutAtomKind.K_SW128, self.x_type)
@@ -83,7 +89,7 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             clusters = cutlass.max(cutlass.min(clusters * mW.shape[1] // 4, max_ctas), 1)
         elif cutlass.const_expr(config.split == 1):
             clusters = cutlass.min(clusters, max_ctas // config.multicast)
-        self.kernel(x_atom, x_tensor, x_layout, mW, mS, mC, mB, mY, mE, int4_units, row_groups, token_tiles).launch(
+        self.kernel(x_atom, x_tensor, x_layout, mW, mS, mC, mB, mY, mR, mE, int4_units, row_groups, token_tiles).launch(
             grid=(clusters * config.multicast * config.split, 1, 1),
             block=(self.threads, 1, 1),
             cluster=(self.cluster, 1, 1),
@@ -104,6 +110,7 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
         mC: cute.Tensor,
         mB: cute.Tensor,
         mY: cute.Tensor,
+        mR: cute.Tensor,
         mE: cute.Tensor,
         int4_units: Int32,
         row_groups: Int32,
@@ -240,17 +247,19 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
                     if end - begin < units:
                         is_sum = self.add_up(mE, sums, tid, item, units, all_units, first_unit, mY.shape[0], is_last)
                     if is_sum == 1:
-                        self.store(staging, sums, sT, row_values, mY, thread, group, row0, token0, token0, mY.shape[0])
+                        self.store(
+                            staging, sums, sT, row_values, mY, mR, thread, group, row0, token0, token0, mY.shape[0]
+                        )
                 elif cutlass.const_expr(config.ways > 1):
                     if group == 0:
-                        self.finish(staging, sums, sT, row_values, mE, mY, tid, thread, group, *place)
+                        self.finish(staging, sums, sT, row_values, mE, mY, mR, tid, thread, group, *place)
                 else:
-                    self.finish(staging, sums, sT, row_values, mE, mY, tid, thread, group, *place)
+                    self.finish(staging, sums, sT, row_values, mE, mY, mR, tid, thread, group, *place)
             if cutlass.const_expr(config.multicast > 1):
                 self.cluster_sync(self.cluster)  # peers may still write to or signal this CTA's shared memory
 
     @cute.jit
-    def finish(self, staging, sums, sT, row_values, mE, mY, tid, thread, group, row0, token0, rank, item):
+    def finish(self, staging, sums, sT, row_values, mE, mY, mR, tid, thread, group, row0, token0, rank, item):
         """From sums in registers to memory."""
         low = token0
         high = cutlass.min(token0 + self.tile_m, mY.shape[0])
@@ -258,7 +267,7 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             share = self.exchange(mE, sums, tid, rank, high - token0, item)
             low = token0 + rank * share
             high = cutlass.min(low + share, high)
-        self.store(staging, sums, sT, row_values, mY, thread, group, row0, token0, low, high)
+        self.store(staging, sums, sT, row_values, mY, mR, thread, group, row0, token0, low, high)
 
     @cute.jit
     def units_of(self, group, begin, end, int4_units):
@@ -289,169 +298,45 @@ class PackedWeightGemm(GemmMainloop, GemmEpilogue):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
-    @cute.jit
-    def produce(
-        self, x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units,
-        stage, phase, first, is_end,
-    ):  # fmt: skip
-        """One warp: weights, activation codes and token scales of units begin .. end into the ring of stages."""
-        config = self.config
-        last_tile = mW.shape[0] - 1
-        scale_bytes = Int32(0)
-        if cutlass.const_expr(config.token_scales == "group"):
-            scale_bytes = cutlass.min(Int32(self.tile_m), mS.shape[1] - token0) * 4
-        tXgX, tXgH, tXsX, mask = self.token_boxes(x_atom, mX, sX, token0, rank)
-        ways = config.ways
-        count = (end - begin + ways - 1) // ways
-        early = cutlass.min(count, Int32(config.stages)) * first
-        # weights never depend on the kernel before this one: fetch them before waiting for it (PDL)
-        for i in cutlass.range(early, unroll=1):
-            self.load_weights(mW, sW, full, row_tile, last_tile, begin + ways * i, end, i, scale_bytes)
-        if cutlass.const_expr(config.pdl):
-            if first == 1:
-                if cutlass.const_expr(config.late):
-                    if is_end and early == count:
-                        cute.arch.griddepcontrol_launch_dependents()
-                cute.arch.griddepcontrol_wait()
-        for i in cutlass.range(count, unroll=1):
-            unit = begin + ways * i
-            if i >= early:
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                self.load_weights(mW, sW, full, row_tile, last_tile, unit, end, stage, scale_bytes)
-                if cutlass.const_expr(config.pdl and config.late):
-                    if is_end and i == count - 1:
-                        cute.arch.griddepcontrol_launch_dependents()
-            for way in cutlass.range_constexpr(ways):
-                if cutlass.const_expr(ways == 1):
-                    self.load_unit_tokens(x_atom, tXgX, tXgH, tXsX, unit, stage, full + stage, int4_units, mask)
-                elif unit + way < end:
-                    at = stage * ways + way
-                    self.load_unit_tokens(x_atom, tXgX, tXgH, tXsX, unit + way, at, full + stage, int4_units, mask)
-            if cutlass.const_expr(config.token_scales == "group"):
-                with cute.arch.elect_one():
-                    source = mS.iterator + (Int64(unit) * mS.shape[1] + token0)
-                    bulk_load(sS.iterator + stage * self.tile_m, source, scale_bytes, full + stage)
-            stage += 1
-            if stage == config.stages:
-                stage = Int32(0)
-                phase ^= 1
-        return stage, phase
+
+class AddingGemm(PackedWeightGemm):
+    """The same with one operand more, which is added to the products."""
 
     @cute.jit
-    def produce_evenly(self, x_atom, mX, sX, mW, sW, mS, sS, full, empty, units, first_unit, last_unit, int4_units):
-        """One warp: what `produce` brings, for the units first_unit .. last_unit of all rows."""
-        config = self.config
-        last_tile = mW.shape[0] - 1
-        scale_bytes = Int32(0)
-        if cutlass.const_expr(config.token_scales == "group"):
-            scale_bytes = cutlass.min(Int32(self.tile_m), mS.shape[1]) * 4
-        tXgX, tXgH, tXsX, mask = self.token_boxes(x_atom, mX, sX, Int32(0), Int32(0))
-        count = last_unit - first_unit
-        early = cutlass.min(count, Int32(config.stages))
-        for i in cutlass.range(early, unroll=1):
-            row_tile = (first_unit + i) // units
-            unit = first_unit + i - row_tile * units
-            self.load_weights(mW, sW, full, row_tile, last_tile, unit, units, i, scale_bytes)
-        if cutlass.const_expr(config.pdl):
-            if cutlass.const_expr(config.late):
-                if early == count:
-                    cute.arch.griddepcontrol_launch_dependents()
-            cute.arch.griddepcontrol_wait()
-        stage = Int32(0)
-        phase = Int32(1)
-        for i in cutlass.range(count, unroll=1):
-            row_tile = (first_unit + i) // units
-            unit = first_unit + i - row_tile * units
-            if i >= early:
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                self.load_weights(mW, sW, full, row_tile, last_tile, unit, units, stage, scale_bytes)
-                if cutlass.const_expr(config.pdl and config.late):
-                    if i == count - 1:
-                        cute.arch.griddepcontrol_launch_dependents()
-            self.load_unit_tokens(x_atom, tXgX, tXgH, tXsX, unit, stage, full + stage, int4_units, mask)
-            if cutlass.const_expr(config.token_scales == "group"):
-                with cute.arch.elect_one():
-                    source = mS.iterator + Int64(unit) * mS.shape[1]
-                    bulk_load(sS.iterator + stage * self.tile_m, source, scale_bytes, full + stage)
-            stage += 1
-            if stage == config.stages:
-                stage = Int32(0)
-                phase ^= 1
-
-    @cute.jit
-    def token_boxes(self, x_atom, mX, sX, token0, rank):
-        """(boxes of activations by 128 columns, the same from column 64 on, places in the ring, CTAs to reach)."""
-        config = self.config
-        boxes = (self.tile_m, 128 // self.slabs)
-        tokens = cute.domain_offset((token0, 0), mX)
-        gX = cute.local_tile(tokens, boxes, (0, None))
-        half = cute.local_tile(cute.domain_offset((0, 64), tokens), boxes, (0, None))  # from column 64 on
-        x_cta = rank % config.multicast
-        x_ctas = cute.make_layout(config.multicast)
-        s_group = cute.group_modes(sX, 0, 2)
-        tXsX, tXgX = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(gX, 0, 2))
-        _, tXgH = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(half, 0, 2))
-        return tXgX, tXgH, tXsX, cutlass.Int16((1 << config.multicast) - 1)
-
-    @cute.jit
-    def load_weights(self, mW, sW, full, row_tile, last_tile, unit, end, stage, scale_bytes):
-        config = self.config
-        if cutlass.const_expr(config.ways > 1):  # neighbours along K
-            count = cutlass.min(Int32(config.ways), end - unit)
-            with cute.arch.elect_one():
-                expected = count * (self.kind.unit_bytes + self.x_bytes)
-                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, expected)
-                source = mW.iterator + (Int64(cutlass.min(row_tile, last_tile)) * mW.shape[1] + unit) * self.unit_words
-                target = sW.iterator + stage * config.warpgroups * self.unit_words
-                bulk_load(target, source, count * self.kind.unit_bytes, full + stage)
-        else:
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.w_bytes + self.x_bytes + scale_bytes)
-                for g in cutlass.range_constexpr(config.warpgroups):
-                    tile = cutlass.min(row_tile * config.warpgroups + g, last_tile)  # past N: loaded, never stored
-                    source = mW.iterator + (Int64(tile) * mW.shape[1] + unit) * self.unit_words
-                    target = sW.iterator + (stage * config.warpgroups + g) * self.unit_words
-                    bulk_load(target, source, Int32(self.kind.unit_bytes), full + stage)
-
-    @cute.jit
-    def load_unit_tokens(self, x_atom, tXgX, tXgH, tXsX, unit, at, barrier, int4_units, mask):
-        """The activations of one unit, into place `at` of the ring."""
-        if cutlass.const_expr(self.kind.bits == 4 and self.slabs == 1):
-            # 64-column steps: an INT8 unit starts on any of them, an INT4 unit on every second
-            step = 2 * unit if unit < int4_units else int4_units + unit
-            if step % 2 == 0:
-                self.load_tokens(x_atom, tXgX[None, step // 2], tXsX[None, at], barrier, mask)
-            else:
-                self.load_tokens(x_atom, tXgH[None, step // 2], tXsX[None, at], barrier, mask)
-        else:
-            for slab in cutlass.range_constexpr(self.slabs):
-                target = tXsX[None, self.slabs * at + slab]
-                self.load_tokens(x_atom, tXgX[None, self.slabs * unit + slab], target, barrier, mask)
-
-    @cute.jit
-    def load_tokens(self, x_atom, source, target, barrier, mask):
-        if cutlass.const_expr(self.config.multicast > 1):
-            cute.copy(x_atom, source, target, tma_bar_ptr=barrier, mcast_mask=mask)
-        else:
-            cute.copy(x_atom, source, target, tma_bar_ptr=barrier)
+    def __call__(
+        self,
+        mW: cute.Tensor,
+        mX: cute.Tensor,
+        mS: cute.Tensor,
+        mC: cute.Tensor,
+        mB: cute.Tensor,
+        mY: cute.Tensor,
+        mR: cute.Tensor,  # [M, N] bfloat16; may be mY
+        mE: cute.Tensor,
+        int4_units: Int32,
+        max_ctas: Int32,
+        stream: cuda.CUstream,
+    ):
+        self.start(mW, mX, mS, mC, mB, mY, mR, mE, int4_units, max_ctas, stream)
 
 
 def compile_gemm(config: GemmConfig, options: str = "") -> object:
     """Compile one kernel for sm_90a; needs no GPU.
 
-    Returns the TVM-FFI function (weights, x, token scales, channel scales, bias, y, scratch, int4 units, resident
-    CTAs); it launches on the caller's current stream. Shapes and dtypes: PackedWeightGemm.__call__.
+    Returns the TVM-FFI function (weights, x, token scales, channel scales, bias, y, [residual,] scratch, int4 units,
+    resident CTAs); it launches on the caller's current stream. Shapes and dtypes: PackedWeightGemm.__call__.
     """
-    kernel = PackedWeightGemm(config)
+    kernel = AddingGemm(config) if config.residual else PackedWeightGemm(config)
     m, n, tiles, units, padded, channels, biases = (cute.sym_int() for _ in range(7))
     columns = cute.sym_int(divisibility=8 if kernel.x_type is BFloat16 else 64)
+    outputs = 2 if config.residual else 1  # what is added has the output's shape
     fakes = (
         make_fake_compact_tensor(Uint32, (tiles, units, kernel.unit_words), stride_order=(2, 1, 0), assumed_align=16),
         make_fake_compact_tensor(kernel.x_type, (m, columns), stride_order=(1, 0), assumed_align=16),
         make_fake_compact_tensor(Float32, (cute.sym_int(), padded), stride_order=(1, 0), assumed_align=16),
         make_fake_compact_tensor(Float32, (channels,), stride_order=(0,), assumed_align=4),
         make_fake_compact_tensor(BFloat16, (biases,), stride_order=(0,), assumed_align=2),
-        make_fake_compact_tensor(BFloat16, (m, n), stride_order=(1, 0), assumed_align=2),
+        *(make_fake_compact_tensor(BFloat16, (m, n), stride_order=(1, 0), assumed_align=2) for _ in range(outputs)),
         make_fake_compact_tensor(Float32, (cute.sym_int(),), stride_order=(0,), assumed_align=16),
     )
     return cute.compile(

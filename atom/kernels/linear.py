@@ -29,6 +29,18 @@ def linear_reference(linear: LinearScheme, weight: MixedWeight, bias: Tensor | N
     return run
 
 
+def linear_add_reference(
+    linear: LinearScheme, weight: MixedWeight, bias: Tensor | None
+) -> Callable[[Activation, Tensor], Tensor]:
+    """Builder of (x [M, K] float32, residual [M, N]) -> residual + y in its dtype, y rounded to that first."""
+    multiply = linear_reference(linear, weight, bias)
+
+    def run(x: Activation, residual: Tensor) -> Tensor:
+        return residual + multiply(x).to(residual.dtype)
+
+    return run
+
+
 LINEAR = Op(
     name="linear",
     formula="x @ w.T + bias, normal columns in the scheme's formats, outlier columns in theirs",
@@ -38,4 +50,11 @@ LINEAR = Op(
         Implementation("gemm_fp4_sm100", "atom.kernels.gemm_fp4:build_linear", refuses_fp4_sm100),
         Implementation("gemm_fp4_sm120", "atom.kernels.gemm_fp4:build_linear", refuses_fp4_sm120),
     ),
+)
+
+LINEAR_ADD = Op(
+    name="linear_add",
+    formula="residual + (x @ w.T + bias), the products rounded to the residual's format before they are added",
+    reference=linear_add_reference,
+    implementations=(Implementation("gemm_sm90", "atom.kernels.gemm:build_linear_add", refuses_linear),),
 )

@@ -80,6 +80,8 @@ SHARED = {
     "four of them, several tiles a CTA": GemmConfig("", "", 16, 4, ways=4),
     "shared rows of many tokens": GemmConfig("", "", 128, 2, ways=2, split=2, clustered=False),
     "shared rows and a split": GemmConfig("", "", 16, 2, ways=2, split=2, clustered=False, pairs=True),
+    "residual": GemmConfig("", "", 16, 2, residual=True),
+    "residual and a split": GemmConfig("", "", 32, 2, split=2, residual=True, bias=True),
     "alternating sums": GemmConfig("", "", 64, 2, split=3, pairs=True),  # of one and of two units
 }
 
@@ -126,6 +128,8 @@ def test_gemm_shared_evenly(name: str, how: str, grid: int, tmp_path: Path) -> N
         ("w4a4", "four of them, several tiles a CTA"),
         ("w4a4", "shared rows of many tokens"),
         ("w4a8", "shared rows and a split"),
+        ("w4a4", "residual"),
+        ("w4a16", "residual and a split"),
         ("w4a4", "shared rows and a split"),
     ],
 )
@@ -156,6 +160,7 @@ def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: Ge
     if config.split > 1:
         grid = row_tiles * token_tiles * config.split  # one tile each
     offset = torch.randn(N).bfloat16()
+    residual = 30 * torch.randn(M, N).bfloat16()
     y = np.full((M, N), 0x7FFF, np.uint16)
     codes = as_array(x.codes)
     scratch = np.zeros(COUNTER_WORDS + 2 * grid * config.tile_m * 64 * config.warpgroups, np.float32)
@@ -170,6 +175,7 @@ def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: Ge
             Argument(as_array(packed.channel_scale) if packed.channel_scale.numel() else np.zeros(1, np.float32)),
             Argument(as_array(offset)),
             Argument(y),
+            Argument(as_array(residual)),
             Argument(scratch),
             packed.int4_units,
             row_tiles,
@@ -179,6 +185,8 @@ def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: Ge
     )
     assert not scratch[EVEN_COUNTERS:COUNTER_WORDS].any(), "every count of an even launch ends at zero"
     expected = product(x, weight, linear) + (offset.double() if config.bias else 0.0)
+    if config.residual:
+        expected = expected.bfloat16().double() + residual.double()
     error = (bf16(y).double() - expected).abs()
     assert bool((error <= expected.abs() * 2**-8 + 1e-5 * expected.abs().mean()).all())
 

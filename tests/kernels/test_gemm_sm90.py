@@ -55,6 +55,7 @@ def schemes() -> dict[str, LinearScheme]:
 # a tail row tile, a tail unit, one unit more; an odd N; SmolLM2's 576 with outliers is 3.5 groups
 SHAPES = ((576, 576), (999, 512), (2048, 2048))
 TOKENS = (0, 1, 3, 16, 63, 64, 65, 129, 1000, 2100)
+ADDED_TOKENS = (3, 64, 129, 1000)
 
 
 def test_fragment_index_covers_a_unit_once() -> None:
@@ -267,12 +268,15 @@ def disassemble(cubin: bytes, folder: Path) -> str:
 def compiled() -> None:
     """All kernels of the GPU tests below, compiled in parallel: one by one they would take minutes."""
     configs = set()
-    for linear in schemes().values():
+    for name, linear in schemes().items():
         for N, K in (*SHAPES, (200, 512), (200, 4096)):
             packed = pack_weight(linear, random_weight(linear, N, K, "cpu"))
             for bias in (None, torch.zeros(N)):
                 gemm = Gemm(packed, token_scales(linear), bias)
                 configs |= {gemm.config(token_bucket(M)) for M in (*TOKENS, 512) if M}
+            if name in ADDING and (N, K) in SHAPES[:2]:
+                gemm = Gemm(packed, token_scales(linear), adds=True)
+                configs |= {gemm.config(token_bucket(M)) for M in ADDED_TOKENS}
     compile_together([partial(gemm_kernel, config) for config in configs])
 
 
@@ -322,6 +326,41 @@ def test_random_operands_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int]
     for M in (1, 16, 37, 64, 129, 2100):
         x = random_activation(scheme, M, K, "cuda")
         assert fault(gemm, x.codes, x.scales, product(x, weight, scheme), tolerance(scheme), 20) is None, f"M={M}"
+
+
+ADDING = ("w4a4", "w4a8", "w4a16", "fp8", "nvfp4")
+
+
+@GPU
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("name", ADDING)
+@pytest.mark.parametrize("N", [576, 999])
+def test_residual_on_the_gpu(name: str, N: int) -> None:
+    """The same bits as the product and then a sum, in a matrix of its own and in place."""
+    scheme, K = schemes()[name], 512
+    packed, scales = pack_weight(scheme, random_weight(scheme, N, K, "cuda")), token_scales(scheme)
+    plain, adding = Gemm(packed, scales), Gemm(packed, scales, adds=True)
+    for M in ADDED_TOKENS:
+        x = random_activation(scheme, M, K, "cuda")
+        residual = torch.randn(M, N, device="cuda").bfloat16() * 5
+        expected = residual + plain(x.codes, x.scales)
+        assert torch.equal(adding(x.codes, x.scales, residual=residual), expected)
+        assert torch.equal(adding(x.codes, x.scales, residual, residual), expected)
+
+
+def test_residuals_that_do_not_fit_are_refused() -> None:
+    scheme = schemes()["w4a8"]
+    packed = pack_weight(scheme, random_weight(scheme, 64, 128, "cpu"))
+    x = random_activation(scheme, 3, 128, "cpu")
+    adding = Gemm(packed, token_scales(scheme), adds=True)
+    with pytest.raises(ValueError, match="got none; use op linear"):
+        adding(x.codes, x.scales)
+    with pytest.raises(ValueError, match=r"must be bfloat16 \[3, 64\], got torch.float32"):
+        adding(x.codes, x.scales, residual=torch.zeros(3, 64))
+    with pytest.raises(ValueError, match=r"contiguous, got strides \(128, 1\)"):
+        adding(x.codes, x.scales, residual=torch.zeros(3, 128, dtype=torch.bfloat16)[:, :64])
+    with pytest.raises(ValueError, match="build it by op linear_add"):
+        Gemm(packed, token_scales(scheme))(x.codes, x.scales, residual=torch.zeros(3, 64, dtype=torch.bfloat16))
 
 
 LONE = {"clustered": False}

@@ -7,7 +7,7 @@ import torch
 
 from atom.kernels.activation import PERMUTE_QUANTIZE
 from atom.kernels.gated import GATED_QUANTIZE, Gate, gated_activation
-from atom.kernels.linear import LINEAR
+from atom.kernels.linear import LINEAR, LINEAR_ADD
 from atom.kernels.norm import RMS_NORM_QUANTIZE, rms_norm
 from atom.quant.granularity import Channel, Group, Token
 from atom.quant.mixed import fake_quantize_activation, quantize_weight
@@ -97,6 +97,9 @@ def test_linear_against_products_of_codes(linear: LinearScheme, T: int, has_bias
     weight = quantize_weight(w, linear)
     rounded = fake_quantize_activation(x, linear)
     got = LINEAR.reference(linear, weight, bias)(rounded)
+    residual = (10 * randn(T, 7, seed=6)).bfloat16()
+    added = LINEAR_ADD.reference(linear, weight, bias)(rounded, residual)
+    assert torch.equal(added, residual + got.bfloat16())
     normal, _ = linear.split(K)
     codes, scale = weight.normal.codes.double(), weight.normal.scale.scale.double()
     step = linear.weight.group_size or normal  # type: ignore[union-attr]

@@ -5,11 +5,11 @@ import pytest
 from atom.errors import UnsupportedError
 from atom.kernels.activation import PERMUTE_QUANTIZE
 from atom.kernels.gated import GATED_QUANTIZE
-from atom.kernels.linear import LINEAR
+from atom.kernels.linear import LINEAR, LINEAR_ADD
 from atom.kernels.norm import RMS_NORM_QUANTIZE
 from atom.kernels.registry import Implementation, Op, Problem, device_arch
 
-OPS = (LINEAR, RMS_NORM_QUANTIZE, PERMUTE_QUANTIZE, GATED_QUANTIZE)
+OPS = (LINEAR, LINEAR_ADD, RMS_NORM_QUANTIZE, PERMUTE_QUANTIZE, GATED_QUANTIZE)
 
 
 def reference() -> str:
