@@ -72,6 +72,6 @@ def dequantized(found: Any, linear: LinearScheme, K: int) -> Tensor:
         scale = scale.repeat_interleave(spec.group_size, 1)[:, :normal]
     whole: Tensor = values[:, :normal] * scale
     if outliers:
-        start = groups * spec.group_size
+        start = -(-normal // 128) * 128
         whole = torch.cat((whole, values[:, start : start + outliers] * found.scale[units, :M, None]), 1)
     return whole
