@@ -4,11 +4,10 @@
     python -m benchmarks.bench_engine --record engine.json  writes benchmarks/results/h200/engine-latency.json from them
                                                             (several files; --commit where they came of no checkout)
     python -m benchmarks.bench_engine --profile 1,64        also prints the kernels of a step at these batches
-    python -m benchmarks.bench_engine --host                any machine: the record engine-host, without a device
 
 Weights are dummies in the shape of Llama-3-8B. Decoding is what is measured, so prompts are not computed: the cache is
 filled with random keys and values once, and every sequence finds its prompt there, in blocks of its own.
-`--host` replaces model and sampling kernels by nothing and counts the processor time of the engine's thread.
+The host's part alone, on any machine: bench_host.py.
 """
 
 import argparse
@@ -28,29 +27,25 @@ import numpy as np
 import torch
 
 from atom.kernels.bounds import GPUS, linear_bound_us
-from atom.models.dummy import dummy_source
 from atom.models.head import HeadFormat
-from atom.models.loader import load_source
 from atom.quant.presets import get_scheme, kv_name
 from atom.quant.schemes import LinearScheme
 from atom.records import write_record
 from atom.serving.batch import Step
 from atom.serving.bench.floor import model_floor
 from atom.serving.bench.shapes import shape_config
-from atom.serving.config import SchedulerConfig
-from atom.serving.decode_buckets import bucket_sizes
 from atom.serving.engine import Engine
 from atom.serving.engine_config import EngineConfig
 from atom.serving.kv_pool import KVPool
 from atom.serving.request import Request
 from atom.serving.result import StepResult
 from atom.serving.runner import Launched, Runner
-from atom.serving.sampler import Sampled, Sampler
 from atom.serving.sampling_params import SamplingParams
 from atom.serving.scheduler import Scheduler
 from atom.serving.sequence import Output
 from atom.serving.startup import start_up
 
+from .host_clock import Clock
 from .timeline import Span, idle_share, record, split_steps, table
 from .timing import keep
 
@@ -169,6 +164,7 @@ class Bench:
         fill_cache(ready.runner.kv.pool)
         find_prompts(self.scheduler)
         self.engine = Engine(self.runner, self.scheduler)
+        self.clock = Clock(self.engine, max_num_seqs)
         self._done, self._open = threading.Event(), 0
         self.engine.start(self._listen)
 
@@ -184,7 +180,7 @@ class Bench:
         """Decode `tokens` tokens of each sequence, greedily, around `context`; the steps that do nothing else."""
         length = max(1, context - tokens // 2)
         asked = prompts(batch, length, self.limits.vocab_size, context + batch)
-        self._open, self.runner.steps = batch, []
+        self._open, self.runner.steps, self.clock.batch = batch, [], batch
         decode(self.engine, asked, tokens, self._done, f"{context}-{batch}-{tokens}")
         return [t for t in self.runner.steps if t.num_decodes == t.num_tokens == batch]
 
@@ -216,7 +212,7 @@ def measure(
             if not bench.fits(batch, context):
                 print(f"{scheme}: {batch} sequences of {context} tokens do not fit", flush=True)
                 continue
-            measured = summary(bench.decode(batch, context, WARM + STEPS)[-STEPS:])
+            measured = summary(bench.decode(batch, context, WARM + STEPS)[-STEPS:]) | bench.clock.medians(STEPS)
             kernels = bench.profile(batch, context)
             rows.append({**row, **measured, "idle": round(idle_share(kernels), 4)})
             print(rows[-1], flush=True)
@@ -264,100 +260,8 @@ def summary(steps: list[Timed]) -> dict[str, Any]:
     }
 
 
-def host_rows(batches: tuple[int, ...], contexts: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Processor time of the engine's thread a decode step, by part, with a device that does nothing."""
-    return [host_row(batch, context, top_p) for top_p in (1.0, 0.9) for context in contexts for batch in batches]
-
-
-def host_row(batch: int, context: int, top_p: float) -> dict[str, Any]:
-    model = load_source(dummy_source("tiny"))
-    answer = (
-        -(-batch * context // (8192 - batch)) + WARM + STEPS
-    )  # the first prompts decode while the last are computed
-    tokens = context + answer + 8
-    limits = SchedulerConfig(258, tokens, batch * -(-tokens // 16) + 8, max_num_seqs=batch)
-    pool = KVPool(model.config, None, limits.num_blocks + 1, limits.block_size)
-    sampler = Sampler(batch, 258, "cpu", seed=0)
-    runner = Runner(model, pool, sampler, batch, 2, buckets=bucket_sizes(batch), max_blocks=-(-tokens // 16))
-    scheduler = Scheduler(limits)
-    engine = Engine(runner, scheduler, None)
-    clock = Clock(batch)
-    # what a GPU would do while the host goes on
-    buckets = runner.buckets
-    assert buckets is not None
-    hidden, tokens_out = torch.zeros(limits.max_num_batched_tokens, 1), torch.zeros(batch, dtype=torch.int64)
-    model.forward = lambda t, p, kv: hidden[: len(t)]  # type: ignore[method-assign]
-    model.logits = lambda h: hidden[: len(h)]  # type: ignore[method-assign]
-    buckets._compute = lambda size: None  # type: ignore[method-assign]
-    sampler.run = (
-        lambda raw, plan, lanes: Sampled(  # type: ignore[method-assign]
-            tokens_out[: len(raw)], tokens_out[: len(raw)], None, plan.num_logprobs
-        )
-    )
-    for part, owner, name in (
-        ("schedule_us", scheduler, "schedule"),
-        ("launch_us", runner, "launch"),
-        ("update_us", scheduler, "update"),
-        ("emit_us", engine, "_emit"),
-        ("step_us", engine, "_turn"),
-    ):
-        clock.measure(owner, name, part)
-    clock.watch(runner)
-    done, open_ = threading.Event(), batch
-
-    def listen(outputs: list[Output]) -> None:
-        nonlocal open_
-        open_ -= sum(output.finish_reason is not None for output in outputs)
-        if not open_:
-            done.set()
-
-    engine.start(listen)
-    asked = prompts(batch, context, 258, 0)
-    greedy = top_p == 1.0
-    params = SamplingParams(max_tokens=answer, ignore_eos=True, temperature=0.0 if greedy else 0.8, top_p=top_p)
-    for index, prompt in enumerate(asked):
-        engine.submit(Request(f"{index}", prompt, params))
-    assert done.wait(300), engine.error
-    engine.shutdown()
-    parts = {part: round(statistics.median(times[-STEPS:]) * 1e6, 1) for part, times in clock.parts.items()}
-    return {"batch": batch, "context": context, "sampling": "greedy" if greedy else "top_p", **parts}
-
-
-class Clock:
-    """Processor time of a thread inside functions, in turns that launch a decode step of `batch` sequences."""
-
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
-        self.parts: dict[str, list[float]] = {}
-        self._is_full = False
-
-    def watch(self, runner: Runner) -> None:
-        launch = runner.launch
-
-        def run(step: Step) -> Any:
-            self._is_full = step.batch.num_decodes == step.batch.num_tokens == self.batch
-            return launch(step)
-
-        runner.launch = run  # type: ignore[method-assign]
-
-    def measure(self, owner: Any, name: str, part: str) -> None:
-        inner = getattr(owner, name)
-        times = self.parts.setdefault(part, [])
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            started = time.thread_time()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                if self._is_full:
-                    times.append(time.thread_time() - started)
-
-        setattr(owner, name, run)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", action="store_true", help="host time alone, on any machine")
     parser.add_argument("--schemes", default=",".join(SCHEMES), help="separated by commas, w4a4,bf16+kv4 say")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
@@ -379,13 +283,6 @@ def main() -> None:
     batches, contexts, profiled = (
         tuple(int(part) for part in text.split(",") if part) for text in (args.batches, args.contexts, args.profile)
     )
-    if args.host:
-        rows = host_rows(batches, contexts)
-        for row in rows:
-            print(row)
-        if not args.out:
-            print(write_record("engine-host", rows, "cpu"))
-        return
     schemes = args.schemes.split(",")
     if len(schemes) == 1:
         rows = measure(schemes[0], batches, contexts, args.shape, profiled, args.head)

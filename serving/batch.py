@@ -114,6 +114,6 @@ class Step:
         columns = (d.lanes.tolist(), d.epochs.tolist(), d.starts.tolist(), d.masks_stop.tolist())
         decodes = (
             Entry(sequence, lane, epoch, start, start + 1, True, masks_stop)
-            for sequence, lane, epoch, start, masks_stop in zip(d.sequences, *columns, strict=True)
+            for sequence, lane, epoch, start, masks_stop in zip(d.rows.sequences, *columns, strict=True)
         )
         return (*decodes, *self.rest)

@@ -5,10 +5,12 @@ numpy operations. It joins when the step is scheduled that samples its first tok
 scheduled for it at a time: its length, the pending ones included, is always `scheduled + 1`.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import compress
 from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +26,29 @@ NO_TOKEN = -2  # fills up lists of stop tokens
 _order = attrgetter("order")
 
 
+class Rows(NamedTuple):
+    """Sequences, and what every step asks of them, side by side."""
+
+    sequences: tuple[Sequence, ...]
+    lanes: Int32
+    request_ids: tuple[str, ...]
+    indices: tuple[int, ...]
+    cached_tokens: tuple[int, ...]
+    token_ids: tuple[list[int], ...]
+
+    def where(self, chosen: Bool) -> "Rows":
+        """Some of them."""
+        marks = chosen.tolist()
+        sequences, lanes, *columns = self
+        kept: list[Any] = [tuple(compress(column, marks)) for column in columns]
+        return Rows(tuple(compress(sequences, marks)), lanes[chosen], *kept)
+
+
 @dataclass(frozen=True, slots=True)
 class Decodes:
     """Sequences of a step that have one token each, from whose logits the next one is sampled.
 
-    lanes       int32 [B]
+    rows        the sequences
     starts      int32 [B]   positions of their tokens
     tokens      int32 [B]   0 where ...
     is_pending  bool  [B]   ... the token is still being sampled
@@ -37,8 +57,7 @@ class Decodes:
     epochs      int32 [B]
     """
 
-    sequences: tuple[Sequence, ...]
-    lanes: Int32
+    rows: Rows
     starts: Int32
     tokens: Int32
     is_pending: Bool
@@ -47,7 +66,11 @@ class Decodes:
     epochs: Int32
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.starts)
+
+    @property
+    def lanes(self) -> Int32:
+        return self.rows.lanes
 
 
 class Decoding:
@@ -65,7 +88,8 @@ class Decoding:
         self._ends = np.full((num_lanes, 1), NO_TOKEN, dtype=np.int32)  # tokens that may end a sequence
         self._count = 0
         self._sequences: list[Sequence] = []
-        self._rows: tuple[tuple[Sequence, ...], Int32] | None = None  # those, and their lanes
+        self._columns: list[list[Any]] = [[] for _ in range(5)]  # the other fields of Rows, changed with `_sequences`
+        self._rows: Rows | None = None  # made of them when it is asked for
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -89,7 +113,11 @@ class Decoding:
         self._ends[lane] = NO_TOKEN
         self._ends[lane, : len(ends)] = tuple(ends)
         sequence.decoding = self
-        insort(self._sequences, sequence, key=_order)
+        place = bisect_left(self._sequences, sequence.order, key=_order)
+        self._sequences.insert(place, sequence)
+        news = (lane, sequence.request_id, sequence.index, sequence.cached_tokens, sequence.token_ids)
+        for column, value in zip(self._columns, news, strict=True):
+            column.insert(place, value)
         self._rows = None
 
     def leave(self, sequence: Sequence) -> None:
@@ -99,7 +127,9 @@ class Decoding:
         sequence.decoding = None
         sequence.scheduled, sequence.computed, sequence.pending = state
         self._stays[lane] = 0
-        del self._sequences[bisect_left(self._sequences, sequence.order, key=_order)]
+        place = bisect_left(self._sequences, sequence.order, key=_order)
+        for column in (self._sequences, *self._columns):
+            del column[place]
         self._rows = None
 
     def came_back(self, lane: int, token: int) -> None:
@@ -109,7 +139,7 @@ class Decoding:
 
     def at_block_start(self) -> list[tuple[Sequence, int]]:
         """Those whose next token will be the first of a block, in order, and their lengths with it."""
-        sequences, lanes = self._in_order()
+        sequences, lanes, *_ = self._in_order()
         starts = self.scheduled[lanes]
         (rows,) = np.nonzero((starts % self.block_size == 0) & (starts + 1 < self._most[lanes]))
         return [
@@ -118,19 +148,17 @@ class Decoding:
 
     def advance(self) -> Decodes:
         """Schedule a token for every sequence whose last one is not being sampled already."""
-        sequences, lanes = self._in_order()
-        starts = self.scheduled[lanes]
-        goes_on = starts + 1 < self._most[lanes]
+        rows = self._in_order()
+        starts = self.scheduled[rows.lanes]
+        goes_on = starts + 1 < self._most[rows.lanes]
         if not goes_on.all():
-            sequences = tuple(sequences[row] for row in np.nonzero(goes_on)[0].tolist())
-            lanes, starts = lanes[goes_on], starts[goes_on]
+            rows, starts = rows.where(goes_on), starts[goes_on]
+        lanes = rows.lanes
         self.scheduled[lanes] = starts + 1
         is_pending = self.known[lanes] <= starts
         tokens = np.where(is_pending, np.int32(0), self._last[lanes])
         masks_stop = starts + 2 < self._least[lanes]
-        return Decodes(
-            sequences, lanes, starts, tokens, is_pending, masks_stop, self._stays[lanes], self._epochs[lanes]
-        )
+        return Decodes(rows, starts, tokens, is_pending, masks_stop, self._stays[lanes], self._epochs[lanes])
 
     def take(self, decodes: Decodes, tokens: Int32) -> Bool:
         """Take the tokens that a step sampled, but for those that need a closer look; returns bool [B], what it took.
@@ -159,8 +187,8 @@ class Decoding:
             assert self.known[lane] == len(sequence.token_ids) and self._last[lane] == sequence.token_ids[-1]
             assert sequence.ngrams is None and self._epochs[lane] == sequence.epoch
 
-    def _in_order(self) -> tuple[tuple[Sequence, ...], Int32]:
+    def _in_order(self) -> Rows:
         if self._rows is None:
-            lanes = np.array([sequence.lane for sequence in self._sequences], dtype=np.int32)
-            self._rows = tuple(self._sequences), lanes
+            lanes, *columns = self._columns
+            self._rows = Rows(tuple(self._sequences), np.array(lanes, dtype=np.int32), *map(tuple, columns))
         return self._rows

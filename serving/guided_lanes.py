@@ -63,7 +63,7 @@ class GuidedLanes:
     def __init__(self, vocab_size: int) -> None:
         self._words = mask_words(vocab_size)
         self._lanes: dict[int, GuidedLane] = {}
-        self._pending: list[tuple[Tokens, list[tuple[GuidedLane, int]]]] = []  # steps whose tokens are to be accepted
+        self._pending: list[tuple[Tokens, list[tuple[int, GuidedLane]]]] = []  # steps whose tokens are to be accepted
         self._threads: ThreadPoolExecutor | None = None
 
     def admit(self, lane: int, sequence: Sample) -> None:
@@ -83,13 +83,13 @@ class GuidedLanes:
         Where a text is complete and nothing but a stop token may follow, masks_stop is false: min_tokens gives way.
         Waits for the tokens of the steps that were given to `follow`.
         """
-        guided = [(row, each) for row, lane in enumerate(lanes.tolist()) if (each := self._lanes.get(lane)) is not None]
+        guided = self._rows_of(lanes)
         if not guided:
             return None, masks_stop
         self._settle()
         mask = np.full((len(lanes), self._words), -1, dtype=np.int32)
         masks_stop = masks_stop.copy()
-        for (row, lane), found in zip(guided, self._rows([each for _, each in guided]), strict=True):
+        for (row, lane), found in zip(guided, self._masks([each for _, each in guided]), strict=True):
             mask[row] = found
             if masks_stop[row] and not (found & ~lane.stops).any():
                 masks_stop[row] = False
@@ -97,8 +97,7 @@ class GuidedLanes:
 
     def follow(self, lanes: NDArray[np.int32], tokens: Tokens) -> None:
         """A step samples for these lanes; tokens() waits for what it sampled, FAULTY included."""
-        rows = [(each, row) for row, lane in enumerate(lanes.tolist()) if (each := self._lanes.get(lane)) is not None]
-        if rows:
+        if rows := self._rows_of(lanes):
             self._pending.append((tokens, rows))
 
     def reset(self) -> None:
@@ -109,11 +108,17 @@ class GuidedLanes:
         pending, self._pending = self._pending, []
         for tokens, rows in pending:
             found = tokens()
-            for lane, row in rows:
+            for row, lane in rows:
                 if found[row] >= 0:
                     lane.news.append(found[row])
 
-    def _rows(self, lanes: list[GuidedLane]) -> list[Row]:
+    def _rows_of(self, lanes: NDArray[np.int32]) -> list[tuple[int, GuidedLane]]:
+        """The rows whose lanes are guided."""
+        if not self._lanes:
+            return []
+        return [(row, each) for row, lane in enumerate(lanes.tolist()) if (each := self._lanes.get(lane)) is not None]
+
+    def _masks(self, lanes: list[GuidedLane]) -> list[Row]:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(THREADS, "guidance-mask")
         futures: list[Future[Row]] = [self._threads.submit(lane.work(self._words)) for lane in lanes]

@@ -8,6 +8,9 @@ import hashlib
 import os
 from array import array
 
+from .block_manager import BlockManager
+from .sequence import Sequence
+
 DIGEST_BYTES = 16  # 2**64 blocks before two of them collide by chance
 
 
@@ -16,7 +19,7 @@ class PrefixHasher:
 
     def __init__(self, block_size: int, key: bytes | None = None) -> None:
         self.block_size = block_size
-        self._key = os.urandom(32) if key is None else key
+        self._keyed = hashlib.blake2b(digest_size=DIGEST_BYTES, key=os.urandom(32) if key is None else key)
 
     def extend(self, digests: list[bytes], token_ids: list[int], salt: str | None = None) -> None:
         """Append to `digests` those of the full blocks of token_ids beyond len(digests) blocks."""
@@ -25,7 +28,33 @@ class PrefixHasher:
         for block in range(len(digests), len(token_ids) // size):
             parent = digests[-1] if digests else root
             tokens = array("q", token_ids[block * size : (block + 1) * size]).tobytes()
-            digest = hashlib.blake2b(parent, digest_size=DIGEST_BYTES, key=self._key)
-            digest.update(len(parent).to_bytes(8, "little"))
-            digest.update(tokens)
+            digest = self._keyed.copy()
+            digest.update(parent + len(parent).to_bytes(8, "little") + tokens)
             digests.append(digest.digest())
+
+
+class Prefixes:
+    """The prefix cache as sequences use it: what they may share, and what they offer to others."""
+
+    def __init__(self, blocks: BlockManager, key: bytes | None = None) -> None:
+        self.enabled = blocks.prefix_cache
+        self.block_size = blocks.block_size
+        self._blocks = blocks
+        self._hasher = PrefixHasher(blocks.block_size, key)
+
+    def digests(self, sequence: Sequence) -> list[bytes]:
+        """What to look up for a sequence: at least its last token is left to compute, for its logits."""
+        if not self.enabled or sequence.computes_prompt:
+            return []
+        self._hasher.extend(sequence.digests, sequence.token_ids, sequence.request.cache_salt)
+        return sequence.digests[: (sequence.length - 1) // self.block_size]
+
+    def offer(self, sequence: Sequence, computed: int) -> None:
+        """Offer what is new among the full blocks of a sequence's `computed` tokens."""
+        full = computed // self.block_size
+        if not self.enabled or full <= sequence.registered:
+            return
+        self._hasher.extend(sequence.digests, sequence.token_ids, sequence.request.cache_salt)
+        for index in range(sequence.registered, full):
+            self._blocks.register(sequence.sequence_id, index, sequence.digests[index])
+        sequence.registered = full

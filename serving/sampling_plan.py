@@ -135,9 +135,12 @@ class LaneParams:
 
     def plan(self, lanes: NDArray[np.int32], masks_stop: NDArray[np.bool_], mask: Tensor | None, to: "Upload") -> Plan:
         """What the lanes' next token needs; their output index moves on."""
-        features = Feature(int(np.bitwise_or.reduce(self._features[lanes], initial=0)))
-        masked = masks_stop & (self._stop_widths[lanes] > 0)
-        stop_width = int(self._stop_widths[lanes].max(initial=0, where=masked))
+        each = self._features[lanes]
+        features = Feature(int(np.bitwise_or.reduce(each, initial=0)))
+        masked, stop_width = masks_stop, 0
+        if masks_stop.any():
+            masked = masks_stop & (self._stop_widths[lanes] > 0)
+            stop_width = int(self._stop_widths[lanes].max(initial=0, where=masked))
         words = None
         if stop_width or features & ~Feature.LOGPROBS:
             columns = self._words[:, lanes]
@@ -148,15 +151,17 @@ class LaneParams:
         rows = {}
         for feature in (Feature.TOP_K, Feature.SORT, Feature.LOGPROBS):
             if feature in features:
-                (users,) = np.nonzero(self._features[lanes] & feature)
+                (users,) = np.nonzero(each & feature)
                 rows[feature] = None if len(users) == len(lanes) else to.of_step(users)
-        has_k = (self._features[lanes] & Feature.TOP_K) > 0
+        max_top_k = 0
+        if Feature.TOP_K in features:
+            max_top_k = int(self._words[Word.TOP_K, lanes].max(initial=0, where=(each & Feature.TOP_K) > 0))
         return Plan(
             features,
             words,
             mask,
             rows,
-            max_top_k=int(self._words[Word.TOP_K, lanes].max(initial=0, where=has_k)),
+            max_top_k=max_top_k,
             bias_width=int(self._bias_widths[lanes].max(initial=0)) if Feature.BIAS in features else 0,
             stop_width=stop_width,
             num_logprobs=self._num_logprobs[lanes],

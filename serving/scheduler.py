@@ -16,26 +16,23 @@ runner must execute steps in order on one stream: a block that was freed may be 
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
-from itertools import compress, repeat
 from operator import attrgetter
-
-import numpy as np
 
 from .admission import check_room
 from .batch import Entry, Step
 from .block_manager import BlockManager
 from .config import SchedulerConfig
-from .decoding import Decodes, Decoding
-from .drafts import Drafting, Sampled
+from .decoding import Decoding
+from .drafts import Drafting
 from .errors import InvalidRequestError
 from .lane_tables import LaneTables
 from .ngram import NgramIndex, can_speculate
-from .prefix import PrefixHasher
+from .prefix import Prefixes
 from .request import FinishReason, Request
-from .result import FAULTY, StepResult, TokenLogprobs
+from .result import StepResult
 from .sequence import Output, Sequence
 from .stats import Stats
+from .taking import Taking
 
 ENOUGH = 4  # prompts of this part of a step's tokens are not made to wait for more
 
@@ -67,7 +64,7 @@ class Scheduler:
         self._lanes = LaneTables(
             config.max_num_seqs, self.blocks.blocks_for(config.max_sequence_tokens), config.block_size
         )
-        self._hasher = PrefixHasher(config.block_size, hash_key)
+        self._prefixes = Prefixes(self.blocks, hash_key)
         self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences of each
         self._waiting: list[Sequence] = []  # both sorted by order
         self._running: list[Sequence] = []
@@ -81,8 +78,8 @@ class Scheduler:
         self._preemptions = 0
         self._finished = 0
         self._prompt_tokens = 0
-        self._output_tokens = 0
         self._drafting = Drafting(config, self.blocks, self._extend_lane)
+        self._taking = Taking(self._decoding, self._drafting, self._prefixes, self._end, self._remove)
         self._prefix_queries = 0
         self._prefix_hits = 0
 
@@ -181,32 +178,11 @@ class Scheduler:
         return step
 
     def update(self, step: Step, result: StepResult) -> list[Output]:
-        """Take what a step sampled; steps come in order.
-
-        Returns the news for the front end. Tokens of sequences that have ended since are dropped; a faulty one ends
-        its sequence.
-        """
+        """Take what a step sampled; steps come in order. Returns the news for the front end."""
         if not self._in_flight or step.number < self._in_flight[0].number:
             return []  # forgotten by fail()
         assert self._in_flight.popleft() is step, "steps must be updated in the order in which they were scheduled"
-        assert len(result.token_ids) == len(step.batch.sample_rows), "one token for each row that is sampled"
-        if result.prompt_logprobs:
-            self._keep_prompt_logprobs(step, result)
-        outputs = self._take_decodes(step.decodes, result) if step.decodes else []
-        count = len(step.decodes)
-        tokens = iter(result.token_ids[count:])
-        logprobs = repeat(None) if result.logprobs is None else iter(result.logprobs[count:])
-        for entry in step.rest:
-            if entry.drafts:
-                found = self._drafting.take(entry, tokens, logprobs)
-                if entry.sequence.finish_reason is None:
-                    outputs.append(self._verify(entry, found))
-            elif entry.samples:
-                outputs += self._take(entry.sequence, entry.epoch, entry.end, next(tokens), next(logprobs))
-            elif entry.sequence.finish_reason is None:
-                self._note_computed(entry.sequence, entry.epoch, entry.end)
-        self._output_tokens += len(outputs)
-        return outputs
+        return self._taking.take(step, result)
 
     def stats(self) -> Stats:
         return Stats(
@@ -224,7 +200,7 @@ class Scheduler:
             num_prefix_hits=self._prefix_hits,
             num_finished=self._finished,
             num_prompt_tokens=self._prompt_tokens,
-            num_output_tokens=self._output_tokens,
+            num_output_tokens=self._taking.num_tokens,
             waiting_new=self._new_seqs,
             num_draft_tokens=self._drafting.proposed,
             num_accepted_tokens=self._drafting.accepted,
@@ -253,62 +229,6 @@ class Scheduler:
             for block in table[sequence.scheduled // self.config.block_size :]:
                 alone = self.blocks.references(block) == 1 and not self.blocks.is_registered(block)
                 assert alone, "a block that will be written is shared"
-
-    def _take_decodes(self, decodes: Decodes, result: StepResult) -> list[Output]:
-        """Take the tokens of the sequences that do nothing but decode, which come first."""
-        count = len(decodes)
-        taken = self._decoding.take(decodes, np.array(result.token_ids[:count], dtype=np.int32))
-        sequences, tokens, logprobs = decodes.sequences, result.token_ids, result.logprobs
-        rows: Iterable[tuple[Sequence, int, TokenLogprobs | None]] = zip(
-            sequences, tokens, logprobs or repeat(None), strict=False
-        )
-        if not taken.all():
-            rows = compress(rows, taken.tolist())
-        outputs = []
-        for sequence, token, logprob in rows:
-            sequence.token_ids.append(token)
-            found = None if logprob is None else (logprob,)
-            news = (sequence.request_id, sequence.index, (token,), None, None, sequence.cached_tokens, found, None)
-            outputs.append(_new_tuple(Output, news))
-        if self.config.prefix_cache:
-            ends = decodes.starts + 1
-            for row in np.nonzero(taken & (ends % self.config.block_size == 0))[0].tolist():
-                self._register(sequences[row], int(ends[row]) // self.config.block_size)
-        for row in np.nonzero(~taken)[0].tolist():
-            epoch, end = int(decodes.epochs[row]), int(decodes.starts[row]) + 1
-            outputs += self._take(sequences[row], epoch, end, tokens[row], None if logprobs is None else logprobs[row])
-        return outputs
-
-    def _take(
-        self, sequence: Sequence, epoch: int, end: int, token: int, logprob: TokenLogprobs | None
-    ) -> list[Output]:
-        """Take the token that a step sampled from a sequence's first `end` tokens; no news if it has ended since."""
-        if sequence.finish_reason is not None:
-            return []
-        if token == FAULTY:
-            self._output_tokens -= 1
-            return [self._end(sequence, FinishReason.ERROR)]
-        sequence.came_back(token)
-        self._note_computed(sequence, epoch, end)
-        output = sequence.output((token,), None if logprob is None else (logprob,))
-        if sequence.finish_reason is not None:
-            self._remove(sequence)
-        return [output]
-
-    def _note_computed(self, sequence: Sequence, epoch: int, end: int) -> None:
-        """A step has come back that computed a sequence up to `end`, if it has not been preempted since."""
-        if sequence.lane is not None and sequence.epoch == epoch:
-            sequence.computed = end
-            if self.config.prefix_cache:
-                self._register(sequence, end // self.config.block_size)
-
-    def _keep_prompt_logprobs(self, step: Step, result: StepResult) -> None:
-        """Collect them chunk by chunk; they leave with the sequence's first token."""
-        for index, found in result.prompt_logprobs.items():
-            entry = step.rest[index - len(step.decodes)]
-            kept, start = entry.sequence.prompt_logprobs, entry.start + 1
-            if kept:  # not handed out already
-                kept[start : start + len(found)] = found
 
     def _grow(self) -> None:
         """Have a block for every token that begins one, in order; preempts the last in order to get there."""
@@ -349,22 +269,6 @@ class Scheduler:
                 sequence.pending += 1
         return plain, drafted, prefills
 
-    def _verify(self, entry: Entry, found: list[Sampled]) -> Output:
-        """Take what was sampled from a sequence's last token and from those of its drafts that were right."""
-        sequence = entry.sequence
-        if found[-1][0] == FAULTY:
-            self._output_tokens -= 1
-            return self._end(sequence, FinishReason.ERROR)
-        taken = self._drafting.accept(entry, found)
-        self._output_tokens += len(taken) - 1
-        if self.config.prefix_cache and sequence.lane is not None:
-            self._register(sequence, sequence.computed // self.config.block_size)
-        logprobs = tuple(each for _, each in taken if each is not None)
-        output = sequence.output(tuple(token for token, _ in taken), logprobs or None)
-        if sequence.is_finished:
-            self._remove(sequence)
-        return output
-
     def _extend_lane(self, sequence: Sequence) -> None:
         assert sequence.lane is not None
         self._lanes.extend(sequence.lane, self.blocks.table(sequence.sequence_id))
@@ -400,7 +304,7 @@ class Scheduler:
             return False
         size, config = self.config.block_size, self.config
         reserve = config.watermark_blocks if self._running else 0
-        digests = self._digests(sequence)
+        digests = self._prefixes.digests(sequence)
         # full blocks that all samples of a request have in common
         shared = 0 if sequence.computes_prompt else (sequence.num_prompt - 1) // size
         siblings = [s for s in self._requests[sequence.request.request_id] if s.lane is not None]
@@ -428,13 +332,6 @@ class Scheduler:
             self._prompt_tokens += sequence.num_prompt
         return True
 
-    def _digests(self, sequence: Sequence) -> list[bytes]:
-        """What to look up in the prefix cache: at least the last token is left to compute, for its logits."""
-        if not self.config.prefix_cache or sequence.computes_prompt:
-            return []
-        self._hasher.extend(sequence.digests, sequence.token_ids, sequence.request.cache_salt)
-        return sequence.digests[: (sequence.length - 1) // self.config.block_size]
-
     def _chunk(self, sequence: Sequence, end: int) -> Entry:
         """The entry that computes a prompt up to `end`, noted as scheduled."""
         assert sequence.lane is not None
@@ -445,15 +342,6 @@ class Scheduler:
         if samples and sequence.ngrams is None:
             self._decoding.join(sequence)
         return _entry(sequence, sequence.lane, start, end, samples, length + 1 < sequence.min_length)
-
-    def _register(self, sequence: Sequence, full: int) -> None:
-        """Offer the sequence's `full` computed blocks to the prefix cache, as far as they are new."""
-        if full <= sequence.registered:
-            return
-        self._hasher.extend(sequence.digests, sequence.token_ids, sequence.request.cache_salt)
-        for index in range(sequence.registered, full):
-            self.blocks.register(sequence.sequence_id, index, sequence.digests[index])
-        sequence.registered = full
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)

@@ -1,6 +1,7 @@
 """The compile-time choices of the attention kernels and what follows from them: no GPU, no cutlass."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 CODE_BITS = {"int4": 4, "int8": 8, "fp8_e4m3": 8, "bf16": 16}
@@ -156,6 +157,7 @@ class DecodeConfig:
         return 32 * (self.warps + 1)
 
 
+@lru_cache(None)  # every step asks
 def choose_decode(
     kv: str, head_dim: int, queries: int, block_size: int, has_window: bool, has_cap: bool, has_offset: bool = False
 ) -> DecodeConfig:

@@ -6,6 +6,7 @@ of the split work for a kernel) is computed once, on first use, for each sliding
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,7 +40,7 @@ class PagedStep:
     def num_tokens(self) -> int:
         return int(self.cu_seqlens_q[-1])
 
-    @property
+    @cached_property
     def counts(self) -> Ints:
         """Query tokens of each sequence."""
         return np.diff(self.cu_seqlens_q)
