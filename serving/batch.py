@@ -58,6 +58,8 @@ class Batch:
     sample_lanes   int32 [S]
     masks_stop     bool  [S]       the lane's EOS and stop token ids must not be sampled yet
     num_decodes    leading sequences that have one token each, a sampled one, and no drafts
+    ahead          int32 [B]       tokens of this step that stand before a sequence's own, in sequences of their own
+                                   (rows.py); None: there are none
     """
 
     token_ids: Int32
@@ -73,6 +75,7 @@ class Batch:
     sample_lanes: Int32
     masks_stop: NDArray[np.bool_]
     num_decodes: int
+    ahead: Int32 | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -23,16 +23,18 @@ from .step_inputs import pad_decodes
 Replay = Callable[[], None]
 
 
-def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then every eighth up to and with max_num_seqs; beyond 256 every thirty-second."""
+def bucket_sizes(max_num_seqs: int, more: int = 0) -> tuple[int, ...]:
+    """1, 2, 4, 8, then every eighth up to and with max_num_seqs; beyond 256, and for up to `more` rows, every 32nd."""
     sizes = [1, 2, 4, *range(8, min(max_num_seqs, 256) + 1, 8), *range(288, max_num_seqs + 1, 32)]
-    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+    wider = range(max_num_seqs // 32 * 32 + 32, max_num_seqs + more + 1, 32)
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs, *wider)
 
 
 class DecodeBuckets:
     """The model's decode step at each of `sizes`.
 
     max_blocks    of one sequence
+    most_samples  rows whose logits are computed: the first ones, if a bucket has more; None: all
     plans_vary    attention's plans take more memory for longer sequences: buckets are prepared for the longest of all
     The pool behind `kv` has one block that no sequence owns, its last, for the rows that pad.
     """
@@ -45,6 +47,7 @@ class DecodeBuckets:
         sizes: tuple[int, ...],
         depth: int,
         max_blocks: int,
+        most_samples: int | None = None,
         plans_vary: bool = False,
         kernels: Kernels = "auto",
     ) -> None:
@@ -54,9 +57,10 @@ class DecodeBuckets:
         self._plans_vary = plans_vary
         self._scratch_block = kv.pool.num_blocks - 1
         device, largest = model.device, sizes[-1]
+        self.most_samples = largest if most_samples is None else min(most_samples, largest)
         self._max_blocks = max_blocks
         self._inputs = decode_inputs(model, last_tokens, largest, max_blocks, kv.pool.block_size, depth, kernels)
-        self._logits = torch.zeros(largest, model.config.vocab_size, dtype=model.dtype, device=device)
+        self._logits = torch.zeros(self.most_samples, model.config.vocab_size, dtype=model.dtype, device=device)
         self._replays: dict[int, Replay] = {}
         self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
@@ -72,14 +76,17 @@ class DecodeBuckets:
                 progress(done + 1, len(self.sizes))
 
     def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [B, vocab_size] of a decode batch, valid until the next step runs, and its lanes int64 [B]."""
+        """Logits [S, vocab_size] of a decode batch, whose first rows are sampled from, and their lanes int64 [S].
+
+        The logits are valid until the next step runs.
+        """
         size = self.size_for(batch.num_seqs)
         assert size is not None, f"{batch.num_seqs} sequences are more than the largest bucket"
         if size not in self._replays:
             self._prepare(size)
         lanes = self._load(pad_decodes(batch, size, self._scratch_block, self.kv.pool.block_size))
         self._replays[size]()
-        return self._logits[: batch.num_seqs], lanes
+        return self._logits[: len(batch.sample_rows)], lanes
 
     def _load(self, padded: Batch) -> Tensor:
         """Fill the buffers; returns the lanes that sample."""
@@ -88,7 +95,8 @@ class DecodeBuckets:
 
     def _compute(self, size: int) -> None:
         hidden = self.model.model.run(*self._inputs.start(size), self.kv)
-        self.model.logits(hidden, self._logits[:size])
+        rows = min(size, self.most_samples)
+        self.model.logits(hidden[:rows], self._logits[:rows])
 
     def _prepare(self, size: int) -> None:
         """Run a bucket once with long sequences, so that whatever grows with lengths has grown; then capture it."""

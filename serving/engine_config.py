@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .config import SchedulerConfig
+from .rows import MOST_TOKENS
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
@@ -69,8 +70,9 @@ class EngineConfig:
     """Share of the KV blocks that an admission leaves free for running sequences to grow into."""
 
     admission_interval: int = 8
-    """Steps from one that begins prompts to the next, while 32 sequences or more decode and few prompts could begin: a
-    step with a prompt is slower, several share one. 1: none waits, first tokens come up to 7 steps sooner."""
+    """Steps from one that begins long prompts to the next, while 32 sequences or more decode and few could begin: a
+    step with a prompt of more than 256 tokens is slower, several share one. 1: none waits, first tokens come up to 7
+    steps sooner."""
 
     patience_steps: int = 256
     """Steps that one level of priority is worth."""
@@ -155,6 +157,7 @@ class EngineConfig:
             prefix_cache=self.enable_prefix_caching,
             watermark=self.watermark,
             admission_interval=self.admission_interval,
+            admission_few=1 if self.enforce_eager or self.attention_split_tokens is not None else MOST_TOKENS,
             patience_steps=self.patience_steps,
             num_speculative_tokens=self.num_speculative_tokens,
             prompt_lookup_min=self.prompt_lookup_min,

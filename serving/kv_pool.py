@@ -154,7 +154,7 @@ class PagedKV:
         """Take the next step's batch. `arrays` holds what lies on the device already; by default it is copied."""
         arrays = DeviceArrays.of(batch, self.pool.device) if arrays is None else arrays
         self._step = PagedStep(
-            batch.cu_seqlens_q, batch.seqlens_k, batch.block_tables, arrays.slots, arrays.block_tables
+            batch.cu_seqlens_q, batch.seqlens_k, batch.block_tables, arrays.slots, arrays.block_tables, batch.ahead
         )
         self._attend.prepare(self._step, self.pool.config.windows, self.pool.config.queries_per_kv)
 

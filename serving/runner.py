@@ -21,6 +21,7 @@ from .guided_lanes import GuidedLanes
 from .kv_pool import KVPool, PagedKV
 from .logprobs import Logprobs, prompt_logprobs, unpack
 from .result import StepResult, TokenLogprobs
+from .rows import as_rows, fits_rows
 from .sampler import Sampled, Sampler
 from .sampling_plan import Upload
 from .split import is_split, split_decodes
@@ -70,8 +71,11 @@ class Runner:
         if buckets:
             varies = split_tokens is not None
             self.buckets = DecodeBuckets(
-                model, self.kv, sampler.last_tokens, buckets, depth, max_blocks, varies, kernels
+                model, self.kv, sampler.last_tokens, buckets, depth, max_blocks, num_lanes, varies, kernels
             )
+        # a chunk's angles under dynamic RoPE follow from its end; fixed parts are to be those of prefill's attention
+        is_dynamic = any(rope.kind == "dynamic" for rope in model.config.ropes)
+        self._takes_rows = bool(buckets) and split_tokens is None and not is_dynamic
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -113,12 +117,22 @@ class Runner:
 
     def _forward(self, batch: Batch, parts: list[PromptPart]) -> tuple[Tensor | None, Tensor, Logprobs | None]:
         """Logits [S, vocab_size] of the rows that sample (None if none does), their lanes [S], prompt logprobs."""
-        if self.buckets is not None and self.buckets.size_for(batch.num_decodes) is not None:
-            if is_decode(batch):
-                return *self.buckets.run(batch), None
-            if is_split(batch):
-                return self._forward_in_two(self.buckets, batch, parts)
+        if self.buckets is None or self.buckets.size_for(batch.num_decodes) is None:
+            return self._forward_whole(batch, parts)
+        if is_decode(batch):
+            return *self.buckets.run(batch), None
+        if not parts and self._is_rows(self.buckets, batch):
+            logits, lanes = self.buckets.run(as_rows(batch))
+            return logits if len(lanes) else None, lanes, None
+        if is_split(batch):
+            return self._forward_in_two(self.buckets, batch, parts)
         return self._forward_whole(batch, parts)
+
+    def _is_rows(self, buckets: DecodeBuckets, batch: Batch) -> bool:
+        """See rows.py."""
+        pool = self.kv.pool
+        token_bytes = pool.layout.block_bytes / pool.block_size
+        return self._takes_rows and fits_rows(batch, buckets.sizes[-1], buckets.most_samples, token_bytes)
 
     def _forward_in_two(
         self, buckets: DecodeBuckets, batch: Batch, parts: list[PromptPart]

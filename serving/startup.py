@@ -24,6 +24,7 @@ from .engine_config import EngineConfig
 from .kv_pool import KVPool, bytes_per_block
 from .memory import CPU_CACHE_BYTES, CachePlan, gpu_cache_bytes, plan_cache
 from .profile_run import peak_bytes
+from .rows import MOST_TOKENS
 from .runner import Runner
 from .sampler import Sampler
 from .scheduler import Scheduler
@@ -114,7 +115,8 @@ def make_runner(model: Model, scheme: Scheme | None, options: EngineConfig, limi
     is_gpu = model.device.type == "cuda"
     # the torch reference plans its work on the host, which no graph can repeat
     has_graphs = is_gpu and not options.enforce_eager and options.kernels != "reference"
-    buckets = bucket_sizes(limits.max_num_seqs) if has_graphs else ()
+    more = min(MOST_TOKENS, limits.max_num_batched_tokens - limits.max_num_seqs)
+    buckets = bucket_sizes(limits.max_num_seqs, more) if has_graphs else ()
     num_blocks = limits.num_blocks + bool(buckets)  # padding rows write to a block of their own
     pool = KVPool(model.config, scheme, num_blocks, limits.block_size, model.dtype, model.device)
     sampler = Sampler(limits.max_num_seqs, limits.vocab_size, model.device, options.seed, options.kernels)

@@ -134,6 +134,7 @@ def pad_decodes(batch: Batch, size: int, scratch_block: int, block_size: int) ->
         block_tables=np.concatenate((batch.block_tables, tables)),
         lanes=_padded(batch.lanes, missing, 0),
         num_decodes=size,
+        ahead=None if batch.ahead is None else _padded(batch.ahead, missing, 0),
     )
 
 

@@ -31,7 +31,7 @@ class AttentionPlan:
     work      int32 [CTAs + 1]      segments of CTA i are work[i] ... work[i + 1] - 1
     segments  int32 [S, 8]          sequence, KV head, first block, end block; slot of the partial result or -1, and
                                     place of its row in `merges`; 1 for a row's last segment, which kernels read to
-                                    the sequence's end though it has grown since; filling
+                                    the sequence's end though it has grown since; PagedStep.ahead of the sequence
     merges    int32 [M, 4]          sequence, KV head, first slot and number of partial results of rows in several parts
     """
 
@@ -46,8 +46,13 @@ class AttentionPlan:
 
 
 def most_segments(num_seqs: int, num_kv_heads: int, ctas: int) -> int:
-    """Segments, and partial results, that a balanced plan can have at most."""
+    """Segments that a balanced plan can have at most."""
     return num_seqs * num_kv_heads + ctas - 1
+
+
+def most_slots(ctas: int) -> int:
+    """Partial results that a balanced plan can have at most: each cut of a row adds one, a row's first another."""
+    return max(1, 2 * (ctas - 1))
 
 
 def most_merges(num_seqs: int, num_kv_heads: int, ctas: int) -> int:

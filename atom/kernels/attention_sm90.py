@@ -18,7 +18,15 @@ from torch import Tensor
 from ..quant.formats import get_format
 from ..quant.rounding import largest_scale
 from .attention_config import AppendConfig, DecodeConfig, choose_decode, row_token
-from .attention_plan import SEGMENT_FIELDS, AttentionPlan, most_merges, most_segments, plan_balanced, plan_fixed
+from .attention_plan import (
+    SEGMENT_FIELDS,
+    AttentionPlan,
+    most_merges,
+    most_segments,
+    most_slots,
+    plan_balanced,
+    plan_fixed,
+)
 from .cache import load_kernel
 from .dense_attention import AttentionSpec
 from .head_norm import HeadNorms
@@ -75,11 +83,13 @@ class StepBuffers:
     """The int32 arrays of a step on the device, in one allocation that keeps its place, filled by one copy.
 
     lengths, rows  [B], work [CTAs + 1], segments [S, 8], merges [M, 4]: see PagedDecode and AttentionPlan
-    partial        float32 [S, queries, head_dim], and lse [S, queries]: what the kernels hand each other
+    partial        float32 [slots, queries, head_dim], and lse [slots, queries]: what the kernels hand each other
     """
 
-    def __init__(self, seqs: int, ctas: int, segments: int, merges: int, config: DecodeConfig, device: Any) -> None:
-        self.most_segments = segments
+    def __init__(
+        self, seqs: int, ctas: int, segments: int, slots: int, merges: int, config: DecodeConfig, device: Any
+    ) -> None:
+        self.most_segments, self.most_slots = segments, slots
         sizes = (seqs, seqs, ctas + 1, segments * SEGMENT_FIELDS, merges * 4)
         ends = np.cumsum([-(-size // 32) * 32 for size in sizes])  # each begins on a line
         starts = [0, *ends[:-1].tolist()]
@@ -93,13 +103,14 @@ class StepBuffers:
         parts = [self.device[place] for place in self.places]
         self.lengths, self.rows, self.work = parts[:3]
         self.segments, self.merges = parts[3].view(-1, SEGMENT_FIELDS), parts[4].view(-1, 4)
-        self.partial = torch.empty(segments, config.queries, config.head_dim, device=device)
-        self.lse = torch.empty(segments, config.queries, device=device)
+        self.partial = torch.empty(slots, config.queries, config.head_dim, device=device)
+        self.lse = torch.empty(slots, config.queries, device=device)
         self.counters = torch.zeros(max(1, merges), dtype=torch.int32, device=device)  # the kernel leaves zeros
         self.nothing = torch.zeros(1, config.head_dim // 2, device=device)  # where a kernel has no use for an argument
 
     def fill(self, lengths: np.ndarray, rows: np.ndarray, plan: AttentionPlan) -> None:
         assert len(plan.segments) <= self.most_segments, "a plan has more segments than its bound"
+        assert plan.num_slots <= self.most_slots, "a plan has more partial results than its bound"
         self.turn = (self.turn + 1) % PINNED_COPIES
         host = self.host[self.turn].numpy()
         for place, array in zip(self.places, (lengths, rows, plan.work, plan.segments, plan.merges), strict=True):
@@ -212,7 +223,7 @@ class PagedAttentionSm90:
         self.is_planned_now = True
         room = room_for(len(lengths))
         key = (room, window)
-        can_go_on = window is None and self.split_blocks is None and key in self.buffers
+        can_go_on = window is None and self.split_blocks is None and step.ahead is None and key in self.buffers
         if can_go_on and self.buffers[key].go_on(lengths, rows):
             return self.buffers[key]
         ctas = config.ctas_per_sm * multiprocessors(step.slots.device)
@@ -222,12 +233,18 @@ class PagedAttentionSm90:
                 lengths, size, heads, ctas, window, config.stage_blocks, config.overhead_blocks, config.least_blocks
             )
             most, merges = most_segments(room, heads, ctas), most_merges(room, heads, ctas)
+            slots = most_slots(ctas)
         else:
             plan = plan_fixed(lengths, size, heads, ctas, self.split_blocks, window, config.overhead_blocks)
             most, merges = 1 << max(10, (len(plan.segments) - 1).bit_length()), room * heads
+            slots = most
         if key not in self.buffers or self.buffers[key].most_segments < most:
-            self.buffers[key] = StepBuffers(room, ctas, most, merges, config, step.slots.device)
+            self.buffers[key] = StepBuffers(room, ctas, most, slots, merges, config, step.slots.device)
+        if step.ahead is not None:
+            plan.segments[:, 7] = step.ahead[plan.segments[:, 0]]
         self.buffers[key].fill(lengths, rows, plan)
+        if step.ahead is not None:
+            self.buffers[key].steps = REPLAN_AFTER  # no other step may go on under this plan
         return self.buffers[key]
 
 

@@ -21,8 +21,9 @@ class DecodeFetch:
     ):  # fmt: skip
         """One warp: the tiles of the CTA's segments into the ring, and each one's queries before them.
 
-        Only a sequence's last block is of this step, so plan and tiles before it are fetched while the kernel that
-        appends still runs. That kernel lets this one start when it has waited for all before it, and no sooner.
+        Only a sequence's last token is of this step, and those `ahead` of it, so plan and tiles before them are fetched
+        while the kernel that appends still runs. That kernel lets this one start when it has waited for all before it,
+        and no sooner.
         """
         config = self.config
         ahead = config.stage_blocks
@@ -37,8 +38,9 @@ class DecodeFetch:
             end = self.end_of(mSegment, first, end, length)
             origin = mKV.iterator + Int64(head) * config.tile_bytes
             entry = mTable[sequence, cutlass.min(begin + lane, mTable.shape[1] - 1)]  # 32 blocks of the table at a time
-            old = cutlass.min((length - 1) // config.block_size, end) - begin
-            begun = cutlass.min(cutlass.min(old, Int32(32)) // ahead, Int32(config.stages))
+            old = cutlass.min((length - 1 - mSegment[first, 7]) // config.block_size, end) - begin
+            old = cutlass.max(cutlass.min(old, Int32(32)), Int32(0))
+            begun = cutlass.min(old // ahead, Int32(config.stages))
             for i in cutlass.range(begun, unroll=1):
                 self.fetch(origin, stride, full, empty, ring, entry, ahead * i, Int32(32), slot, phase)
                 slot += 1

@@ -27,6 +27,8 @@ class PagedStep:
     tables         int [B, max blocks], on the host
     slots          int64 [T], on the device
     block_tables   int32 or int64 [B, max blocks], on the device
+    ahead          int [B], on the host: of the tokens before a sequence's first query, how many are stored in this very
+                   step, as other sequences' queries; None: none
     """
 
     cu_seqlens_q: Ints
@@ -34,6 +36,7 @@ class PagedStep:
     tables: Ints
     slots: Tensor
     block_tables: Tensor
+    ahead: Ints | None = None
     _derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

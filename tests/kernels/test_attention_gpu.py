@@ -46,7 +46,7 @@ def check(case: Case, spec: AttentionSpec, split_tokens: int | None = None) -> N
     """At most twice the error of torch's attention in bfloat16 on the same keys and values."""
     found = run(case, spec, split_tokens).double()
     exact = expected(case, spec)
-    in_torch = PagedAttentionReference(case.layout)(case.q, case.layer, case.step, spec).double()
+    in_torch = run_reference(case, spec)
     assert not found.isnan().any()
     bound = 2 * (in_torch - exact).abs().max() + 2**-8 * exact.abs().max()
     errors = (found - exact).abs().flatten(1).amax(1)
@@ -166,6 +166,58 @@ def test_a_graph_replays_other_steps(kv: str) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(out, PagedAttentionSm90(case.layout)(case.q, case.layer, case.step, spec))
+
+
+@pytest.mark.parametrize("kv", SPECS)
+def test_rows_see_what_their_own_step_appends(kv: str) -> None:
+    """Chunks as rows of one token each, in a graph of append and attention by turns: none reads a tile too soon."""
+    lengths, counts, dim, layers = (700, 40, 33, 200, 17), (1, 40, 17, 150, 1), 128, 12
+    case = make_case(SPECS[kv], lengths, counts, 8, 2, dim, dtype=torch.bfloat16)
+    old = torch.full_like(case.layer, 255)
+    turn = torch.ones(1024, dim // 2), torch.zeros(1024, dim // 2)
+    slots, new = [], []
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        places = torch.arange(length)
+        found = torch.from_numpy(case.step.tables[row].astype(np.int64))[places // 16] * 16 + places % 16
+        first = length - count
+        k, v = case.keys[row][:first], case.values[row][:first]
+        append = rope_append_kv_reference(case.layout)
+        append(k.new_zeros(first, 8, dim), k, v, turn[0][:first], turn[1][:first], found[:first], old)
+        slots.append(found[first:])
+        new.append((case.keys[row][first:], case.values[row][first:]))
+    owners = np.repeat(np.arange(5), counts)
+    places = np.concatenate([np.arange(length - count, length) for length, count in zip(lengths, counts, strict=True)])
+    ahead = np.concatenate([np.arange(count) for count in counts])
+    tables = case.step.tables[owners]
+    step = PagedStep(
+        np.arange(len(owners) + 1), places + 1, tables, torch.cat(slots).cuda(), torch.from_numpy(tables).cuda(), ahead
+    )
+    k, v = (torch.cat(part).cuda() for part in zip(*new, strict=True))
+    cos, sin = (x[: len(owners)].cuda() for x in turn)
+    storage = torch.stack([old] * layers).cuda()
+    append, attend = RopeAppendSm90(case.layout), PagedAttentionSm90(case.layout)
+    spec, q = AttentionSpec(0.09), case.q.cuda()
+
+    def run() -> list[Tensor]:
+        return [attend(append(q, k, v, cos, sin, step.slots, x), x, step, spec) for x in storage]
+
+    attend.prepare(step, [None], 4)
+    run()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        found = run()
+    exact = expected(case, spec)
+    bound = 2 * float((run_reference(case, spec) - exact).abs().max()) + 2**-8 * float(exact.abs().max())
+    for _ in range(20):
+        storage.copy_(old)
+        graph.replay()
+        for out in found:
+            assert float((out.cpu().double() - exact).abs().max()) <= bound
+
+
+def run_reference(case: Case, spec: AttentionSpec) -> Tensor:
+    return PagedAttentionReference(case.layout)(case.q, case.layer, case.step, spec).double()
 
 
 @pytest.mark.parametrize("kv", ["int4", "int8", "fp8"])

@@ -13,6 +13,7 @@ from atom.kernels.attention_plan import (
     block_ranges,
     most_merges,
     most_segments,
+    most_slots,
     plan_balanced,
     plan_fixed,
 )
@@ -62,6 +63,7 @@ def test_every_block_once(
     check(plan, lengths, heads, block_size, window, ctas)
     assert len(plan.segments) <= most_segments(len(lengths), heads, ctas)
     assert len(plan.merges) <= most_merges(len(lengths), heads, ctas)
+    assert plan.num_slots <= most_slots(ctas)
     assert ((plan.segments[:, 2] - block_ranges(np.array(lengths), block_size, window)[0][plan.segments[:, 0]]) % grain
             == 0).all()  # fmt: skip
     check(plan_fixed(np.array(lengths), block_size, heads, ctas, 32, window), lengths, heads, block_size, window, ctas)

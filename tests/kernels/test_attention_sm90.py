@@ -176,6 +176,9 @@ def test_decode_on_a_model_of_the_machine(
     exact = expected(case, spec)
     assert float((found.double() - exact).abs().max()) < 2e-2
     assert float((found.double() - exact).norm() / exact.norm()) < 5e-3
+    if block_size == 16 and dim == 128:  # rows of one chunk: less is fetched before the kernel before has ended
+        plan.segments[:, 7] = np.minimum(100, case.step.seqlens_k[plan.segments[:, 0]] - 1)
+        assert torch.equal(emulate_decode(case, spec, plan, config, kernel), found)
     if split is not None:  # the longest sequence alone, on other CTAs: not a bit differs
         last = slice(5, 6)
         step = PagedStep(

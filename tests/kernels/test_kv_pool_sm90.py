@@ -97,14 +97,15 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_dsl
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name,scheme,split_tokens",
+    "name,scheme,split_tokens,rows",
     [
-        ("qwen2", "int4", None),
-        ("gemma3", "16 bits", 32),
-        ("qwen3", "int4, centred and turned", None),
+        ("qwen2", "int4", None, False),
+        ("gemma3", "16 bits", 32, False),
+        ("qwen3", "int4, centred and turned", None, False),
+        ("gemma3", "int8", None, True),
     ],
 )
-def test_a_model_with_the_kernels(emulator: None, name: str, scheme: str, split_tokens: int | None) -> None:
+def test_a_model_with_the_kernels(emulator: None, name: str, scheme: str, split_tokens: int | None, rows: bool) -> None:
     """Chunks and decodes in one batch, window and full layers; logits as with the references, to rounding."""
     RAW["larger"] = {**RAW[name], "head_dim": 64, "sliding_window": 20}
     try:
@@ -117,12 +118,14 @@ def test_a_model_with_the_kernels(emulator: None, name: str, scheme: str, split_
     cache.kv._append = attention_sm90.RopeAppendSm90(cache.pool.layout, rotates="turned" in scheme)
     has_offset = name == "qwen2"  # its keys have a loud bias
     cache.kv._attend = attention_sm90.PagedAttentionSm90(cache.pool.layout, False, split_tokens, has_offset)
+    cache.rows = rows
     found = chunked(cache, steps)
     for sequence, logits in wanted.items():
         error = (found[sequence] - logits).float().norm(dim=1) / logits.float().norm(dim=1)
         assert float(error.max()) < 0.1, f"sequence {sequence}"
     windows = len(set(model.config.windows))
-    assert len(cache.kv._attend.buffers) == windows, "one batch size that decodes: buffers keep their places"
+    sizes = 3 if rows else 1  # of batches that decode: buffers keep their places
+    assert len(cache.kv._attend.buffers) == sizes * windows
 
 
 def problem(**changes: Any) -> Problem:
@@ -153,7 +156,7 @@ def test_refusals_say_why(changes: dict[str, Any], reason: str) -> None:
 
 def test_buffers_keep_their_place_from_step_to_step() -> None:
     config = DecodeConfig("int4", 64, 1)
-    buffers = attention_sm90.StepBuffers(3, 4, 20, 6, config, "cpu")
+    buffers = attention_sm90.StepBuffers(3, 4, 20, 6, 6, config, "cpu")
     places = [t.data_ptr() for t in (buffers.lengths, buffers.rows, buffers.work, buffers.segments, buffers.merges)]
     assert all(place % 128 == places[0] % 128 for place in places)
     for lengths in ([5, 0, 400], [6, 1, 41]):
@@ -169,7 +172,7 @@ def test_buffers_keep_their_place_from_step_to_step() -> None:
 
 def test_a_plan_serves_steps_in_which_sequences_only_grow() -> None:
     """Lengths alone are brought to the device then; another row's token, a new sequence or 32 steps need a new plan."""
-    buffers = attention_sm90.StepBuffers(3, 4, 20, 6, DecodeConfig("int4", 64, 1), "cpu")
+    buffers = attention_sm90.StepBuffers(3, 4, 20, 6, 6, DecodeConfig("int4", 64, 1), "cpu")
     lengths, rows = np.array([5, 0, 400]), np.arange(3)
     assert not buffers.go_on(lengths, rows), "nothing is there yet"
     buffers.fill(lengths, rows, attention_sm90.plan_balanced(lengths, 16, 2, 4))

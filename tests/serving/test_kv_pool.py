@@ -19,6 +19,7 @@ from atom.quant.presets import KV4, KV8, KVFP8, get_scheme
 from atom.quant.schemes import Scheme
 from atom.serving.batch import Batch
 from atom.serving.kv_pool import KVPool, PagedKV, bytes_per_block
+from atom.serving.rows import as_rows
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,7 +82,12 @@ def small_model(name: str, scheme: Scheme | None = None) -> Model:
 
 
 class Cache:
-    """A poisoned pool and, for each sequence, scattered blocks and what has been computed of it."""
+    """A poisoned pool and, for each sequence, scattered blocks and what has been computed of it.
+
+    rows  every token runs as a sequence of its own
+    """
+
+    rows = False
 
     def __init__(
         self,
@@ -103,7 +109,7 @@ class Cache:
     def run(self, work: Sequence[tuple[int, Sequence[int]]]) -> list[Tensor]:
         """One step: for each (sequence, its next tokens) the logits of these tokens."""
         batch = self.batch(work)
-        self.kv.begin(batch)
+        self.kv.begin(as_rows(batch) if self.rows else batch)
         positions = torch.from_numpy(batch.positions).long().to(self.pool.device)
         hidden = self.model(torch.from_numpy(batch.token_ids).long().to(self.pool.device), positions, self.kv)
         logits = self.model.logits(hidden)
@@ -182,6 +188,15 @@ def test_chunks_and_decodes_equal_the_dense_cache(name: str, scheme: str) -> Non
     for sequence, logits in chunked(Cache(model), STEPS).items():
         expected = dense_logits(model, text(sequence, logits.shape[0]))
         torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4, msg=lambda m: f"sequence {sequence}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_tokens_as_rows_equal_the_dense_cache(name: str) -> None:
+    model = small_model(name, SCHEMES["int4"])
+    cache = Cache(model)
+    cache.rows = True
+    for sequence, logits in chunked(cache, STEPS).items():
+        torch.testing.assert_close(logits, dense_logits(model, text(sequence, len(logits))), atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -66,7 +66,7 @@ def run(llm: LLM, seeded: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize("seeded", [False, True])
-@pytest.mark.parametrize(("depth", "buckets"), [(1, (1, 2, 4, 8)), (2, ()), (2, (1, 2, 4, 8)), (3, (3,))])
+@pytest.mark.parametrize(("depth", "buckets"), [(1, (1, 2, 4, 8)), (2, ()), (2, (1, 2, 4, 8, 16, 24)), (3, (3,))])
 def test_running_ahead_and_buckets_change_no_token(
     tiny: Tiny, depth: int, buckets: tuple[int, ...], seeded: bool
 ) -> None:
@@ -87,6 +87,8 @@ def test_bucket_sizes() -> None:
     assert bucket_sizes(5) == (1, 2, 4, 5)
     assert bucket_sizes(24) == (1, 2, 4, 8, 16, 24)
     assert bucket_sizes(300) == (1, 2, 4, *range(8, 257, 8), 288, 300)
+    assert bucket_sizes(5, 70) == (1, 2, 4, 5, 32, 64)
+    assert bucket_sizes(256, 64) == (1, 2, 4, *range(8, 257, 8), 288, 320)
 
 
 def decode_batch() -> Batch:
