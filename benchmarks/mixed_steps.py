@@ -5,7 +5,8 @@
 
 A way to run them is taken even where the engine would take another. Milliseconds, of random weights:
 
-alone   from the call that schedules a mixed step to its tokens, with an idle GPU before it; the same of a decode step
+alone   from the call that schedules a mixed step to its tokens, with an idle GPU before it; the same of a decode step,
+        and of the first mixed step of its kind, which loads kernels
 adds    what a mixed step takes more than a decode step, two steps under way as in the engine
 host    until the mixed step is launched
 gpu     what its kernels add to those of a decode step, and `idle` of the time in which none runs beside it
@@ -45,7 +46,7 @@ from .timeline import record
 WAYS = ("engine", "rows", "parts", "whole")  # engine: as it chooses
 PAIRS = 8  # of a decode step and a mixed step that are measured
 PROFILED = ((1, 25), (1, 512), (4, 1000))
-PROMPTS = ((1, 1), (1, 25), (8, 25), (1, 100), (1, 256), (1, 512), (4, 512), (1, 1000), (4, 1000))
+PROMPTS = ((1, 1), (1, 25), (8, 25), (1, 100), (1, 256), (1, 512), (4, 512), (1, 1000), (4, 1000), (15, 512))
 
 
 @contextmanager
@@ -127,9 +128,10 @@ class Loop:
         self.drain()
         return 1e3 * (time.perf_counter() - started) / PAIRS
 
-    def alone(self, count: int, tokens: int) -> tuple[float, float]:
-        """Milliseconds of a step from its schedule to its tokens, and of its launch; medians."""
-        times, hosts = [], []
+    def alone(self, count: int, tokens: int) -> tuple[float, float, float]:
+        """Milliseconds of a step from its schedule to its tokens, and of its launch, medians; and of the first such."""
+        times: list[float] = []
+        hosts: list[float] = []
         for _ in range(5):
             self.drain()
             self.ask(count, tokens)
@@ -138,7 +140,7 @@ class Loop:
             hosts.append(1e3 * self.host)
             self.drain()
             times.append(1e3 * (time.perf_counter() - started))
-        return statistics.median(times), statistics.median(hosts)
+        return statistics.median(times), statistics.median(hosts), times[0]
 
     def gpu(self, count: int, tokens: int) -> tuple[dict[str, float], float]:
         """Milliseconds of the GPU by part, and those in which it idles, of a decode step and a mixed one."""
@@ -177,10 +179,10 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
                 continue
             loop = Loop(ready.runner, ready.limits, decodes, args.context)
             with way(name):
-                loop.alone(count, tokens)  # what is compiled or grown once
+                first_ms = loop.alone(count, tokens)[2]  # with what is loaded or grown once
                 row = {"decodes": decodes, "prompts": count, "tokens": tokens, "way": name, "decode_ms": decode_ms}
-                row["decode_alone_ms"] = alone_ms
-                row["alone_ms"], row["host_ms"] = loop.alone(count, tokens)
+                row |= {"decode_alone_ms": alone_ms, "first_ms": first_ms}
+                row["alone_ms"], row["host_ms"], _ = loop.alone(count, tokens)
                 if decodes:
                     row["adds_ms"] = loop.pairs(count, tokens) - 2 * decode_ms
                 if args.profile and decodes and (count, tokens) in PROFILED:
