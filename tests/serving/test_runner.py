@@ -191,6 +191,7 @@ def test_driven_steps_are_the_engines(tiny: Tiny) -> None:
     """The loop of the GPU's tests, on a CPU."""
     plain, _ = drive(tiny("llama"), "cpu", ())
     assert drive(tiny("llama"), "cpu", (1, 2, 4, 8))[0] == plain
+    assert drive(tiny("llama"), "cpu", (1, 2, 4, 8, 16, 24))[0] == plain
     assert [len(tokens) for tokens in plain] == [4 + 3 * index for index in range(len(PROMPTS))]
 
 
@@ -198,17 +199,17 @@ def test_driven_steps_are_the_engines(tiny: Tiny) -> None:
 def test_graphs_change_no_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same steps on the same kernels, captured and not; and many replays of a graph with other contents."""
     monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
-    wanted, _ = drive(tiny("llama"), "cuda", (1, 2, 4, 8), captures=False)
-    found, runner = drive(tiny("llama"), "cuda", (1, 2, 4, 8))
+    wanted, _ = drive(tiny("llama"), "cuda", (1, 2, 4, 8, 16, 24), captures=False)
+    found, runner = drive(tiny("llama"), "cuda", (1, 2, 4, 8, 16, 24))
     assert found == wanted
-    assert runner.buckets is not None and set(runner.buckets._replays) == {1, 2, 4, 8}
+    assert runner.buckets is not None and set(runner.buckets._replays) == {1, 2, 4, 8, 16, 24}
 
 
 @pytest.mark.gpu
 def test_a_launch_does_not_wait_for_the_gpu(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in launch synchronises: torch raises where it would."""
     monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
-    drive(tiny("llama"), "cuda", (1, 2, 4, 8))  # what is compiled and grown once may wait
+    drive(tiny("llama"), "cuda", (1, 2, 4, 8, 16, 24))  # what is compiled and grown once may wait
     launch, seen = Runner.launch, 0
 
     def watched(self: Runner, step: Any) -> Any:
@@ -221,7 +222,7 @@ def test_a_launch_does_not_wait_for_the_gpu(tiny: Tiny, monkeypatch: pytest.Monk
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Runner, "launch", watched)
-    drive(tiny("llama"), "cuda", (1, 2, 4, 8))
+    drive(tiny("llama"), "cuda", (1, 2, 4, 8, 16, 24))
     assert seen > 20
 
 
@@ -233,7 +234,7 @@ def test_the_cache_takes_what_the_gpu_has_left(monkeypatch: pytest.MonkeyPatch) 
     with LLM("tiny", **options) as llm:
         free, _ = torch.cuda.mem_get_info()
         assert 0.4 * total < total - free < 0.55 * total
-        assert llm.ready.facts["decode_buckets"] == 5 and llm.ready.runner.depth == 2
+        assert llm.ready.facts["decode_buckets"] == 5 + 8 and llm.ready.runner.depth == 2  # 8: with prompts' rows
         params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
         assert [len(c.token_ids) for c in llm.generate(PROMPTS, params)] == [20] * len(PROMPTS)
         assert llm.engine.stats().used_blocks == 0
