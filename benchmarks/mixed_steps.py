@@ -1,7 +1,7 @@
 """What prompts cost the decodes beside them: steps that mix both, as rows of a decode bucket, in two parts, and whole.
 
     python -m benchmarks.mixed_steps llama-3-8b --scheme w4a8
-    python -m benchmarks.mixed_steps llama-2-7b --scheme w4a4 --steady paper --batch 192 --memory-gb 24
+    python -m benchmarks.mixed_steps llama-2-7b --scheme w4a4 --loaded steady:paper --batch 192 --memory-gb 24
 
 A way to run them is taken even where the engine would take another. Milliseconds, of random weights:
 
@@ -11,7 +11,7 @@ adds    what a mixed step takes more than a decode step, two steps under way as 
 host    until the mixed step is launched
 gpu     what its kernels add to those of a decode step, and `idle` of the time in which none runs beside it
 
-With --steady, output tokens a second of a loaded engine, each way by turns.
+With --loaded, output tokens a second of a loaded engine, each way by turns.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from atom.serving.bench.lengths import parse_workload
 from atom.serving.bench.offline_config import ModelChoice
 from atom.serving.bench.summary import summarize
 from atom.serving.bench.throughput import steady_rate
-from atom.serving.bench.window import full_window, mid_life, within
+from atom.serving.bench.window import STEADY, full_window, mid_life, within
 from atom.serving.engine_config import EngineConfig
 from atom.serving.request import Request
+from atom.serving.rows import MOST_TOKENS
 from atom.serving.runner import Launched, Runner
 from atom.serving.sampling_params import SamplingParams
 from atom.serving.scheduler import Scheduler
@@ -195,26 +197,35 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def steady_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    engine = EngineConfig(
-        load_format="dummy", scheme=args.scheme, max_num_seqs=args.batch, admission_interval=args.interval, seed=0
-    )
-    fresh = parse_workload(args.steady).items(512, 0)
+def loaded_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rates of a loaded engine, of each way, interval and number of tokens by turns."""
+    engine = EngineConfig(load_format="dummy", scheme=args.scheme, max_num_seqs=args.batch, seed=0)
+    is_steady = args.loaded.startswith(STEADY)
+    fresh = parse_workload(args.loaded.removeprefix(STEADY)).items(512, 0)
+    window_s = args.seconds if is_steady else None
     found = []
     started = time.perf_counter()
     with running(ModelChoice(args.model, args.memory_gb, engine), lambda text: None) as (ready, driver):
         print(f"ready after {time.perf_counter() - started:.1f} s: {json.dumps(ready.facts, default=str)}", flush=True)
-        for turn in range(args.turns):
-            for name in args.ways:
-                with way(name):
-                    items = mid_life(fresh, args.batch, turn) + fresh
-                    samples = driver.run(items, turn + 1, args.batch, window_s=args.seconds)
-                window = full_window(driver.steps)
-                summary = summarize(samples if window is None else within(samples, *window))
-                row = {"way": name, "turn": turn, "out_tok_s": steady_rate(driver.steps, 0.0)}
-                row |= {"ttft": summary.ttft, "tpot": summary.tpot}
-                found.append(row)
-                print(json.dumps(row, default=vars), flush=True)
+        scheduler = ready.engine._scheduler
+        for turn, tokens, interval, name in product(range(args.turns), args.tokens, args.intervals, args.ways):
+            limits = {"max_num_batched_tokens": tokens, "admission_interval": interval}
+            few = MOST_TOKENS if name in ("engine", "rows") else 1  # others are worth gathering for
+            scheduler.config = replace(scheduler.config, admission_few=few, **limits)
+            items = mid_life(fresh, args.batch, turn) + fresh if is_steady else fresh
+            with way(name):
+                samples = driver.run(items, len(found) + 1, args.batch, window_s=window_s)
+            if is_steady and (window := full_window(driver.steps)) is not None:
+                samples = within(samples, *window)
+            summary = summarize(samples)
+            rate = steady_rate(driver.steps, 0.0) if is_steady else round(summary.out_tok_s, 1)
+            row = {"turn": turn, "way": name, **limits, "out_tok_s": rate}
+            for key, spread in (("ttft", summary.ttft), ("tpot", summary.tpot), ("itl", summary.itl)):
+                row |= (
+                    {} if spread is None else {f"{key}_p50": round(spread.p50, 2), f"{key}_p99": round(spread.p99, 2)}
+                )
+            found.append(row)
+            print(json.dumps(row), flush=True)
     return found
 
 
@@ -227,17 +238,18 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=8192, help="max_model_len")
     parser.add_argument("--ways", nargs="+", default=WAYS[1:3])
     parser.add_argument("--profile", action="store_true", help="parts of the GPU's time too")
-    parser.add_argument("--steady", metavar="WORKLOAD", help="a loaded engine instead of single steps")
+    parser.add_argument("--loaded", metavar="WORKLOAD", help="a loaded engine instead of single steps")
     parser.add_argument("--batch", type=int, default=192)
-    parser.add_argument("--interval", type=int, default=8, help="admission_interval")
+    parser.add_argument("--intervals", type=int, nargs="+", default=[8], help="admission_interval")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192], help="max_num_batched_tokens")
     parser.add_argument("--memory-gb", type=float, default=None)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
-    rows = steady_rows(args) if args.steady else rows_of(args)
+    rows = loaded_rows(args) if args.loaded else rows_of(args)
     if args.out is not None:
-        args.out.write_text(json.dumps({"model": args.model, "scheme": args.scheme, "rows": rows}, default=vars))
+        args.out.write_text(json.dumps({"model": args.model, "scheme": args.scheme, "rows": rows}))
 
 
 if __name__ == "__main__":
