@@ -77,5 +77,13 @@ def gpu_cache_bytes(device: torch.device, utilization: float, peak_bytes: int) -
     return int(total * utilization) - others - peak_bytes
 
 
+def used_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that anything uses, this process or another; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
 def _amount(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

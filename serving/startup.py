@@ -22,7 +22,7 @@ from .decode_buckets import bucket_sizes
 from .engine import Engine
 from .engine_config import EngineConfig
 from .kv_pool import KVPool, bytes_per_block
-from .memory import CPU_CACHE_BYTES, CachePlan, gpu_cache_bytes, plan_cache
+from .memory import CPU_CACHE_BYTES, CachePlan, gpu_cache_bytes, plan_cache, used_bytes
 from .profile_run import peak_bytes
 from .rows import MOST_TOKENS
 from .runner import Runner
@@ -77,7 +77,9 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
     cache_s = time.perf_counter() - started - weights_s
     limits = options.limits(loaded.config.vocab_size, plan.max_model_len, plan.num_blocks, device.type == "cpu")
     runner = make_runner(loaded, scheme, options, limits)
+    before = used_bytes(device)
     runner.warm_up(lambda done, total: say(f"warming up: decode batch {done} of {total}"))
+    warm_up_bytes = used_bytes(device) - before
     engine = Engine(runner, Scheduler(limits), options.watchdog_s(device.type == "cpu"))
     facts = {
         "model": model,
@@ -94,6 +96,7 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
         "max_num_seqs": limits.max_num_seqs,
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "decode_buckets": len(runner.buckets.sizes) if runner.buckets else 0,
+        "warm_up_bytes": warm_up_bytes,
         "weights_s": round(weights_s, 2),
         "cache_s": round(cache_s, 2),
         "start_up_s": round(time.perf_counter() - started, 2),
