@@ -71,6 +71,7 @@ class Runner:
             calib=options.calib,
             windows=options.windows,
             window_length=options.window_length,
+            distill_calib=options.distill_calib,
             device=options.device,
         )
 
@@ -149,7 +150,8 @@ class Runner:
         how = f"{o.windows} x {o.window_length} of {Path(o.calib).name}"
         how += ", GPTQ" if configuration.gptq else ", rounded to nearest"
         steps = o.distill_steps if configuration.distilled else 0
-        how += f", distilled on {steps} x {o.distill_tokens} tokens" if steps else ""
+        texts = " and ".join(Path(name).name for name in o.distill_calib or (o.calib,))
+        how += f", distilled on {steps} x {o.distill_tokens} tokens of {texts}" if steps else ""
         return {"source": o.source, "calibration": how, "distill_steps": steps, "seconds": round(seconds, 1)}
 
     def run(self, configuration: Configuration, following: Configuration | None = None) -> None:

@@ -82,6 +82,9 @@ class Measure:
     distilled: tuple[str, ...] = ("w4a4",)
     """Presets to distil besides: rows of their own."""
 
+    distill_calib: tuple[str, ...] = ()
+    """Texts to distil on, disjoint from the test texts; default: that of --calib."""
+
     distill_steps: int = 200
     """Steps of distillation, of the ladder's last step and of presets."""
 

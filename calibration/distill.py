@@ -53,23 +53,27 @@ class DistillText:
 
 
 def load_distill_text(tokenizer: Tokenizer, config: CalibrationConfig, windows: Windows) -> DistillText:
-    """Windows from the calibration text: the first 95 % of it to train on, the rest to judge by.
+    """Windows from the texts to distil on, in equal shares: the first 95 % of each to train on, the rest to judge by.
 
-    windows  those of calibration; split instead, where the text was sampled from the model itself
-    Raises CalibrationError if the text is too short.
+    windows  those of calibration; split instead, where text is sampled from the model itself
+    Raises CalibrationError if a text is too short.
     """
-    count = config.distill_windows
-    held = max(1, round(count * HELD_BACK))
-    if config.calib == SELF:
+    names = config.distill_calib or (config.calib,)
+    if names == (SELF,):
         held = max(1, round(len(windows.tokens) * HELD_BACK))
         if held == len(windows.tokens):
             raise CalibrationError("distillation needs 2 windows or more of sampled text; raise --windows")
         return DistillText(windows.tokens[:-held], windows.tokens[-held:])
-    parts = [
-        load_windows(config.calib, tokenizer, n, config.window_length, config.seed + 1, part).tokens
-        for n, part in ((count, (0.0, 1.0 - HELD_BACK)), (held, (1.0 - HELD_BACK, 1.0)))
-    ]
-    return DistillText(*parts)
+    count = -(-config.distill_windows // len(names))
+    held = max(1, round(count * HELD_BACK))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for name in names:
+        training, held_back = (
+            load_windows(name, tokenizer, n, config.window_length, config.seed + 1, part).tokens
+            for n, part in ((count, (0.0, 1.0 - HELD_BACK)), (held, (1.0 - HELD_BACK, 1.0)))
+        )
+        parts.append((training, held_back))
+    return DistillText(*(torch.cat(tokens) for tokens in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Training:
         """Train for the configured steps, fewer if these would take longer than the configured seconds."""
         started = time.perf_counter()
         before = self.divergence(self.text.held_back)
-        steps, done, tokens = self.config.distill_steps, 0, 0
+        steps, done, tokens = self.config.distill_steps or 0, 0, 0
         paced = 0.0  # when the pace began to count
         records = not any(rope.kind == "dynamic" for rope in self.student.model.model.ropes())
         if not records:

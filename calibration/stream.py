@@ -37,6 +37,7 @@ from .clock import Clock
 from .config import CalibrationConfig
 from .data import SELF, Windows, load_windows
 from .distill import DistillText, distill_checkpoint, load_distill_text
+from .distill_plan import DEFAULT_STEPS, free_gpu_bytes, plan_distillation
 from .hidden import HiddenStates
 from .layer import LayerQuantizer
 from .plan import check_sizes, plan_layer
@@ -74,6 +75,7 @@ def quantize_model(
         raise UnsupportedError(f"{opened.path.name} is quantized already; calibration needs the full-precision model")
     tokenizer = load_tokenizer(opened.path)  # missing files are an error now rather than at the first prompt
     windows = _windows(opened, tokenizer, config) if is_calibrated(opened, scheme) else None
+    config = _with_distillation(opened, scheme, config, progress or Silent())
     if windows is not None and config.distill_steps:
         text = load_distill_text(tokenizer, config, windows)
         return quantize_and_distill(opened, scheme, out, config, windows, text, resume, progress)
@@ -149,6 +151,17 @@ def quantize_source(
         files = [f for f in [*source.tokenizer_files(), source.path / GENERATION_FILE] if f.is_file()]
         writer.finish(_config(source, scheme), report.to_dict(), files)
     return report
+
+
+def _with_distillation(
+    source: Source, scheme: Scheme, config: CalibrationConfig, progress: Progress
+) -> CalibrationConfig:
+    """`config` with its steps of distillation decided; a remark where they are left out."""
+    model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
+    planned, why = plan_distillation(model, scheme, config, free_gpu_bytes(torch.device(config.device)))
+    if why is not None:
+        progress.remark(f"distillation is left out: {why} (--distill-steps {DEFAULT_STEPS} insists, 0 is silent)")
+    return planned
 
 
 def is_calibrated(source: Source, scheme: Scheme) -> bool:

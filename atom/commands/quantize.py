@@ -92,7 +92,13 @@ def run(options: Options) -> dict[str, Any]:
     totals = report.totals
     size = f"{totals['bytes'] / 2**20:,.1f} MiB in {totals['seconds']:.0f} s"
     console.print(f"wrote {options.directory}: {options.scheme}, {size}; see atom report quant {options.directory}")
-    return {"output": str(options.directory), "scheme": options.scheme, "totals": totals}
+    if report.distilled is not None:
+        console.print(
+            "distilled in {steps} steps and {seconds:.0f} s: {kl_before:.4f} -> {kl_after:.4f} nats a token from full "
+            "precision, on text held back".format(**report.distilled)
+        )
+    found = {"output": str(options.directory), "scheme": options.scheme, "totals": totals}
+    return found if report.distilled is None else {**found, "distilled": report.distilled}
 
 
 def _choose_scheme(options: Options, base: Scheme) -> Scheme:

@@ -1,5 +1,6 @@
 """Distillation: the student is the checkpoint, gradients reach it, and what is written predicts better."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,15 @@ import pytest
 import torch
 
 from atom.calibration.config import CalibrationConfig
+from atom.calibration.data import load_windows
+from atom.calibration.distill import load_distill_text
 from atom.calibration.report import Report
 from atom.calibration.stream import quantize_model
 from atom.calibration.student import Student, TrainableColumns
 from atom.checkpoint import read_scheme
 from atom.models.generate import scheme_cache
 from atom.models.loader import load_model
-from atom.models.source import open_source
+from atom.models.source import load_tokenizer, open_source
 from atom.quant.granularity import Channel, Group
 from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.rounding import dequantize, quantize
@@ -148,3 +151,19 @@ def test_a_checkpoint_that_did_not_gain_stays_as_it_was(tiny: Tiny, quick: Calib
     assert report.distilled is not None and report.distilled["kl_after"] > report.distilled["kl_before"]
     for path in (tmp_path / "rounded").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_texts_to_distil_on_come_in_equal_shares(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    """Another text than calibration's, by its tokens, beside calibration's own; each has its part held back."""
+    other = tmp_path / "other.txt"
+    other.write_text("zz yy xx ww " * 400)
+    tokenizer = load_tokenizer(tiny("llama"))
+    config = replace(quick, distill_windows=10, distill_calib=(quick.calib, str(other)))
+    windows = load_windows(quick.calib, tokenizer, 2, quick.window_length, 0)
+    found = load_distill_text(tokenizer, config, windows)
+    assert found.training.shape == (10, quick.window_length) and found.held_back.shape == (2, quick.window_length)
+    own = load_distill_text(tokenizer, replace(config, distill_calib=(), distill_windows=5), windows)
+    assert torch.equal(found.training[:5], own.training) and torch.equal(found.held_back[:1], own.held_back)
+    known = set(load_windows(str(other), tokenizer, 1, quick.window_length, 0).tokens.flatten().tolist())
+    assert set(found.training[5:].flatten().tolist()) == known == set(found.held_back[1:].flatten().tolist())
+    assert CalibrationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

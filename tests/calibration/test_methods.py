@@ -48,7 +48,7 @@ def test_each_writes_a_checkpoint_that_predicts(
             continue
         scheme = with_cache(method.scheme, "kv4")
         config = method.config(quick)
-        config = replace(config, distill_steps=min(config.distill_steps, 4), distill_windows=20)
+        config = replace(config, distill_steps=min(config.distill_steps or 0, 4), distill_windows=20)
         quantize_model(tiny("qwen2"), scheme, tmp_path / name, config)
         errors[name] = logit_error(tmp_path / name, tiny("qwen2"))
     assert errors["ours"] < errors["rtn"] and errors["atom"] < errors["rtn"] and max(errors.values()) < 0.8
