@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 HELD_BACK = 0.05  # of the text
 CHUNK_BYTES = 512 * 2**20  # of one chunk of float32 logits
 WARM_UP_STEPS = 10
+RECENTRED_STEPS = 50  # after so many the centres of keys follow what was learned, and at the end
+FIRST_TOKENS = 64  # whose mean key they put on the grid
 PACED_STEPS = (PLAIN_STEPS + 1, PLAIN_STEPS + 6)  # whose pace between them says how many there is time for
 
 
@@ -147,6 +149,8 @@ class Training:
             self._check(last, done, steps)  # of the step before: this one may still be running
             last = loss
             done, tokens = done + 1, tokens + batch.numel()
+            if done % RECENTRED_STEPS == 0:
+                self.student.recentre(self.text.training[:FIRST_TOKENS])
             if last is not None and done in PACED_STEPS:
                 self._check(last, done, steps)
                 now = time.perf_counter()
@@ -158,6 +162,7 @@ class Training:
                     steps = max(done, min(steps, done + int(left / pace)))
         self._check(last, done, steps)
         del step
+        self.student.recentre(self.text.training[:FIRST_TOKENS])
         after = self.divergence(self.text.held_back)
         return Distilled(done, tokens, before, after, time.perf_counter() - started)
 

@@ -19,8 +19,9 @@ from atom.models.generate import scheme_cache
 from atom.models.loader import load_model
 from atom.models.source import load_tokenizer, open_source
 from atom.quant.granularity import Channel, Group
+from atom.quant.keys import prepare_keys
 from atom.quant.presets import PRESETS, get_scheme
-from atom.quant.rounding import dequantize, quantize
+from atom.quant.rounding import dequantize, fake_quantize, quantize
 from atom.quant.schemes import RotationSpec, TensorSpec
 
 Tiny = Callable[[str], Path]
@@ -121,6 +122,31 @@ def test_distillation_brings_predictions_closer(
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {path.name for path in (tmp_path / "rounded").iterdir()}
     assert not (tmp_path / "out.rounded").exists()
+
+
+def test_the_first_key_is_on_the_grid_again(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    """A layer's mean first key, less the centre, is a point of the grid of the cache, whatever was learned."""
+    quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "out", quick)
+    source = open_source(tmp_path / "out")
+    scheme = read_scheme(source.config)
+    assert scheme is not None and scheme.kv is not None
+    student = Student(source, scheme, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in student.parameters().factors:
+            parameter += 0.05
+    tokens = torch.arange(8).view(8, 1)
+    student.recentre(tokens)
+    seen: list[torch.Tensor] = []
+    for layer in student.model.model.decoder_layers():
+        layer.self_attn.k_proj.register_forward_hook(lambda module, args, k: seen.append(k))
+    with torch.no_grad():
+        student.hidden(tokens)
+    for layer, k in zip(student.model.model.decoder_layers(), seen, strict=True):
+        centre = layer.self_attn.key_centre
+        assert centre is not None
+        first = k.unflatten(-1, centre.shape).mean(0)  # at position 0 RoPE turns nothing
+        keys = prepare_keys(first, centre, scheme.rotates_keys)
+        torch.testing.assert_close(fake_quantize(keys, scheme.kv), keys, rtol=1e-3, atol=1e-4)
 
 
 def test_under_a_low_bit_cache_alone_attention_learns(
