@@ -124,7 +124,7 @@ SCHEMAS: dict[str, RecordSchema] = {
     ),
     "engine-latency": RecordSchema(
         ("shape", "scheme", "kv", "batch", "context", "ms", "sol_ms", "host_ms", "idle"),
-        ("head", "cpu_ms", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),
+        ("head", "cpu_ms", "mean_ms", "idle_median", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),
         {"head": ("full", "int8"), **_KV},
     ),
     "engine-host": RecordSchema(
