@@ -42,6 +42,7 @@ class ProducerConfig:
     chunks         slots (see `place`) of one thread
     parts          CTAs of a token
     ctas_per_sm    so many stay on an SM and take one token after another; 0: one token, as many CTAs as it takes
+    stages         rows of a CTA that stays, in shared memory: one is rounded while the others are on their way
     """
 
     source: str
@@ -61,6 +62,7 @@ class ProducerConfig:
     chunks: int = 0
     parts: int = 1
     ctas_per_sm: int = 0
+    stages: int = 2
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -101,6 +103,11 @@ class ProducerConfig:
         """Whether a value under its scale may lie below the smallest code: not where the clip is mild and codes few."""
         reach = (1 + 2**-8) / self.ratio  # a bfloat16 scale may be rounded down
         return not (self.rounding == "group" and self.format != "int8" and reach < 0.5 - self.code_range[0])
+
+    @property
+    def stays_in_range(self) -> bool:
+        """Whether no value under its scale lies beyond the codes, so that none need be clamped."""
+        return self.rounding == "token" and self.scale_format == "fp32" and self.code_range[1] + 0.4 > 1 / self.ratio
 
     @property
     def run(self) -> int:

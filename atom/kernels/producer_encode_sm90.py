@@ -4,15 +4,21 @@ Maxima are multiplied by a float32 constant, scales rounded to their storage for
 correctly rounded reciprocal, ties go to even.
 """
 
+from typing import Any
+
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Uint32, cute
 
 from .dsl.arithmetic import (
+    add_max,
     as_bits,
+    clamp_s16x2,
     from_bits,
+    multiply,
     multiply_add,
+    multiply_add_saturated,
     pack_e4m3x2,
-    reciprocal,
+    reciprocal_of_normal,
     round_to_e4m3,
     round_to_whole,
 )
@@ -21,6 +27,8 @@ from .dsl.tensor_core import pick_bytes
 from .producer_config import CHUNK, ProducerConfig
 
 TO_WHOLE = 12582912.0  # 1.5 * 2^23: a float32 added to it is rounded to a whole number, ties to even, in its low bits
+
+LARGEST_FLOAT = 3.4028234663852886e38
 
 
 class ProducerEncode:
@@ -79,25 +87,68 @@ class ProducerEncode:
         return cute.arch.fmin(cute.arch.fmax(round_to_whole(raw * inverse_outer), Float32(1.0)), Float32(15.0))
 
     @cute.jit
+    def inverse(self, scale, factor: Any = None):
+        """What a value is multiplied with to be rounded: the reciprocal of its scale, times what the value lacks."""
+        if cutlass.const_expr(self.config.rounding == "small" and self.config.scale_format == "e8m0"):
+            found = from_bits(Uint32(254 << 23) - (as_bits(scale) & Uint32(0x7F800000)))  # of a power of two
+        else:
+            found = reciprocal_of_normal(scale)
+        if cutlass.const_expr(self.config.is_norm):
+            found = cute.arch.fmin(found * factor, Float32(LARGEST_FLOAT))  # times zero it must be zero
+        return found
+
+    @cute.jit
+    def code_range(self):
+        """The smallest and the largest code."""
+        qmin, qmax = self.config.code_range
+        return Float32(qmin), Float32(qmax)
+
+    @cute.jit
+    def to_whole(self, value, inverse, qmin, qmax):
+        """Codes of eight values, plus TO_WHOLE, behind a norm, whose last bit is open: clamped on the way to [0, 1]."""
+        found = []
+        if cutlass.const_expr(self.config.stays_in_range):
+            found = [multiply_add(value[e], inverse, Float32(TO_WHOLE)) for e in range(CHUNK)]
+        else:
+            levels = Float32(qmax) - Float32(qmin)
+            step = reciprocal_of_normal(levels)
+            for e in cutlass.range_constexpr(CHUNK):
+                share = multiply_add_saturated(value[e], inverse * step, -Float32(qmin) * step)
+                found.append(multiply_add(share, levels, Float32(TO_WHOLE) + Float32(qmin)))
+        return found
+
+    @cute.jit
     def encode_factored(self, value, factor, inverse, qmin, qmax, words):
         """A chunk's values as whole numbers times their group's factor in bytes, four to a word."""
         less = Float32(TO_WHOLE) - Float32(TO_WHOLE) * factor  # exact, and so is (TO_WHOLE + n) * factor + less
-        bits = []
-        for e in cutlass.range_constexpr(CHUNK):
-            scaled = cute.arch.fmin(cute.arch.fmax(value[e] * inverse, Float32(qmin)), Float32(qmax))
-            bits.append(as_bits(multiply_add(scaled + Float32(TO_WHOLE), factor, less)))
-        self.pack(bits, words)
+        if cutlass.const_expr(self.config.is_norm):
+            whole = self.to_whole(value, inverse, qmin, qmax)
+            self.pack([as_bits(multiply_add(whole[e], factor, less)) for e in range(CHUNK)], words)
+        else:
+            low = as_bits(multiply_add(Float32(TO_WHOLE) + Float32(qmin), factor, less))
+            high = as_bits(multiply_add(Float32(TO_WHOLE) + Float32(qmax), factor, less))
+            low, high = pick_bytes(low, low, Uint32(0x1010)), pick_bytes(high, high, Uint32(0x1010))
+            pairs = []
+            for e in cutlass.range_constexpr(0, CHUNK, 2):
+                a = as_bits(multiply_add(multiply(value[e], inverse) + Float32(TO_WHOLE), factor, less))
+                b = as_bits(multiply_add(multiply(value[e + 1], inverse) + Float32(TO_WHOLE), factor, less))
+                pairs.append(clamp_s16x2(pick_bytes(a, b, Uint32(0x5410)), low, high))
+            for w in cutlass.range_constexpr(2):
+                words[w] = Int32(pick_bytes(pairs[2 * w], pairs[2 * w + 1], Uint32(0x6420)))
 
     @cute.jit
     def encode(self, value, inverse, qmin, qmax, words):
         """A chunk's values as whole numbers in bytes, four to a word; `inverse` of their scale."""
-        bits = []
-        for e in cutlass.range_constexpr(CHUNK):
-            scaled = cute.arch.fmin(value[e] * inverse, Float32(qmax))
-            if cutlass.const_expr(self.config.reaches_below):
-                scaled = cute.arch.fmax(scaled, Float32(qmin))
-            bits.append(as_bits(scaled + Float32(TO_WHOLE)))
-        self.pack(bits, words)
+        if cutlass.const_expr(self.config.is_norm):
+            self.pack([as_bits(whole) for whole in self.to_whole(value, inverse, qmin, qmax)], words)
+        else:
+            bits = []
+            for e in cutlass.range_constexpr(CHUNK):
+                scaled = cute.arch.fmin(value[e] * inverse, Float32(qmax))
+                if cutlass.const_expr(self.config.reaches_below):
+                    scaled = cute.arch.fmax(scaled, Float32(qmin))
+                bits.append(as_bits(scaled + Float32(TO_WHOLE)))
+            self.pack(bits, words)
 
     @cute.jit
     def pack(self, bits, words):
@@ -116,30 +167,34 @@ class ProducerEncode:
             words[w] = Int32(low | (high << 16))
 
     @cute.jit
-    def round_small(self, value, scale, effective):
+    def round_small(self, value, scale, inverse):
         """A chunk's values on the grid of E2M1 or INT4, times the scale of their small group: exact in bfloat16."""
-        inverse = reciprocal(effective)
-        for e in cutlass.range_constexpr(CHUNK):
-            scaled = value[e] * inverse
-            if cutlass.const_expr(self.config.format == "e2m1"):
-                scaled = cute.arch.fmin(cute.arch.fmax(scaled, Float32(-6.0)), Float32(6.0))
-                magnitude = cute.arch.fmax(scaled, -scaled)
-                finer = Float32(2.0)
-                step = Float32(0.5)
-                if magnitude >= Float32(2.0):
-                    finer = Float32(1.0)
-                    step = Float32(1.0)
-                if magnitude >= Float32(4.0):
-                    finer = Float32(0.5)
-                    step = Float32(2.0)
-                value[e] = round_to_whole(scaled * finer) * step * scale
-            else:
-                qmin, qmax = self.config.code_range
-                whole = round_to_whole(scaled)
-                value[e] = cute.arch.fmin(cute.arch.fmax(whole, Float32(qmin)), Float32(qmax)) * scale
+        if cutlass.const_expr(self.config.format == "e2m1"):
+            for e in cutlass.range_constexpr(CHUNK):
+                scaled = cute.arch.fmin(cute.arch.fmax(value[e] * inverse, Float32(-6.0)), Float32(6.0))
+                value[e] = (scaled + to_step(scaled) - to_step(scaled)) * scale
+        elif cutlass.const_expr(self.config.is_norm):
+            whole = self.to_whole(value, inverse, *self.code_range())
+            for e in cutlass.range_constexpr(CHUNK):
+                value[e] = multiply_add(whole[e], scale, -Float32(TO_WHOLE) * scale)  # exact: few bits each
+        else:
+            qmin, qmax = self.code_range()
+            for e in cutlass.range_constexpr(CHUNK):
+                whole = multiply(value[e], inverse) + Float32(TO_WHOLE) - Float32(TO_WHOLE)
+                value[e] = cute.arch.fmin(cute.arch.fmax(whole, qmin), qmax) * scale
 
     @cute.jit
     def encode_bf16(self, value, words):
         """A chunk's values as bfloat16, two to a word."""
         for w in cutlass.range_constexpr(CHUNK // 2):
             words[w] = Int32(pack_bf16x2(value[2 * w], value[2 * w + 1]))
+
+
+@cute.jit
+def to_step(scaled: Any):
+    """What rounds a value up to 6 to the steps of E2M1 when it is added and taken away: 1.5 x 2^23 steps.
+
+    Steps are 0.5, from 2 on 1, from 4 on 2: half the power of two of the value, or of 1 where that is larger.
+    """
+    exponent = as_bits(scaled) & Uint32(0x7F800000)
+    return from_bits(add_max(exponent, Uint32((22 << 23) + (1 << 22)), Uint32(0x3F800000 + (22 << 23) + (1 << 22))))

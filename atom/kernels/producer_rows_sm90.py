@@ -10,7 +10,7 @@ from typing import Any
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
-from .dsl.arithmetic import max_magnitude, warp_max_magnitude, warp_sum
+from .dsl.arithmetic import max_of_magnitudes, warp_max_magnitude, warp_sum
 from .dsl.memory import load_shared_16, load_shared_f32, load_u32x4, send_to_peer, store_shared_u32x4
 from .dsl.packed_floats import add, unpack
 from .dsl.tensor_core import exp2, reciprocal_approx
@@ -27,6 +27,7 @@ class ProducerRows:
     size: int
     words: int
     is_full: bool
+    room: int
 
     @cute.jit
     def source_chunk(self, slot):
@@ -148,37 +149,48 @@ class ProducerRows:
 
     @cute.jit
     def over_row(
-        self, sR, met, at: cutlass.Constexpr, value, is_sum: cutlass.Constexpr, tid, rank, is_whole: cutlass.Constexpr
+        self, sR, met, at: cutlass.Constexpr, values, sums: cutlass.Constexpr, tid, rank, is_whole: cutlass.Constexpr
     ):
-        """The sum, or the maximum of what is not negative, of all threads' values, in every thread.
+        """All threads' sums, or maxima of what is not negative, in every thread, after one meeting.
 
+        values    this thread's part of each
+        sums      of each, whether it is a sum
         met       barriers that count what the CTAs of a cluster send, one for the sum and one for the maximum
-        at        where in sR there is room for `parts x warps` values
+        at        where in sR there is room for `parts x warps` sums and, `self.room` behind it, for as many maxima
         is_whole  whether each CTA of the token has all of it, so that none needs to ask the others
         """
         config = self.config
         warp = tid // 32
         lane = tid % 32
-        value = over_warp(value, is_sum)
         clustered = config.clustered and not is_whole
         count = self.warps * (config.parts if clustered else 1)
+        places = [at if is_sum else at + self.room for is_sum in sums]
+        of_warp = [over_warp(values[i], sums[i]) for i in range(len(sums))]
         if cutlass.const_expr(clustered):
             if lane < config.parts:
-                place = sR.iterator.toint() + 4 * (at + rank * self.warps + warp)
-                send_to_peer(place, (met + (0 if is_sum else 1)).toint(), lane, value)
-            cute.arch.mbarrier_wait(met + (0 if is_sum else 1), 0)
+                for i in cutlass.range_constexpr(len(sums)):
+                    place = sR.iterator.toint() + 4 * (places[i] + rank * self.warps + warp)
+                    send_to_peer(place, (met + (0 if sums[i] else 1)).toint(), lane, of_warp[i])
+            for i in cutlass.range_constexpr(len(sums)):
+                cute.arch.mbarrier_wait(met + (0 if sums[i] else 1), 0)
         else:
             if lane == 0:
-                sR[at + warp] = value
+                for i in cutlass.range_constexpr(len(sums)):
+                    sR[places[i] + warp] = of_warp[i]
             cute.arch.sync_threads()
+        return [self.over_warps(sR, places[i], count, sums[i], lane) for i in range(len(sums))]
+
+    @cute.jit
+    def over_warps(self, sR, at: cutlass.Constexpr, count: cutlass.Constexpr, is_sum: cutlass.Constexpr, lane):
+        """The sum or maximum of what `count` warps left in shared memory."""
+        value = Float32(0.0)
         if cutlass.const_expr(count > 16):
-            found = Float32(0.0)
             for i in cutlass.range_constexpr(-(-count // 32)):
                 part = Float32(0.0)
                 if 32 * i + lane < count:
                     part = sR[at + 32 * i + lane]
-                found = reduced([found, part], is_sum)
-            value = over_warp(found, is_sum)
+                value = reduced([value, part], is_sum)
+            value = over_warp(value, is_sum)
         else:
             value = reduced([sR[at + i] for i in range(count)], is_sum)
         return value
@@ -214,9 +226,8 @@ class ProducerRows:
     @cute.jit
     def largest(self, value, found):
         """The largest magnitude of a chunk, or `found` if that is larger."""
-        for e in cutlass.range_constexpr(CHUNK):
-            found = max_magnitude(found, value[e])
-        return found
+        pairs = [max_of_magnitudes(value[e], value[e + 1]) for e in range(0, CHUNK, 2)]
+        return reduced([found, *pairs], False)
 
 
 @cute.jit

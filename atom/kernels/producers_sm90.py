@@ -22,7 +22,6 @@ from .producer_config import CHUNK, GROUP_CHUNKS, ProducerConfig
 from .producer_encode_sm90 import ProducerEncode
 from .producer_rows_sm90 import ProducerRows
 
-STAGES = 2  # rows of a CTA that stays: one is rounded while one is on its way
 DTYPES = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32}
 
 
@@ -46,7 +45,7 @@ class Producer(ProducerRows, ProducerEncode):
         self.words = CHUNK * self.size // 4  # of a chunk
         self.stays = config.ctas_per_sm > 0
         assert not self.stays or not (config.reads_two or config.strided or config.parts > 1)
-        self.rows = STAGES if self.stays else 1 if config.permuted else 0  # in shared memory
+        self.rows = config.stages if self.stays else 1 if config.permuted else 0  # in shared memory
         self.row = config.columns + CHUNK  # the last chunk holds zeros
         self.room = -(-self.warps * config.parts // 4) * 4  # for what the warps found
 
@@ -96,12 +95,12 @@ class Producer(ProducerRows, ProducerEncode):
         if cutlass.const_expr(self.rows > 0):
             sV = smem.allocate_tensor(dtype, cute.make_layout(self.rows * self.row), byte_alignment=16)
         if cutlass.const_expr(self.stays):
-            full = smem.allocate_array(Int64, STAGES)
+            full = smem.allocate_array(Int64, config.stages)
             if tid == 0:
-                for s in cutlass.range_constexpr(STAGES):
+                for s in cutlass.range_constexpr(config.stages):
                     cute.arch.mbarrier_init(full + s, 1)
             cute.arch.mbarrier_init_fence()
-        sR = smem.allocate_tensor(Float32, cute.make_layout(2 * STAGES * self.room), byte_alignment=16)
+        sR = smem.allocate_tensor(Float32, cute.make_layout(2 * config.stages * self.room), byte_alignment=16)
         met: Any = None
         if cutlass.const_expr(config.clustered):
             met = smem.allocate_array(Int64, 2)
@@ -133,16 +132,33 @@ class Producer(ProducerRows, ProducerEncode):
             cute.arch.cluster_wait()  # the others' barriers stand
         cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(self.stays):
-            for s in cutlass.range_constexpr(STAGES):
+            for s in cutlass.range_constexpr(config.stages):
                 self.fetch(mX, sV, full, s, first + s * step, tid)
             phase = Int32(0)
-            for start in cutlass.range(first, M, STAGES * step, unroll=1):
-                for s in cutlass.range_constexpr(STAGES):
+            for start in cutlass.range(first, M, config.stages * step, unroll=1):
+                for s in cutlass.range_constexpr(config.stages):
                     token = start + s * step
                     if token < M:
                         cute.arch.mbarrier_wait(full + s, phase)
                         self.token(
-                            mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, rO, eps, s, token, STAGES * step, tid, rank
+                            mX,
+                            mU,
+                            mT,
+                            mQ,
+                            mS,
+                            sV,
+                            sR,
+                            full,
+                            met,
+                            rI,
+                            rG,
+                            rO,
+                            eps,
+                            s,
+                            token,
+                            config.stages * step,
+                            tid,
+                            rank,
                         )
                 phase = phase ^ 1
         else:
@@ -152,10 +168,11 @@ class Producer(ProducerRows, ProducerEncode):
     def fetch(self, mX, sV, full, stage: cutlass.Constexpr, token, tid):
         """Ask for the row of a token, if there is one; `full` counts its arrival."""
         size = self.config.columns * self.size
-        if tid == 0 and token < mX.shape[0]:
-            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, size)
-            source = mX.iterator + Int64(token) * self.config.columns
-            bulk_load(sV.iterator + stage * self.row, source, Int32(size), full + stage)
+        if cute.arch.make_warp_uniform(tid // 32) == 0 and token < mX.shape[0]:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, size)
+                source = mX.iterator + Int64(token) * self.config.columns
+                bulk_load(sV.iterator + stage * self.row, source, Int32(size), full + stage)
 
     @cute.jit
     def load_constants(self, mG, mP, sV, rI, rG, rO, j: cutlass.Constexpr, slot):
@@ -193,14 +210,12 @@ class Producer(ProducerRows, ProducerEncode):
         else:
             squares = self.read(mX, mU, mT, sV, values, token, tid, rank)
         room = 2 * stage * self.room
-        factor = Float32(1.0)
-        if cutlass.const_expr(config.is_norm):
-            total = self.over_row(sR, met, room, squares, True, tid, rank, config.permuted)
-            factor = reciprocal_root(total / Float32(config.columns) + eps)
-        elif cutlass.const_expr(self.rows > 0):
-            cute.arch.sync_threads()
-        if cutlass.const_expr(self.stays):
-            self.fetch(mX, sV, full, stage, token + ahead, tid)
+        total = Float32(0.0)
+        if cutlass.const_expr(config.permuted and not self.stays):  # the whole row must be there before it is gathered
+            if cutlass.const_expr(config.is_norm):
+                (total,) = self.over_row(sR, met, room, (squares,), (True,), tid, rank, True)
+            else:
+                cute.arch.sync_threads()
 
         largest = [Float32(0.0) for _ in range(self.runs)]
         of_row = Float32(0.0)
@@ -211,7 +226,7 @@ class Producer(ProducerRows, ProducerEncode):
                     self.gather(rI, 0, values[j], j)
                 if cutlass.const_expr(config.is_norm):
                     for e in cutlass.range_constexpr(CHUNK):
-                        values[j][e] = values[j][e] * factor * rG[e, j]
+                        values[j][e] = values[j][e] * rG[e, j]
                 if cutlass.const_expr(config.rotation > 0):
                     self.rotate(values[j], slot)
                 if cutlass.const_expr(config.rounding != "none"):
@@ -222,12 +237,26 @@ class Producer(ProducerRows, ProducerEncode):
                 if slot < config.outlier_slot:
                     of_row = cute.arch.fmax(of_row, largest[i])
             largest[i] = self.unit_max(largest[i], slot)
-        if cutlass.const_expr(config.needs_row_max):
-            of_row = self.over_row(sR, met, room + self.room, of_row, False, tid, rank, False)
+        if cutlass.const_expr(config.is_norm and config.needs_row_max and (self.stays or not config.permuted)):
+            total, of_row = self.over_row(sR, met, room, (squares, of_row), (True, False), tid, rank, False)
+        elif cutlass.const_expr(config.is_norm and (self.stays or not config.permuted)):
+            (total,) = self.over_row(sR, met, room, (squares,), (True,), tid, rank, False)
+        elif cutlass.const_expr(config.needs_row_max):
+            (of_row,) = self.over_row(sR, met, room + self.room, (of_row,), (False,), tid, rank, False)
+        elif cutlass.const_expr(self.stays):
+            cute.arch.sync_threads()
+        if cutlass.const_expr(self.stays):
+            self.fetch(mX, sV, full, stage, token + ahead, tid)
+        factor = Float32(1.0)  # of the norm, which the values lack until they are rounded
+        if cutlass.const_expr(config.is_norm):
+            factor = reciprocal_root(total / Float32(config.columns) + eps)
+            of_row = of_row * factor
         for i in cutlass.range_constexpr(self.runs):
             run = values[i * config.run : (i + 1) * config.run]
             back = [rO[j] for j in range(i * config.run, (i + 1) * config.run)]
-            self.write(mQ, mS, run, back, largest[i], of_row, token, self.first_slot(i, tid, rank))
+            if cutlass.const_expr(config.is_norm):
+                largest[i] = largest[i] * factor
+            self.write(mQ, mS, run, back, largest[i], of_row, factor, token, self.first_slot(i, tid, rank))
 
     @cute.jit
     def first_slot(self, i: cutlass.Constexpr, tid, rank):
@@ -244,67 +273,73 @@ class Producer(ProducerRows, ProducerEncode):
         rX.fill(0)
         rU.fill(0)
         self.load(mX, mU, rX, rU, token, tid, rank)
-        squares = Float32(0.0)
+        squares = [Float32(0.0), Float32(0.0)]
         for j in cutlass.range_constexpr(self.reads):
             value = values[j if not config.permuted else 0]
             self.combine(rX, rU, value, j)
-            squares = self.add_squares(squares, value)
+            self.add_squares(squares, value)
             if cutlass.const_expr(config.permuted):
                 self.share(sV, rX, j, tid, rank)
         if cutlass.const_expr(config.source == "add_norm"):
             self.store_sum(mT, rX, token, tid, rank)
-        return squares
+        return squares[0] + squares[1]
 
     @cute.jit
     def take(self, sV, rI, values, stage: cutlass.Constexpr, tid, rank):
         """The row that has arrived in shared memory into `values`; returns this thread's sum of squares."""
         config = self.config
         offset = stage * self.row * self.size
-        squares = Float32(0.0)
+        squares = [Float32(0.0), Float32(0.0)]
         for j in cutlass.range_constexpr(config.chunks):
             if cutlass.const_expr(config.permuted):
                 self.gather(rI, offset, values[j], j)
             else:
                 self.take_chunk(sV, offset, values[j], j, tid, rank)
-            squares = self.add_squares(squares, values[j])
-        return squares
+            self.add_squares(squares, values[j])
+        return squares[0] + squares[1]
 
     @cute.jit
     def add_squares(self, squares, value):
+        """Squares of a chunk added to two sums, so that no long chain forms."""
         if cutlass.const_expr(self.config.is_norm):
             for e in cutlass.range_constexpr(CHUNK):
-                squares = squares + value[e] * value[e]
-        return squares
+                squares[e % 2] = squares[e % 2] + value[e] * value[e]
 
     @cute.jit
-    def write(self, mQ, mS, run, back, largest, of_row, token, slot):
-        """Round a run of chunks and store it, and its scale where it is the first under it; `slot` is its first."""
+    def write(self, mQ, mS, run, back, largest, of_row, factor, token, slot):
+        """Round a run of chunks and store it, and its scale where it is the first under it; `slot` is its first.
+
+        largest, of_row  of the values times `factor`, which is what is rounded
+        """
         config = self.config
         each = 4 if config.writes_bf16 else 2
         words = cute.make_rmem_tensor((each, config.run), Int32)
         if cutlass.const_expr(config.rounding == "group"):
-            self.round_group(mS, run, largest, words, token, slot)
+            self.round_group(mS, run, largest, factor, words, token, slot)
         elif cutlass.const_expr(config.rounding == "factor"):
-            self.round_factored(mS, run, largest, of_row, words, token, slot)
+            self.round_factored(mS, run, largest, of_row, factor, words, token, slot)
         elif cutlass.const_expr(config.rounding == "token"):
             scale = self.scale(of_row, config.ratio, config.scale_format == "bf16")
-            inverse = reciprocal_of_normal(scale)
+            inverse = self.inverse(scale, factor)
             for c in cutlass.range_constexpr(config.run):
                 if cutlass.const_expr(config.format == "fp8_e4m3"):
                     self.encode_e4m3(run[c], inverse, words[None, c])
                 else:
-                    self.encode(run[c], inverse, *config.code_range, words[None, c])
+                    self.encode(run[c], inverse, *self.code_range(), words[None, c])
             if slot == 0:
                 mS[0, token] = scale
+        elif cutlass.const_expr(config.rounding == "small"):
+            outer = Float32(1.0)
+            if cutlass.const_expr(config.scale_format == "e4m3"):
+                outer = self.outer_scale(of_row)
+                if slot == 0:
+                    mS[0, token] = outer
+            scale = self.small_scale(largest, reciprocal_of_normal(outer))
+            self.round_small(run[0], scale, self.inverse(scale * outer, factor))
+            self.encode_bf16(run[0], words[None, 0])
         else:
-            if cutlass.const_expr(config.rounding == "small"):
-                outer = Float32(1.0)
-                if cutlass.const_expr(config.scale_format == "e4m3"):
-                    outer = self.outer_scale(of_row)
-                    if slot == 0:
-                        mS[0, token] = outer
-                scale = self.small_scale(largest, reciprocal_of_normal(outer))
-                self.round_small(run[0], scale, scale * outer)
+            for e in cutlass.range_constexpr(CHUNK if config.is_norm else 0):
+                run[0][e] = run[0][e] * factor
             self.encode_bf16(run[0], words[None, 0])
         if cutlass.const_expr(config.reorders):
             for c in cutlass.range_constexpr(config.run):
@@ -333,7 +368,7 @@ class Producer(ProducerRows, ProducerEncode):
             store_words(at + 4 * first, found[first : first + 4])
 
     @cute.jit
-    def round_group(self, mS, run, largest, words, token, slot):
+    def round_group(self, mS, run, largest, factor, words, token, slot):
         """Chunks under the scale of their 128 columns, or of the outliers."""
         config = self.config
         qmin, qmax, ratio = self.unit_range(slot)
@@ -344,14 +379,14 @@ class Producer(ProducerRows, ProducerEncode):
                 unit = config.groups + ((slot - config.outlier_slot) >> 3)
                 begins = (slot & 7) == 0 and slot < config.slots
         scale = self.scale(largest, ratio, config.scale_format == "bf16")
-        inverse = reciprocal_of_normal(scale)
+        inverse = self.inverse(scale, factor)
         for c in cutlass.range_constexpr(config.run):
             self.encode(run[c], inverse, qmin, qmax, words[None, c])
         if begins:
             mS[unit, token] = scale
 
     @cute.jit
-    def round_factored(self, mS, run, largest, of_row, words, token, slot):
+    def round_factored(self, mS, run, largest, of_row, of_norm, words, token, slot):
         """Chunks under their group's factor and the token's scale, or under the scale of the outliers."""
         config = self.config
         outer = self.outer_scale(of_row)
@@ -366,7 +401,7 @@ class Producer(ProducerRows, ProducerEncode):
                 effective = self.scale(largest, 1.0 / 127.0, True)
                 if slot == config.outlier_slot:
                     mS[1, token] = effective
-        inverse = reciprocal_of_normal(effective)
+        inverse = self.inverse(effective, of_norm)
         for c in cutlass.range_constexpr(config.run):
             self.encode_factored(run[c], factor, inverse, qmin, qmax, words[None, c])
 
@@ -388,7 +423,7 @@ class Producer(ProducerRows, ProducerEncode):
     def unit_range(self, slot):
         """(smallest code, largest code, ratio of scale to maximum) of a slot's group, or of the outliers."""
         config = self.config
-        qmin, qmax = (Float32(bound) for bound in config.code_range)
+        qmin, qmax = self.code_range()
         ratio = Float32(config.ratio)
         if cutlass.const_expr(config.outliers > 0):
             if slot >= config.outlier_slot:

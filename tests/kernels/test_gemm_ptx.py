@@ -206,7 +206,7 @@ SOURCES = [("plain", name) for name in LOW_BIT] + [
 LAYOUTS: dict[str, dict[str, int]] = {
     "one": {},
     "stay": {"threads": 64, "ctas_per_sm": 1},
-    "stay in runs of 2": {"threads": 32, "chunks": 2, "ctas_per_sm": 1},
+    "stay in runs of 2": {"threads": 32, "chunks": 2, "ctas_per_sm": 1, "stages": 3},
     "stay in runs of 4": {"threads": 32, "chunks": 4, "ctas_per_sm": 1},
     "parts": {"threads": 32, "chunks": 1, "parts": 2},
 }

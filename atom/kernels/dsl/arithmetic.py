@@ -29,10 +29,44 @@ def reciprocal_root(x: Any):
 
 
 @cute.jit
+def multiply(a: Any, b: Any):
+    """a * b, rounded before anything is added to it."""
+    return cute.arch.inline_ptx("mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+@cute.jit
 def multiply_add(a: Any, b: Any, c: Any):
     """a * b + c, rounded once."""
     return cute.arch.inline_ptx(
         "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c]
+    )
+
+
+@cute.jit
+def multiply_add_saturated(a: Any, b: Any, c: Any):
+    """a * b + c, rounded once and clamped to [0, 1]."""
+    return cute.arch.inline_ptx(
+        "fma.rn.sat.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c]
+    )
+
+
+@cute.jit
+def clamp_s16x2(pair: Any, low: Any, high: Any):
+    """Two int16 in a word, each between those of two others."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 t; min.s16x2 t, {$r0}, {$r2}; max.s16x2 {$w0}, t, {$r1}; }",
+        write_only_types=[Uint32],
+        read_only_args=[pair, low, high],
+    )
+
+
+@cute.jit
+def add_max(a: Any, b: Any, c: Any):
+    """max(a + b, c) of unsigned words."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 t, u, v; mov.b32 u, {$r1}; mov.b32 v, {$r2}; add.u32 t, {$r0}, u; max.u32 {$w0}, t, v; }",
+        write_only_types=[Uint32],
+        read_only_args=[a, b, c],
     )
 
 
@@ -137,10 +171,10 @@ def max_or_nan(a: Any, b: Any):
 
 
 @cute.jit
-def max_magnitude(x: Any, y: Any):
-    """The larger of x and |y|."""
+def max_of_magnitudes(x: Any, y: Any):
+    """The larger of |x| and |y|."""
     return cute.arch.inline_ptx(
-        "{ .reg .f32 t; abs.f32 t, {$r1}; max.f32 {$w0}, {$r0}, t; }",
+        "{ .reg .f32 t, u; abs.f32 t, {$r0}; abs.f32 u, {$r1}; max.f32 {$w0}, t, u; }",
         write_only_types=[Float32],
         read_only_args=[x, y],
     )
