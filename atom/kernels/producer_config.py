@@ -13,7 +13,7 @@ from ..quant.scales import LARGEST_DYNAMIC
 from ..quant.schemes import LinearScheme
 
 CHUNK = 8  # columns that a thread reads, rounds and writes together
-GROUP_CHUNKS = 16  # chunks of a group of 128
+UNIT_CHUNKS = 16  # chunks of the 128 columns to which normal columns in bytes are filled up
 SHARED_BYTES = 220 * 1024  # of an SM, for rows
 FEW_TOKENS = 64  # up to so many, a launch is laid out for latency,
 SOME_TOKENS = 1024  # up to so many for a token or two on each CTA, and beyond for bandwidth
@@ -26,8 +26,8 @@ class ProducerConfig:
     source         "norm" (RMSNorm), "add_norm" (of x + residual, which is written too), "silu" or "gelu_tanh"
                    (act(gate) x up), "plain"
     rounding       "group": codes in bytes, a scale per 128 columns; "token": codes in bytes, one per row; "factor":
-                   code x factor of its 128 columns in bytes, one scale per row; "small": code x scale as bfloat16, a
-                   scale per `group_size` columns; "none": bfloat16
+                   code x factor of its 32, 64 or 128 columns in bytes, one scale per row; "small": code x scale as
+                   bfloat16, a scale per 16 or 32 columns; "none": bfloat16
     format         of the codes: int3, int4, int8, e2m1 or fp8_e4m3; bf16 without rounding
     ratio          scale = largest magnitude x ratio
     scale_format   how a scale is stored: fp32, bf16, uint4 or e4m3 (under a float32 per token) or e8m0
@@ -116,6 +116,7 @@ class ProducerConfig:
         Only of CTAs that stay: columns and gains of runs are loaded badly, which must be worth it.
         """
         shares = self.permuted and self.ctas_per_sm > 0 and not self.rotation and not self.writes_bf16
+        shares = shares and (self.rounding == "token" or self.chunks <= self.group_chunks)
         return self.chunks if shares and self.chunks in (2, 4, 8) else 1
 
     @property
@@ -133,28 +134,39 @@ class ProducerConfig:
         """(the exponent of the format's largest value, the largest exponent of a scale), for e8m0."""
         return frexp(get_format(self.format).max)[1] - 1, frexp(self.largest_scale)[1] - 1
 
-    # Slots: the chunks of the output in order, one after another: normal columns, zeros that fill up the last group,
-    # outliers, zeros that fill up their last unit of 64. Lanes of a warp hold neighbouring slots, or runs of such, and
+    # Slots: the chunks of the output in order, one after another: normal columns, zeros that fill up the last 128,
+    # outliers, zeros that fill up their last 64. Lanes of a warp hold neighbouring slots, or runs of such, and
     # what shares a scale lies within a warp.
+
+    @property
+    def group_chunks(self) -> int:
+        """Chunks under one scale or factor, where there are groups."""
+        return self.group_size // CHUNK
 
     @property
     def normal_chunks(self) -> int:
         return (self.columns - self.outliers) // CHUNK
 
     @property
-    def groups(self) -> int:
-        return -(-self.normal_chunks // GROUP_CHUNKS)
+    def units(self) -> int:
+        """Of 128 normal columns."""
+        return -(-self.normal_chunks // UNIT_CHUNKS)
 
     @property
     def filled_chunks(self) -> int:
-        """Normal chunks and the zeros that fill up their last group."""
-        return self.normal_chunks if self.writes_bf16 else self.groups * GROUP_CHUNKS
+        """Normal chunks and the zeros that fill up their last unit."""
+        return self.normal_chunks if self.writes_bf16 else self.units * UNIT_CHUNKS
 
     @property
     def outlier_slot(self) -> int:
         """Slot of the first outlier: more than 128 of them take a warp of their own."""
-        step = 32 if self.outliers > 128 else GROUP_CHUNKS
+        step = 32 if self.outliers > 128 else UNIT_CHUNKS
         return -(-self.filled_chunks // step) * step if self.outliers else self.filled_chunks
+
+    @property
+    def rotated(self) -> int:
+        """Columns that the rotation turns: whole blocks of normal ones."""
+        return (self.columns - self.outliers) // self.rotation * self.rotation if self.rotation else 0
 
     @property
     def slots(self) -> int:
@@ -193,7 +205,13 @@ def producer_config(
     assert spec.clip != "mse"
     size = spec.group_size or 0
     config = make(
-        rounding="token" if not size else "small" if size != 128 else "factor" if spec.outer else "group",
+        rounding="token"
+        if not size
+        else "factor"
+        if spec.scale_format == "uint4"
+        else "group"
+        if size == 128
+        else "small",
         format=spec.format,
         ratio=float(spec.clip) if spec.scale_format == "e8m0" else float(spec.clip) / levels,
         scale_format=spec.scale_format,

@@ -210,7 +210,6 @@ class ProducerRows:
         """Blocks of normal columns times Sylvester's Hadamard matrix; what is left of a last block stays."""
         config = self.config
         block = config.rotation
-        whole = (config.columns - config.outliers) // block * block
         turned = [value[e] for e in range(CHUNK)]
         for step in (1, 2, 4)[: block.bit_length() - 1]:
             turned = butterflies(turned, step)
@@ -219,9 +218,14 @@ class ProducerRows:
             if (slot & lanes) != 0:
                 sign = Float32(-1.0)
             turned = [cute.arch.shuffle_sync_bfly(t, offset=lanes) + sign * t for t in turned]
-        if slot * CHUNK < whole:
+        scale = Float32(1.0 / sqrt(block))
+        if cutlass.const_expr(config.rotated == config.slots * CHUNK):
             for e in cutlass.range_constexpr(CHUNK):
-                value[e] = turned[e] * Float32(1.0 / sqrt(block))
+                value[e] = turned[e] * scale
+        else:
+            if slot * CHUNK < config.rotated:
+                for e in cutlass.range_constexpr(CHUNK):
+                    value[e] = turned[e] * scale
 
     @cute.jit
     def largest(self, value, found):

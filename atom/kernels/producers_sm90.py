@@ -18,7 +18,7 @@ from .dsl.arithmetic import max_over_lanes, reciprocal_of_normal, reciprocal_roo
 from .dsl.memory import bulk_load
 from .dsl.tensor_core import pick_bytes
 from .dsl.wide_access import load_floats, load_words, store_words
-from .producer_config import CHUNK, GROUP_CHUNKS, ProducerConfig
+from .producer_config import CHUNK, UNIT_CHUNKS, ProducerConfig
 from .producer_encode_sm90 import ProducerEncode
 from .producer_rows_sm90 import ProducerRows
 
@@ -369,14 +369,14 @@ class Producer(ProducerRows, ProducerEncode):
 
     @cute.jit
     def round_group(self, mS, run, largest, factor, words, token, slot):
-        """Chunks under the scale of their 128 columns, or of the outliers."""
+        """Chunks under the scale of their group of 128, or of the outliers."""
         config = self.config
         qmin, qmax, ratio = self.unit_range(slot)
         unit = slot >> 4  # sixteen chunks a group
         begins = (slot & 15) == 0 and slot < config.filled_chunks
         if cutlass.const_expr(config.outliers > 0):
             if slot >= config.outlier_slot:
-                unit = config.groups + ((slot - config.outlier_slot) >> 3)
+                unit = config.units + ((slot - config.outlier_slot) >> 3)
                 begins = (slot & 7) == 0 and slot < config.slots
         scale = self.scale(largest, ratio, config.scale_format == "bf16")
         inverse = self.inverse(scale, factor)
@@ -409,14 +409,14 @@ class Producer(ProducerRows, ProducerEncode):
     def unit_max(self, largest, slot):
         """The largest magnitude of the columns under one scale, from that of this thread's run of them."""
         config = self.config
-        if cutlass.const_expr(config.rounding == "small"):
-            largest = max_over_lanes(largest, config.group_size // CHUNK)
-        if cutlass.const_expr(config.rounding in ("group", "factor")):
-            largest = max_over_lanes(largest, GROUP_CHUNKS // config.run)
-            if cutlass.const_expr(config.outliers > 128):
-                both = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=GROUP_CHUNKS // config.run))
+        if cutlass.const_expr(config.rounding in ("small", "group", "factor")):
+            lanes = config.group_chunks // config.run
+            largest = max_over_lanes(largest, 1, lanes)
+            if cutlass.const_expr(config.outliers > 0):
+                wider = (32 if config.outliers > 128 else UNIT_CHUNKS) // config.run
+                of_outliers = max_over_lanes(largest, lanes, wider)
                 if slot >= config.outlier_slot:
-                    largest = both
+                    largest = of_outliers
         return largest
 
     @cute.jit

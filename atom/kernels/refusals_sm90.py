@@ -29,9 +29,6 @@ def refuses_producer(problem: Problem) -> str | None:
         return f"rows of {problem.K} do not fit in shared memory; at most {LARGEST_ROW}"
     if problem.linear == LinearScheme():  # nothing is rounded: the model's own format
         return None if problem.dtype == "bfloat16" else f"full precision must be bfloat16, got {problem.dtype}"
-    activation = problem.linear.activation
-    if activation is not None and _by_factor(activation, "token") and activation.group_size != 128:
-        return f"no producer rounds under factors of {activation.group_size} columns yet"
     return refuses_scheme(problem.linear)
 
 

@@ -156,7 +156,7 @@ class EmulatedGpu:
                 words.view(torch.bfloat16).copy_(values)
                 return
             found, tokens = quantize(values[:, :normal], spec), x.shape[0]
-            if spec.group_size in (16, 32):
+            if words.shape[1] * 2 == x.shape[1]:  # code x scale as bfloat16
                 expanded = found.scale.scale.repeat_interleave(spec.group_size, 1)[:, : x.shape[1]]
                 words.view(torch.bfloat16).copy_(code_values(found.codes, get_format(spec.format)) * expanded)
                 if found.scale.outer is not None:
@@ -171,7 +171,8 @@ class EmulatedGpu:
                 scales[0] = found.scale.scale[:, 0]
                 return
             if found.scale.outer is not None:
-                codes[:, :normal] *= found.scale.scale.to(torch.int8).repeat_interleave(128, 1)[:, :normal]
+                factors = found.scale.scale.to(torch.int8).repeat_interleave(spec.group_size or 0, 1)
+                codes[:, :normal] *= factors[:, :normal]
                 scales[0] = found.scale.outer[:, 0]
                 groups = 1
             else:

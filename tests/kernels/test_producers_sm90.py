@@ -29,7 +29,7 @@ from .linear_schemes import linear_scheme
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
 FACTORS, GROUPS = "w4a4", "w4a4-bf16"
-SCHEMES = (*(name for name in PRESETS if name != "bf16"), GROUPS)
+SCHEMES = (*(name for name in PRESETS if name != "bf16"), GROUPS, "w4a4-g32")
 # every source, and every way of rounding
 COMPILED = [(name, s) for name in (FACTORS, GROUPS) for s in ("norm", "add_norm", "silu", "gelu_tanh", "plain")] + [
     ("w4a8", "plain"),
@@ -38,14 +38,18 @@ COMPILED = [(name, s) for name in (FACTORS, GROUPS) for s in ("norm", "add_norm"
     ("nvfp4", "add_norm"),
     ("mxfp4", "plain"),
     ("nvint4", "gelu_tanh"),
+    ("w4a4-g32-rotated", "norm"),
 ]
 
 
 def linear(name: str) -> LinearScheme:
-    """As linear_scheme; with a rotation where the name ends so."""
-    if name.endswith("-rotated"):
-        return replace(linear_scheme(name.removesuffix("-rotated")), rotation=RotationSpec("block_hadamard", 128))
-    return linear_scheme(name)
+    """As linear_scheme; with a rotation where the name ends so, in blocks of a group or of 128."""
+    found = linear_scheme(name.removesuffix("-rotated"))
+    if not name.endswith("-rotated"):
+        return found
+    assert found.activation is not None
+    size = found.activation.group_size or 128
+    return replace(found, rotation=RotationSpec("block_hadamard", max(size, 32)))
 
 
 def producer(source: str, name: str, K: int, device: str = "cpu") -> QuantizingProducer:
@@ -96,7 +100,13 @@ def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SIZES, SOURCES = (576, 1536, 4096), ("plain", "norm", "add_norm", "silu")
 WIDE = 14336  # several CTAs a token where few tokens come, four chunks a thread where many do
-ROTATED = [("w4a4-rotated", "norm"), ("w4a8-rotated", "plain"), ("nvfp4-rotated", "silu")]
+ROTATED = [
+    ("w4a4-rotated", "norm"),
+    ("w4a8-rotated", "plain"),
+    ("nvfp4-rotated", "silu"),
+    ("w4a4-g32-rotated", "norm"),
+    ("w4a4-g64-rotated", "silu"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +156,8 @@ def test_codes_and_scales(name: str, source: str, K: int) -> None:
             check_close(found.packed.float(), values.bfloat16().float(), exact=source == "plain")
             continue
         wanted = quantize(values[:, :normal], spec)
-        groups = -(-normal // 128)
-        if spec.group_size in (16, 32):
+        filled = -(-normal // 128) * 128
+        if found.packed.dtype == torch.bfloat16:
             scale = wanted.scale.scale.repeat_interleave(spec.group_size, 1)[:, :K]
             written = code_values(wanted.codes, get_format(spec.format)) * scale
             check_close(found.packed.float(), written, exact=source == "plain")
@@ -157,17 +167,17 @@ def test_codes_and_scales(name: str, source: str, K: int) -> None:
         codes = found.packed if spec.format != "fp8_e4m3" else found.packed.view(torch.float8_e4m3fn).float()
         written, scales = wanted.codes.float(), wanted.scale.scale
         if wanted.scale.outer is not None:  # code x factor in the byte
-            written = written * scales.repeat_interleave(128, 1)[:, :normal]
+            written = written * scales.repeat_interleave(spec.group_size, 1)[:, :normal]
             scales = wanted.scale.outer
         units = scales.shape[1]
         check_close(codes[:, :normal].float(), written, exact=source == "plain")
         check_close(found.scale[:units, :M].T, scales, exact=source == "plain")
-        assert not found.packed[:, normal : groups * 128].any(), "columns that fill up a group are zero"
+        assert not found.packed[:, normal:filled].any(), "columns that fill up a group are zero"
         if source == "plain" and outliers:
             tail_spec = scheme.outliers.spec(Token(), dynamic=True)
             assert tail_spec is not None
             tail = quantize(values[:, normal:], tail_spec)
-            assert torch.equal(found.packed[:, groups * 128 : groups * 128 + outliers], tail.codes)
+            assert torch.equal(found.packed[:, filled : filled + outliers], tail.codes)
             assert torch.equal(found.scale[units, :M], tail.scale.scale[:, 0])
 
 

@@ -181,8 +181,8 @@ def max_of_magnitudes(x: Any, y: Any):
 
 
 @cute.jit
-def max_over_lanes(x: Any, lanes: Any):
-    """The largest value of `lanes` neighbouring lanes (a power of two, a constant), in each of them."""
-    for offset in (1, 2, 4, 8, 16)[: lanes.bit_length() - 1]:
+def max_over_lanes(x: Any, known: Any, lanes: Any):
+    """The largest value of `lanes` neighbouring lanes in each of them, from that of `known` of them (powers of two)."""
+    for offset in (1, 2, 4, 8, 16)[known.bit_length() - 1 : lanes.bit_length() - 1]:
         x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=offset))
     return x
