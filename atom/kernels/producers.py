@@ -26,11 +26,15 @@ SOURCES = tuple(
     for name in (
         "producers_sm90.py",
         "producer_rows_sm90.py",
+        "producer_write_sm90.py",
         "producer_encode_sm90.py",
         "producer_config.py",
         "dsl/arithmetic.py",
         "dsl/memory.py",
+        "dsl/packed_bf16.py",
+        "dsl/packed_floats.py",
         "dsl/tensor_core.py",
+        "dsl/wide_access.py",
     )
 )
 
