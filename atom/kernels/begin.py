@@ -6,7 +6,6 @@ stands still while its copy engine and its multiprocessors wait for each other.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,6 @@ from .cache import load_kernel
 from .registry import Problem
 
 ARCH = "sm_90a"
-HERE = Path(__file__).parent
-SOURCES = (HERE / "begin_sm90.py", HERE / "begin_config.py")
 
 Int32 = NDArray[np.int32]
 
@@ -96,7 +93,7 @@ def begin_kernel() -> Any:
 
         return compile_begin()
 
-    return load_kernel("begin_sm90", "begin", SOURCES, compile, ARCH)
+    return load_kernel("begin_sm90", "begin", compile, ARCH)
 
 
 @lru_cache
@@ -108,7 +105,7 @@ def bring_kernel() -> Any:
 
         return compile_bring()
 
-    return load_kernel("begin_sm90", "bring", SOURCES, compile, ARCH)
+    return load_kernel("begin_sm90", "bring", compile, ARCH)
 
 
 def refuses_begin(problem: Problem) -> str | None:

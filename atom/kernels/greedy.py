@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from .host_memory import HostRing
 from .registry import Implementation, Op, Problem
 
 ARCH = "sm_90a"
-HERE = Path(__file__).parent
-SOURCES = tuple(HERE / name for name in ("greedy_sm90.py", "largest_logit_sm90.py", "dsl/arithmetic.py"))
 FAULTY = -1  # instead of a token id: the logits held no number to choose by
 
 Greedy = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -64,7 +61,7 @@ def greedy_kernel() -> Any:
 
         return compile_greedy()
 
-    return load_kernel("greedy_sm90", "greedy", SOURCES, compile, ARCH)
+    return load_kernel("greedy_sm90", "greedy", compile, ARCH)
 
 
 def refuses_greedy(problem: Problem) -> str | None:

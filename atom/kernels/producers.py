@@ -20,24 +20,6 @@ from .gather_order import gather_orders, selector
 from .gemm import ARCH, activation_columns, takes_bf16, token_scales
 from .producer_config import CHUNK, FEW_TOKENS, SOME_TOKENS, ProducerConfig, producer_config, token_range
 
-HERE = Path(__file__).parent
-SOURCES = tuple(
-    HERE / name
-    for name in (
-        "producers_sm90.py",
-        "producer_rows_sm90.py",
-        "producer_write_sm90.py",
-        "producer_encode_sm90.py",
-        "producer_config.py",
-        "dsl/arithmetic.py",
-        "dsl/memory.py",
-        "dsl/packed_bf16.py",
-        "dsl/packed_floats.py",
-        "dsl/tensor_core.py",
-        "dsl/wide_access.py",
-    )
-)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -163,12 +145,12 @@ def producer_kernel(config: ProducerConfig) -> Any:
 
         return compile_producer(config)
 
-    return load_kernel("producers_sm90", config, SOURCES, compile, ARCH)
+    return load_kernel("producers_sm90", config, compile, ARCH)
 
 
 def producer_path(config: ProducerConfig) -> Path:
     """Where the compiled kernel of a config is kept."""
-    return kernel_path("producers_sm90", kernel_key("producers_sm90", config, SOURCES, ARCH))
+    return kernel_path("producers_sm90", kernel_key("producers_sm90", config, ARCH))
 
 
 def build_rms_norm_quantize(

@@ -156,7 +156,7 @@ class EmulatedGpu:
                 words.view(torch.bfloat16).copy_(values)
                 return
             found, tokens = quantize(values[:, :normal], spec), x.shape[0]
-            if words.shape[1] * 2 == x.shape[1]:  # code x scale as bfloat16
+            if spec.scale_format in ("e4m3", "e8m0"):  # code x scale as bfloat16
                 expanded = found.scale.scale.repeat_interleave(spec.group_size, 1)[:, : x.shape[1]]
                 words.view(torch.bfloat16).copy_(code_values(found.codes, get_format(spec.format)) * expanded)
                 if found.scale.outer is not None:
