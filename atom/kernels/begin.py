@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .begin_config import RECORD_WORDS
 from .cache import load_kernel
+from .refusals_sm90 import refuses_rows
 from .registry import Problem
 
 ARCH = "sm_90a"
@@ -110,10 +111,4 @@ def bring_kernel() -> Any:
 
 def refuses_begin(problem: Problem) -> str | None:
     """Why the sm_90a kernel cannot begin the steps of a model with K hidden channels, or None."""
-    if problem.arch != "sm_90":
-        return f"it is built for sm_90, this is {problem.arch}"
-    if problem.dtype != "bfloat16":
-        return f"hidden states must be bfloat16, got {problem.dtype}"
-    if problem.K % 8:
-        return f"hidden states must be a multiple of 8 long, got {problem.K}"
-    return None
+    return refuses_rows(problem, "hidden states", "bfloat16")
