@@ -15,8 +15,7 @@ from ..quant.schemes import LinearScheme
 CHUNK = 8  # columns that a thread reads, rounds and writes together
 UNIT_CHUNKS = 16  # chunks of the 128 columns to which normal columns in bytes are filled up
 SHARED_BYTES = 220 * 1024  # of an SM, for rows
-FEW_TOKENS = 64  # up to so many, a launch is laid out for latency,
-SOME_TOKENS = 1024  # up to so many for a token or two on each CTA, and beyond for bandwidth
+FEW_TOKENS = 64  # up to so many, a launch is laid out for latency, beyond for bandwidth
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,11 @@ class ProducerConfig:
     @property
     def is_gated(self) -> bool:
         return self.source in ("silu", "gelu_tanh")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether codes are atom/quant's bit for bit: no sum or exponential before them leaves a last bit open."""
+        return self.source == "plain"
 
     @property
     def reads_two(self) -> bool:
@@ -221,11 +225,6 @@ def producer_config(
     return with_layout(config, tokens)
 
 
-def token_range(tokens: int) -> int:
-    """Which of the layouts of a producer so many tokens run with."""
-    return (tokens > FEW_TOKENS) + (tokens > SOME_TOKENS)
-
-
 def with_layout(config: ProducerConfig, tokens: int) -> ProducerConfig:
     """The config with threads, chunks and parts for so many tokens; docs/kernels/producers.md has the measurements."""
     few = tokens <= FEW_TOKENS
@@ -237,10 +236,14 @@ def with_layout(config: ProducerConfig, tokens: int) -> ProducerConfig:
     if few and config.slots > 1024:
         return lay_out(config, 128, 1, 8)
     # a meeting in a cluster costs a quarter of a microsecond: one CTA a token
-    stays = not few and not config.reads_two and (config.permuted or config.is_norm)
-    if stays and config.permuted and config.is_norm:
-        return lay_out(config, 256, 2, 1, 768) if tokens <= SOME_TOKENS else lay_out(config, 128, 4, 1, 512)
-    return lay_out(config, 256 if config.slots <= 1024 else 1024, 2, 1, 1024 if stays else 0)
+    threads = 256 if config.slots <= 1024 else 1024
+    if few or config.reads_two:
+        return lay_out(config, threads, 2, 1)
+    if config.permuted:
+        return lay_out(config, threads, 2, 1, 768 if config.is_norm else 1024)  # registers: indices, and gains too
+    if config.is_norm and config.rotation and not config.writes_bf16:
+        return lay_out(config, threads // 2, 4, 1, 512)
+    return lay_out(config, threads, 2, 1, 1024 if config.is_norm and not config.writes_bf16 else 0)
 
 
 def lay_out(config: ProducerConfig, threads: int, chunks: int, most_parts: int, stay: int = 0) -> ProducerConfig:

@@ -87,15 +87,20 @@ class ProducerEncode:
         return cute.arch.fmin(cute.arch.fmax(round_to_whole(raw * inverse_outer), Float32(1.0)), Float32(15.0))
 
     @cute.jit
-    def inverse(self, scale, factor: Any = None):
-        """What a value is multiplied with to be rounded: the reciprocal of its scale, times what the value lacks."""
+    def inverse(self, scale):
+        """The reciprocal of a scale."""
         if cutlass.const_expr(self.config.rounding == "small" and self.config.scale_format == "e8m0"):
             found = from_bits(Uint32(254 << 23) - (as_bits(scale) & Uint32(0x7F800000)))  # of a power of two
         else:
             found = reciprocal_of_normal(scale)
-        if cutlass.const_expr(self.config.is_norm):
-            found = cute.arch.fmin(found * factor, Float32(LARGEST_FLOAT))  # times zero it must be zero
         return found
+
+    @cute.jit
+    def with_norm(self, inverse, factor):
+        """The reciprocal of a scale times the norm's factor, which the values lack; times zero it must be zero."""
+        if cutlass.const_expr(self.config.is_norm):
+            inverse = cute.arch.fmin(inverse * factor, Float32(LARGEST_FLOAT))
+        return inverse
 
     @cute.jit
     def code_range(self):
@@ -105,13 +110,16 @@ class ProducerEncode:
 
     @cute.jit
     def to_whole(self, value, inverse, qmin, qmax):
-        """Codes of eight values, plus TO_WHOLE, behind a norm, whose last bit is open: clamped on the way to [0, 1]."""
+        """Codes of eight values, plus TO_WHOLE, where a last bit is open: clamped on the way to [0, 1]."""
         found = []
         if cutlass.const_expr(self.config.stays_in_range):
             found = [multiply_add(value[e], inverse, Float32(TO_WHOLE)) for e in range(CHUNK)]
         else:
+            lowest, highest = self.config.code_range
+            step = Float32(1 / (highest - lowest))
+            if Float32(qmax) > Float32(highest):  # INT8 outliers
+                step = Float32(1 / 255)
             levels = Float32(qmax) - Float32(qmin)
-            step = reciprocal_of_normal(levels)
             for e in cutlass.range_constexpr(CHUNK):
                 share = multiply_add_saturated(value[e], inverse * step, -Float32(qmin) * step)
                 found.append(multiply_add(share, levels, Float32(TO_WHOLE) + Float32(qmin)))
@@ -121,7 +129,7 @@ class ProducerEncode:
     def encode_factored(self, value, factor, inverse, qmin, qmax, words):
         """A chunk's values as whole numbers times their group's factor in bytes, four to a word."""
         less = Float32(TO_WHOLE) - Float32(TO_WHOLE) * factor  # exact, and so is (TO_WHOLE + n) * factor + less
-        if cutlass.const_expr(self.config.is_norm):
+        if cutlass.const_expr(not self.config.is_exact):
             whole = self.to_whole(value, inverse, qmin, qmax)
             self.pack([as_bits(multiply_add(whole[e], factor, less)) for e in range(CHUNK)], words)
         else:
@@ -139,7 +147,7 @@ class ProducerEncode:
     @cute.jit
     def encode(self, value, inverse, qmin, qmax, words):
         """A chunk's values as whole numbers in bytes, four to a word; `inverse` of their scale."""
-        if cutlass.const_expr(self.config.is_norm):
+        if cutlass.const_expr(not self.config.is_exact):
             self.pack([as_bits(whole) for whole in self.to_whole(value, inverse, qmin, qmax)], words)
         else:
             bits = []
@@ -167,13 +175,20 @@ class ProducerEncode:
             words[w] = Int32(low | (high << 16))
 
     @cute.jit
-    def round_small(self, value, scale, inverse):
-        """A chunk's values on the grid of E2M1 or INT4, times the scale of their small group: exact in bfloat16."""
+    def round_small(self, value, scale, inverse, reach):
+        """A chunk's values on the grid of E2M1 or INT4, times the scale of their small group: exact in bfloat16.
+
+        reach   the largest magnitude of the group by its scale; E2M1 rounds all from 5 up to 7 to 6
+        """
         if cutlass.const_expr(self.config.format == "e2m1"):
+            if reach >= Float32(7.0):
+                most = Float32(6.0) * reciprocal_of_normal(inverse)
+                for e in cutlass.range_constexpr(CHUNK):
+                    value[e] = cute.arch.fmin(cute.arch.fmax(value[e], -most), most)
             for e in cutlass.range_constexpr(CHUNK):
-                scaled = cute.arch.fmin(cute.arch.fmax(value[e] * inverse, Float32(-6.0)), Float32(6.0))
+                scaled = multiply(value[e], inverse)
                 value[e] = (scaled + to_step(scaled) - to_step(scaled)) * scale
-        elif cutlass.const_expr(self.config.is_norm):
+        elif cutlass.const_expr(not self.config.is_exact):
             whole = self.to_whole(value, inverse, *self.code_range())
             for e in cutlass.range_constexpr(CHUNK):
                 value[e] = multiply_add(whole[e], scale, -Float32(TO_WHOLE) * scale)  # exact: few bits each
@@ -192,7 +207,7 @@ class ProducerEncode:
 
 @cute.jit
 def to_step(scaled: Any):
-    """What rounds a value up to 6 to the steps of E2M1 when it is added and taken away: 1.5 x 2^23 steps.
+    """What rounds a value below 7 to the steps of E2M1 when it is added and taken away: 1.5 x 2^23 steps.
 
     Steps are 0.5, from 2 on 1, from 4 on 2: half the power of two of the value, or of 1 where that is larger.
     """

@@ -35,7 +35,7 @@ class ProducerWrite(ProducerEncode):
             self.round_factored(mS, run, largest, of_row, factor, words, token, slot)
         elif cutlass.const_expr(config.rounding == "token"):
             scale = self.scale(of_row, config.ratio, config.scale_format == "bf16")
-            inverse = self.inverse(scale, factor)
+            inverse = self.with_norm(self.inverse(scale), factor)
             for c in cutlass.range_constexpr(config.run):
                 if cutlass.const_expr(config.format == "fp8_e4m3"):
                     self.encode_e4m3(run[c], inverse, words[None, c])
@@ -50,7 +50,8 @@ class ProducerWrite(ProducerEncode):
                 if slot == 0:
                     mS[0, token] = outer
             scale = self.small_scale(largest, reciprocal_of_normal(outer))
-            self.round_small(run[0], scale, self.inverse(scale * outer, factor))
+            inverse = self.inverse(scale * outer)
+            self.round_small(run[0], scale, self.with_norm(inverse, factor), largest * inverse)
             self.encode_bf16(run[0], words[None, 0])
         else:
             for e in cutlass.range_constexpr(CHUNK if config.is_norm else 0):
@@ -94,7 +95,7 @@ class ProducerWrite(ProducerEncode):
                 unit = config.units + ((slot - config.outlier_slot) >> 3)
                 begins = (slot & 7) == 0 and slot < config.slots
         scale = self.scale(largest, ratio, config.scale_format == "bf16")
-        inverse = self.inverse(scale, factor)
+        inverse = self.with_norm(self.inverse(scale), factor)
         for c in cutlass.range_constexpr(config.run):
             self.encode(run[c], inverse, qmin, qmax, words[None, c])
         if begins:
@@ -116,7 +117,7 @@ class ProducerWrite(ProducerEncode):
                 effective = self.scale(largest, 1.0 / 127.0, True)
                 if slot == config.outlier_slot:
                     mS[1, token] = effective
-        inverse = self.inverse(effective, of_norm)
+        inverse = self.with_norm(self.inverse(effective), of_norm)
         for c in cutlass.range_constexpr(config.run):
             self.encode_factored(run[c], factor, inverse, qmin, qmax, words[None, c])
 

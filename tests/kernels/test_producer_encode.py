@@ -110,9 +110,10 @@ def test_small_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             group = numbers[size * g : size * (g + 1)]
             scale = made.small_scale(max(abs(v) for v in group), np.float32(1.0) / outer)
             assert scale == wanted.scale.scale[row, g].item(), (row, g)
+            inverse = made.inverse(np.float32(scale * outer))
             for at in range(0, size, 8):
                 chunk = group[at : at + 8]
-                made.round_small(chunk, scale, made.inverse(np.float32(scale * outer)))
+                made.round_small(chunk, scale, inverse, max(abs(v) for v in group) * inverse)
                 assert [float(v) for v in chunk] == values[row, size * g + at : size * g + at + 8].tolist()
 
 

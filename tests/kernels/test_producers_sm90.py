@@ -91,6 +91,9 @@ def test_machine_code(name: str, source: str, tokens: int, tmp_path: Path, monke
     sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]
     assert "LDG.E.128" in sass
     assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spilled"
+    if source == "plain" and config.rounding != "none":
+        apart = len(re.findall(r"\bFMUL\b", sass))
+        assert apart >= 8 * config.chunks, "products were not rounded before they were added to"
 
 
 @pytest.fixture
