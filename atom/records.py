@@ -127,6 +127,11 @@ SCHEMAS: dict[str, RecordSchema] = {
         ("head", "cpu_ms", "mean_ms", "idle_median", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),
         {"head": ("full", "int8"), **_KV},
     ),
+    "engine-start": RecordSchema(  # seconds from the command to the first token, and what the parts of it take
+        ("model", "kind", "first_token_s"),
+        ("scheme", "tokenizer_s", "weights_s", "cache_s", "warm_up_s", "start_up_s"),
+        {"kind": ("cold", "warm")},
+    ),
     "engine-host": RecordSchema(
         ("batch", "context", "sampling", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),
         (),
