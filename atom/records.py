@@ -119,8 +119,16 @@ SCHEMAS: dict[str, RecordSchema] = {
     "producers": RecordSchema(("op", "scheme", "M", "hidden", "us", "gbps"), ("sol_us",)),
     "attention": RecordSchema(
         ("op", "kv", "batch", "context", "heads", "kv_heads", "head_dim", "window", "us", "sol_us", "bf16_sdpa_us"),
-        ("offset", "queries"),  # a key offset is added back while keys are read; new tokens of a prefill's chunk
+        # a key offset is added back while keys are read; new tokens of a prefill's chunk; tokens that all sequences
+        # begin with, and the time where each reads them for itself
+        ("offset", "queries", "shared", "alone_us"),
         {"op": ("decode", "prefill", "rope_append", "plan"), **_KV},
+    ),
+    "attention-perplexity": RecordSchema(
+        # kernels and reference over the same windows; `change` is the first's perplexity over the second's, less 1
+        ("model", "text", "kv", "cache", "op", "windows", "window", "tokens", "ppl", "ppl_reference", "change"),
+        (),
+        {"op": ("decode", "prefill"), **_KV},
     ),
     "engine-latency": RecordSchema(
         ("shape", "scheme", "kv", "batch", "context", "ms", "sol_ms", "host_ms", "idle"),

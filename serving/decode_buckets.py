@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atom.kernels.paged_step import Share
 from atom.kernels.registry import Kernels
 from atom.models.model import Model
 
@@ -61,7 +62,7 @@ class DecodeBuckets:
         self._max_blocks = max_blocks
         self._inputs = decode_inputs(model, last_tokens, largest, max_blocks, kv.pool.block_size, depth, kernels)
         self._logits = torch.zeros(self.most_samples, model.config.vocab_size, dtype=model.dtype, device=device)
-        self._replays: dict[int, Replay] = {}
+        self._replays: dict[tuple[int, bool], Replay] = {}  # by size, and whether sequences read prefixes together
         self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def size_for(self, num_seqs: int) -> int | None:
@@ -82,28 +83,37 @@ class DecodeBuckets:
         """
         size = self.size_for(batch.num_seqs)
         assert size is not None, f"{batch.num_seqs} sequences are more than the largest bucket"
-        if size not in self._replays:
-            self._prepare(size)
-        lanes = self._load(pad_decodes(batch, size, self._scratch_block, self.kv.pool.block_size))
-        self._replays[size]()
+        padded = pad_decodes(batch, size, self._scratch_block, self.kv.pool.block_size)
+        lanes, shares = self._load(padded)
+        if (size, shares) not in self._replays:  # of steps that share prefixes the first comes while serving
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)  # steps under way still read what loading more fills
+            self._prepare(size, shares)
+            lanes, _ = self._load(padded)
+        self._replays[size, shares]()
         return self._logits[: len(batch.sample_rows)], lanes
 
-    def _load(self, padded: Batch) -> Tensor:
-        """Fill the buffers; returns the lanes that sample."""
-        self.kv.begin(padded, self._inputs.arrays(padded.num_seqs))
-        return self._inputs.load(padded)
+    def _load(self, padded: Batch, share: Share = "auto") -> tuple[Tensor, bool]:
+        """Fill the buffers; returns the lanes that sample, and PagedKV.begin's answer."""
+        shares = self.kv.begin(padded, self._inputs.arrays(padded.num_seqs), share)
+        return self._inputs.load(padded), shares
 
     def _compute(self, size: int) -> None:
         hidden = self.model.model.run(*self._inputs.start(size), self.kv)
         rows = min(size, self.most_samples)
         self.model.logits(hidden[:rows], self._logits[:rows])
 
-    def _prepare(self, size: int) -> None:
-        """Run a bucket once with long sequences, so that whatever grows with lengths has grown; then capture it."""
-        count = size if self._plans_vary else 1
-        self._load(_long_batch(size, count, self._max_blocks, self._scratch_block, self.kv.pool.block_size))
+    def _prepare(self, size: int, shares: bool = False) -> None:
+        """Run a bucket once with long sequences, so that whatever grows with lengths has grown; then capture it.
+
+        Their tables are alike: where more than one is long, they share a prefix.
+        """
+        count = size if self._plans_vary or shares else 1
+        batch = _long_batch(size, count, self._max_blocks, self._scratch_block, self.kv.pool.block_size)
+        _, found = self._load(batch, "always" if shares else "auto")
+        assert found == shares, "a step of another kind would be captured"
         self._compute(size)
-        self._replays[size] = self._capture(size)
+        self._replays[size, shares] = self._capture(size)
 
     def _capture(self, size: int) -> Replay:
         """What computes a bucket's logits from the buffers."""

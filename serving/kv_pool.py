@@ -14,7 +14,7 @@ from atom.errors import UnsupportedError
 from atom.kernels.dense_attention import AttentionSpec
 from atom.kernels.kv_layout import KVLayout
 from atom.kernels.paged_attention import PAGED_ATTENTION, RopeTable
-from atom.kernels.paged_step import PagedStep
+from atom.kernels.paged_step import PagedStep, Share
 from atom.kernels.registry import Kernels, Problem, device_arch
 from atom.kernels.rope_append import ROPE_APPEND_KV
 from atom.models.config import ModelConfig
@@ -150,13 +150,19 @@ class PagedKV:
         self._step: PagedStep | None = None
         self._tables: dict[RopeConfig, RopeTable] = {}
 
-    def begin(self, batch: Batch, arrays: DeviceArrays | None = None) -> None:
-        """Take the next step's batch. `arrays` holds what lies on the device already; by default it is copied."""
+    def begin(self, batch: Batch, arrays: DeviceArrays | None = None, share: Share = "auto") -> bool:
+        """Take the next step's batch. `arrays` holds what lies on the device already; by default it is copied.
+
+        Returns whether decodes that begin with the same blocks read them together: then other kernels are launched, so
+        that a graph captured over a step replays steps of its own kind only.
+        """
         arrays = DeviceArrays.of(batch, self.pool.device) if arrays is None else arrays
         self._step = PagedStep(
             batch.cu_seqlens_q, batch.seqlens_k, batch.block_tables, arrays.slots, arrays.block_tables, batch.ahead
         )
-        self._attend.prepare(self._step, self.pool.config.windows, self.pool.config.queries_per_kv)
+        config = self.pool.config
+        shares: bool = self._attend.prepare(self._step, config.windows, config.queries_per_kv, share)
+        return shares
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
         """See KV.attend; the T tokens are those of the batch that `begin` took."""

@@ -1,6 +1,6 @@
 """The compile-time choices of the attention kernels and what follows from them: no GPU, no cutlass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +27,9 @@ class DecodeConfig:
     has_offset    what every key has in common was taken off before rounding, and belongs to the scores
     warps         that consume: each takes every `warps`-th stage of a segment
     ctas_per_sm   resident at once
+    members       sequences that read a shared prefix together (prefix_decode_sm90.py): their query heads stand side by
+                  side, `queries` of them in each warp's columns, and every warp takes every stage. 0: a row is one
+                  sequence's
     least_tokens  of a stage, so that the cost of a softmax step is shared; a power of two
     """
 
@@ -39,7 +42,13 @@ class DecodeConfig:
     has_offset: bool = False
     warps: int = 4
     ctas_per_sm: int = 3
+    members: int = 0
     least_tokens: int = 32
+
+    @property
+    def own_queries(self) -> int:
+        """Query heads of one sequence."""
+        return self.queries * self.warps // self.members if self.members else self.queries
 
     @property
     def code_bits(self) -> int:
@@ -117,7 +126,7 @@ class DecodeConfig:
     @property
     def query_bytes(self) -> int:
         """Of one segment."""
-        return 2 * self.queries * self.head_dim
+        return 2 * self.queries * self.head_dim * (self.warps if self.members else 1)
 
     @property
     def turn_row_bytes(self) -> int:
@@ -131,10 +140,10 @@ class DecodeConfig:
     @property
     def stages(self) -> int:
         """Of the ring: what fits beside results, the queries of two segments, and barriers; as many for each warp."""
-        room = (
-            SHARED_BYTES // self.ctas_per_sm - 1024 - self.merge_bytes - 2 * self.query_bytes - self.turn_bytes - 1280
-        )
-        return min(24, max(0, room) // self.stage_bytes) // self.warps * self.warps
+        room = SHARED_BYTES // self.ctas_per_sm - 1024 - 1280  # what the driver keeps; barriers, segments and parts
+        room -= self.merge_bytes + 2 * self.query_bytes + self.turn_bytes
+        most = min(24, max(0, room) // self.stage_bytes)
+        return most if self.members else most // self.warps * self.warps
 
     @property
     def ring_bytes(self) -> int:
@@ -178,6 +187,14 @@ def choose_decode(
     ]
     enough = [config for config in configs if config.ring_bytes >= ENOUGH_BYTES]
     return enough[0] if enough else max(configs, key=lambda config: config.ring_bytes)
+
+
+@lru_cache(None)
+def choose_prefix(kv: str, head_dim: int, queries: int, block_size: int, has_cap: bool) -> DecodeConfig:
+    """The config of prefixes that sequences of `queries` heads share: every warp's 16 columns as full as may be."""
+    beside = MOST_QUERIES // queries
+    base = choose_decode(kv, head_dim, beside * queries, block_size, False, has_cap)
+    return replace(base, members=beside * base.warps)
 
 
 def word_index(sharers: int, words: int, row_words: int, sharer: int, word: int) -> int:

@@ -21,7 +21,7 @@ from .bounds import Gpu
 from .dense_attention import AttentionSpec
 from .kv_layout import KVLayout
 from .paged_attention import PAGED_ATTENTION, PagedAttentionReference, RopeTable
-from .paged_step import Ints, PagedStep
+from .paged_step import Ints, PagedStep, Share
 from .registry import Problem
 from .timing import COLD_BYTES, time_calls
 
@@ -44,16 +44,18 @@ class Shape:
     head_dim: int = 128
     window: int | None = None
     has_offset: bool = False  # the default 4-bit cache leaves the mean key out
+    shared: int = 0  # first tokens that all sequences have in the same blocks
 
     @property
     def name(self) -> str:
         extras = f" window {self.window}" * bool(self.window) + " offset" * self.has_offset
+        extras += f" shared {self.shared}" * bool(self.shared)
         return f"{self.context}, {self.heads}:{self.kv_heads} x {self.head_dim}{extras}"
 
     @property
     def is_dense(self) -> bool:
         """torch's attention computes the same without more ado."""
-        return self.context != "ragged" and not self.window and not self.has_offset
+        return self.context != "ragged" and not self.window and not self.has_offset and not self.shared
 
     def lengths(self) -> Ints:
         if self.context != "ragged":
@@ -76,6 +78,9 @@ CELLS = (
     Shape(64, 4096, window=1024),
     Shape(64, 1024, has_offset=True),
     Shape(64, 4096, has_offset=True),
+    Shape(64, 4608, shared=4096),
+    Shape(16, 4608, shared=4096),
+    Shape(256, 1536, shared=1024),
 )
 
 
@@ -83,9 +88,11 @@ def layout_of(kv: str, shape: Shape) -> KVLayout:
     return KVLayout(FORMATS[kv], torch.bfloat16, shape.kv_heads, shape.head_dim, BLOCK)
 
 
-def read_bytes(layout: KVLayout, lengths: Ints, window: int | None) -> int:
-    """What must be read of the cache, filling left out."""
-    tokens = int(np.minimum(lengths, window).sum() if window else lengths.sum())
+def read_bytes(layout: KVLayout, shape: Shape) -> int:
+    """What must be read of the cache, filling left out, a shared prefix once."""
+    lengths = shape.lengths()
+    tokens = int(np.minimum(lengths, shape.window).sum() if shape.window else lengths.sum())
+    tokens -= (shape.batch - 1) * shape.shared
     return tokens * layout.num_kv_heads * 2 * (layout.row_bytes + layout.word_bytes)
 
 
@@ -106,14 +113,15 @@ def random_layers(layout: KVLayout, blocks: int, copies: int) -> list[Tensor]:
     return layers
 
 
-def step_of(lengths: Ints, blocks: int) -> PagedStep:
-    """One query for each sequence; its blocks scattered over the pool."""
+def step_of(lengths: Ints, blocks: int, shared: int = 0) -> PagedStep:
+    """One query for each sequence; its blocks scattered over the pool, those of `shared` tokens the first one's."""
     draw = np.random.default_rng(1).permutation(blocks).astype(np.int32)
     counts = -(-lengths // BLOCK)
     tables = np.zeros((len(lengths), counts.max()), dtype=np.int32)
     starts = np.cumsum(counts) - counts
     for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
         tables[row, :count] = draw[start : start + count]
+    tables[:, : shared // BLOCK] = tables[:1, : shared // BLOCK]
     slots = torch.zeros(len(lengths), dtype=torch.int64, device="cuda")
     return PagedStep(np.arange(len(lengths) + 1), lengths, tables, slots, torch.from_numpy(tables).cuda())
 
@@ -125,32 +133,33 @@ def rope_table(head_dim: int, positions: int) -> RopeTable:
     return RopeTable(angles.cos(), angles.sin())
 
 
-def decode_calls(kv: str, shape: Shape) -> list[Callable[[], Tensor]]:
+def decode_calls(kv: str, shape: Shape, share: Share = "auto") -> list[Callable[[], Tensor]]:
     """Calls that rotate over caches."""
     layout, lengths = layout_of(kv, shape), shape.lengths()
     blocks = int((-(-lengths // BLOCK)).sum())
-    bytes_read = read_bytes(layout, lengths, shape.window)
-    copies = max(2, -(-COLD_BYTES // bytes_read))
-    layers, step = random_layers(layout, blocks, copies), step_of(lengths, blocks)
+    copies = max(2, -(-COLD_BYTES // read_bytes(layout, shape)))
+    layers, step = random_layers(layout, blocks, copies), step_of(lengths, blocks, shape.shared)
     q = torch.randn(shape.batch, shape.heads, shape.head_dim, device="cuda").bfloat16()
     offset = torch.randn(shape.kv_heads, shape.head_dim, device="cuda").bfloat16() if shape.has_offset else None
     spec = AttentionSpec(shape.head_dim**-0.5, shape.window, None, offset)
     table = rope_table(shape.head_dim, int(lengths.max())) if shape.has_offset else None
     attend = PagedAttentionSm90(layout, False, None, shape.has_offset)
+    attend.prepare(step, [shape.window], shape.heads // shape.kv_heads, share)
     return [partial(attend, q, layers[i % copies], step, spec, table) for i in range(max(copies, 24))]
 
 
 def fault(kv: str, shape: Shape) -> str | None:
     """What is wrong with the kernels of a cell on a smaller problem: against float64, and from run to run."""
     layout = layout_of(kv, shape)
-    lengths = np.array([1, 15, 16, 17, 31, 33, 500, 2047], dtype=np.int32)
+    lengths = np.array([1, 15, 16, 17, 31, 33, 500, 2047], dtype=np.int32) + shape.shared
     blocks = int((-(-lengths // BLOCK)).sum())
-    layer, step = random_layers(layout, blocks, 1)[0], step_of(lengths, blocks)
+    layer, step = random_layers(layout, blocks, 1)[0], step_of(lengths, blocks, shape.shared)
     q = torch.randn(len(lengths), shape.heads, shape.head_dim, device="cuda").bfloat16()
     offset = torch.randn(shape.kv_heads, shape.head_dim, device="cuda").bfloat16() if shape.has_offset else None
     spec = AttentionSpec(shape.head_dim**-0.5, shape.window, None, offset)
-    table = rope_table(shape.head_dim, 2048) if shape.has_offset else None
+    table = rope_table(shape.head_dim, int(lengths.max())) if shape.has_offset else None
     attend = PagedAttentionSm90(layout, False, None, shape.has_offset)
+    attend.prepare(step, [shape.window], shape.heads // shape.kv_heads, "always" if shape.shared else "auto")
     first = attend(q, layer, step, spec, table)
     for _ in range(200):
         if not torch.equal(attend(q, layer, step, spec, table), first):
@@ -204,7 +213,7 @@ def attention_rows(
             if shape.has_offset and FORMATS[kv] is None:
                 continue
             tell(f"paged_attention {kv} {shape.name}")
-            bytes_read = read_bytes(layout_of(kv, shape), shape.lengths(), shape.window)
+            bytes_read = read_bytes(layout_of(kv, shape), shape)
             refusal = PAGED_ATTENTION.refusals(problem_of(kv, shape)).get(PAGED_ATTENTION.implementations[0].name)
             row = {
                 "op": "paged_attention", "scheme": kv, "shape": shape.name, "M": shape.batch, "us": None, "gbps": None,

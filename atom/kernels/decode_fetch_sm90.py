@@ -49,7 +49,8 @@ class DecodeFetch:
                     phase = phase ^ 1
         cute.arch.griddepcontrol_wait()
         for index in cutlass.range(first, last, unroll=1):
-            sequence, head, begin, end, place = (mSegment[index, i] for i in range(5))
+            sequence, head, begin, end = (mSegment[index, i] for i in range(4))
+            place = index if mSegment[index, 5] != 1 else Int32(-1)  # its row has other parts
             following = cutlass.min(index + 1, last - 1)
             sequence_next, begin_next = mSegment[following, 0], mSegment[following, 2]
             token = mRow[sequence]
@@ -91,7 +92,7 @@ class DecodeFetch:
     def end_of(self, mSegment, index, end, length):
         """A row's last segment goes to the sequence's end, wherever that has come since the plan was made."""
         blocks = (length + (self.config.block_size - 1)) // self.config.block_size
-        return blocks if mSegment[index, 6] > 0 else end
+        return blocks if index + 1 == mSegment[index, 4] + (mSegment[index, 5] & 0xFFFF) else end
 
     @cute.jit
     def fetch(self, origin, stride, full, empty, ring, entry, block, here, slot, phase):

@@ -45,25 +45,7 @@ class DecodeMerge:
                     sL[query, warp] = rL[c, n]
                 if query < config.queries:
                     row = sO.toint() + 4 * (warp * config.queries + query) * config.out_row
-                    for i in cutlass.range_constexpr(config.value_words):
-                        if cutlass.const_expr(config.row_words % 8 == 0):
-                            word = config.value_words * (lane // 4) + i
-                        else:
-                            word = 8 * i + lane // 4
-                        if word < config.row_words:
-                            found = []
-                            for p in cutlass.range_constexpr(config.codes_per_word // 2):
-                                j = config.codes_per_word // 2 * i + p
-                                low = Float32(1.0 / UNIT[config.kv])
-                                high = Float32(1.0 / (UNIT[config.kv] * SECOND[config.kv]))
-                                found.append(rO[c, j, n] * low - rZ[c, n])
-                                found.append(rO[2 + c, j, n] * high - rZ[c, n])
-                            at = row + 4 * config.codes_per_word * word
-                            if cutlass.const_expr(len(found) == 2):
-                                store_f32x2(at, *found)
-                            else:
-                                for q in cutlass.range_constexpr(len(found) // 4):
-                                    store_f32x4(at + 16 * q, *found[4 * q : 4 * q + 4])
+                    self.spread(row, rO, rZ, c, n, lane)
         cute.arch.barrier(barrier_id=1, number_of_threads=threads)
         quads = config.head_dim // 4
         total = config.queries * quads
@@ -99,6 +81,30 @@ class DecodeMerge:
         cute.arch.barrier(barrier_id=1, number_of_threads=threads)
 
     @cute.jit
+    def spread(self, row, rO, rZ, c: cutlass.Constexpr, n: cutlass.Constexpr, lane):
+        """This lane's channels of one query head's sums to shared memory, less what zero points add."""
+        config = self.config
+        for i in cutlass.range_constexpr(config.value_words):
+            if cutlass.const_expr(config.row_words % 8 == 0):
+                word = config.value_words * (lane // 4) + i
+            else:
+                word = 8 * i + lane // 4
+            if word < config.row_words:
+                found = []
+                for p in cutlass.range_constexpr(config.codes_per_word // 2):
+                    j = config.codes_per_word // 2 * i + p
+                    low = Float32(1.0 / UNIT[config.kv])
+                    high = Float32(1.0 / (UNIT[config.kv] * SECOND[config.kv]))
+                    found.append(rO[c, j, n] * low - rZ[c, n])
+                    found.append(rO[2 + c, j, n] * high - rZ[c, n])
+                at = row + 4 * config.codes_per_word * word
+                if cutlass.const_expr(len(found) == 2):
+                    store_f32x2(at, *found)
+                else:
+                    for q in cutlass.range_constexpr(len(found) // 4):
+                        store_f32x4(at + 16 * q, *found[4 * q : 4 * q + 4])
+
+    @cute.jit
     def store(self, mO, value, token, head, query, channel):
         """Four channels of a head's output, as bfloat16."""
         config = self.config
@@ -108,30 +114,32 @@ class DecodeMerge:
         cute.autovec_copy(out, cute.make_tensor((mO.iterator + at).align(8), cute.make_layout(4)))
 
     @cute.jit
-    def announce(self, mRow, mSegment, mMerge, mCounter, sPart, first, last, lane):
+    def announce(self, mRow, mSegment, mCounter, sPart, first, last, lane):
         """The fetching warp, after its last tile: tells of the CTA's partial results when they are there.
 
-        sPart  of each segment: the number of its row's partial results if all are there now, else 0; first slot, token,
-               head
+        sPart  of each segment: the number of its row's own partial results if all are there now, else 0; first slot,
+               those of its shared prefix and their first slot (there since the kernel before), token, head
         """
         config = self.config
         for chunk in cutlass.range(first, last, 32, unroll=1):
             index = cutlass.min(chunk + lane, last - 1)
-            sequence, head, slot, row = (mSegment[index, i] for i in (0, 1, 4, 5))
+            sequence, head = mSegment[index, 0], mSegment[index, 1]
+            first_slot, both, shared_slot = (mSegment[index, i] for i in range(4, 7))
+            parts, shared = both & 0xFFFF, both >> 16
             token = mRow[sequence]
-            first_slot = Int32(0)
-            parts = Int32(0)
-            if chunk + lane < last and slot >= 0:
-                first_slot, parts = mMerge[row, 2], mMerge[row, 3]
+            if chunk + lane >= last or both == 1:
+                parts = Int32(0)
             cute.arch.sync_warp()
             cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)  # partial results are stored
             if parts > 0:
-                before = atomic_increment(mCounter.iterator + row)  # releases what the CTA stored, acquires others'
+                before = atomic_increment(
+                    mCounter.iterator + first_slot
+                )  # releases what the CTA stored, acquires others'
                 if before == parts - 1:
-                    mCounter[row] = Int32(0)
+                    mCounter[first_slot] = Int32(0)
                 else:
                     parts = Int32(0)
-            for i, value in enumerate((parts, first_slot, token, head)):
+            for i, value in enumerate((parts, first_slot, shared, shared_slot, token, head)):
                 sPart[i, lane] = value
             cute.arch.sync_warp()
             cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
@@ -148,18 +156,20 @@ class DecodeMerge:
             cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
             cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
             for i in cutlass.range(cutlass.min(last - chunk, Int32(32)), unroll=1):
-                parts, slot, token, head = (sPart[k, i] for k in range(4))
+                parts, slot, shared, shared_slot, token, head = (sPart[k, i] for k in range(6))
                 if parts > 0:
-                    self.merge_row(mO, mPartial, mLse, parts, slot, token, head, warp, lane)
+                    self.merge_row(mO, mPartial, mLse, parts, slot, shared, shared_slot, token, head, warp, lane)
             cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
 
     @cute.jit
-    def merge_row(self, mO, mPartial, mLse, parts, slot, token, head, warp, lane):
-        """The output of a split row from all its partial results, MERGED of which are under way at once."""
+    def merge_row(self, mO, mPartial, mLse, own, slot, shared, shared_slot, token, head, warp, lane):
+        """The output of a row from all its partial results, its own first; MERGED are under way at once."""
         config = self.config
         threads = 32 * config.warps
         quads = config.head_dim // 4
         total = config.queries * quads
+        parts = own + shared
+        to_shared = shared_slot - own
         for step in cutlass.range_constexpr((total + threads - 1) // threads):
             item = threads * step + 32 * warp + lane
             if item < total:
@@ -173,7 +183,8 @@ class DecodeMerge:
                     sums = []
                     found = []
                     for i in cutlass.range_constexpr(MERGED):
-                        part = slot + cutlass.min(begin + i, parts - 1)
+                        index = cutlass.min(begin + i, parts - 1)
+                        part = index + (slot if index < own else to_shared)
                         sums.append(load_global_f32(mLse.iterator + (part * config.queries + query)))
                         at = (Int64(part) * config.queries + query) * config.head_dim + channel
                         found.append(load_global_f32x4(mPartial.iterator + at))

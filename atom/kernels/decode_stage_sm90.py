@@ -3,6 +3,7 @@
 import cutlass
 from cutlass import Boolean, Float32, Uint32, cute
 
+from .attention_config import DecodeConfig
 from .decode_codes_sm90 import expand, expand_pair, load_row
 from .decode_offset_sm90 import KeyOffset
 from .dsl.arithmetic import from_bits
@@ -24,6 +25,16 @@ class DecodeStage(KeyOffset):
     steps: int
     key_codes: int
     value_codes: int
+
+    def __init__(self, config: DecodeConfig) -> None:
+        self.config = config
+        self.has_zero = config.kv in ("int4", "int8")
+        self.is_float = config.kv in ("fp8_e4m3", "bf16")  # codes that may be NaN
+        self.is_half = config.kv != "bf16"  # products are of float16
+        self.is_wide = config.channel_tiles * config.column_tiles > 16  # a lane holds more than 64 outputs
+        self.steps = config.stage_tokens // (16 * config.groups)
+        self.key_codes = 2 * config.block_size * config.word_bytes  # where they begin in a tile
+        self.value_codes = self.key_codes + config.block_size * config.row_bytes
 
     @cute.jit
     def multiply(self, a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):

@@ -16,7 +16,7 @@ from torch.nn import functional
 from .attention_refusals_sm90 import refuses_attention
 from .dense_attention import AttentionSpec, attend_capped, attend_dense
 from .kv_layout import KVLayout
-from .paged_step import Ints, PagedStep
+from .paged_step import Ints, PagedStep, Share
 from .registry import Implementation, Op
 from .rotate import rotate
 
@@ -96,8 +96,9 @@ class PagedAttentionReference:
         self.layout = layout
         self.pre_rope = pre_rope
 
-    def prepare(self, step: PagedStep, windows: Iterable[int | None], queries: int) -> None:
-        """Nothing to do before the first layer."""
+    def prepare(self, step: PagedStep, windows: Iterable[int | None], queries: int, share: Share = "auto") -> bool:
+        """Nothing to do before the first layer; each sequence reads its prefix for itself."""
+        return False
 
     def __call__(
         self, q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None = None

@@ -21,30 +21,18 @@ rule. Queries enter under a power of two that brings their largest into float16'
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils as utils
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, Uint32, cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from .attention_config import DecodeConfig
-from .decode_codes_sm90 import SECOND, UNIT
 from .decode_fetch_sm90 import META, DecodeFetch
 from .decode_merge_sm90 import DecodeMerge
+from .decode_queries_sm90 import DecodeQueries
 from .decode_stage_sm90 import LOG2_E, DecodeStage
-from .dsl.arithmetic import as_bits, from_bits
-from .dsl.tensor_core import load_word, pack_f16x2
 
 
-class PagedDecode(DecodeFetch, DecodeStage, DecodeMerge):
+class PagedDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
     """The compile-time choices of one kernel; see DecodeConfig for their meaning."""
-
-    def __init__(self, config: DecodeConfig) -> None:
-        self.config = config
-        self.has_zero = config.kv in ("int4", "int8")
-        self.is_float = config.kv in ("fp8_e4m3", "bf16")  # codes that may be NaN
-        self.is_half = config.kv != "bf16"  # products are of float16
-        self.is_wide = config.channel_tiles * config.column_tiles > 16  # a lane holds more than 64 outputs
-        self.steps = config.stage_tokens // (16 * config.groups)
-        self.key_codes = 2 * config.block_size * config.word_bytes  # where they begin in a tile
-        self.value_codes = self.key_codes + config.block_size * config.row_bytes
 
     @cute.jit
     def __call__(
@@ -56,11 +44,10 @@ class PagedDecode(DecodeFetch, DecodeStage, DecodeMerge):
         mRow: cute.Tensor,  # [B] int32: which of the T tokens is the sequence's query
         mWork: cute.Tensor,  # [CTAs + 1] int32, AttentionPlan.work
         mSegment: cute.Tensor,  # [S, 8] int32, AttentionPlan.segments
-        mMerge: cute.Tensor,  # [rows, 4] int32, AttentionPlan.merges
         mO: cute.Tensor,  # [T, num_heads, head_dim] bfloat16
         mPartial: cute.Tensor,  # [slots, queries, head_dim] float32
         mLse: cute.Tensor,  # [slots, queries] float32: log2 of the sum of exponentials
-        mCounter: cute.Tensor,  # [rows] int32: partial results that are there, of each split row; zeros at rest
+        mCounter: cute.Tensor,  # [slots] int32: partial results that are there, at a row's first; zeros at rest
         mOffset: cute.Tensor,  # [num_kv_heads, head_dim / 2] uint32: key offsets, two bfloat16 each, else any
         mCos: cute.Tensor,  # [positions, head_dim / 2] float32, where there are offsets, else any
         mSin: cute.Tensor,  # the same
@@ -72,7 +59,7 @@ class PagedDecode(DecodeFetch, DecodeStage, DecodeMerge):
         stream: cuda.CUstream,
     ):
         self.kernel(
-            mQ, mKV, mTable, mLength, mRow, mWork, mSegment, mMerge, mO, mPartial, mLse, mCounter, mOffset, mCos, mSin,
+            mQ, mKV, mTable, mLength, mRow, mWork, mSegment, mO, mPartial, mLse, mCounter, mOffset, mCos, mSin,
             mTurn, scale, cap, window, is_early,
         ).launch(
             grid=(mWork.shape[0] - 1, 1, 1),
@@ -86,7 +73,7 @@ class PagedDecode(DecodeFetch, DecodeStage, DecodeMerge):
     @cute.kernel
     def kernel(
         self, mQ: cute.Tensor, mKV: cute.Tensor, mTable: cute.Tensor, mLength: cute.Tensor, mRow: cute.Tensor,
-        mWork: cute.Tensor, mSegment: cute.Tensor, mMerge: cute.Tensor, mO: cute.Tensor, mPartial: cute.Tensor,
+        mWork: cute.Tensor, mSegment: cute.Tensor, mO: cute.Tensor, mPartial: cute.Tensor,
         mLse: cute.Tensor, mCounter: cute.Tensor, mOffset: cute.Tensor, mCos: cute.Tensor, mSin: cute.Tensor,
         mTurn: cute.Tensor, scale: Float32, cap: Float32, window: Int32, is_early: Int32,
     ):  # fmt: skip
@@ -104,7 +91,7 @@ class PagedDecode(DecodeFetch, DecodeStage, DecodeMerge):
         columns = 8 * config.column_tiles
         queries = smem.allocate(2 * config.query_bytes, 128)
         sMeta = smem.allocate_tensor(Int32, cute.make_layout((META, 2)), byte_alignment=16)
-        sPart = smem.allocate_tensor(Int32, cute.make_layout((4, 32)), byte_alignment=16)
+        sPart = smem.allocate_tensor(Int32, cute.make_layout((6, 32)), byte_alignment=16)
         sO = smem.allocate(4 * config.warps * config.queries * config.out_row, 16)
         sM = smem.allocate_tensor(Float32, cute.make_layout((columns, config.warps)), byte_alignment=16)
         sL = smem.allocate_tensor(Float32, cute.make_layout((columns, config.warps)), byte_alignment=16)
@@ -135,7 +122,7 @@ class PagedDecode(DecodeFetch, DecodeStage, DecodeMerge):
                 mQ, mKV, mTable, mLength, mRow, mSegment, full, empty, ready, taken, ring, queries, sMeta, first, last,
                 lane,
             )  # fmt: skip
-            self.announce(mRow, mSegment, mMerge, mCounter, sPart, first, last, lane)
+            self.announce(mRow, mSegment, mCounter, sPart, first, last, lane)
         else:
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()  # after the wait: the next kernel may rely on it, as this one
@@ -239,69 +226,6 @@ class PagedDecode(DecodeFetch, DecodeStage, DecodeMerge):
         )
         return count + stages
 
-    @cute.jit
-    def load_queries(self, base, rQ, rSum, lane):
-        """This lane's columns of q in the order in which keys are expanded, zero beyond the heads and the channels.
-
-        Returns what one unit of their products with expanded codes is worth.
-        """
-        config = self.config
-        per_word = config.codes_per_word
-        sharer = lane % 4
-        largest = Float32(0.0)
-        for n in cutlass.range_constexpr(config.column_tiles):
-            query = (8 * n + lane // 4) % (8 // config.groups * config.column_tiles)
-            row = base + cutlass.min(query, config.queries - 1) * (2 * config.head_dim)
-            for i in cutlass.range_constexpr(config.key_words):
-                if cutlass.const_expr(config.row_words % 4 == 0):
-                    word = config.key_words * sharer + i
-                else:
-                    word = 4 * i + sharer
-                is_there = Boolean(query < config.queries)
-                if cutlass.const_expr(config.row_words % 4 != 0):
-                    is_there = is_there and word < config.row_words
-                    word = cutlass.min(word, Int32(config.row_words - 1))
-                found = [load_word(row + 2 * per_word * word + 4 * p) for p in range(per_word // 2)]
-                found = [x if is_there else Uint32(0) for x in found]
-                for p in cutlass.range_constexpr(per_word // 2):
-                    if cutlass.const_expr(config.kv == "int4"):  # pairs (p, p + 4)
-                        low, high = found[p // 2], found[2 + p // 2]
-                        if cutlass.const_expr(p % 2 == 0):
-                            pair = (low & Uint32(0xFFFF)) | (high << 16)
-                        else:
-                            pair = (low >> 16) | (high & Uint32(0xFFFF0000))
-                    else:
-                        pair = found[p]
-                    rQ[per_word // 2 * i + p, n] = pair
-                    for x in (from_bits(pair << 16), from_bits(pair & Uint32(0xFFFF0000))):
-                        largest = cute.arch.fmax(largest, cute.arch.fmax(x, -x))
-        unit = Float32(1.0)
-        if cutlass.const_expr(self.is_half):
-            for offset in (1, 2, 4, 8, 16):
-                largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset))
-            exponent = cutlass.max(as_bits(largest) & Uint32(0x7F800000), Uint32(27 << 23))
-            grow = from_bits(Uint32(268 << 23) - exponent)  # 2^(14 - e): the largest ends between 2^14 and 2^15
-            unit = from_bits(exponent - Uint32(14 << 23))
-            if cutlass.const_expr(UNIT[config.kv] != 1.0):
-                unit = from_bits(exponent - Uint32(14 << 23)) * Float32(1.0 / UNIT[config.kv])
-            for n in cutlass.range_constexpr(config.column_tiles):
-                total = Float32(0.0)
-                for i in cutlass.range_constexpr(config.key_words * per_word // 2):
-                    low = from_bits(rQ[i, n] << 16) * grow
-                    high = from_bits(rQ[i, n] & Uint32(0xFFFF0000)) * grow
-                    total = total + low + high
-                    if cutlass.const_expr(i % 2 == 1 and SECOND[config.kv] != 1.0):
-                        low = low * Float32(1.0 / SECOND[config.kv])
-                        high = high * Float32(1.0 / SECOND[config.kv])
-                    rQ[i, n] = pack_f16x2(low, high)
-                if cutlass.const_expr(self.has_zero):
-                    for offset in (1, 2):
-                        total = total + cute.arch.shuffle_sync_bfly(total, offset=offset)
-                    total = total * Float32(UNIT[config.kv])
-                    for c in cutlass.range_constexpr(2):
-                        rSum[c, n] = cute.arch.shuffle_sync(total, 8 * sharer + 4 * c)
-        return unit
-
 
 def compile_decode(config: DecodeConfig, options: str = "") -> object:
     """Compile one kernel for sm_90a; needs no GPU. Arguments as in PagedDecode.__call__, on the current stream."""
@@ -321,7 +245,6 @@ def compile_decode(config: DecodeConfig, options: str = "") -> object:
         compact(Int32, (cute.sym_int(),), 4),
         compact(Int32, (cute.sym_int(),), 4),
         compact(Int32, (cute.sym_int(), 8), 16),
-        compact(Int32, (cute.sym_int(), 4), 16),
         compact(BFloat16, (cute.sym_int(), cute.sym_int(), dim), 16),
         compact(Float32, (slots, queries, dim), 16),
         compact(Float32, (cute.sym_int(), queries), 4),

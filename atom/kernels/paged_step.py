@@ -7,7 +7,7 @@ of the split work for a kernel) is computed once, on first use, for each sliding
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from torch import Tensor
 
 Ints = NDArray[np.integer[Any]]
 Derived = TypeVar("Derived")
+Share = Literal["auto", "always", "never"]  # when decodes read the blocks that they begin with together: where it pays
 
 
 @dataclass(frozen=True)

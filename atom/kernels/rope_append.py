@@ -68,7 +68,5 @@ ROPE_APPEND_KV = Op(
     name="rope_append_kv",
     formula="blocks[slots] = quantize((rope(norm(k) - offset) - centre) H), quantize(v); returns rope(norm(q)) H",
     reference=rope_append_kv_reference,
-    implementations=(
-        Implementation("rope_append_sm90", "atom.kernels.attention_sm90:RopeAppendSm90", refuses_attention),
-    ),
+    implementations=(Implementation("rope_append_sm90", "atom.kernels.append_sm90:RopeAppendSm90", refuses_attention),),
 )

@@ -569,6 +569,9 @@ def _prmt(warp: Warp, op: str, args: list[Any]) -> None:
 
 
 def _mov(warp: Warp, op: str, args: list[Any]) -> None:
+    if op == "mov.pred":
+        warp.write(args[0], warp.read(args[1], np.int32).astype(bool))
+        return
     dtype = TYPES[op.split(".")[-1]]
     half = {2: np.uint16, 4: np.uint16, 8: U32}[np.dtype(dtype).itemsize]
     if isinstance(args[1], list):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from atom.kernels import prefill_plan
-from atom.kernels.attention_sm90 import PagedAttentionSm90, RopeAppendSm90
+from atom.kernels.append_sm90 import RopeAppendSm90
+from atom.kernels.attention_sm90 import PagedAttentionSm90
 from atom.kernels.dense_attention import AttentionSpec
 from atom.kernels.head_norm import HeadNorms
 from atom.kernels.kv_layout import KVLayout
@@ -22,6 +23,7 @@ from atom.models.rope import Rope, RopeConfig
 from atom.quant.presets import KV4, KV8, KVFP8
 from atom.quant.schemes import TensorSpec
 
+from .test_cascade_sm90 import share
 from .test_paged_attention import Case, expected, make_case
 from .test_rope_append_sm90 import inputs, offset_for
 
@@ -94,6 +96,33 @@ def test_shared_blocks() -> None:
     for x in (case.keys, case.values):
         x[1][:32] = x[0][:32]
     check(case, AttentionSpec(0.09))
+
+
+@pytest.mark.parametrize("kv", SPECS)
+@pytest.mark.parametrize("heads,kv_heads,dim", [(8, 2, 128), (4, 4, 64), (16, 1, 128), (14, 2, 80), (4, 1, 256)])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_prefixes_are_read_together(kv: str, heads: int, kv_heads: int, dim: int, block_size: int) -> None:
+    """As right as each sequence alone, the same on every run, in a graph too; two groups and what shares nothing."""
+    lengths = [700, 720, 690, 665, 40, 1200, 1049, 5, 1100, 1060, *range(710, 730)]
+    case = make_case(SPECS[kv], tuple(lengths), (1,) * 30, heads, kv_heads, dim, block_size, dtype=torch.bfloat16)
+    share(case, {0: ((1, 2, 3, *range(10, 30)), 640 // block_size), 5: ((6, 8, 9), 1024 // block_size)}, block_size)
+    spec, moved, queries = AttentionSpec(dim**-0.5), to_gpu(case), heads // kv_heads
+    attend = PagedAttentionSm90(case.layout)
+    assert attend.prepare(moved.step, [None], queries, "always")
+    found = attend(moved.q, moved.layer, moved.step, spec)
+    for _ in range(200):
+        assert torch.equal(attend(moved.q, moved.layer, moved.step, spec), found)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = attend(moved.q, moved.layer, moved.step, spec)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(again, found)
+    exact = expected(case, spec)
+    in_torch = PagedAttentionReference(case.layout)(case.q, case.layer, case.step, spec).double()
+    bound = 2 * (in_torch - exact).abs().max() + 2**-8 * exact.abs().max()
+    errors = (found.cpu().double() - exact).abs().flatten(1).amax(1)
+    assert errors.max() <= bound, f"tokens {errors.gt(bound).nonzero()[:, 0].tolist()[:9]} by {float(errors.max()):.2e}"
 
 
 def test_two_hundred_runs_are_bit_identical_and_alone_as_in_a_batch() -> None:

@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from atom.kernels.attention_plan import (
     AttentionPlan,
     block_ranges,
-    most_merges,
     most_segments,
-    most_slots,
     plan_balanced,
     plan_fixed,
 )
@@ -27,30 +25,21 @@ def check(plan: AttentionPlan, lengths: list[int], heads: int, block_size: int, 
     assert plan.work[0] == 0 and plan.work[-1] == len(plan.segments) and (np.diff(plan.work) >= 0).all()
     assert len(plan.work) == ctas + 1
     firsts, ends = block_ranges(np.array(lengths), block_size, window)
-    seen: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    for sequence, head, begin, end, slot, place, is_last, _ in plan.segments.tolist():
-        assert begin < end and is_last == (end == ends[sequence])
-        assert slot < 0 or plan.merges[place, :2].tolist() == [sequence, head]
-        seen.setdefault((sequence, head), []).append((begin, end, slot))
-    slots = []
-    merges = {(sequence, head): (first, count) for sequence, head, first, count in plan.merges.tolist()}
-    assert len(merges) == len(plan.merges)
+    seen: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for index, (sequence, head, begin, end, first, parts, *rest) in enumerate(plan.segments.tolist()):
+        assert begin < end and (index == first + parts - 1) == (end == ends[sequence]) and rest == [0, 0]
+        row = seen.setdefault((sequence, head), [])
+        assert index == first + len(row) and (plan.segments[first : first + parts, :2] == (sequence, head)).all()
+        row.append((begin, end))
     for sequence, length in enumerate(lengths):
         for head in range(heads):
-            parts = seen.pop((sequence, head), [])
-            first_slot, count = merges.pop((sequence, head), (0, 0))
+            row = seen.pop((sequence, head), [])
             if length == 0:
-                assert not parts and count == 0
+                assert not row
                 continue
-            assert parts[0][0] == firsts[sequence] and parts[-1][1] == ends[sequence]
-            assert all(a[1] == b[0] for a, b in pairwise(parts)), "a gap or an overlap"
-            if len(parts) == 1:
-                assert parts[0][2] == -1 and count == 0
-            else:
-                assert [p[2] for p in parts] == list(range(first_slot, first_slot + count)) and count == len(parts)
-                slots += [p[2] for p in parts]
-    assert not seen and not merges
-    assert slots == list(range(plan.num_slots))
+            assert row[0][0] == firsts[sequence] and row[-1][1] == ends[sequence]
+            assert all(a[1] == b[0] for a, b in pairwise(row)), "a gap or an overlap"
+    assert not seen
 
 
 @settings(max_examples=150, deadline=None)
@@ -62,8 +51,6 @@ def test_every_block_once(
     plan = plan_balanced(np.array(lengths), block_size, heads, ctas, window, grain, 3, 4)
     check(plan, lengths, heads, block_size, window, ctas)
     assert len(plan.segments) <= most_segments(len(lengths), heads, ctas)
-    assert len(plan.merges) <= most_merges(len(lengths), heads, ctas)
-    assert plan.num_slots <= most_slots(ctas)
     assert ((plan.segments[:, 2] - block_ranges(np.array(lengths), block_size, window)[0][plan.segments[:, 0]]) % grain
             == 0).all()  # fmt: skip
     check(plan_fixed(np.array(lengths), block_size, heads, ctas, 32, window), lengths, heads, block_size, window, ctas)
@@ -104,13 +91,13 @@ def test_balance(lengths: list[int] | None) -> None:
 
 def test_nothing_to_do() -> None:
     for plan in (plan_balanced(np.zeros(3, dtype=np.int32), 16, 8, 10), plan_fixed(np.zeros(3, int), 16, 8, 10, 32)):
-        assert not len(plan.segments) and not plan.work.any() and not len(plan.merges)
+        assert not len(plan.segments) and not plan.work.any()
 
 
 def test_short_work_leaves_ctas_idle() -> None:
     """No CTA is started for fewer blocks than a merge costs."""
     plan = plan_balanced(np.array([64]), 16, 1, 396, grain=2)
-    assert len(plan.segments) == 1 and plan.num_slots == 0
+    assert len(plan.segments) == 1
     plan = plan_balanced(np.array([8192]), 16, 8, 396, grain=2, least=24)
     assert (np.diff(plan.work) > 0).sum() == 8 * 8192 // 16 // 24
 

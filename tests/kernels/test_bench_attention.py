@@ -1,5 +1,7 @@
 """`atom bench kernels --op paged_attention` without a GPU: cells, bounds, what would run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,10 +12,10 @@ from atom.kernels.bench_config import KernelsConfig
 
 def test_bounds_are_the_bytes_of_codes_and_words() -> None:
     shape = Shape(64, 1024)
-    lengths = shape.lengths()
-    assert read_bytes(layout_of("int4", shape), lengths, None) == 64 * 1024 * 34816 // 32
-    assert read_bytes(layout_of("bf16", shape), lengths, None) == 64 * 1024 * 4096
-    assert read_bytes(layout_of("int4", shape), lengths, 256) == 64 * 256 * 1088
+    assert read_bytes(layout_of("int4", shape), shape) == 64 * 1024 * 34816 // 32
+    assert read_bytes(layout_of("bf16", shape), shape) == 64 * 1024 * 4096
+    assert read_bytes(layout_of("int4", shape), replace(shape, window=256)) == 64 * 256 * 1088
+    assert read_bytes(layout_of("int4", shape), replace(shape, shared=512)) == (512 + 64 * 512) * 1088
     ragged = Shape(128, "ragged").lengths()
     assert (
         1300 < ragged.mean() < 1700 and ragged.max() <= 32768 and np.array_equal(ragged, Shape(128, "ragged").lengths())

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from atom.kernels import cascade_sm90
+from atom.kernels.paged_attention import PagedAttentionReference
+from atom.kernels.paged_step import PagedStep
 from atom.models.loader import load_model, load_tokenizer
 from atom.serving.batch import Batch
 from atom.serving.config import SchedulerConfig
@@ -156,11 +159,18 @@ def test_facts_name_the_implementations(tiny: Tiny) -> None:
     assert found == {"rope_append_kv": "reference", "paged_attention": "reference"}
 
 
-def drive(folder: Path, device: str, buckets: tuple[int, ...], captures: bool = True) -> tuple[list[Any], Runner]:
+def drive(
+    folder: Path,
+    device: str,
+    buckets: tuple[int, ...],
+    captures: bool = True,
+    prompts: list[list[int]] = PROMPTS,
+    num_blocks: int = 12,
+) -> tuple[list[Any], Runner]:
     """Steps two deep, without the engine's thread: every run has the same batches. Tokens by sequence."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = load_model(folder, device=device, dtype=dtype)
-    limits = SchedulerConfig(model.config.vocab_size, 128, 12, 16, 8, 24)
+    limits = SchedulerConfig(model.config.vocab_size, 128, num_blocks, 16, 8, 24)
     pool = KVPool(model.config, model.scheme, limits.num_blocks + 1, limits.block_size, dtype, device)
     sampler = Sampler(limits.max_num_seqs, limits.vocab_size, device, seed=3)
     runner = Runner(model, pool, sampler, limits.max_num_seqs, 2, buckets=buckets, max_blocks=8)
@@ -171,7 +181,7 @@ def drive(folder: Path, device: str, buckets: tuple[int, ...], captures: bool = 
     runner.warm_up()
     scheduler, under_way = Scheduler(limits), deque[Any]()
     tokens: dict[str, list[int]] = {}
-    for index, prompt in enumerate(PROMPTS):
+    for index, prompt in enumerate(prompts):
         params = SamplingParams(
             max_tokens=4 + 3 * index, temperature=index % 2, seed=index, ignore_eos=True, logprobs=1
         )
@@ -184,7 +194,7 @@ def drive(folder: Path, device: str, buckets: tuple[int, ...], captures: bool = 
             step, launched = under_way.popleft()
             for output in scheduler.update(step, launched.result()):
                 tokens.setdefault(output.request_id, []).extend(output.token_ids)
-    return [tokens[f"{index}"] for index in range(len(PROMPTS))], runner
+    return [tokens[f"{index}"] for index in range(len(prompts))], runner
 
 
 def test_driven_steps_are_the_engines(tiny: Tiny) -> None:
@@ -202,7 +212,43 @@ def test_graphs_change_no_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> 
     wanted, _ = drive(tiny("llama"), "cuda", (1, 2, 4, 8, 16, 24), captures=False)
     found, runner = drive(tiny("llama"), "cuda", (1, 2, 4, 8, 16, 24))
     assert found == wanted
-    assert runner.buckets is not None and set(runner.buckets._replays) == {1, 2, 4, 8, 16, 24}
+    assert runner.buckets is not None and set(runner.buckets._replays) == {
+        (size, False) for size in (1, 2, 4, 8, 16, 24)
+    }
+
+
+def test_steps_that_share_prefixes_have_graphs_of_their_own(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What attention says of a step decides which graph of its size runs, captured when the first such step comes."""
+    plain, _ = drive(tiny("llama"), "cpu", ())
+    said: list[bool] = []
+
+    def prepare(self: Any, step: PagedStep, windows: Any, queries: int, share: str = "auto") -> bool:
+        said.append(share == "always" or int((step.seqlens_k > 1).sum()) >= 4)
+        return said[-1]
+
+    monkeypatch.setattr(PagedAttentionReference, "prepare", prepare)
+    found, runner = drive(tiny("llama"), "cpu", (1, 2, 4, 8))
+    assert found == plain and any(said)
+    assert runner.buckets is not None
+    assert (
+        {(size, False) for size in (1, 2, 4, 8)}
+        < set(runner.buckets._replays)
+        <= {(size, shares) for size in (1, 2, 4, 8) for shares in (False, True)}
+    )
+
+
+@pytest.mark.gpu
+def test_graphs_of_shared_prefixes_change_no_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that begin alike: their decodes read the prefix together, captured and not."""
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    monkeypatch.setattr(cascade_sm90, "EXTRA_US", 0.0)
+    monkeypatch.setattr(cascade_sm90, "ROW_US", 1e-9)
+    monkeypatch.setattr(cascade_sm90, "has_prefix_kernel", lambda config: True)  # compiled now, not beside
+    prompts = [[*PROMPTS[4], index] for index in range(9)]
+    wanted, _ = drive(tiny("llama"), "cuda", (1, 2, 4, 8), False, prompts, 60)
+    found, runner = drive(tiny("llama"), "cuda", (1, 2, 4, 8), True, prompts, 60)
+    assert found == wanted
+    assert runner.buckets is not None and any(shares for _, shares in runner.buckets._replays)
 
 
 @pytest.mark.gpu

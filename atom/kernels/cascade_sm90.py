@@ -1,0 +1,106 @@
+"""Prefixes that decoding sequences share, on Hopper: whether reading them once pays, the plan's buffers, the launch."""
+
+import threading
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .attention_config import DecodeConfig, choose_prefix
+from .attention_kernels import has_prefix_kernel, prefix_kernel
+from .cache import compile_together
+from .cascade_plan import Cascade, PrefixPlan, most_prefix_segments, most_rows, plan_cascade, plan_prefix
+from .kv_layout import KVLayout
+from .paged_step import Ints, Share
+from .step_buffers_sm90 import PrefixBuffers
+
+READ_BYTES_PER_US = 4_400_000  # of a sequence's own blocks, or of a prefix that each reads for itself
+ROW_US = 0.0016  # of a shared row's 16 tokens, 128 channels, one KV head: bound by instructions, whatever the format
+EXTRA_US = 6.0  # a launch, and partial results that are written and merged
+
+
+class SharedPrefixes:
+    """What a decode step needs to read shared prefixes once; `members` sequences at a time."""
+
+    def __init__(self, layout: KVLayout) -> None:
+        self.layout = layout
+        self.buffers: dict[int, PrefixBuffers] = {}
+        self.kernels: dict[DecodeConfig, Any] = {}
+        self.compiling: set[DecodeConfig] = set()
+
+    def config(self, queries: int, has_cap: bool) -> DecodeConfig:
+        layout = self.layout
+        kv = "bf16" if layout.spec is None else layout.spec.format
+        return choose_prefix(kv, layout.head_dim, queries, layout.block_size, has_cap)
+
+    def find(self, tables: Ints, stored: Ints, queries: int, share: Share = "auto") -> Cascade | None:
+        """What decoding sequences should read together; None where that does not pay. See plan_cascade."""
+        layout, members = self.layout, self.config(queries, False).members
+        if share == "always":
+            return plan_cascade(tables, stored, layout.block_size, members, 0.0, 0.0)
+        own_us = layout.tile_bytes / READ_BYTES_PER_US
+        row_us = ROW_US * layout.block_size / 16 * layout.head_dim / 128
+        found = plan_cascade(
+            tables,
+            stored,
+            layout.block_size,
+            members,
+            row_us / own_us,
+            EXTRA_US / (own_us * layout.num_kv_heads),
+        )
+        return None if found is None or not self.is_ready(queries, False) else found
+
+    def plan(self, cascade: Cascade, queries: int, multiprocessors: int, first_slot: int) -> PrefixPlan:
+        config = self.config(queries, False)
+        ctas = config.ctas_per_sm * multiprocessors
+        least = 4 * config.stage_blocks
+        return plan_prefix(
+            cascade, self.layout.num_kv_heads, ctas, config.stage_blocks, 2 * config.stage_blocks, least, first_slot
+        )
+
+    def most_slots(self, room: int, queries: int, multiprocessors: int) -> int:
+        """Partial results of a step of `room` sequences."""
+        config = self.config(queries, False)
+        ctas = config.ctas_per_sm * multiprocessors
+        return config.members * most_prefix_segments(room, config.members, self.layout.num_kv_heads, ctas)
+
+    def fill(
+        self, room: int, cascade: Cascade, plan: PrefixPlan, rows: Ints, queries: int, multiprocessors: int, device: Any
+    ) -> PrefixBuffers:
+        """The plan on the device; rows [B]: tokens of the sequences' queries."""
+        config = self.config(queries, False)
+        if room not in self.buffers:
+            ctas = config.ctas_per_sm * multiprocessors
+            segments = most_prefix_segments(room, config.members, self.layout.num_kv_heads, ctas)
+            self.buffers[room] = PrefixBuffers(most_rows(room, config.members), ctas, segments, config, device)
+        self.buffers[room].fill(np.asarray(rows)[cascade.members], plan)
+        return self.buffers[room]
+
+    def is_ready(self, queries: int, has_cap: bool) -> bool:
+        """The kernel is compiled; if not, it is being compiled now, and nobody waits for it."""
+        config = self.config(queries, has_cap)
+        if config in self.kernels:
+            return True
+        if has_prefix_kernel(config):
+            self.kernels[config] = prefix_kernel(config)
+            return True
+        if config not in self.compiling:
+            self.compiling.add(config)
+            job = partial(compile_together, [partial(prefix_kernel, config)], 1)
+            threading.Thread(target=job, name="atom-prefix-kernel", daemon=True).start()
+        return False
+
+    def __call__(
+        self, q: Tensor, layer: Tensor, tables: Tensor, buffers: PrefixBuffers, partial: Tensor, lse: Tensor,
+        scale: float, cap: float | None, is_early: int,
+    ) -> None:  # fmt: skip
+        """Partial results of all shared rows; q: uint32 [T, num_heads, head_dim / 2]."""
+        queries = q.shape[1] // self.layout.num_kv_heads
+        config = self.config(queries, cap is not None)
+        if config not in self.kernels:
+            self.kernels[config] = prefix_kernel(config)
+        self.kernels[config](
+            q, layer, tables, buffers.members, buffers.work, buffers.segments, partial, lse,
+            scale if cap is None else scale / cap, 1.0 if cap is None else cap, is_early,
+        )  # fmt: skip

@@ -1,0 +1,166 @@
+"""Perplexity over a quantized cache through the attention kernels and through the torch reference, on the same windows.
+
+    python -m benchmarks.attention_perplexity NAME=MODEL --text wikitext2=FILE -o F     on a GPU, a model at a time
+    python -m benchmarks.attention_perplexity --record F1 F2 ...                        the record attention-perplexity
+
+Weights are in bfloat16 and everything but the cache is the same torch code both times, so that what differs is
+appending, prefill and decode. Windows are prefilled in one chunk each but for their last tokens, which are decoded one
+by one with all windows in a batch.
+"""
+
+import argparse
+import gc
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from atom.eval.perplexity import make_windows
+from atom.eval.texts import load_text
+from atom.kernels.registry import Kernels
+from atom.models.loader import load_model, load_tokenizer
+from atom.models.model import Model
+from atom.quant.presets import get_scheme
+from atom.quant.schemes import Scheme
+from atom.records import write_record
+from atom.serving.batch import Batch
+from atom.serving.kv_pool import KVPool, PagedKV
+
+from .timing import keep
+
+BLOCK = 16
+AT_ONCE = 4096  # tokens of a step, so that logits of a large vocabulary find room
+NOBODY = np.zeros(0, dtype=np.int32)
+
+
+def schemes() -> dict[str, tuple[str, Scheme]]:
+    """Name -> format, and the scheme of a model whose weights are as they were."""
+    kv4 = get_scheme("bf16+kv4")
+    return {
+        "int4": ("int4", kv4),
+        "int4, rotated keys": ("int4", replace(kv4, kv_offset="none", kv_rotation="hadamard")),
+        "int8": ("int8", get_scheme("bf16+kv8")),
+        "fp8": ("fp8", get_scheme("bf16+kvfp8")),
+        "bf16": ("bf16", get_scheme("bf16")),
+    }
+
+
+def batch_of(tables: np.ndarray, windows: np.ndarray, starts: int, tokens: np.ndarray) -> Batch:
+    """A step of some windows, of each the same number of tokens [n, count] from position `starts` on."""
+    count = tokens.shape[1]
+    positions = np.tile(np.arange(starts, starts + count, dtype=np.int32), len(windows))
+    owner = windows.repeat(count)
+    return Batch(
+        token_ids=tokens.reshape(-1).astype(np.int32),
+        pending=NOBODY,
+        pending_lanes=NOBODY,
+        positions=positions,
+        slots=tables[owner, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK,
+        cu_seqlens_q=np.arange(len(windows) + 1, dtype=np.int32) * count,
+        seqlens_k=np.full(len(windows), starts + count, dtype=np.int32),
+        block_tables=tables[windows],
+        lanes=NOBODY,
+        sample_rows=NOBODY,
+        sample_lanes=NOBODY,
+        masks_stop=NOBODY.astype(np.bool_),
+        num_decodes=len(windows) if count == 1 else 0,
+    )
+
+
+@torch.inference_mode()
+def losses(model: Model, ids: Tensor, decoded: int, kernels: Kernels) -> dict[str, float]:
+    """Mean nats of the tokens that were predicted in prefill, and of those that were in decode."""
+    count, length = ids.shape
+    blocks = -(-length // BLOCK)
+    tables = np.random.default_rng(0).permutation(count * blocks).astype(np.int32).reshape(count, blocks)
+    pool = KVPool(model.config, model.scheme, count * blocks, BLOCK, model.dtype, model.device)
+    kv = PagedKV(pool, kernels)
+    tokens = ids.numpy()
+
+    def run(windows: np.ndarray, start: int, stop: int) -> float:
+        """The sum over the predictions that tokens start ... stop - 1 make."""
+        batch = batch_of(tables, windows, start, tokens[windows, start:stop])
+        kv.begin(batch)
+        on_device = [torch.from_numpy(x).long().to(model.device) for x in (batch.token_ids, batch.positions)]
+        logits = model.logits(model(*on_device, kv))
+        targets = torch.from_numpy(tokens[windows, start + 1 : stop + 1]).reshape(-1).to(model.device)
+        return float(cross_entropy(logits.float(), targets, reduction="sum"))
+
+    first, total = length - 1 - decoded, {"prefill": 0.0, "decode": 0.0}
+    at_once = max(1, AT_ONCE // first)
+    for start in range(0, count, at_once):
+        total["prefill"] += run(np.arange(start, min(count, start + at_once)), 0, first)
+    for at in range(first, length - 1):
+        total["decode"] += run(np.arange(count), at, at + 1)
+    return {"prefill": total["prefill"] / (count * first), "decode": total["decode"] / (count * decoded)}
+
+
+def rows(
+    name: str, path: str, text: str, count: int, length: int, decoded: int, device: str
+) -> Iterator[dict[str, Any]]:
+    source = load_text(text)
+    ids = make_windows(load_tokenizer(path), source, window=length, limit=count).tokens
+    model = load_model(path, device, torch.bfloat16, kernels="reference")
+    for label, (kv, scheme) in schemes().items():
+        model.scheme = scheme
+        start = time.perf_counter()
+        found: dict[str, dict[str, float]] = {}
+        for path_name, kernels in (("reference", "reference"), ("kernels", "auto")):
+            found[path_name] = losses(model, ids, decoded, kernels)  # type: ignore[arg-type]
+            gc.collect()
+            torch.cuda.empty_cache()
+        for mode in ("prefill", "decode"):
+            wanted, got = found["reference"][mode], found["kernels"][mode]
+            row = {
+                "model": name, "text": source.name, "kv": kv, "cache": label, "op": mode, "windows": len(ids),
+                "window": length, "tokens": len(ids) * (decoded if mode == "decode" else length - 1 - decoded),
+                "ppl": round(math.exp(got), 4), "ppl_reference": round(math.exp(wanted), 4),
+                "change": round(math.expm1(got - wanted), 6),
+            }  # fmt: skip
+            print(
+                "{model:12} {cache:20} {op:8} {tokens:>6} tokens: {ppl:9.4f} by kernels, {ppl_reference:9.4f} by "
+                "the reference, {change:+.3%}".format(**row),
+                f"{time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
+            yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="what the record calls it, =, directory or GGUF file")
+    parser.add_argument("--text", default="wikitext2", help="as `atom eval --text`")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--decoded", type=int, default=96, help="last tokens of each window that are decoded")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("-o", "--out", help="where rows and circumstances go, configuration by configuration")
+    parser.add_argument("--record", nargs="+", metavar="FILE", help="write the record from what -o wrote")
+    args = parser.parse_args()
+    if args.record:
+        parts = [json.loads(Path(file).read_text()) for file in args.record]
+        together = [row for part in parts for row in part["rows"]]
+        print(
+            write_record("attention-perplexity", together, "h200", where=parts[0]["where"], commit=parts[0]["commit"])
+        )
+        return
+    if not args.model:
+        parser.error("which model?")
+    name, _, path = args.model.rpartition("=")
+    found: list[dict[str, Any]] = []
+    for row in rows(name or Path(path).stem, path, args.text, args.windows, args.window, args.decoded, args.device):
+        found.append(row)
+        if args.out:
+            keep("attention-perplexity", found, args.out)
+
+
+if __name__ == "__main__":
+    main()
