@@ -65,7 +65,7 @@ class Runner:
         self.texts = [load_text(name) for name in options.text]
         self.source = open_source(options.model)
         self.tokenizer = load_tokenizer(self.source.path)
-        self.kept: list[tuple[dict[str, Any], Path | str]] = []  # rows of presets, and the checkpoints they are of
+        self.kept: list[tuple[Row, Path | str]] = []  # rows of presets and their checkpoints, still to be used
         self.rounded: tuple[Rounding, Path, Report] | None = None  # the last one; it lies there while it is needed
         self.calibration = CalibrationConfig(
             calib=options.calib,
@@ -118,7 +118,10 @@ class Runner:
             self.rounded = (configuration.rounding, rounded, self.round(configuration, rounded))
         o = self.options
         config = replace(
-            self.calibration, distill_steps=o.distill_steps, batch_tokens=o.distill_tokens, distill_seconds=UNLIMITED
+            self.calibration,
+            distill_steps=o.distill_steps,
+            distill_tokens=o.distill_tokens,
+            distill_seconds=UNLIMITED,
         )
         _, checkpoint, report = self.rounded
         found = distill_checkpoint(self.source, checkpoint, out, self.distill_text, config)
@@ -166,9 +169,8 @@ class Runner:
         to_variants = configuration.variant is not None and not self.part.has("quality-variants", of_variants)
         if not to_ladder and not to_presets and not to_variants:
             return
-        has_tasks = to_presets and bool(self.options.tasks)
         distilled_next = following is not None and following.distilled and following.rounding == configuration.rounding
-        with scratch(self.options.scratch, scheme.is_quantized and (has_tasks or distilled_next)) as folder:
+        with scratch(self.options.scratch, scheme.is_quantized and (to_presets or distilled_next)) as folder:
             loaded, seconds = self.loaded(configuration, folder)
             found = self.perplexity(loaded, 0)
             common = self.bits(scheme) | self.common(seconds, configuration)
@@ -179,48 +181,47 @@ class Runner:
             if to_presets:
                 row = {**of_presets, "text": text, **found, "ppl_fp": None, **common}
                 self.part.add("quality-presets", row)
-                if has_tasks:
-                    self.kept.append((row, folder / "checkpoint" if scheme.is_quantized else self.options.model))
+                self.kept.append((row, folder / "checkpoint" if scheme.is_quantized else self.options.model))
             if to_ladder and configuration.step in ("fp", "kv4", "distill"):
                 for number, other in list(enumerate(self.texts))[1:]:
                     more = {**of_ladder, "text": other.name, **self.perplexity(loaded, number), **common}
                     self.part.add("quality-ladder", more)
             del loaded
-            if to_presets and self.wants_kernels(scheme):
-                self.add_kernels_rows(folder, row)
         if configuration.distilled and self.rounded is not None:
-            self.forget(self.rounded[1])
+            rounded = self.rounded[1]
+            if all(rounded != checkpoint for _, checkpoint in self.kept):
+                shutil.rmtree(rounded.parent, ignore_errors=True)
 
-    def forget(self, checkpoint: Path) -> None:
-        """Remove a checkpoint that was kept to be distilled, unless tasks are to run on it."""
-        if checkpoint.exists() and all(checkpoint != kept for _, kept in self.kept):
-            shutil.rmtree(checkpoint.parent)
-
-    def wants_kernels(self, scheme: Scheme) -> bool:
-        wanted = self.options.kernel_schemes
-        return self.options.kernels and scheme.weight is not None and (not wanted or scheme.name in wanted)
-
-    def add_kernels_rows(self, folder: Path, row: dict[str, Any]) -> None:
-        """The same checkpoint and text in bfloat16, on the reference path and through the kernels, if they run here."""
+    def run_kernels(self) -> None:
+        """The presets' last checkpoints in bfloat16, on the reference path and through kernels, where they run here."""
         paths: tuple[Kernels, ...] = ("reference", "auto")
-        for kernels in paths:
-            try:
-                loaded = load(str(folder / "checkpoint"), self.options.device, "bfloat16", kernels)
-            except UnsupportedError as error:
-                print(f"{row['scheme']}: not through the kernels: {error}", flush=True)
-                return
-            self.part.add("quality-presets", row | self.perplexity(loaded, 0))
-            del loaded
+        wanted = self.options.kernel_schemes or tuple(PRESETS)
+        last = {row["scheme"]: row for row, checkpoint in self.kept if isinstance(checkpoint, Path)}
+        for row, checkpoint in self.kept:
+            if row["scheme"] not in wanted or row is not last.get(row["scheme"]):
+                continue
+            for kernels in paths:
+                try:
+                    loaded = load(str(checkpoint), self.options.device, "bfloat16", kernels)
+                except UnsupportedError as error:
+                    print(f"{row['scheme']}: not through the kernels: {error}", flush=True)
+                    continue
+                self.part.add("quality-presets", row | self.perplexity(loaded, 0))
+                del loaded
 
     def run_tasks(self) -> None:
-        """Add the tasks to the rows of all presets, from their checkpoints; the least urgent numbers come last."""
+        """Add the tasks to the presets' rows."""
         for row, checkpoint in self.kept:
             loaded = load(str(checkpoint), self.options.device, "float32", "reference")
             row.update(self.tasks(loaded))
             self.part.write("quality-presets", row)
             del loaded
+
+    def forget(self) -> None:
+        """Remove the presets' checkpoints."""
+        for _, checkpoint in self.kept:
             if isinstance(checkpoint, Path):
-                shutil.rmtree(checkpoint.parent)
+                shutil.rmtree(checkpoint.parent, ignore_errors=True)
 
     def tasks(self, loaded: Loaded) -> dict[str, Any]:
         """lm-eval's tasks under one model."""
@@ -258,11 +259,15 @@ def measure(options: Measure) -> None:
         assert configuration is not None
         try:
             runner.run(configuration, following)
-        except (AtomError, ValueError, torch.OutOfMemoryError) as error:
+        except (AtomError, ValueError, RuntimeError) as error:
             print(f"{configuration.step or configuration.scheme.name}: not measured: {error}", flush=True)
     if "kv-rope" in options.what:
         runner.run_kv_rope()
-    runner.run_tasks()
+    if options.kernels:
+        runner.run_kernels()
+    if options.tasks:
+        runner.run_tasks()
+    runner.forget()
 
 
 def join(options: Join) -> None:

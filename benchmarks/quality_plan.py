@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from atom.calibration.config import Clip
+from atom.calibration.distill_plan import DEFAULT_STEPS
 from atom.calibration.ladder import ladder, scaled_outliers
 from atom.eval.perplexity import Bos
 from atom.models.config import ModelConfig
@@ -71,13 +72,13 @@ class Measure:
     that is 128's share of 4096 channels."""
 
     kernels: bool = False
-    """Measure the presets that have GPU kernels through these as well, in bfloat16: rows of their own."""
+    """Measure the presets that have GPU kernels in bfloat16 as well, through these and without: rows of their own."""
 
     kernel_schemes: tuple[str, ...] = ()
     """Only these presets through the kernels."""
 
     schemes: tuple[str, ...] = ()
-    """Presets to measure: all, or the ones that time allows."""
+    """Presets to measure, in this order: all, or the ones that time allows."""
 
     distilled: tuple[str, ...] = ("w4a4",)
     """Presets to distil besides: rows of their own."""
@@ -85,7 +86,7 @@ class Measure:
     distill_calib: tuple[str, ...] = ()
     """Texts to distil on, disjoint from the test texts; default: that of --calib."""
 
-    distill_steps: int = 200
+    distill_steps: int = DEFAULT_STEPS
     """Steps of distillation, of the ladder's last step and of presets."""
 
     distill_tokens: int = 4096
@@ -185,10 +186,10 @@ def _presets(options: Measure) -> list[Configuration]:
     """The presets that `options` ask for, full precision first, since the others lose against it."""
     schemes = [PRESETS["bf16"], *(s for s in PRESETS.values() if s.is_quantized)]
     schemes += [get_scheme(f"bf16+{kv}") for kv in ("kv4", "kv8", "kvfp8")]
+    if options.schemes:
+        schemes = [get_scheme(name) for name in options.schemes]
     found = []
     for scheme in schemes:
-        if options.schemes and scheme.name not in options.schemes:
-            continue
         plain = Configuration(scheme, scheme.weight is not None and scheme.name not in ("w8a8", "fp8"), is_preset=True)
         found.append(plain)
         if scheme.weight is not None and scheme.name in options.distilled:

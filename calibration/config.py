@@ -60,8 +60,11 @@ class CalibrationConfig:
     """Fold a factor per channel into norms, v and up, so that activations and weights round equally well."""
 
     distill_steps: int | None = None
-    """Train the rounded checkpoint to predict what the full model predicts, for so many batches of --batch-tokens; 0
-    does not. Default: 200 where weights of 4 bits are calibrated on a GPU that holds both models, else 0."""
+    """Train the rounded checkpoint to predict what the full model predicts, for so many batches of --distill-tokens; 0
+    does not. Default: 100 where weights of 4 bits are calibrated on a GPU that holds both models, else 0."""
+
+    distill_tokens: int = 4096
+    """Tokens of a step of distillation, whole windows, one at least."""
 
     distill_calib: tuple[str, ...] = ()
     """Texts to distil on, in equal shares; default: that of --calib."""
@@ -91,7 +94,7 @@ class CalibrationConfig:
     """float32 products: high allows TF32 on a GPU, highest does not."""
 
     def __post_init__(self) -> None:
-        for name in ("windows", "window_length", "batch_tokens", "distill_windows"):
+        for name in ("windows", "window_length", "batch_tokens", "distill_windows", "distill_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; leave it out for the default")
         if self.window_length < 2:

@@ -220,7 +220,7 @@ class Training:
             yield slice(start, start + size)
 
     def _batch_size(self, tokens: Tensor) -> int:
-        return max(1, self.config.batch_tokens // tokens.shape[1])
+        return max(1, self.config.distill_tokens // tokens.shape[1])
 
     def _batches(self, tokens: Tensor) -> Iterator[Tensor]:
         """Batches of whole windows in an order drawn anew every time round, without end."""

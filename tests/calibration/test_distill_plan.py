@@ -72,7 +72,7 @@ def test_a_run_on_a_cpu_says_it(tiny: Tiny, quick: CalibrationConfig, tmp_path: 
 
     quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "out", quick, progress=Listening())
     assert remarks == [
-        "distillation is left out: on a CPU it takes hours (--distill-steps 200 insists, 0 is silent)",
+        "distillation is left out: on a CPU it takes hours (--distill-steps 100 insists, 0 is silent)",
     ]
     report = Report.read(tmp_path / "out")
     assert report.config["distill_steps"] == 0 and report.distilled is None
