@@ -158,7 +158,9 @@ def logit_error(logits: Logits) -> Callable[[Path, Path], float]:
 @pytest.fixture
 def quick(text_file: Path) -> CalibrationConfig:
     """Enough text that 192 channels have a Hessian of full rank."""
-    return CalibrationConfig(calib=str(text_file), windows=10, window_length=48, batch_tokens=200, device="cpu")
+    return CalibrationConfig(
+        calib=str(text_file), windows=10, window_length=48, batch_tokens=200, distill_tokens=200, device="cpu"
+    )
 
 
 def missing_gpu() -> str | None:
