@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ..errors import UnsupportedError
 from ..quant.formats import get_format
 from ..quant.presets import get_scheme
 from ..quant.schemes import LinearScheme, TensorSpec
@@ -167,7 +168,9 @@ def _linear_run(linear: LinearScheme, names: list[str], K: int) -> str:
     lines.append(f"    w = values(codes, {spec.format!r}) * spread({scale}, {spec.group_size or 0}, normal)")
     if outliers:
         lines.append("    w = torch.cat((w, outlier_weight.float() * outlier_scale.float()), 1)")
-    lines.append(f"    rounded = round_activation(x.float(), {_activation(linear.activation)}, {outliers})")
+    lines.append("    x = x.float()")
+    lines += _turned("x", linear)
+    lines.append(f"    rounded = round_activation(x, {_activation(linear.activation)}, {outliers})")
     lines.append("    return (rounded @ w.T).bfloat16()")
     return "\n".join(lines)
 
@@ -184,9 +187,20 @@ def _producer_run(op: str, linear: LinearScheme, names: list[str]) -> str:
         lines.append("    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5) * weight")
     if "perm" in names:
         lines.append("    h = h[:, perm.long()]")
+    lines += _turned("h", linear)
     lines.append(f"    y = round_activation(h, {_activation(linear.activation)}, {linear.outliers.count})")
     lines.append("    return total, y" if op == "add_rms_norm_quantize" else "    return y")
     return "\n".join(lines)
+
+
+def _turned(name: str, linear: LinearScheme) -> list[str]:
+    """The line that rotates `name`, where the scheme rotates."""
+    rotation = linear.rotation
+    if rotation is None:
+        return []
+    if rotation.kind != "block_hadamard":
+        raise UnsupportedError("a definition has no whole Hadamard rotation; use --rotation block_hadamard")
+    return [f"    {name} = turn({name}, {rotation.block}, {linear.outliers.count})"]
 
 
 def _activation(spec: TensorSpec | None) -> str:
