@@ -100,7 +100,7 @@ SCHEMAS: dict[str, RecordSchema] = {
     "accuracy-frontier": RecordSchema(
         ("model", "text", "method", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
         ("scheme", "task:", *PERPLEXITY_EXTRAS),
-        {"path": PATHS, "scheme": ("w4a4", "w4a8"), **_KV},
+        {"path": PATHS, "scheme": ("w4a4", "w4a8", "kv4"), **_KV},
     ),
     "kv-rope": RecordSchema(
         ("model", "text", "kv", "place", "ppl", "windows", "path"),
