@@ -30,7 +30,7 @@ KV_FORMATS = ("int4", "int8", "fp8", "bf16")
 PATHS = ("kernels", "reference")
 LADDER_STEPS = ("fp", "rtn", "outliers-bf16", "outliers-int8", "groups", "clip", "gptq", "kv4", "distill")
 # Row keys any record may carry: where a number came from, never what it is.
-COMMENT_KEYS = ("source", "seconds", "seed", "note", "commit")
+COMMENT_KEYS = ("source", "seconds", "seed", "note", "commit", "gpu")
 BITS = ("bits_weight", "bits_activation", "bits_kv")
 PERPLEXITY_EXTRAS = ("window", "tokens", "ppl_stderr", "kl", "calibration", "dtype", "distill_steps")
 

@@ -182,7 +182,7 @@ class Runner:
                 row = {**of_presets, "text": text, **found, "ppl_fp": None, **common}
                 self.part.add("quality-presets", row)
                 self.kept.append((row, folder / "checkpoint" if scheme.is_quantized else self.options.model))
-            if to_ladder and configuration.step in ("fp", "kv4", "distill"):
+            if to_ladder and configuration.step in self.options.other_texts:
                 for number, other in list(enumerate(self.texts))[1:]:
                     more = {**of_ladder, "text": other.name, **self.perplexity(loaded, number), **common}
                     self.part.add("quality-ladder", more)

@@ -36,7 +36,10 @@ class Measure:
     """Calibration text, disjoint from the test texts."""
 
     text: tuple[str, ...] = ("wikitext2",)
-    """Test texts; the first is for every configuration, the others for the full recipe and full precision."""
+    """Test texts; the first is for every configuration, the others for some rungs of the ladder."""
+
+    other_texts: tuple[str, ...] = ("fp", "kv4", "distill")
+    """These rungs."""
 
     tasks: tuple[str, ...] = ()
     """lm-eval tasks for the presets."""
