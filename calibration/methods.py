@@ -93,16 +93,13 @@ def _nvfp4_gptq(bits: Bits) -> Method | None:
     scheme = get_scheme("nvfp4+kv16")
     assert scheme.weight is not None
     scheme = replace(scheme, weight=replace(scheme.weight, clip="mse"), rotation=RotationSpec("block_hadamard", 16))
-    return Method("nvfp4-gptq", scheme)
+    return Method("nvfp4-gptq", scheme, {"balance": False, "rotate": "none"})
 
 
 def _ours(bits: Bits) -> Method:
     """4.13 bits without outlier channels, as the kernels run them: groups of 32 under whole factors behind Hadamard
     blocks, balance, GPTQ, values turned, distillation."""
-    return Method("ours", get_scheme(f"{bits}-hadamard+kv16"), {**OURS, "distill_steps": 2000})
-
-
-OURS: dict[str, Any] = {"clip": "constant", "balance": True, "rotate": "values"}
+    return Method("ours", get_scheme(f"{bits}-hadamard+kv16"), {"distill_steps": 2000})
 
 
 def _caches() -> list[Method]:

@@ -117,7 +117,7 @@ def quantize_source(
 ) -> Report:
     """As quantize_model, from an opened source and given tokens; `windows` None copies the weights as they are."""
     started = time.perf_counter()
-    config = replace(config, device=str(choose_device(config.device)))
+    config = replace(config.for_scheme(scheme), device=str(choose_device(config.device)))
     if config.rotate != "none":
         source = rotate_source(source, config.seed, config.device, values_alone=config.rotate == "values")
     model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))

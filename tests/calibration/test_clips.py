@@ -118,7 +118,7 @@ def test_a_clip_that_is_given_is_not_measured() -> None:
 def test_only_schemes_that_clip_are_measured(name: str, tiny: Tiny) -> None:
     model = meta_model(ModelConfig.from_hf(open_source(tiny("llama")).config))
     found = [group.name for group in measured_groups(model, get_scheme(name))]
-    assert found == (KINDS if name in ("w4a4", "w3a3", "w4a4-hadamard") else [])
+    assert found == (KINDS if name in ("w4a4", "w3a3") else [])
 
 
 def test_own_overrides_stay(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:

@@ -70,10 +70,12 @@ def test_caches_are_compared_alone(tiny: Tiny, logit_error: Close, quick: Calibr
 
 @pytest.mark.parametrize("bits", COMPARED)
 def test_ours_can_be_said_on_the_command_line(bits: Bits) -> None:
-    options = f"x --scheme {bits}-hadamard --clip constant --balance --rotate values --distill-steps 2000"
+    options = f"x --scheme {bits}-hadamard --distill-steps 2000"
     said = tyro.cli(Options, args=options.split())
     ours = methods(bits)["ours"]
     assert said.build_scheme() == with_cache(ours.scheme, "kv4")
     assert said.config == ours.config(CalibrationConfig())
+    resolved = said.config.for_scheme(said.build_scheme())
+    assert resolved.balance and resolved.rotate == "values"
     page = (CHECKOUT / "docs/accuracy-methods.md").read_text().replace("\\\n", " ")
     assert options.removeprefix("x ").replace("w4a8", "w4a4") in " ".join(page.split())
