@@ -7,7 +7,7 @@ from typing import Any
 from atom.eval.load import Loaded
 from atom.eval.perplexity import Bos, Windows, make_windows, measure_perplexity
 from atom.eval.texts import Text, load_text
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.model import Model
 from atom.models.source import Source
 from atom.models.tokens import Tokenizer
@@ -16,7 +16,7 @@ from atom.quant.schemes import Scheme
 
 def effective_bits(source: Source, scheme: Scheme) -> dict[str, float]:
     """Bits of a weight, of an activation, and of a cached value at this model's width, scales included."""
-    config = ModelConfig.from_hf(source.config, source.generation_config)
+    config = model_config(source.config, source.generation_config)
     return {
         "bits_weight": round(scheme.weight_bits(config.hidden_size), 3),
         "bits_activation": round(scheme.activation_bits(config.hidden_size), 3),

@@ -35,7 +35,7 @@ from atom.eval.perplexity import Windows as TestWindows
 from atom.eval.perplexity import make_windows, measure_perplexity
 from atom.eval.texts import load_text
 from atom.kernels.registry import Kernels
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.source import load_tokenizer, open_source
 from atom.quant.presets import PRESETS, kv_name
 from atom.quant.schemes import Scheme
@@ -141,7 +141,7 @@ class Runner:
         }
 
     def bits(self, scheme: Scheme) -> dict[str, float]:
-        config = ModelConfig.from_hf(self.source.config, self.source.generation_config)
+        config = model_config(self.source.config, self.source.generation_config)
         return {
             "bits_weight": round(scheme.weight_bits(config.hidden_size), 3),
             "bits_activation": round(scheme.activation_bits(config.hidden_size), 3),

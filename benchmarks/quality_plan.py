@@ -10,7 +10,7 @@ from atom.calibration.config import Clip
 from atom.calibration.distill_plan import DEFAULT_STEPS
 from atom.calibration.ladder import ladder, scaled_outliers
 from atom.eval.perplexity import Bos
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.source import read_config
 from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.schemes import Scheme
@@ -179,7 +179,7 @@ def configurations(options: Measure) -> list[Configuration]:
         found += [c for c in _presets(options) if (c.scheme, c.distilled) not in known]
     if "scaled" in options.what:
         raw, generation = read_config(options.model)
-        count = scaled_outliers(ModelConfig.from_hf(raw, generation).hidden_size)
+        count = scaled_outliers(model_config(raw, generation).hidden_size)
         step = next(step for step in ladder(count) if step.name == "kv4")
         found.append(Configuration(step.scheme, step.gptq, step.clip, step.name))
     return found

@@ -27,6 +27,7 @@ from ..kernels.paged_attention import PAGED_ATTENTION
 from ..kernels.registry import Op, Problem
 from ..kernels.rope_append import ROPE_APPEND_KV
 from ..models.config import ModelConfig
+from ..models.family import model_config
 from ..models.footprint import Footprint, measure_footprint, source_dtype
 from ..models.loader import meta_model
 from ..models.model import Model
@@ -75,7 +76,7 @@ def run(options: Options) -> dict[str, Any]:
     own = read_scheme(raw)
     named = get_scheme(options.scheme) if options.scheme else own or get_scheme("w4a4")
     scheme = options.switches.apply(named, options.calibration.gptq) if own is None else named
-    config = ModelConfig.from_hf(raw, generation)
+    config = model_config(raw, generation)
     model = meta_model(config)
     gpu = GPUS.get(options.gpu)
     dtype = torch.bfloat16 if gpu else torch.float32

@@ -8,7 +8,7 @@ import pytest
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.distill_plan import distill_bytes
 from atom.calibration.estimate import GPUS, Machine, estimate, estimate_distillation, measure_machine
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.loader import meta_model
 from atom.models.model import Model
 from atom.quant.presets import get_scheme
@@ -32,7 +32,7 @@ MACHINE = Machine("cpu", 1e11, 1e10, 1e-5)
 
 
 def model(raw: dict[str, Any]) -> Model:
-    return meta_model(ModelConfig.from_hf(raw))
+    return meta_model(model_config(raw))
 
 
 def test_within_1_5_of_the_measured_8b_run() -> None:
