@@ -10,7 +10,6 @@ import json
 import uuid
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,8 +20,8 @@ from ..quant.presets import get_scheme
 from ..quant.schemes import LinearScheme, TensorSpec
 from ..quant.stored import stored_tensors
 from . import flashinfer_attention
+from .flashinfer_schema import Json, written_solution
 
-Json = dict[str, Any]
 REFERENCE = Path(__file__).with_name("flashinfer_reference.py")
 DTYPES = {
     torch.bfloat16: "bfloat16",
@@ -224,21 +223,7 @@ def _solution(definition: Json, row: Json) -> Json:
     if row["op"] != "linear":
         call = call.replace("run_linear(", f"run_producer({row['op']!r}, ")
     lines += ["", "", f"def run({arguments}):", f"    return {call}"]
-    return {
-        "name": f"atom_{definition['name'].removeprefix('atom_')}_sm90",
-        "definition": definition["name"],
-        "author": "atom",
-        "description": f"atom-serving, {row['runs']}",
-        "spec": {
-            "language": "python",
-            "target_hardware": ["NVIDIA H200"],
-            "entry_point": "main.py::run",
-            "dependencies": ["atom-serving"],
-            "destination_passing_style": False,
-            "binding": None,
-        },
-        "sources": [{"path": "main.py", "content": "\n".join(lines) + "\n"}],
-    }
+    return written_solution(definition, f"atom-serving, {row['runs']}", lines)
 
 
 def _workload(definition: Json, size: int, axis: str = "M") -> Json:

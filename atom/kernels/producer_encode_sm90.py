@@ -14,15 +14,13 @@ from .dsl.arithmetic import (
     as_bits,
     clamp_s16x2,
     from_bits,
-    multiply,
-    multiply_add,
-    multiply_add_saturated,
     pack_e4m3x2,
     reciprocal_of_normal,
     round_to_e4m3,
     round_to_whole,
 )
 from .dsl.memory import pack_bf16x2
+from .dsl.rounded_float import multiply_add, multiply_add_saturated, multiply_exactly
 from .dsl.tensor_core import pick_bytes
 from .producer_config import CHUNK, ProducerConfig
 
@@ -141,8 +139,8 @@ class ProducerEncode:
             low, high = pick_bytes(low, low, Uint32(0x1010)), pick_bytes(high, high, Uint32(0x1010))
             pairs = []
             for e in cutlass.range_constexpr(0, CHUNK, 2):
-                a = as_bits(multiply_add(multiply(value[e], inverse) + Float32(TO_WHOLE), factor, less))
-                b = as_bits(multiply_add(multiply(value[e + 1], inverse) + Float32(TO_WHOLE), factor, less))
+                a = as_bits(multiply_add(multiply_exactly(value[e], inverse) + Float32(TO_WHOLE), factor, less))
+                b = as_bits(multiply_add(multiply_exactly(value[e + 1], inverse) + Float32(TO_WHOLE), factor, less))
                 pairs.append(clamp_s16x2(pick_bytes(a, b, Uint32(0x5410)), low, high))
             for w in cutlass.range_constexpr(2):
                 words[w] = Int32(pick_bytes(pairs[2 * w], pairs[2 * w + 1], Uint32(0x6420)))
@@ -189,7 +187,7 @@ class ProducerEncode:
                 for e in cutlass.range_constexpr(CHUNK):
                     value[e] = cute.arch.fmin(cute.arch.fmax(value[e], -most), most)
             for e in cutlass.range_constexpr(CHUNK):
-                scaled = multiply(value[e], inverse)
+                scaled = multiply_exactly(value[e], inverse)
                 value[e] = (scaled + to_step(scaled) - to_step(scaled)) * scale
         elif cutlass.const_expr(not self.config.is_exact):
             whole = self.to_whole(value, inverse, *self.code_range())
@@ -198,7 +196,7 @@ class ProducerEncode:
         else:
             qmin, qmax = self.code_range()
             for e in cutlass.range_constexpr(CHUNK):
-                whole = multiply(value[e], inverse) + Float32(TO_WHOLE) - Float32(TO_WHOLE)
+                whole = multiply_exactly(value[e], inverse) + Float32(TO_WHOLE) - Float32(TO_WHOLE)
                 value[e] = cute.arch.fmin(cute.arch.fmax(whole, qmin), qmax) * scale
 
     @cute.jit

@@ -40,7 +40,7 @@ def encoder(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         round_to_e4m3=lambda x: np.float32(as_e4m3(x).float().item()),
         pack_e4m3x2=lambda low, high: np.uint32(int(bits(low)) | int(bits(high)) << 8),
         as_bits=lambda x: np.float32(x).view(np.uint32),
-        multiply=np.multiply,
+        multiply_exactly=np.multiply,
         multiply_add=lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c)),
         clamp_s16x2=clamp_s16x2,
         add_max=lambda a, b, c: max(np.uint32(a) + np.uint32(b), np.uint32(c)),
