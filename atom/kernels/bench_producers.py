@@ -51,7 +51,7 @@ def producer_us(op: str, linear: LinearScheme, M: int, hidden: int) -> dict[str,
     plain = reference(op, linear, made)
     return time_calls({
         "ours": [partial(run, *x[i % copies]) for i in range(count)],
-        "torch": [partial(plain, *x[i % copies]) for i in range(min(count, 8))],
+        "torch": [partial(plain, *x[i % copies]) for i in range(8 if M <= 256 else 2)],
     })  # fmt: skip
 
 
