@@ -1,4 +1,5 @@
-"""What prompts cost the decodes beside them: steps that mix both, as rows of a decode bucket, in two parts, and whole.
+"""What prompts cost the decodes beside them: steps that mix both, as rows of a decode bucket, in pieces, in two parts,
+and whole.
 
     python -m benchmarks.mixed_steps llama-3-8b --scheme w4a8
     python -m benchmarks.mixed_steps llama-2-7b --scheme w4a4 --loaded steady:paper --batch 192 --memory-gb 24
@@ -35,6 +36,7 @@ from atom.serving.bench.throughput import steady_rate
 from atom.serving.bench.window import STEADY, full_window, mid_life, within
 from atom.serving.engine_config import EngineConfig
 from atom.serving.request import Request
+from atom.serving.prompt_pieces import SIZES
 from atom.serving.rows import MOST_TOKENS
 from atom.serving.runner import Launched, Runner
 from atom.serving.sampling_params import SamplingParams
@@ -45,26 +47,29 @@ from .bench_engine import fill_cache, find_prompts, prompts
 from .profile_steps import busy_times, part_of
 from .timeline import record
 
-WAYS = ("engine", "rows", "parts", "whole")  # engine: as it chooses
+WAYS = ("engine", "rows", "pieces", "parts", "whole")  # engine: as it chooses
 PAIRS = 8  # of a decode step and a mixed step that are measured
-PROFILED = ((1, 25), (1, 512), (4, 1000))
+PROFILED = ((1, 25), (1, 512), (1, 1000))
 PROMPTS = ((1, 1), (1, 25), (8, 25), (1, 100), (1, 256), (1, 512), (4, 512), (1, 1000), (4, 1000), (15, 512))
 
 
 @contextmanager
 def way(name: str) -> Iterator[None]:
     """Have every runner take mixed steps that way."""
-    fits_rows, is_split = runner_module.fits_rows, runner_module.is_split
+    fits_rows, is_split, has_pieces = runner_module.fits_rows, runner_module.is_split, Runner._has_pieces
     try:
         if name == "rows":
             runner_module.fits_rows = lambda batch, rows, samples, size: batch.num_tokens <= rows
         elif name != "engine":
             runner_module.fits_rows = lambda *args: False
+        if name in ("parts", "whole"):
+            Runner._has_pieces = lambda self, batch: False  # type: ignore[method-assign]
         if name == "whole":
             runner_module.is_split = lambda batch: False
         yield
     finally:
         runner_module.fits_rows, runner_module.is_split = fits_rows, is_split
+        Runner._has_pieces = has_pieces  # type: ignore[method-assign]
 
 
 class Loop:
@@ -158,7 +163,7 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     options = EngineConfig(
         load_format="dummy",
         scheme=args.scheme,
-        max_num_seqs=max(args.decodes),
+        max_num_seqs=max(args.decodes) + max(count for count, _ in PROMPTS),
         enable_prefix_caching=False,
         admission_interval=1,
         max_model_len=args.longest,
@@ -177,7 +182,8 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
         plain = loop.gpu(0, 0)[0] if args.profile and decodes else {}
         loop.end()
         for (count, tokens), name in product(PROMPTS, args.ways):
-            if count * tokens + decodes > (512 if name == "rows" else ready.limits.max_num_batched_tokens):
+            most = {"rows": ready.limits.max_num_seqs + MOST_TOKENS, "pieces": SIZES[-1]}
+            if count * tokens + decodes > most.get(name, ready.limits.max_num_batched_tokens):
                 continue
             loop = Loop(ready.runner, ready.limits, decodes, args.context)
             with way(name):
@@ -233,10 +239,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--scheme", default="w4a8")
-    parser.add_argument("--decodes", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--decodes", type=int, nargs="+", default=[64, 192])
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--longest", type=int, default=8192, help="max_model_len")
-    parser.add_argument("--ways", nargs="+", default=WAYS[1:3])
+    parser.add_argument("--ways", nargs="+", default=WAYS[1:4])
     parser.add_argument("--profile", action="store_true", help="parts of the GPU's time too")
     parser.add_argument("--loaded", metavar="WORKLOAD", help="a loaded engine instead of single steps")
     parser.add_argument("--batch", type=int, default=192)
