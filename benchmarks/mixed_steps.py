@@ -35,8 +35,8 @@ from atom.serving.bench.summary import summarize
 from atom.serving.bench.throughput import steady_rate
 from atom.serving.bench.window import STEADY, full_window, mid_life, within
 from atom.serving.engine_config import EngineConfig
-from atom.serving.request import Request
 from atom.serving.prompt_pieces import SIZES
+from atom.serving.request import Request
 from atom.serving.rows import MOST_TOKENS
 from atom.serving.runner import Launched, Runner
 from atom.serving.sampling_params import SamplingParams
