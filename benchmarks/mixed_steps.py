@@ -204,28 +204,27 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def loaded_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rates of a loaded engine, of each way, interval and number of tokens by turns."""
+    """Rates of a loaded engine: each workload under all limits, each way, by turns."""
     engine = EngineConfig(load_format="dummy", scheme=args.scheme, max_num_seqs=args.batch, seed=0)
-    is_steady = args.loaded.startswith(STEADY)
-    fresh = parse_workload(args.loaded.removeprefix(STEADY)).items(512, 0)
-    window_s = args.seconds if is_steady else None
     found = []
     started = time.perf_counter()
     with running(ModelChoice(args.model, args.memory_gb, engine), lambda text: None) as (ready, driver):
         print(f"ready after {time.perf_counter() - started:.1f} s: {json.dumps(ready.facts, default=str)}", flush=True)
         scheduler = ready.engine._scheduler
-        for turn, tokens, interval, name in product(range(args.turns), args.tokens, args.intervals, args.ways):
-            limits = {"max_num_batched_tokens": tokens, "admission_interval": interval}
+        for asked, turn, both, name in product(args.loaded, range(args.turns), args.limits, args.ways):
+            is_steady = asked.startswith(STEADY)
+            fresh = parse_workload(asked.removeprefix(STEADY)).items(512, 0)
+            limits = dict(zip(("max_num_batched_tokens", "admission_interval"), map(int, both.split("/")), strict=True))
             few = MOST_TOKENS if name in ("engine", "rows") else 1  # others are worth gathering for
             scheduler.config = replace(scheduler.config, admission_few=few, **limits)
             items = mid_life(fresh, args.batch, turn) + fresh if is_steady else fresh
             with way(name):
-                samples = driver.run(items, len(found) + 1, args.batch, window_s=window_s)
+                samples = driver.run(items, len(found) + 1, args.batch, window_s=args.seconds if is_steady else None)
             if is_steady and (window := full_window(driver.steps)) is not None:
                 samples = within(samples, *window)
             summary = summarize(samples)
             rate = steady_rate(driver.steps, 0.0) if is_steady else round(summary.out_tok_s, 1)
-            row = {"turn": turn, "way": name, **limits, "out_tok_s": rate}
+            row = {"workload": asked, "turn": turn, "way": name, **limits, "out_tok_s": rate}
             for key, spread in (("ttft", summary.ttft), ("tpot", summary.tpot), ("itl", summary.itl)):
                 row |= (
                     {} if spread is None else {f"{key}_p50": round(spread.p50, 2), f"{key}_p99": round(spread.p99, 2)}
@@ -244,10 +243,11 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=8192, help="max_model_len")
     parser.add_argument("--ways", nargs="+", default=WAYS[1:4])
     parser.add_argument("--profile", action="store_true", help="parts of the GPU's time too")
-    parser.add_argument("--loaded", metavar="WORKLOAD", help="a loaded engine instead of single steps")
+    parser.add_argument("--loaded", metavar="WORKLOAD", nargs="+", help="a loaded engine instead of single steps")
     parser.add_argument("--batch", type=int, default=192)
-    parser.add_argument("--intervals", type=int, nargs="+", default=[8], help="admission_interval")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192], help="max_num_batched_tokens")
+    parser.add_argument(
+        "--limits", nargs="+", default=["8192/8"], help="max_num_batched_tokens/admission_interval, of a loaded engine"
+    )
     parser.add_argument("--memory-gb", type=float, default=None)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--turns", type=int, default=2)
