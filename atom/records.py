@@ -157,6 +157,22 @@ SCHEMAS: dict[str, RecordSchema] = {
         ("mixed_tokens",),
         _KV,
     ),
+    "mixed-steps": RecordSchema(  # benchmarks/mixed_steps.py has the words; milliseconds
+        (
+            *("shape", "scheme", "kv", "decodes", "prompts", "tokens", "way"),
+            *("decode_ms", "decode_alone_ms", "alone_ms", "first_ms", "host_ms", "adds_ms"),
+        ),
+        ("idle_ms", "gpu"),
+        _KV,
+    ),
+    "mixed-load": RecordSchema(
+        (
+            *("shape", "scheme", "kv", "memory_gb", "workload", "batch", "way", "turn"),
+            *("max_num_batched_tokens", "admission_interval", "out_tok_s"),
+        ),
+        ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "itl_p50", "itl_p99"),
+        _KV,
+    ),
     "throughput": RecordSchema(
         (
             *("experiment", "shape", "scheme", "kv", "memory_gb", "batch_mode", "batch", "input", "output"),

@@ -27,6 +27,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from atom.quant.presets import get_scheme, kv_name
+from atom.records import write_record
 from atom.serving import runner as runner_module
 from atom.serving.bench.engine_run import running
 from atom.serving.bench.lengths import parse_workload
@@ -46,8 +48,10 @@ from atom.serving.startup import start_up
 from .bench_engine import fill_cache, find_prompts, prompts
 from .profile_steps import busy_times, part_of
 from .timeline import record
+from .timing import keep
 
 WAYS = ("engine", "rows", "pieces", "parts", "whole")  # engine: as it chooses
+STEPS, LOAD = "mixed-steps", "mixed-load"  # records
 PAIRS = 8  # of a decode step and a mixed step that are measured
 PROFILED = ((1, 25), (1, 512), (1, 1000))
 PROMPTS = ((1, 1), (1, 25), (8, 25), (1, 100), (1, 256), (1, 512), (4, 512), (1, 1000), (4, 1000), (15, 512))
@@ -191,8 +195,7 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
                 row = {"decodes": decodes, "prompts": count, "tokens": tokens, "way": name, "decode_ms": decode_ms}
                 row |= {"decode_alone_ms": alone_ms, "first_ms": first_ms}
                 row["alone_ms"], row["host_ms"], _ = loop.alone(count, tokens)
-                if decodes:
-                    row["adds_ms"] = loop.pairs(count, tokens) - 2 * decode_ms
+                row["adds_ms"] = loop.pairs(count, tokens) - 2 * decode_ms if decodes else None
                 if args.profile and decodes and (count, tokens) in PROFILED:
                     parts, row["idle_ms"] = loop.gpu(count, tokens)
                     row["gpu"] = {part: round(ms - plain.get(part, 0.0), 2) for part, ms in parts.items()}
@@ -224,7 +227,8 @@ def loaded_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                 samples = within(samples, *window)
             summary = summarize(samples)
             rate = steady_rate(driver.steps, 0.0) if is_steady else round(summary.out_tok_s, 1)
-            row = {"workload": asked, "turn": turn, "way": name, **limits, "out_tok_s": rate}
+            row = {"memory_gb": args.memory_gb or 0, "workload": asked, "batch": args.batch, "turn": turn, "way": name}
+            row |= {**limits, "out_tok_s": rate}
             for key, spread in (("ttft", summary.ttft), ("tpot", summary.tpot), ("itl", summary.itl)):
                 row |= (
                     {} if spread is None else {f"{key}_p50": round(spread.p50, 2), f"{key}_p99": round(spread.p99, 2)}
@@ -236,7 +240,7 @@ def loaded_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default="llama-3-8b")
     parser.add_argument("--scheme", default="w4a8")
     parser.add_argument("--decodes", type=int, nargs="+", default=[64, 192])
     parser.add_argument("--context", type=int, default=512)
@@ -252,10 +256,29 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("-o", "--out", type=Path)
+    parser.add_argument("--record", type=Path, nargs="+", metavar="FILE", help="write the records from what -o wrote")
     args = parser.parse_args()
+    if args.record:
+        for path in join(args.record):
+            print(path)
+        return
     rows = loaded_rows(args) if args.loaded else rows_of(args)
     if args.out is not None:
-        args.out.write_text(json.dumps({"model": args.model, "scheme": args.scheme, "rows": rows}))
+        scheme = get_scheme(args.scheme)
+        what = {"shape": args.model, "scheme": scheme.name, "kv": kv_name(scheme)}
+        keep(LOAD if args.loaded else STEPS, [{**what, **row} for row in rows], str(args.out))
+
+
+def join(files: list[Path]) -> list[Path]:
+    """Write the records of what such files hold."""
+    found = [json.loads(file.read_text()) for file in files]
+    paths = []
+    for name, key in ((STEPS, "decodes"), (LOAD, "workload")):
+        runs = [run for run in found if all(key in row for row in run["rows"])]
+        if runs:
+            rows = [row for run in runs for row in run["rows"]]
+            paths.append(write_record(name, rows, "h200", where=runs[0]["where"], commit=runs[0]["commit"]))
+    return paths
 
 
 if __name__ == "__main__":
