@@ -132,6 +132,25 @@ SCHEMAS: dict[str, RecordSchema] = {
         ("scheme", "tokenizer_s", "weights_s", "cache_s", "warm_up_s", "start_up_s"),
         {"kind": ("cold", "warm")},
     ),
+    "soak": RecordSchema(  # benchmarks/soak_report.py has the words; of lists the lengths
+        (
+            *(
+                "model",
+                "scheme",
+                "seconds",
+                "clients",
+                "cache_tokens",
+                "tokens",
+                "faults",
+                "preemptions",
+                "wrong",
+                "left",
+            ),
+            *("recomputed", "recomputed_nats", "worst_nats", "memory_mib_before", "memory_mib_after"),
+            *("device_mib_before", "device_mib_after"),
+        ),
+        ("at_s", "requests:"),
+    ),
     "engine-host": RecordSchema(
         ("batch", "context", "sampling", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),
         (),
