@@ -30,7 +30,7 @@ KV_FORMATS = ("int4", "int8", "fp8", "bf16")
 PATHS = ("kernels", "reference")
 LADDER_STEPS = ("fp", "rtn", "outliers-bf16", "outliers-int8", "groups", "clip", "gptq", "kv4", "distill")
 # Row keys any record may carry: where a number came from, never what it is.
-COMMENT_KEYS = ("source", "seconds", "seed", "note", "commit")
+COMMENT_KEYS = ("source", "seconds", "seed", "note", "commit", "gpu")
 BITS = ("bits_weight", "bits_activation", "bits_kv")
 PERPLEXITY_EXTRAS = ("window", "tokens", "ppl_stderr", "kl", "calibration", "dtype", "distill_steps")
 
@@ -100,7 +100,7 @@ SCHEMAS: dict[str, RecordSchema] = {
     "accuracy-frontier": RecordSchema(
         ("model", "text", "method", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
         ("scheme", "task:", *PERPLEXITY_EXTRAS),
-        {"path": PATHS, "scheme": ("w4a4", "w4a8"), **_KV},
+        {"path": PATHS, "scheme": ("w4a4", "w4a8", "kv4"), **_KV},
     ),
     "kv-rope": RecordSchema(
         ("model", "text", "kv", "place", "ppl", "windows", "path"),
@@ -140,6 +140,25 @@ SCHEMAS: dict[str, RecordSchema] = {
         ("scheme", "tokenizer_s", "weights_s", "cache_s", "warm_up_s", "start_up_s"),
         {"kind": ("cold", "warm")},
     ),
+    "soak": RecordSchema(  # benchmarks/soak_report.py has the words; of lists the lengths
+        (
+            *(
+                "model",
+                "scheme",
+                "seconds",
+                "clients",
+                "cache_tokens",
+                "tokens",
+                "faults",
+                "preemptions",
+                "wrong",
+                "left",
+            ),
+            *("recomputed", "recomputed_nats", "worst_nats", "memory_mib_before", "memory_mib_after"),
+            *("device_mib_before", "device_mib_after"),
+        ),
+        ("at_s", "requests:"),
+    ),
     "engine-host": RecordSchema(
         ("batch", "context", "sampling", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),
         (),
@@ -163,6 +182,22 @@ SCHEMAS: dict[str, RecordSchema] = {
             *("other", "idle", "decode_ms", "mixed_ms", "mixed_time", "host_ms"),
         ),
         ("mixed_tokens",),
+        _KV,
+    ),
+    "mixed-steps": RecordSchema(  # benchmarks/mixed_steps.py has the words; milliseconds
+        (
+            *("shape", "scheme", "kv", "decodes", "prompts", "tokens", "way"),
+            *("decode_ms", "decode_alone_ms", "alone_ms", "first_ms", "host_ms", "adds_ms"),
+        ),
+        ("idle_ms", "gpu"),
+        _KV,
+    ),
+    "mixed-load": RecordSchema(
+        (
+            *("shape", "scheme", "kv", "memory_gb", "workload", "batch", "way", "turn"),
+            *("max_num_batched_tokens", "admission_interval", "out_tok_s"),
+        ),
+        ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "itl_p50", "itl_p99"),
         _KV,
     ),
     "throughput": RecordSchema(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from atom.checkpoint import REPORT_FILE, RUN_FILE, CheckpointWriter, read_json, read_scheme
 from atom.errors import CalibrationError
+from atom.models.device import choose_device
 from atom.models.loader import load_source
 from atom.models.model import Model
 from atom.models.source import Source, open_source
@@ -110,7 +111,7 @@ def distill_checkpoint(
     source  the full-precision model that it was made from
     Raises CalibrationError if the loss is not finite.
     """
-    device = torch.device(config.device)
+    device = choose_device(config.device)
     checkpoint = open_source(rounded)
     scheme = read_scheme(checkpoint.config)
     assert scheme is not None, "a checkpoint of this calibrator has a scheme"
@@ -220,7 +221,7 @@ class Training:
             yield slice(start, start + size)
 
     def _batch_size(self, tokens: Tensor) -> int:
-        return max(1, self.config.batch_tokens // tokens.shape[1])
+        return max(1, self.config.distill_tokens // tokens.shape[1])
 
     def _batches(self, tokens: Tensor) -> Iterator[Tensor]:
         """Batches of whole windows in an order drawn anew every time round, without end."""

@@ -10,7 +10,7 @@ from atom.quant.schemes import Scheme
 
 from .config import CalibrationConfig
 
-DEFAULT_STEPS = 200
+DEFAULT_STEPS = 100
 LARGEST_BITS = 4  # of weights that are trained unless told not to: 8 bits lose too little to be worth the time
 ACTIVATIONS_HIDDEN, ACTIVATIONS_INNER = 60, 24  # float32 values a token while a layer's gradients are taken
 WEIGHTS_AT_ONCE = 6  # copies of a layer's weights while its gradients are taken
@@ -42,7 +42,7 @@ def distill_bytes(model: Model, config: CalibrationConfig) -> int:
     """Memory of training: both models in float32, Adam's moments and gradients of codes that learn, one layer's
     activations and the inputs of all, a chunk of logits."""
     outside, layers = _parameters(model)
-    tokens = config.batch_tokens
+    tokens = max(config.distill_tokens, config.window_length)
     hidden, inner = model.config.hidden_size, model.config.intermediate_size
     learned = 3 * layers if config.distill_codes else 0
     kept = tokens * (model.config.num_layers * hidden + ACTIVATIONS_HIDDEN * hidden + ACTIVATIONS_INNER * inner)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from atom.kernels.dense_attention import AttentionSpec
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.kv import DenseKV
 from atom.models.layers import DecoderLayer
 from atom.models.layout import KEY_CENTRE, PERM, key_tensors, layer_prefix
@@ -208,7 +208,7 @@ class Student:
         self.device = device
         self.learns_codes = learns_codes
         self.keeps_activations: bool | None = None  # found out at the first run
-        self.model: Model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
+        self.model: Model = meta_model(model_config(source.config, source.generation_config))
         outside = [name for name in self.model.state_dict() if not name.startswith("model.layers.")]
         self.model.load_state_dict({name: self._read(source, name) for name in outside}, assign=True, strict=False)
         self.model.requires_grad_(False)

@@ -81,7 +81,7 @@ class PagedAttentionSm90:
 
         Returns whether sequences read prefixes together, for which there are launches that other steps have not.
         """
-        self.prefill.load()
+        self.prefill.warm_up(queries * self.layout.num_kv_heads, step.slots.device)
         plans = []
         for window in dict.fromkeys(windows):
             plans.append(self._ready(step, window, queries, share))

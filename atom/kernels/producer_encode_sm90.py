@@ -14,15 +14,13 @@ from .dsl.arithmetic import (
     as_bits,
     clamp_s16x2,
     from_bits,
-    multiply,
-    multiply_add,
-    multiply_add_saturated,
     pack_e4m3x2,
     reciprocal_of_normal,
     round_to_e4m3,
     round_to_whole,
 )
 from .dsl.memory import pack_bf16x2
+from .dsl.rounded_float import multiply_add, multiply_add_saturated, multiply_exactly
 from .dsl.tensor_core import pick_bytes
 from .producer_config import CHUNK, ProducerConfig
 
@@ -37,9 +35,16 @@ class ProducerEncode:
     config: ProducerConfig
 
     @cute.jit
-    def scale(self, largest, ratio, bf16: cutlass.Constexpr):
-        """Maximum x ratio, 1 for a zero maximum, on the storage format's grid."""
-        raw = cute.arch.fmin(largest * Float32(ratio), Float32(self.config.largest_scale))
+    def raw(self, largest, ratio):
+        """A scale before it is rounded."""
+        found = largest * Float32(ratio)
+        if cutlass.const_expr(self.config.scale_format != "e8m0"):
+            found = cute.arch.fmin(found, Float32(self.config.largest_scale))
+        return found
+
+    @cute.jit
+    def scale(self, raw, bf16: cutlass.Constexpr):
+        """A scale on its storage format's grid; 1 for zero."""
         if raw <= Float32(0.0):
             raw = Float32(1.0)
         raw = cute.arch.fmax(raw, Float32(2.0**-126))
@@ -51,39 +56,35 @@ class ProducerEncode:
     def outer_scale(self, largest):
         """The float32 scale of a token over its groups' E4M3 scales, from the token's maximum."""
         config = self.config
-        raw = cute.arch.fmin(largest * Float32(config.ratio), Float32(config.largest_scale))
-        over = raw * Float32(config.outer_ratio)
+        over = self.raw(largest, config.ratio) * Float32(config.outer_ratio)
         found = cute.arch.fmax(over, Float32(2.0**-117))
         if over <= Float32(0.0):
             found = Float32(1.0)
         return found
 
     @cute.jit
-    def small_scale(self, largest, inverse_outer):
+    def small_scale(self, raw, inverse_outer):
         """The scale of one small group: E4M3 under the outer one, or a power of two."""
         config = self.config
         found = Float32(0.0)
         if cutlass.const_expr(config.scale_format == "e4m3"):
-            raw = cute.arch.fmin(largest * Float32(config.ratio), Float32(config.largest_scale))
             inner = cute.arch.fmax(raw * inverse_outer, Float32(2.0**-9))
             found = round_to_e4m3(cute.arch.fmin(inner, Float32(448.0)))
         else:
             above, cap = config.exponents
-            exponent = Int32(as_bits(largest * Float32(config.ratio)) >> 23) - 127  # of a zero or subnormal: -127
+            exponent = Int32(as_bits(raw) >> 23) - 127  # of a zero or subnormal: -127
             exponent = cutlass.min(exponent - above, Int32(cap))
             bits = Uint32(cutlass.max(exponent + 127, Int32(0))) << 23
             if exponent < -126:
                 bits = Uint32(0x00400000)  # 2^-127
-            if largest <= Float32(0.0):
+            if raw <= Float32(0.0):
                 bits = Uint32(0x3F800000)
             found = from_bits(bits)
         return found
 
     @cute.jit
-    def factor_scale(self, largest, inverse_outer):
-        """The whole number from 1 to 15 that scales a group of 128 under the outer scale."""
-        config = self.config
-        raw = cute.arch.fmin(largest * Float32(config.ratio), Float32(config.largest_scale))
+    def factor_scale(self, raw, inverse_outer):
+        """The whole number from 1 to 15 that scales a group under the outer scale."""
         return cute.arch.fmin(cute.arch.fmax(round_to_whole(raw * inverse_outer), Float32(1.0)), Float32(15.0))
 
     @cute.jit
@@ -138,8 +139,8 @@ class ProducerEncode:
             low, high = pick_bytes(low, low, Uint32(0x1010)), pick_bytes(high, high, Uint32(0x1010))
             pairs = []
             for e in cutlass.range_constexpr(0, CHUNK, 2):
-                a = as_bits(multiply_add(multiply(value[e], inverse) + Float32(TO_WHOLE), factor, less))
-                b = as_bits(multiply_add(multiply(value[e + 1], inverse) + Float32(TO_WHOLE), factor, less))
+                a = as_bits(multiply_add(multiply_exactly(value[e], inverse) + Float32(TO_WHOLE), factor, less))
+                b = as_bits(multiply_add(multiply_exactly(value[e + 1], inverse) + Float32(TO_WHOLE), factor, less))
                 pairs.append(clamp_s16x2(pick_bytes(a, b, Uint32(0x5410)), low, high))
             for w in cutlass.range_constexpr(2):
                 words[w] = Int32(pick_bytes(pairs[2 * w], pairs[2 * w + 1], Uint32(0x6420)))
@@ -175,18 +176,18 @@ class ProducerEncode:
             words[w] = Int32(low | (high << 16))
 
     @cute.jit
-    def round_small(self, value, scale, inverse, reach):
+    def round_small(self, value, scale, inverse):
         """A chunk's values on the grid of E2M1 or INT4, times the scale of their small group: exact in bfloat16.
 
-        reach   the largest magnitude of the group by its scale; E2M1 rounds all from 5 up to 7 to 6
+        E2M1 rounds all from 5 up to 7 to 6: values go beyond under powers of two and under subnormal E4M3 scales.
         """
         if cutlass.const_expr(self.config.format == "e2m1"):
-            if reach >= Float32(7.0):
+            if cutlass.const_expr(self.config.scale_format == "e8m0") or scale < Float32(2.0**-6):
                 most = Float32(6.0) * reciprocal_of_normal(inverse)
                 for e in cutlass.range_constexpr(CHUNK):
                     value[e] = cute.arch.fmin(cute.arch.fmax(value[e], -most), most)
             for e in cutlass.range_constexpr(CHUNK):
-                scaled = multiply(value[e], inverse)
+                scaled = multiply_exactly(value[e], inverse)
                 value[e] = (scaled + to_step(scaled) - to_step(scaled)) * scale
         elif cutlass.const_expr(not self.config.is_exact):
             whole = self.to_whole(value, inverse, *self.code_range())
@@ -195,7 +196,7 @@ class ProducerEncode:
         else:
             qmin, qmax = self.code_range()
             for e in cutlass.range_constexpr(CHUNK):
-                whole = multiply(value[e], inverse) + Float32(TO_WHOLE) - Float32(TO_WHOLE)
+                whole = multiply_exactly(value[e], inverse) + Float32(TO_WHOLE) - Float32(TO_WHOLE)
                 value[e] = cute.arch.fmin(cute.arch.fmax(whole, qmin), qmax) * scale
 
     @cute.jit

@@ -21,20 +21,21 @@ class ProducerWrite(ProducerEncode):
     fills: bool
 
     @cute.jit
-    def write(self, mQ, mS, run, back, largest, of_row, factor, token, slot):
+    def write(self, mQ, mS, run, back, raw, of_row, factor, token, slot):
         """Round a run of chunks and store it, and its scale where it is the first under it; `slot` is its first.
 
-        largest, of_row  of the values times `factor`, which is what is rounded
+        factor       of the norm, which the values lack
+        raw, of_row  the scale before it is rounded and the row's maximum, as they are with it
         """
         config = self.config
         each = 4 if config.writes_bf16 else 2
         words = cute.make_rmem_tensor((each, config.run), Int32)
         if cutlass.const_expr(config.rounding == "group"):
-            self.round_group(mS, run, largest, factor, words, token, slot)
+            self.round_group(mS, run, raw, factor, words, token, slot)
         elif cutlass.const_expr(config.rounding == "factor"):
-            self.round_factored(mS, run, largest, of_row, factor, words, token, slot)
+            self.round_factored(mS, run, raw, of_row, factor, words, token, slot)
         elif cutlass.const_expr(config.rounding == "token"):
-            scale = self.scale(of_row, config.ratio, config.scale_format == "bf16")
+            scale = self.scale(self.raw(of_row, config.ratio), config.scale_format == "bf16")
             inverse = self.with_norm(self.inverse(scale), factor)
             for c in cutlass.range_constexpr(config.run):
                 if cutlass.const_expr(config.format == "fp8_e4m3"):
@@ -49,9 +50,8 @@ class ProducerWrite(ProducerEncode):
                 outer = self.outer_scale(of_row)
                 if slot == 0:
                     mS[0, token] = outer
-            scale = self.small_scale(largest, reciprocal_of_normal(outer))
-            inverse = self.inverse(scale * outer)
-            self.round_small(run[0], scale, self.with_norm(inverse, factor), largest * inverse)
+            scale = self.small_scale(raw, reciprocal_of_normal(outer))
+            self.round_small(run[0], scale, self.with_norm(self.inverse(scale * outer), factor))
             self.encode_bf16(run[0], words[None, 0])
         else:
             for e in cutlass.range_constexpr(CHUNK if config.is_norm else 0):
@@ -84,17 +84,17 @@ class ProducerWrite(ProducerEncode):
             store_words(at + 4 * first, found[first : first + 4])
 
     @cute.jit
-    def round_group(self, mS, run, largest, factor, words, token, slot):
+    def round_group(self, mS, run, raw, factor, words, token, slot):
         """Chunks under the scale of their group of 128, or of the outliers."""
         config = self.config
-        qmin, qmax, ratio = self.unit_range(slot)
+        qmin, qmax = self.unit_range(slot)
         unit = slot >> 4  # sixteen chunks a group
         begins = (slot & 15) == 0 and slot < config.filled_chunks
         if cutlass.const_expr(config.outliers > 0):
             if slot >= config.outlier_slot:
                 unit = config.units + ((slot - config.outlier_slot) >> 3)
                 begins = (slot & 7) == 0 and slot < config.slots
-        scale = self.scale(largest, ratio, config.scale_format == "bf16")
+        scale = self.scale(raw, config.scale_format == "bf16")
         inverse = self.with_norm(self.inverse(scale), factor)
         for c in cutlass.range_constexpr(config.run):
             self.encode(run[c], inverse, qmin, qmax, words[None, c])
@@ -102,19 +102,19 @@ class ProducerWrite(ProducerEncode):
             mS[unit, token] = scale
 
     @cute.jit
-    def round_factored(self, mS, run, largest, of_row, of_norm, words, token, slot):
+    def round_factored(self, mS, run, raw, of_row, of_norm, words, token, slot):
         """Chunks under their group's factor and the token's scale, or under the scale of the outliers."""
         config = self.config
         outer = self.outer_scale(of_row)
-        qmin, qmax, _ = self.unit_range(slot)
-        factor = self.factor_scale(largest, reciprocal_of_normal(outer))
+        qmin, qmax = self.unit_range(slot)
+        factor = self.factor_scale(raw, reciprocal_of_normal(outer))
         effective = factor * outer
         if slot == 0:
             mS[0, token] = outer
         if cutlass.const_expr(config.outliers > 0):
             if slot >= config.outlier_slot:
                 factor = Float32(1.0)
-                effective = self.scale(largest, 1.0 / 127.0, True)
+                effective = self.scale(raw, True)
                 if slot == config.outlier_slot:
                     mS[1, token] = effective
         inverse = self.with_norm(self.inverse(effective), of_norm)
@@ -122,9 +122,10 @@ class ProducerWrite(ProducerEncode):
             self.encode_factored(run[c], factor, inverse, qmin, qmax, words[None, c])
 
     @cute.jit
-    def unit_max(self, largest, slot):
-        """The largest magnitude of the columns under one scale, from that of this thread's run of them."""
+    def unit_raw(self, largest, slot):
+        """The scale of a unit before it is rounded, from the largest magnitude of this thread's run of it."""
         config = self.config
+        ratio = Float32(config.ratio)
         if cutlass.const_expr(config.rounding in ("small", "group", "factor")):
             lanes = config.group_chunks // config.run
             largest = max_over_lanes(largest, 1, lanes)
@@ -133,17 +134,16 @@ class ProducerWrite(ProducerEncode):
                 of_outliers = max_over_lanes(largest, lanes, wider)
                 if slot >= config.outlier_slot:
                     largest = of_outliers
-        return largest
+                    ratio = Float32(1.0 / 127.0)
+        return self.raw(largest, ratio)
 
     @cute.jit
     def unit_range(self, slot):
-        """(smallest code, largest code, ratio of scale to maximum) of a slot's group, or of the outliers."""
+        """(smallest code, largest code) of a slot's group, or of the outliers."""
         config = self.config
         qmin, qmax = self.code_range()
-        ratio = Float32(config.ratio)
         if cutlass.const_expr(config.outliers > 0):
             if slot >= config.outlier_slot:
                 qmin = Float32(-128.0)
                 qmax = Float32(127.0)
-                ratio = Float32(1.0 / 127.0)
-        return qmin, qmax, ratio
+        return qmin, qmax

@@ -102,6 +102,7 @@ class Producer(ProducerRows, ProducerWrite):
             cute.arch.mbarrier_init_fence()
         sR = smem.allocate_tensor(Float32, cute.make_layout(2 * config.stages * self.room), byte_alignment=16)
         met: Any = None
+        peers: Any = None
         if cutlass.const_expr(config.clustered):
             met = smem.allocate_array(Int64, 2)
             if tid == 0:
@@ -112,6 +113,7 @@ class Producer(ProducerRows, ProducerWrite):
                 for s in cutlass.range_constexpr(2):
                     cute.arch.mbarrier_arrive_and_expect_tx(met + s, 4 * self.warps * config.parts)
             cute.arch.cluster_arrive_relaxed()
+            peers = self.find_peers(sR, met, tid, rank)
         cute.arch.griddepcontrol_launch_dependents()
 
         # What does not depend on the launch before this one: columns and gains of this thread's slots.
@@ -121,8 +123,7 @@ class Producer(ProducerRows, ProducerWrite):
         rI.fill(config.columns)
         rG.fill(0.0)
         for j in cutlass.range_constexpr(config.chunks):
-            slot = self.first_slot(j // config.run, tid, rank) + j % config.run
-            self.load_constants(mG, mP, sV, rI, rG, rO, j, slot)
+            self.load_constants(mG, mP, sV, rI, rG, rO, j, self.slot_of(j, tid, rank))
         if cutlass.const_expr(config.permuted):
             if tid < self.rows * CHUNK:
                 sV[tid // CHUNK * self.row + config.columns + tid % CHUNK] = dtype(0.0)
@@ -135,34 +136,18 @@ class Producer(ProducerRows, ProducerWrite):
             for s in cutlass.range_constexpr(config.stages):
                 self.fetch(mX, sV, full, s, first + s * step, tid)
             phase = Int32(0)
-            for start in cutlass.range(first, M, config.stages * step, unroll=1):
+            ahead = config.stages * step
+            for start in cutlass.range(first, M, ahead, unroll=1):
                 for s in cutlass.range_constexpr(config.stages):
                     token = start + s * step
                     if token < M:
                         cute.arch.mbarrier_wait(full + s, phase)
                         self.token(
-                            mX,
-                            mU,
-                            mT,
-                            mQ,
-                            mS,
-                            sV,
-                            sR,
-                            full,
-                            met,
-                            rI,
-                            rG,
-                            rO,
-                            eps,
-                            s,
-                            token,
-                            config.stages * step,
-                            tid,
-                            rank,
+                            mX, mU, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, s, token, ahead, tid, rank
                         )
                 phase = phase ^ 1
         else:
-            self.token(mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, rO, eps, 0, first, M, tid, rank)
+            self.token(mX, mU, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, 0, first, M, tid, rank)
 
     @cute.jit
     def fetch(self, mX, sV, full, stage: cutlass.Constexpr, token, tid):
@@ -199,8 +184,9 @@ class Producer(ProducerRows, ProducerWrite):
 
     @cute.jit
     def token(
-        self, mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, rO, eps, stage: cutlass.Constexpr, token, ahead, tid, rank
-    ):
+        self, mX, mU, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, stage: cutlass.Constexpr, token, ahead,
+        tid, rank,
+    ):  # fmt: skip
         """One token from its row to its codes; once the row is read, that of the token `ahead` takes its place."""
         config = self.config
         values = [cute.make_rmem_tensor((CHUNK,), Float32) for _ in range(config.chunks)]
@@ -213,7 +199,8 @@ class Producer(ProducerRows, ProducerWrite):
         total = Float32(0.0)
         if cutlass.const_expr(config.permuted and not self.stays):  # the whole row must be there before it is gathered
             if cutlass.const_expr(config.is_norm):
-                (total,) = self.over_row(sR, met, room, (squares,), (True,), tid, rank, True)
+                self.tell_row(sR, peers, room, [squares], (True,), tid, True)
+                (total,) = self.hear_row(sR, met, room, (True,), tid, True)
             else:
                 cute.arch.sync_threads()
 
@@ -227,8 +214,11 @@ class Producer(ProducerRows, ProducerWrite):
                 if cutlass.const_expr(config.is_norm):
                     for e in cutlass.range_constexpr(CHUNK):
                         values[j][e] = values[j][e] * rG[e, j]
-                if cutlass.const_expr(config.rotation > 0):
+                if cutlass.const_expr(config.rotation > 0 and not config.turns_runs):
                     self.rotate(values[j], slot)
+            if cutlass.const_expr(config.turns_runs):
+                self.rotate_run(values[i * config.run : (i + 1) * config.run], tid)
+            for j in cutlass.range_constexpr(i * config.run, (i + 1) * config.run):
                 if cutlass.const_expr(config.rounding != "none"):
                     largest[i] = self.largest(values[j], largest[i])
             if cutlass.const_expr(config.outliers == 0):
@@ -236,15 +226,21 @@ class Producer(ProducerRows, ProducerWrite):
             else:
                 if slot < config.outlier_slot:
                     of_row = cute.arch.fmax(of_row, largest[i])
-            largest[i] = self.unit_max(largest[i], slot)
-        if cutlass.const_expr(config.is_norm and config.needs_row_max and (self.stays or not config.permuted)):
-            total, of_row = self.over_row(sR, met, room, (squares, of_row), (True, False), tid, rank, False)
-        elif cutlass.const_expr(config.is_norm and (self.stays or not config.permuted)):
-            (total,) = self.over_row(sR, met, room, (squares,), (True,), tid, rank, False)
-        elif cutlass.const_expr(config.needs_row_max):
-            (of_row,) = self.over_row(sR, met, room + self.room, (of_row,), (False,), tid, rank, False)
-        elif cutlass.const_expr(self.stays):
-            cute.arch.sync_threads()
+        told = []  # what is yet to be found over the row, and whether it is a sum
+        if cutlass.const_expr(config.is_norm and (self.stays or not config.permuted)):
+            told.append((squares, True))
+        if cutlass.const_expr(config.needs_row_max):
+            told.append((of_row, False))
+        sums = tuple(is_sum for _, is_sum in told)
+        if cutlass.const_expr(len(told) > 0):
+            self.tell_row(sR, peers, room, [value for value, _ in told], sums, tid, False)
+        raw = [self.unit_raw(largest[i], self.first_slot(i, tid, rank)) for i in range(self.runs)]
+        if cutlass.const_expr(len(told) > 0 or self.stays):
+            heard = self.hear_row(sR, met, room, sums, tid, False)
+            if cutlass.const_expr(config.needs_row_max):
+                of_row = heard[-1]
+            if cutlass.const_expr(True in sums):
+                total = heard[0]
         if cutlass.const_expr(self.stays):
             self.fetch(mX, sV, full, stage, token + ahead, tid)
         factor = Float32(1.0)  # of the norm, which the values lack until they are rounded
@@ -255,14 +251,8 @@ class Producer(ProducerRows, ProducerWrite):
             run = values[i * config.run : (i + 1) * config.run]
             back = [rO[j] for j in range(i * config.run, (i + 1) * config.run)]
             if cutlass.const_expr(config.is_norm):
-                largest[i] = largest[i] * factor
-            self.write(mQ, mS, run, back, largest[i], of_row, factor, token, self.first_slot(i, tid, rank))
-
-    @cute.jit
-    def first_slot(self, i: cutlass.Constexpr, tid, rank):
-        """The first slot of this thread's i-th run."""
-        config = self.config
-        return ((rank * self.runs + i) * config.threads + tid) * config.run
+                raw[i] = raw[i] * factor
+            self.write(mQ, mS, run, back, raw[i], of_row, factor, token, self.first_slot(i, tid, rank))
 
     @cute.jit
     def read(self, mX, mU, mT, sV, values, token, tid, rank):

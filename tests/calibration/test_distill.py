@@ -10,7 +10,7 @@ import torch
 
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.data import load_windows
-from atom.calibration.distill import load_distill_text
+from atom.calibration.distill import distill_checkpoint, load_distill_text
 from atom.calibration.report import Report
 from atom.calibration.stream import quantize_model
 from atom.calibration.student import Student, TrainableColumns
@@ -193,3 +193,35 @@ def test_texts_to_distil_on_come_in_equal_shares(tiny: Tiny, quick: CalibrationC
     known = set(load_windows(str(other), tokenizer, 1, quick.window_length, 0).tokens.flatten().tolist())
     assert set(found.training[5:].flatten().tolist()) == known == set(found.held_back[1:].flatten().tolist())
     assert CalibrationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_distilled_w4a4_checkpoint_has_the_kernels_format(
+    tiny: Tiny, quick: CalibrationConfig, tmp_path: Path
+) -> None:
+    """Names, dtypes and shapes as before; codes, factors and orders are the same bytes, scales of rows are not."""
+    quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "rounded", quick)
+    config = replace(quick, distill_steps=12, distill_windows=20)
+    quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "out", config)
+    before, after = open_source(tmp_path / "rounded"), open_source(tmp_path / "out")
+    assert sorted(before.names()) == sorted(after.names())
+    moved = set()
+    for name in before.names():
+        a, b = before.get(name), after.get(name)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+        if not torch.equal(a, b):
+            moved.add(name.rpartition(".")[2] if "_proj" in name else "norm" if "norm" in name else name)
+    assert {"weight_channel_scale", "outlier_scale", "norm"} <= moved
+    assert moved <= {"weight_channel_scale", "outlier_scale", "norm", "bias"} | {
+        f"model.layers.{i}.self_attn.key_centre" for i in range(3)
+    }
+
+
+def test_the_device_may_be_left_to_torch(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    """By a run from the model, and where a rounded checkpoint alone is distilled."""
+    config = replace(quick, device="auto", distill_steps=2, distill_windows=20)
+    report = quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "out", config)
+    assert report.distilled is not None and report.distilled["steps"] == 2
+    source = open_source(tiny("llama"))
+    windows = load_windows(quick.calib, load_tokenizer(source.path), 2, quick.window_length, 0)
+    text = load_distill_text(load_tokenizer(source.path), config, windows)
+    assert distill_checkpoint(source, tmp_path / "out", tmp_path / "twice", text, config).steps == 2

@@ -12,7 +12,7 @@ from atom.calibration.distill_plan import DEFAULT_STEPS, distill_bytes, plan_dis
 from atom.calibration.progress import Silent
 from atom.calibration.report import Report
 from atom.calibration.stream import quantize_model
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.loader import meta_model
 from atom.models.model import Model
 from atom.quant.presets import get_scheme
@@ -25,7 +25,7 @@ CONFIG = CalibrationConfig()
 
 
 def model(raw: dict[str, Any]) -> Model:
-    return meta_model(ModelConfig.from_hf(raw))
+    return meta_model(model_config(raw))
 
 
 @pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a16", "nvfp4", "mxfp4", "nvint4", "w3a3"])
@@ -72,7 +72,7 @@ def test_a_run_on_a_cpu_says_it(tiny: Tiny, quick: CalibrationConfig, tmp_path: 
 
     quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "out", quick, progress=Listening())
     assert remarks == [
-        "distillation is left out: on a CPU it takes hours (--distill-steps 200 insists, 0 is silent)",
+        "distillation is left out: on a CPU it takes hours (--distill-steps 100 insists, 0 is silent)",
     ]
     report = Report.read(tmp_path / "out")
     assert report.config["distill_steps"] == 0 and report.distilled is None

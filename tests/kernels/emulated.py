@@ -21,6 +21,7 @@ from atom.kernels.norm import rms_norm
 from atom.kernels.producers import Plan, QuantizingProducer
 from atom.quant.formats import get_format
 from atom.quant.granularity import Token
+from atom.quant.rotation import rotate
 from atom.quant.rounding import code_values, quantize
 
 from .uncompiled import uncompiled
@@ -155,7 +156,10 @@ class EmulatedGpu:
             if spec is None:
                 words.view(torch.bfloat16).copy_(values)
                 return
-            found, tokens = quantize(values[:, :normal], spec), x.shape[0]
+            turned = values[:, :normal]
+            if linear.rotation is not None:
+                turned = rotate(turned, linear.rotation)
+            found, tokens = quantize(turned, spec), x.shape[0]
             if spec.scale_format in ("e4m3", "e8m0"):  # code x scale as bfloat16
                 expanded = found.scale.scale.repeat_interleave(spec.group_size, 1)[:, : x.shape[1]]
                 words.view(torch.bfloat16).copy_(code_values(found.codes, get_format(spec.format)) * expanded)

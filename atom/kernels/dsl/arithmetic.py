@@ -29,28 +29,6 @@ def reciprocal_root(x: Any):
 
 
 @cute.jit
-def multiply(a: Any, b: Any):
-    """a * b, rounded before anything is added to it."""
-    return cute.arch.inline_ptx("mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
-
-
-@cute.jit
-def multiply_add(a: Any, b: Any, c: Any):
-    """a * b + c, rounded once."""
-    return cute.arch.inline_ptx(
-        "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c]
-    )
-
-
-@cute.jit
-def multiply_add_saturated(a: Any, b: Any, c: Any):
-    """a * b + c, rounded once and clamped to [0, 1]."""
-    return cute.arch.inline_ptx(
-        "fma.rn.sat.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c]
-    )
-
-
-@cute.jit
 def clamp_s16x2(pair: Any, low: Any, high: Any):
     """Two int16 in a word, each between those of two others."""
     return cute.arch.inline_ptx(
