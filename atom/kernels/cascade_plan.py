@@ -42,17 +42,28 @@ def most_rows(num_seqs: int, most_members: int) -> int:
     return max(1, num_seqs // min(LEAST_MEMBERS, (most_members + 1) // 2))
 
 
-def plan_cascade(
-    tables: Ints, stored: Ints, block_size: int, most_members: int, row_cost: float, least_saved: float
-) -> Cascade | None:
-    """The shared rows of decoding sequences; None where less than `least_saved` would be saved.
+@dataclass(frozen=True)
+class Costs:
+    """What sharing takes, in blocks of one sequence's own, of one KV head, that could be read meanwhile.
 
-    tables     int [B, max blocks]
-    stored     int [B], tokens of each sequence that earlier steps have stored, 0 or less where it does not decode
-    row_cost   blocks of one sequence's own that take as long as one of a shared row
+    row     a block of a shared row, whatever its members
+    member  a sequence's partial results, which are written and merged
+    step    a launch more
+    """
+
+    row: float = 0.0
+    member: float = 0.0
+    step: float = 0.0
+
+
+def plan_cascade(tables: Ints, stored: Ints, block_size: int, most_members: int, costs: Costs) -> Cascade | None:
+    """The shared rows of decoding sequences; None where they would cost more than they save.
+
+    tables   int [B, max blocks]
+    stored   int [B], tokens of each sequence that earlier steps have stored, 0 or less where it does not decode
     """
     whole = np.minimum(np.maximum(stored.astype(np.int64), 0) // block_size, tables.shape[1])  # may be shared
-    least = max(1, math.ceil(least_saved / max(1, int((whole > 0).sum()))))  # blocks; sharing fewer cannot pay
+    least = max(1, math.ceil(costs.step / max(1, int((whole > 0).sum())) + costs.member))  # sharing fewer cannot pay
     (candidates,) = (whole >= least).nonzero()
     if most_members < 2 or len(candidates) < LEAST_MEMBERS:
         return None
@@ -70,18 +81,19 @@ def plan_cascade(
     for start, stop in pairwise(starts.tolist()):
         group = candidates[order[start:stop]]
         count = -(-len(group) // most_members)
-        if len(group) < LEAST_MEMBERS or len(group) <= count * row_cost:
+        if len(group) < LEAST_MEMBERS or len(group) <= count * costs.row:
             continue
         common = _common_blocks(tables, group, int(whole[group].min()))
-        if common < least:
+        gain = common * (len(group) - count * costs.row) - costs.member * len(group)
+        if common < least or gain <= 0:
             continue
-        saved += common * (len(group) - count * row_cost)
+        saved += gain
         per_row = -(-len(group) // count)  # rows of a group are alike
         for part in (group[k * per_row : (k + 1) * per_row] for k in range(count)):
             rows[part], places[part], skipped[part] = len(members), np.arange(len(part)), common
             members.append(np.concatenate((part, part[:1].repeat(most_members - len(part)))))
             blocks.append(common)
-    if not members or saved < least_saved:
+    if not members or saved <= costs.step:
         return None
     return Cascade(np.stack(members), np.array(blocks, dtype=np.int64), rows, places, skipped, saved)
 

@@ -4,16 +4,21 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from atom.kernels.attention_plan import plan_balanced
 from atom.kernels.cascade_plan import (
     LEAST_MEMBERS,
     Cascade,
+    Costs,
     most_prefix_segments,
     most_rows,
     plan_cascade,
     plan_prefix,
 )
+from atom.kernels.cascade_sm90 import SharedPrefixes
+from atom.kernels.kv_layout import KVLayout
+from atom.quant.presets import KV4
 
 
 def check_cascade(cascade: Cascade, tables: np.ndarray, lengths: np.ndarray, block_size: int, most: int) -> None:
@@ -72,7 +77,7 @@ def test_two_groups_and_others() -> None:
     tables = np.array([[7, 8, 9, 1], [3, 4, 0, 0], [7, 8, 9, 2], [3, 4, 5, 0], [7, 8, 6, 0], [10, 0, 0, 0]] * 3)
     tables[6:, 3] += 20
     lengths = np.array([60, 32, 64, 40, 40, 9] * 3)
-    cascade = plan_cascade(tables, lengths - 1, 16, 4, 2.0, 1)
+    cascade = plan_cascade(tables, lengths - 1, 16, 4, Costs(2.0))
     assert cascade is not None
     assert cascade.members.tolist() == [[1, 3, 7, 1], [9, 13, 15, 9], [0, 2, 4, 0], [6, 8, 10, 6], [12, 14, 16, 12]]
     assert cascade.blocks.tolist() == [1, 1, 2, 2, 2]
@@ -83,14 +88,15 @@ def test_two_groups_and_others() -> None:
 
 def test_what_does_not_pay_is_left() -> None:
     tables, lengths = np.array([[1, 2, 3], [1, 2, 4], [1, 2, 5], [1, 2, 6]]), np.array([48] * 4)
-    assert plan_cascade(tables, lengths - 1, 16, 4, 1.0, 7) is None
-    assert plan_cascade(tables, lengths - 1, 16, 4, 1.0, 6) is not None
-    assert plan_cascade(tables, lengths - 1, 16, 4, 4.0, 1) is None, "a shared row takes as long as its members alone"
-    assert plan_cascade(tables, lengths - 1, 16, 1, 1.0, 1) is None
-    assert plan_cascade(tables[: LEAST_MEMBERS - 1], lengths[: LEAST_MEMBERS - 1] - 1, 16, 4, 1.0, 1) is None
-    assert plan_cascade(tables, np.array([47, 47, 47, -1]), 16, 4, 1.0, 1) is None
-    assert plan_cascade(tables, np.array([15] * 4), 16, 4, 1.0, 1) is None, "the last token is a sequence's own"
-    assert plan_cascade(np.zeros((0, 3), dtype=int), np.zeros(0, dtype=int), 16, 4, 1.0, 1) is None
+    assert plan_cascade(tables, lengths - 1, 16, 4, Costs(1.0, 0.0, 6.0)) is None
+    assert plan_cascade(tables, lengths - 1, 16, 4, Costs(1.0, 0.0, 5.9)) is not None
+    assert plan_cascade(tables, lengths - 1, 16, 4, Costs(1.0, 0.1, 5.6)) is None, "four partial results"
+    assert plan_cascade(tables, lengths - 1, 16, 4, Costs(4.0)) is None, "a shared row takes as long as its members"
+    assert plan_cascade(tables, lengths - 1, 16, 1, Costs(1.0)) is None
+    assert plan_cascade(tables[: LEAST_MEMBERS - 1], lengths[: LEAST_MEMBERS - 1] - 1, 16, 4, Costs(1.0)) is None
+    assert plan_cascade(tables, np.array([47, 47, 47, -1]), 16, 4, Costs(1.0)) is None
+    assert plan_cascade(tables, np.array([15] * 4), 16, 4, Costs(1.0)) is None, "the last token is a sequence's own"
+    assert plan_cascade(np.zeros((0, 3), dtype=int), np.zeros(0, dtype=int), 16, 4, Costs(1.0)) is None
 
 
 @pytest.mark.parametrize("most", [4, 16, 64])
@@ -104,12 +110,26 @@ def test_random_trees(most: int) -> None:
             other, shared = int(generator.integers(0, min(row, 3))), int(generator.integers(0, width + 1))
             tables[row, :shared] = tables[other, :shared]
         lengths = generator.integers(0, width * block_size + 1, count)
-        cascade = plan_cascade(tables, lengths - 1, block_size, most, 2.0, 1)
+        cascade = plan_cascade(tables, lengths - 1, block_size, most, Costs(2.0))
         if cascade is not None:
             found += 1
             check_cascade(cascade, tables, lengths, block_size, most)
             check_plans(cascade, lengths, block_size, int(generator.integers(1, 4)), int(generator.integers(1, 60)))
     assert found > 20
+
+
+def test_costs_decide_as_measurements_do() -> None:
+    """An H200's sweep, INT4, 8 heads of 128: sequences, shared tokens, whether reading them together was faster."""
+    layout = KVLayout(KV4, torch.bfloat16, 8, 128, 16)
+    prefixes = SharedPrefixes(layout)
+    prefixes.is_ready = lambda queries, has_cap: True  # type: ignore[method-assign]
+    slower = ((4, 4096), (8, 4096), (16, 1024), (16, 4096), (32, 1024), (64, 256), (64, 1024), (128, 256))
+    for count, shared in (*slower, (32, 4096), (64, 4096), (128, 1024), (256, 1024)):
+        blocks = (shared + 512) // 16
+        tables = np.arange(count * blocks).reshape(count, blocks)
+        tables[:, : shared // 16] = tables[0, : shared // 16]
+        found = prefixes.find(tables, np.full(count, shared + 511), 4)
+        assert (found is None) == ((count, shared) in slower), f"{count} x {shared}"
 
 
 @pytest.mark.slow
@@ -122,6 +142,6 @@ def test_looking_for_prefixes_takes_little() -> None:
         took = []
         for _ in range(100):
             start = time.perf_counter()
-            plan_cascade(tables, lengths - 1, 16, 16, 3.0, 1500)
+            plan_cascade(tables, lengths - 1, 16, 16, Costs(5.0, 15.0, 2800.0))
             took.append(time.perf_counter() - start)
         assert min(took) < bound

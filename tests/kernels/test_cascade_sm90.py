@@ -11,6 +11,7 @@ import torch
 from atom.kernels import cascade_sm90
 from atom.kernels.attention_config import choose_decode, choose_prefix
 from atom.kernels.attention_sm90 import PagedAttentionSm90
+from atom.kernels.cascade_plan import Costs
 from atom.kernels.dense_attention import AttentionSpec
 
 from .test_attention_sm90 import SPECS, needs_dsl
@@ -47,8 +48,7 @@ def test_shared_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Two groups, of which one is more than a row holds where heads are many, and sequences that share nothing."""
-    monkeypatch.setattr(cascade_sm90, "EXTRA_US", 0.0)
-    monkeypatch.setattr(cascade_sm90, "ROW_US", 1e-9)
+    monkeypatch.setattr(cascade_sm90, "Costs", lambda *costs: Costs())  # as if nothing cost anything
     lengths = np.array([9, 9, 7, 8, 5, 1, 14, 14, 13, 12]) * block_size // 2 + 3
     case = make_case(SPECS[kv], tuple(lengths), (1,) * 10, heads, kv_heads, dim, block_size, dtype=torch.bfloat16)
     share(case, {0: ((1, 2, 3), 3), 6: ((4, 7, 8, 9), 2)}, block_size)
@@ -68,8 +68,7 @@ def test_shared_rows(
 @pytest.mark.slow
 def test_a_plan_goes_on_while_tables_share(emulator: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences grow by a token under one plan; another's blocks in a table end it, and so does another row."""
-    monkeypatch.setattr(cascade_sm90, "EXTRA_US", 0.0)
-    monkeypatch.setattr(cascade_sm90, "ROW_US", 1e-9)
+    monkeypatch.setattr(cascade_sm90, "Costs", lambda *costs: Costs())  # as if nothing cost anything
     case = make_case(SPECS["int4"], (70, 75, 80, 90, 40), (1,) * 5, 4, 1, 64, dtype=torch.bfloat16)
     share(case, {0: ((1, 2, 3), 4)}, 16)
     attend, spec = PagedAttentionSm90(case.layout), AttentionSpec(0.25)
