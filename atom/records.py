@@ -126,9 +126,9 @@ SCHEMAS: dict[str, RecordSchema] = {
     ),
     "attention-perplexity": RecordSchema(
         # kernels and reference over the same windows; `change` is the first's perplexity over the second's, less 1
-        ("model", "text", "kv", "cache", "op", "windows", "window", "tokens", "ppl", "ppl_reference", "change"),
+        ("model", "text", "kv", "op", "windows", "window", "tokens", "ppl", "ppl_reference", "change"),
         (),
-        {"op": ("decode", "prefill"), **_KV},
+        {"op": ("decode", "prefill", "both"), **_KV},
     ),
     "engine-latency": RecordSchema(
         ("shape", "scheme", "kv", "batch", "context", "ms", "sol_ms", "host_ms", "idle"),

@@ -14,7 +14,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +40,10 @@ AT_ONCE = 4096  # tokens of a step, so that logits of a large vocabulary find ro
 NOBODY = np.zeros(0, dtype=np.int32)
 
 
-def schemes() -> dict[str, tuple[str, Scheme]]:
-    """Name -> format, and the scheme of a model whose weights are as they were."""
-    kv4 = get_scheme("bf16+kv4")
-    return {
-        "int4": ("int4", kv4),
-        "int4, rotated keys": ("int4", replace(kv4, kv_offset="none", kv_rotation="hadamard")),
-        "int8": ("int8", get_scheme("bf16+kv8")),
-        "fp8": ("fp8", get_scheme("bf16+kvfp8")),
-        "bf16": ("bf16", get_scheme("bf16")),
-    }
+def schemes() -> dict[str, Scheme]:
+    """Format -> the scheme of a model whose weights are as they were, its cache as it is without calibration."""
+    names = {"int4": "bf16+kv4", "int8": "bf16+kv8", "fp8": "bf16+kvfp8", "bf16": "bf16"}
+    return {kv: get_scheme(name) for kv, name in names.items()}
 
 
 def batch_of(tables: np.ndarray, windows: np.ndarray, starts: int, tokens: np.ndarray) -> Batch:
@@ -109,7 +102,7 @@ def rows(
     source = load_text(text)
     ids = make_windows(load_tokenizer(path), source, window=length, limit=count).tokens
     model = load_model(path, device, torch.bfloat16, kernels="reference")
-    for label, (kv, scheme) in schemes().items():
+    for kv, scheme in schemes().items():
         model.scheme = scheme
         start = time.perf_counter()
         found: dict[str, dict[str, float]] = {}
@@ -117,16 +110,19 @@ def rows(
             found[path_name] = losses(model, ids, decoded, kernels)  # type: ignore[arg-type]
             gc.collect()
             torch.cuda.empty_cache()
-        for mode in ("prefill", "decode"):
+        tokens = {"prefill": length - 1 - decoded, "decode": decoded, "both": length - 1}
+        for each in found.values():
+            each["both"] = sum(each[mode] * tokens[mode] for mode in ("prefill", "decode")) / (length - 1)
+        for mode in tokens:
             wanted, got = found["reference"][mode], found["kernels"][mode]
             row = {
-                "model": name, "text": source.name, "kv": kv, "cache": label, "op": mode, "windows": len(ids),
-                "window": length, "tokens": len(ids) * (decoded if mode == "decode" else length - 1 - decoded),
+                "model": name, "text": source.name, "kv": kv, "op": mode, "windows": len(ids),
+                "window": length, "tokens": len(ids) * tokens[mode],
                 "ppl": round(math.exp(got), 4), "ppl_reference": round(math.exp(wanted), 4),
                 "change": round(math.expm1(got - wanted), 6),
             }  # fmt: skip
             print(
-                "{model:12} {cache:20} {op:8} {tokens:>6} tokens: {ppl:9.4f} by kernels, {ppl_reference:9.4f} by "
+                "{model:12} {kv:5} {op:8} {tokens:>6} tokens: {ppl:9.4f} by kernels, {ppl_reference:9.4f} by "
                 "the reference, {change:+.3%}".format(**row),
                 f"{time.perf_counter() - start:.0f} s",
                 flush=True,
