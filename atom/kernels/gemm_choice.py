@@ -39,7 +39,8 @@ def choose_config(
             warpgroups, split, clustered, pairs = 2, _split(-(-features // 128), sms), False, True
             two_fit = not int8_units
         elif kind.operand == "bf16" or kind.promoted:
-            warpgroups, split, pairs = 4, 5 if units >= 64 else 4, True
+            warpgroups, split = 4, 5 if units >= 64 else 4
+            pairs = not kind.promoted or token_scales == "group"  # else a register too many
         else:  # o
             warpgroups, split = 2, _split(-(-features // 128), sms)
         pairs = pairs and tokens <= 16 and kind.bits == 4 and kind.operand == "int8"

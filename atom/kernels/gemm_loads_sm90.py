@@ -1,4 +1,3 @@
-# ruff: noqa: SIM102  (an `if` of the compiler inside or around one of the GPU is not one condition)
 """The producer warp of the sm_90a GEMM: weights, activations and their scales into the ring. See gemm_sm90.py."""
 
 import cutlass
@@ -24,7 +23,7 @@ class GemmLoads:
     @cute.jit
     def produce(
         self, x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units,
-        stage, phase, first, is_end,
+        stage, phase, first,
     ):  # fmt: skip
         """One warp: weights, activation codes and token scales of units begin .. end into the ring of stages."""
         config = self.config
@@ -37,22 +36,15 @@ class GemmLoads:
         count = (end - begin + ways - 1) // ways
         early = cutlass.min(count, Int32(config.stages)) * first
         # weights never depend on the kernel before this one: fetch them before waiting for it (PDL)
-        for i in cutlass.range(early, unroll=1):
-            self.load_weights(mW, sW, full, row_tile, last_tile, begin + ways * i, end, i, scale_bytes)
-        if cutlass.const_expr(config.pdl):
-            if first == 1:
-                if cutlass.const_expr(config.late):
-                    if is_end and early == count:
-                        cute.arch.griddepcontrol_launch_dependents()
+        if first == 1:
+            self.load_first_weights(mW, sW, full, row_tile, last_tile, begin, end, early, scale_bytes)
+            if cutlass.const_expr(config.pdl):
                 cute.arch.griddepcontrol_wait()
         for i in cutlass.range(count, unroll=1):
             unit = begin + ways * i
             if i >= early:
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 self.load_weights(mW, sW, full, row_tile, last_tile, unit, end, stage, scale_bytes)
-                if cutlass.const_expr(config.pdl and config.late):
-                    if is_end and i == count - 1:
-                        cute.arch.griddepcontrol_launch_dependents()
             for way in cutlass.range_constexpr(ways):
                 if cutlass.const_expr(ways == 1):
                     self.load_unit_tokens(x_atom, tXgX, tXgH, tXsX, unit, stage, full + stage, int4_units, mask)
@@ -70,47 +62,6 @@ class GemmLoads:
         return stage, phase
 
     @cute.jit
-    def produce_evenly(self, x_atom, mX, sX, mW, sW, mS, sS, full, empty, units, first_unit, last_unit, int4_units):
-        """One warp: what `produce` brings, for the units first_unit .. last_unit of all rows."""
-        config = self.config
-        last_tile = mW.shape[0] - 1
-        scale_bytes = Int32(0)
-        if cutlass.const_expr(config.token_scales == "group"):
-            scale_bytes = cutlass.min(Int32(self.tile_m), mS.shape[1]) * 4
-        tXgX, tXgH, tXsX, mask = self.token_boxes(x_atom, mX, sX, Int32(0), Int32(0))
-        count = last_unit - first_unit
-        early = cutlass.min(count, Int32(config.stages))
-        for i in cutlass.range(early, unroll=1):
-            row_tile = (first_unit + i) // units
-            unit = first_unit + i - row_tile * units
-            self.load_weights(mW, sW, full, row_tile, last_tile, unit, units, i, scale_bytes)
-        if cutlass.const_expr(config.pdl):
-            if cutlass.const_expr(config.late):
-                if early == count:
-                    cute.arch.griddepcontrol_launch_dependents()
-            cute.arch.griddepcontrol_wait()
-        stage = Int32(0)
-        phase = Int32(1)
-        for i in cutlass.range(count, unroll=1):
-            row_tile = (first_unit + i) // units
-            unit = first_unit + i - row_tile * units
-            if i >= early:
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                self.load_weights(mW, sW, full, row_tile, last_tile, unit, units, stage, scale_bytes)
-                if cutlass.const_expr(config.pdl and config.late):
-                    if i == count - 1:
-                        cute.arch.griddepcontrol_launch_dependents()
-            self.load_unit_tokens(x_atom, tXgX, tXgH, tXsX, unit, stage, full + stage, int4_units, mask)
-            if cutlass.const_expr(config.token_scales == "group"):
-                with cute.arch.elect_one():
-                    source = mS.iterator + Int64(unit) * mS.shape[1]
-                    bulk_load(sS.iterator + stage * self.tile_m, source, scale_bytes, full + stage)
-            stage += 1
-            if stage == config.stages:
-                stage = Int32(0)
-                phase ^= 1
-
-    @cute.jit
     def token_boxes(self, x_atom, mX, sX, token0, rank):
         """(boxes of activations by 128 columns, the same from column 64 on, places in the ring, CTAs to reach)."""
         config = self.config
@@ -124,6 +75,33 @@ class GemmLoads:
         tXsX, tXgX = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(gX, 0, 2))
         _, tXgH = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(half, 0, 2))
         return tXgX, tXgH, tXsX, cutlass.Int16((1 << config.multicast) - 1)
+
+    @cute.jit
+    def load_first_weights(self, mW, sW, full, row_tile, last_tile, begin, end, early, scale_bytes):
+        """The weights of the first stages, a lane for each copy: one after the other they took a microsecond."""
+        config = self.config
+        ways, copies = config.ways, 1 if config.ways > 1 else config.warpgroups  # of a stage
+        lane = cute.arch.lane_idx()
+        if lane < early:
+            expected = self.w_bytes + self.x_bytes + scale_bytes
+            if cutlass.const_expr(ways > 1):
+                expected = cutlass.min(Int32(ways), end - (begin + ways * lane)) * (self.kind.unit_bytes + self.x_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(full + lane, expected)
+        cute.arch.sync_warp()
+        for first in cutlass.range_constexpr(0, config.stages * copies, 32):
+            stage = (first + lane) // copies
+            if stage < early:
+                place = first + lane - stage * copies
+                unit = begin + ways * stage
+                tile = cutlass.min(row_tile, last_tile)
+                size = Int32(self.kind.unit_bytes)
+                if cutlass.const_expr(ways > 1):
+                    size = cutlass.min(Int32(ways), end - unit) * size
+                else:
+                    tile = cutlass.min(row_tile * copies + place, last_tile)
+                source = mW.iterator + (Int64(tile) * mW.shape[1] + unit) * self.unit_words
+                target = sW.iterator + (stage * config.warpgroups + place) * self.unit_words
+                bulk_load(target, source, size, full + stage)
 
     @cute.jit
     def load_weights(self, mW, sW, full, row_tile, last_tile, unit, end, stage, scale_bytes):
@@ -148,7 +126,7 @@ class GemmLoads:
     @cute.jit
     def load_unit_tokens(self, x_atom, tXgX, tXgH, tXsX, unit, at, barrier, int4_units, mask):
         """The activations of one unit, into place `at` of the ring."""
-        if cutlass.const_expr(self.kind.bits == 4 and self.slabs == 1):
+        if cutlass.const_expr(self.config.int8_units):
             # 64-column steps: an INT8 unit starts on any of them, an INT4 unit on every second
             step = 2 * unit if unit < int4_units else int4_units + unit
             if step % 2 == 0:
