@@ -263,14 +263,17 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
     @cute.jit
     def place(self, item, row_groups, token_tiles, rank):
         """Work item to (row tile, first token): 8 token tiles run side by side, so that both operands stay in L2."""
-        per = 8 * row_groups
-        block = item // per
-        width = cutlass.min(token_tiles - 8 * block, Int32(8))
-        local = item - block * per
-        row_tile = local // width
+        row_tile, token_tile = item, Int32(0)
+        if token_tiles > 1:  # not for few tokens: a division takes as long as a load's first instructions
+            per = 8 * row_groups
+            block = item // per
+            width = cutlass.min(token_tiles - 8 * block, Int32(8))
+            local = item - block * per
+            row_tile = local // width
+            token_tile = 8 * block + local % width
         if cutlass.const_expr(self.config.multicast > 1):
             row_tile = row_tile * self.config.multicast + rank
-        return row_tile, (8 * block + local % width) * self.tile_m
+        return row_tile, token_tile * self.tile_m
 
     @cute.jit
     def cluster_sync(self, ctas: cutlass.Constexpr):
