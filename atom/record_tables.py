@@ -10,7 +10,8 @@ A table stands between two comments and is rewritten by `python -m atom.record_t
 
 The first form lists rows; `key=Title` renames a column, and a key whose `key:stderr` is in the row shows both.
 The second crosses two keys; `rows=scheme+kv` names its lines by two. Markers start at the first column: indented
-ones, as here, are examples. `where` keeps rows (key=value,key=value), `digits` rounds, `machine` defaults to cpu.
+ones, as here, are examples. `where` keeps rows (key=value,key=value; a value that ends in ":" is a beginning), `digits`
+rounds, `machine` defaults to cpu.
 """
 
 import re
@@ -74,7 +75,7 @@ def _split_pair(part: str) -> tuple[str, str]:
 
 def render(spec: TableSpec, record: Record) -> str:
     """The Markdown table of `spec`, with a line below it that names the record, its commit and its command."""
-    rows = [row for row in record.rows if all(str(row.get(key)) == value for key, value in spec.where)]
+    rows = [row for row in record.rows if all(_fits(str(row.get(key)), value) for key, value in spec.where)]
     if not rows:
         raise ValueError(
             f"record:{spec.name}: no row of {spec.machine} matches {dict(spec.where)}; change the marker's where="
@@ -86,6 +87,10 @@ def render(spec: TableSpec, record: Record) -> str:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in body)
     source = f"benchmarks/results/{spec.machine}/{spec.name}.json"
     return f"{table}\n\n`{source}`, {record.date[:10]}, commit {record.commit}: `{record.command}`\n"
+
+
+def _fits(found: str, wanted: str) -> bool:
+    return found.startswith(wanted) if wanted.endswith(":") else found == wanted
 
 
 def _list(spec: TableSpec, rows: Sequence[Row]) -> list[list[str]]:

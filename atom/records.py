@@ -30,7 +30,7 @@ KV_FORMATS = ("int4", "int8", "fp8", "bf16")
 PATHS = ("kernels", "reference")
 LADDER_STEPS = ("fp", "rtn", "outliers-bf16", "outliers-int8", "groups", "clip", "gptq", "kv4", "distill")
 # Row keys any record may carry: where a number came from, never what it is.
-COMMENT_KEYS = ("source", "seconds", "seed", "note", "commit")
+COMMENT_KEYS = ("source", "seconds", "seed", "note", "commit", "gpu")
 BITS = ("bits_weight", "bits_activation", "bits_kv")
 PERPLEXITY_EXTRAS = ("window", "tokens", "ppl_stderr", "kl", "calibration", "dtype", "distill_steps")
 
@@ -100,7 +100,7 @@ SCHEMAS: dict[str, RecordSchema] = {
     "accuracy-frontier": RecordSchema(
         ("model", "text", "method", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
         ("scheme", "task:", *PERPLEXITY_EXTRAS),
-        {"path": PATHS, "scheme": ("w4a4", "w4a8"), **_KV},
+        {"path": PATHS, "scheme": ("w4a4", "w4a8", "kv4"), **_KV},
     ),
     "kv-rope": RecordSchema(
         ("model", "text", "kv", "place", "ppl", "windows", "path"),
@@ -124,8 +124,13 @@ SCHEMAS: dict[str, RecordSchema] = {
     ),
     "engine-latency": RecordSchema(
         ("shape", "scheme", "kv", "batch", "context", "ms", "sol_ms", "host_ms", "idle"),
-        ("head", "cpu_ms", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),
+        ("head", "cpu_ms", "mean_ms", "idle_median", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),
         {"head": ("full", "int8"), **_KV},
+    ),
+    "engine-start": RecordSchema(  # seconds from the command to the first token, and what the parts of it take
+        ("model", "kind", "first_token_s"),
+        ("scheme", "tokenizer_s", "weights_s", "cache_s", "warm_up_s", "start_up_s"),
+        {"kind": ("cold", "warm")},
     ),
     "engine-host": RecordSchema(
         ("batch", "context", "sampling", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),

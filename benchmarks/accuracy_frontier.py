@@ -4,38 +4,38 @@
     python benchmarks/accuracy_frontier.py join part1.json part2.json ... --machine h200
 
 The methods are those of atom.calibration.methods. Each writes a checkpoint, which is loaded and run on the reference
-path, as in quality.py; `flatquant` alone runs in memory. A part is rewritten after every method, so that a stopped run
-loses one of them; `join` writes the record.
+path, as in quality.py, with --kernels also through the kernels; `flatquant` alone runs in memory. A part is rewritten
+after every row, so that a stopped run loses one of them; `join` writes the record.
 """
 
-import json
-import math
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import torch
 import tyro
-from quality import Part, scratch
+from measured import Perplexities, Tasks, effective_bits
+from parts import Part, join_parts, scratch
 
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.data import load_windows
-from atom.calibration.distill import load_distill_text
+from atom.calibration.distill import DistillText, load_distill_text
 from atom.calibration.flatquant import FlatConfig, flatten_model
 from atom.calibration.methods import Bits, Method, methods, with_cache
 from atom.calibration.stream import quantize_and_distill, quantize_source
-from atom.errors import UnsupportedError
+from atom.errors import AtomError, UnsupportedError
 from atom.eval.load import Loaded, load
-from atom.eval.perplexity import measure_perplexity
-from atom.eval.texts import load_text
 from atom.models.source import load_tokenizer, open_source
 from atom.quant.presets import get_scheme, kv_name
 from atom.quant.schemes import Scheme
-from atom.records import write_record
+from atom.records import Row
 
 RECORD = "accuracy-frontier"
+COMPARED = ("fp", "atom", "ours")  # on all texts
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,29 @@ class Measure:
     text: tuple[str, ...] = ("wikitext2",)
     """Test texts; the first is for every method, the others for `fp`, `atom` and `ours`."""
 
+    tasks: tuple[str, ...] = ()
+    """lm-eval tasks for `fp` and `ours`."""
+
+    include_path: str | None = None
+    """Folder of lm-eval task files whose data are local."""
+
+    task_limit: int | None = None
+    """Documents of each task."""
+
     schemes: tuple[Bits, ...] = get_args(Bits)
-    """w4a4, w4a8."""
+    """w4a4, w4a8, and kv4: the cache alone."""
 
     methods: tuple[str, ...] = tuple(methods("w4a4"))
     """Which methods, in this order."""
 
     kv: str = "kv4"
-    """The cache of all methods: kv4, kv8, kvfp8 or kv16."""
+    """The cache of all methods of w4a4 and w4a8: kv4, kv8, kvfp8 or kv16."""
+
+    kernels: bool = False
+    """Measure `ours` through the kernels too, on a GPU that has them."""
+
+    divergence: bool = True
+    """Measure the divergence of predictions from full precision too, beside perplexity on the first text."""
 
     windows: int = 128
     """Calibration windows."""
@@ -72,11 +87,20 @@ class Measure:
     window_length: int = 2048
     """Tokens of a calibration window."""
 
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     """Tokens that run at once in calibration, and make a step of distillation."""
 
+    distill_calib: tuple[str, ...] = ()
+    """Texts that `ours` is distilled on, in equal shares; default: the calibration text."""
+
+    distill_steps: int = 2000
+    """Steps of the distillation of `ours`."""
+
     distill_seconds: float = 600.0
-    """At most so long for the distillation of `ours`."""
+    """At most so long for it."""
+
+    distill_codes: bool = False
+    """Codes learn as well."""
 
     flat_steps: int = 60
     """Training steps of each layer for flatquant."""
@@ -99,6 +123,9 @@ class Measure:
     scratch: Path | None = None
     """Where checkpoints are written and removed again."""
 
+    commit: str | None = None
+    """The commit that is measured; default: the checkout's."""
+
 
 @dataclass(frozen=True)
 class Join:
@@ -116,124 +143,141 @@ class Runner:
 
     def __init__(self, options: Measure) -> None:
         self.options = options
-        self.part = Part.open(options.output, options.machine)
-        self.texts = [load_text(name) for name in options.text]
+        self.part = Part.open(options.output, options.machine, options.commit)
         self.source = open_source(options.model)
         self.base = CalibrationConfig(
             calib=options.calib,
             windows=options.windows,
             window_length=options.window_length,
             device=options.device,
+            distill_calib=options.distill_calib,
             distill_seconds=options.distill_seconds,
+            distill_codes=options.distill_codes,
             batch_tokens=options.batch_tokens,
         )
-        self.tokenizer = load_tokenizer(self.source.path)
-        self.windows = load_windows(
-            options.calib, self.tokenizer, options.windows, options.window_length, self.base.seed
-        )
-        self.distilled = ""
-        self.is_full = False
-        self.full: dict[str, float] = {
-            row["text"]: row["ppl"] for row in self.part.rows.get(RECORD, []) if row["method"] == "fp"
-        }
+        tokenizer = load_tokenizer(self.source.path)
+        self.texts = Perplexities(tokenizer, options.text, options.eval_window, options.limit)
+        self.tasks = Tasks(options.tasks, options.include_path, options.task_limit)
+        self.windows = load_windows(options.calib, tokenizer, options.windows, options.window_length, self.base.seed)
+        self.tokenizer = tokenizer
+        self.full = load(str(self.source.path), options.device, "float32", "reference")
+        self.distilled = 0  # steps of the method at work
+
+    @cached_property
+    def distill_text(self) -> DistillText:
+        """What `ours` is trained on, and judged by; tokenised once."""
+        return load_distill_text(self.tokenizer, self.base, self.windows)
 
     def run(self, method: Method, bits: Bits) -> None:
-        key = {"method": method.name, "scheme": bits, "text": self.texts[0].name}
-        if self.part.has(RECORD, key if method.name != "fp" else {"method": "fp"}):
+        key = {"method": method.name, "text": self.texts.texts[0].name}
+        if self.part.has(RECORD, key if method.name == "fp" else {**key, "scheme": bits}):
             return
-        scheme = method.scheme if method.name == "fp" else with_cache(method.scheme, self.options.kv)
+        scheme = method.scheme
+        if method.name != "fp" and scheme.kv is None:
+            scheme = with_cache(scheme, self.options.kv)
         started = time.perf_counter()
         with scratch(self.options.scratch) as folder:
             loaded = self.loaded(method, scheme, folder)
-            seconds = time.perf_counter() - started
-            for text in self.texts if method.name in ("fp", "atom", "ours") else self.texts[:1]:
-                row = {"model": self.options.name, "text": text.name, "method": method.name, "scheme": bits}
-                row |= {"kv": kv_name(scheme), **self.perplexity(loaded, text), **self.bits(loaded, scheme)}
-                row |= {"source": self.options.source, "seconds": round(seconds, 1)}
-                row |= {} if method.name == "fp" else {"calibration": self.calibration(method)}
-                if method.learned:
-                    row["note"] = "run in memory: its transforms have no place in a checkpoint"
-                self.part.add(RECORD, row)
+            row = {"model": self.options.name, "method": method.name, "scheme": bits, "kv": kv_name(scheme)}
+            row |= effective_bits(self.source, scheme) | {"ppl_fp": None}
+            row |= {"source": self.options.source, "seconds": round(time.perf_counter() - started, 1)}
+            row |= {} if method.name == "fp" else self.calibration()
+            if method.learned:
+                row["note"] = "run in memory: its transforms have no place in a checkpoint"
+            is_compared = method.name in COMPARED
+            for number in range(len(self.texts.texts) if is_compared else 1):
+                has_kl = self.options.divergence and number == 0 and method.name != "fp"
+                full = self.full.model if has_kl else None
+                self.part.add(RECORD, row | self.texts.measure(loaded, number, full))
+            if method.name in ("fp", "ours") and self.tasks.names:
+                self.add_tasks(loaded, key if method.name == "fp" else {**key, "scheme": bits})
             del loaded
+            if self.options.kernels and method.name == "ours" and scheme.weight is not None:
+                self.add_kernels_row(folder / "checkpoint", row)
+
+    def add_tasks(self, loaded: Loaded, key: dict[str, Any]) -> None:
+        """Add the tasks to the row that `key` finds."""
+        row = next(r for r in self.part.rows[RECORD] if all(r[name] == value for name, value in key.items()))
+        row.update(self.tasks.measure(loaded))
+        self.part.write(RECORD, row)
+
+    def add_kernels_row(self, checkpoint: Path, row: dict[str, Any]) -> None:
+        """The same checkpoint and text in bfloat16, through the kernels, if they run here."""
+        try:
+            loaded = load(str(checkpoint), self.options.device, "bfloat16", "auto")
+        except UnsupportedError as error:
+            print(f"{row['scheme']}: not through the kernels: {error}", flush=True)
+            return
+        self.part.add(RECORD, row | self.texts.measure(loaded))
 
     def loaded(self, method: Method, scheme: Scheme, folder: Path) -> Loaded:
         """The model as `method` quantizes it."""
-        self.distilled, self.is_full = "", method.name == "fp"
-        where, device = str(self.source.path), self.options.device
+        self.distilled = 0
         if not scheme.is_quantized:
-            return load(where, device, "float32", "reference")
+            return self.full
         if method.learned:
-            cached = with_cache(get_scheme("bf16"), self.options.kv)
-            if cached.is_quantized:  # keys prepared for the cache, weights as they are
-                where = str(folder / "cached")
-                quantize_source(self.source, cached, folder / "cached", self.base, self.windows)
-            loaded = load(where, device, "float32", "reference")
-            bits = 8 if scheme.activation is None or scheme.activation.format == "int8" else 4
-            settings = FlatConfig(activation_bits=bits, steps=self.options.flat_steps)
-            flatten_model(loaded.model, self.windows.tokens[:64], cached, settings)
-            return loaded
+            return self.flattened(scheme, folder)
         config, out = method.config(self.base), folder / "checkpoint"
         if config.distill_steps:
-            text = load_distill_text(self.tokenizer, config, self.windows)
-            found = quantize_and_distill(self.source, scheme, out, config, self.windows, text).distilled
+            config = replace(config, distill_steps=self.options.distill_steps)
+            found = quantize_and_distill(self.source, scheme, out, config, self.windows, self.distill_text).distilled
             assert found is not None
-            self.distilled = "distilled in {steps} steps, {tokens} tokens, {seconds} s".format(**found)
+            self.distilled = int(found["steps"])
+            print("distilled", found, flush=True)
         else:
             quantize_source(self.source, scheme, out, config, self.windows)
-        return load(str(out), device, "float32", "reference")
+        return load(str(out), self.options.device, "float32", "reference")
 
-    def calibration(self, method: Method) -> str:
-        how = f"{self.options.windows} x {self.options.window_length} of {Path(self.options.calib).name}"
-        return how + (f", {self.distilled}" if self.distilled else "")
+    def flattened(self, scheme: Scheme, folder: Path) -> Loaded:
+        """The model under learned transforms, in memory."""
+        where, device = str(self.source.path), self.options.device
+        cached = with_cache(get_scheme("bf16"), self.options.kv)
+        if cached.is_quantized:  # keys prepared for the cache, weights as they are
+            where = str(folder / "cached")
+            quantize_source(self.source, cached, folder / "cached", self.base, self.windows)
+        loaded = load(where, device, "float32", "reference")
+        bits = 8 if scheme.activation is None or scheme.activation.format == "int8" else 4
+        settings = FlatConfig(activation_bits=bits, steps=self.options.flat_steps)
+        flatten_model(loaded.model, self.windows.tokens[:64], cached, settings)
+        return loaded
 
-    def perplexity(self, loaded: Loaded, text: Any) -> dict[str, Any]:
-        """The row's measurements; a perplexity beyond all sense is written as 1e9, which JSON can hold."""
-        found = measure_perplexity(
-            loaded.model, loaded.tokenizer, text, window=self.options.eval_window, limit=self.options.limit
-        )
-        ppl = round(found.perplexity, 4) if math.isfinite(found.perplexity) else 1e9
-        if self.is_full:
-            self.full[text.name] = ppl
-        return {
-            "ppl": ppl,
-            "ppl_fp": self.full.get(text.name),
-            "windows": found.windows,
-            "window": found.window,
-            "path": "reference",
-        }
-
-    def bits(self, loaded: Loaded, scheme: Scheme) -> dict[str, float]:
-        config = loaded.model.config
-        return {
-            "bits_weight": round(scheme.weight_bits(config.hidden_size), 3),
-            "bits_activation": round(scheme.activation_bits(config.hidden_size), 3),
-            "bits_kv": round(scheme.kv_bits(config.head_dim), 3),
-        }
+    def calibration(self) -> dict[str, Any]:
+        o = self.options
+        how = f"{o.windows} x {o.window_length} of {Path(o.calib).name}"
+        if self.distilled:
+            texts = " and ".join(Path(name).name for name in o.distill_calib or (o.calib,))
+            how += f", distilled on {self.distilled} x {o.batch_tokens} tokens of {texts}"
+        return {"calibration": how, "distill_steps": self.distilled}
 
 
 def measure(options: Measure) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: exact for INT4 codes under bf16 scales
     runner = Runner(options)
-    for bits in options.schemes:
-        known = methods(bits)
-        for name in options.methods:
-            if name not in known:
-                continue
-            try:
-                runner.run(known[name], bits)
-            except UnsupportedError as error:
-                print(f"{options.name}, {bits}: no {name}: {error}", flush=True)
+    for name, bits in in_turn(options.methods, options.schemes):
+        method = methods(bits).get(name)
+        if method is None:
+            continue
+        try:
+            runner.run(method, bits)
+        except (AtomError, ValueError, torch.OutOfMemoryError) as error:
+            print(f"{options.name}, {bits}: {name} not measured: {error}", flush=True)
+
+
+def in_turn(names: Sequence[str], schemes: Sequence[Bits]) -> list[tuple[str, Bits]]:
+    """Methods and schemes, those first that a stopped run needs most: the compared methods, scheme by scheme."""
+    compared = [(name, bits) for bits in schemes for name in names if name in COMPARED]
+    return compared + [(name, bits) for bits in schemes for name in names if name not in COMPARED]
 
 
 def join(options: Join) -> None:
-    parts = [json.loads(path.read_text()) for path in options.parts]
-    rows = [row for part in parts for row in part.get(RECORD, [])]
-    full = {(row["model"], row["text"]): row["ppl"] for row in rows if row["method"] == "fp"}
-    for row in rows:  # a part that was measured beside the one with full precision does not know it
-        row["ppl_fp"] = full[row["model"], row["text"]]
-    where = dict(parts[0]["where"])
-    where["command"] += f" (and {len(parts) - 1} more models alike)" if len(parts) > 1 else ""
-    print("wrote", write_record(RECORD, rows, where["machine"]["name"], commit=options.commit, where=where))
+    join_parts(options.parts, [RECORD], options.commit, fill_in_full_precision)
+
+
+def fill_in_full_precision(rows: list[Row]) -> None:
+    """Write full precision's perplexity beside every other one on the same text; it may stand in another part."""
+    full = {(row["model"], row["text"], row["windows"]): row["ppl"] for row in rows if row["method"] == "fp"}
+    for row in rows:
+        row["ppl_fp"] = full[row["model"], row["text"], row["windows"]]
 
 
 if __name__ == "__main__":

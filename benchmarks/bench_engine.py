@@ -46,7 +46,7 @@ from atom.serving.sequence import Output
 from atom.serving.startup import start_up
 
 from .host_clock import Clock
-from .timeline import Span, idle_share, record, split_steps, table
+from .timeline import Span, idle_median, idle_share, record, split_steps, table
 from .timing import keep
 
 SCHEMES = ("bf16", "fp8", "w4a8", "w4a4")
@@ -54,7 +54,7 @@ BATCHES = (1, 16, 64, 128, 256)
 CONTEXTS = (512, 4096)
 STEPS = 64  # that are measured
 WARM = 16  # decode steps before them
-PROFILED = 12  # decode steps of a profile
+PROFILED = 20  # decode steps of a profile
 FILL = 2048  # blocks of the cache that are drawn; the others repeat them
 
 
@@ -187,7 +187,7 @@ class Bench:
     def profile(self, batch: int, context: int) -> list[list[Span]]:
         """The kernels of consecutive decode steps."""
         spans = record(lambda: self.decode(batch, context, PROFILED + 1))
-        return split_steps(spans, PROFILED)[2:]  # the first is the prompts' last tokens
+        return split_steps(spans, PROFILED)[3:]  # the first is the prompts' last tokens
 
 
 def measure(
@@ -214,7 +214,8 @@ def measure(
                 continue
             measured = summary(bench.decode(batch, context, WARM + STEPS)[-STEPS:]) | bench.clock.medians(STEPS)
             kernels = bench.profile(batch, context)
-            rows.append({**row, **measured, "idle": round(idle_share(kernels), 4)})
+            idle = {"idle": round(idle_share(kernels), 4), "idle_median": round(idle_median(kernels), 4)}
+            rows.append({**row, **measured, **idle})
             print(rows[-1], flush=True)
             if batch in profiled:
                 print(f"{scheme}, batch {batch}, context {context}\n{table(kernels)}", flush=True)
@@ -248,6 +249,7 @@ def summary(steps: list[Timed]) -> dict[str, Any]:
     """Of consecutive decode steps.
 
     ms       median time between results
+    mean_ms  their mean: pauses show
     host_ms  mean of that time in which the engine's thread did not wait for the GPU
     cpu_ms   mean processor time of that thread: less than host_ms where other processes keep it from its core
     """
@@ -255,6 +257,7 @@ def summary(steps: list[Timed]) -> dict[str, Any]:
     host = [elapsed - later.waited for elapsed, later in zip(times, steps[1:], strict=True)]
     return {
         "ms": round(statistics.median(times) * 1e3, 3),
+        "mean_ms": round(statistics.mean(times) * 1e3, 3),
         "host_ms": round(statistics.mean(host) * 1e3, 3),
         "cpu_ms": round((steps[-1].thread_s - steps[0].thread_s) / (len(steps) - 1) * 1e3, 3),
     }

@@ -58,8 +58,8 @@ def join_parts(
 ) -> None:
     """Write the records `names` that the parts have rows of.
 
-    commit  what was measured, of parts that do not say it. If they name several, the record carries the first part's,
-            and the rows of the others their own.
+    commit  what was measured, of parts that do not say it. If they name several commits or GPUs, the record carries the
+            first part's, and the rows of the others their own.
     finish  told the rows of each record, to fill in what a part alone cannot know
     """
     parts = [json.loads(path.read_text()) for path in paths]
@@ -68,6 +68,8 @@ def join_parts(
         rows: list[Row] = []
         for part, own in zip(parts, commits, strict=True):
             differs = {} if own == commits[0] else {"commit": own}
+            gpu = part["where"]["machine"].get("gpu")
+            differs |= {} if gpu == parts[0]["where"]["machine"].get("gpu") else {"gpu": gpu}
             rows += [{**row, **differs} for row in part.get(name, [])]
         if rows:
             finish(rows)

@@ -13,13 +13,14 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
+from measured import Perplexities, Tasks, effective_bits
 from parts import Part, join_parts, scratch
 from quality_plan import Configuration, Measure, Rounding, configurations
 
@@ -31,14 +32,9 @@ from atom.calibration.report import Report
 from atom.calibration.stream import is_calibrated, quantize_source
 from atom.errors import AtomError, UnsupportedError
 from atom.eval.load import Loaded, load
-from atom.eval.perplexity import Windows as TestWindows
-from atom.eval.perplexity import make_windows, measure_perplexity
-from atom.eval.texts import load_text
 from atom.kernels.registry import Kernels
-from atom.models.config import ModelConfig
 from atom.models.source import load_tokenizer, open_source
 from atom.quant.presets import PRESETS, kv_name
-from atom.quant.schemes import Scheme
 from atom.records import Row
 
 UNLIMITED = 1e6  # seconds: rows of one record are of equally many steps
@@ -61,16 +57,17 @@ class Runner:
     def __init__(self, options: Measure) -> None:
         self.options = options
         self.part = Part.open(options.output, options.machine, options.commit)
-        self.prepared: Any = None
-        self.texts = [load_text(name) for name in options.text]
         self.source = open_source(options.model)
         self.tokenizer = load_tokenizer(self.source.path)
-        self.kept: list[tuple[dict[str, Any], Path | str]] = []  # rows of presets, and the checkpoints they are of
+        self.texts = Perplexities(self.tokenizer, options.text, options.eval_window, options.limit, options.bos)
+        self.tasks = Tasks(options.tasks, options.include_path, options.task_limit)
+        self.kept: list[tuple[Row, Path | str]] = []  # rows of presets and their checkpoints, still to be used
         self.rounded: tuple[Rounding, Path, Report] | None = None  # the last one; it lies there while it is needed
         self.calibration = CalibrationConfig(
             calib=options.calib,
             windows=options.windows,
             window_length=options.window_length,
+            distill_calib=options.distill_calib,
             device=options.device,
         )
 
@@ -79,12 +76,6 @@ class Runner:
         """The calibration text, tokenised once for all checkpoints."""
         c = self.calibration
         return load_windows(c.calib, self.tokenizer, c.windows, c.window_length, c.seed)
-
-    @cache  # noqa: B019  the runner lives as long as the process
-    def text_windows(self, number: int) -> TestWindows:
-        """Test text `number`, tokenised once."""
-        o = self.options
-        return make_windows(self.tokenizer, self.texts[number], o.eval_window, o.bos, o.limit)
 
     @cached_property
     def distill_text(self) -> DistillText:
@@ -117,44 +108,28 @@ class Runner:
             self.rounded = (configuration.rounding, rounded, self.round(configuration, rounded))
         o = self.options
         config = replace(
-            self.calibration, distill_steps=o.distill_steps, batch_tokens=o.distill_tokens, distill_seconds=UNLIMITED
+            self.calibration,
+            distill_steps=o.distill_steps,
+            distill_tokens=o.distill_tokens,
+            distill_seconds=UNLIMITED,
         )
         _, checkpoint, report = self.rounded
         found = distill_checkpoint(self.source, checkpoint, out, self.distill_text, config)
         print("distilled", json.dumps(found.to_dict()), flush=True)
         return float(report.totals["seconds"]) + found.seconds
 
-    def perplexity(self, loaded: Loaded, number: int) -> dict[str, Any]:
-        """Of test text `number`."""
-        text, windows = self.texts[number], self.text_windows(number)
-        found = measure_perplexity(loaded.model, self.tokenizer, text, window=self.options.eval_window, windows=windows)
-        return {
-            "ppl": round(found.perplexity, 4),
-            "windows": found.windows,
-            "window": found.window,
-            "path": loaded.path,
-            "dtype": loaded.dtype,
-        }
-
-    def bits(self, scheme: Scheme) -> dict[str, float]:
-        config = ModelConfig.from_hf(self.source.config, self.source.generation_config)
-        return {
-            "bits_weight": round(scheme.weight_bits(config.hidden_size), 3),
-            "bits_activation": round(scheme.activation_bits(config.hidden_size), 3),
-            "bits_kv": round(scheme.kv_bits(config.head_dim), 3),
-        }
-
     def common(self, seconds: float, configuration: Configuration) -> dict[str, Any]:
         o = self.options
         how = f"{o.windows} x {o.window_length} of {Path(o.calib).name}"
         how += ", GPTQ" if configuration.gptq else ", rounded to nearest"
         steps = o.distill_steps if configuration.distilled else 0
-        how += f", distilled on {steps} x {o.distill_tokens} tokens" if steps else ""
+        texts = " and ".join(Path(name).name for name in o.distill_calib or (o.calib,))
+        how += f", distilled on {steps} x {o.distill_tokens} tokens of {texts}" if steps else ""
         return {"source": o.source, "calibration": how, "distill_steps": steps, "seconds": round(seconds, 1)}
 
     def run(self, configuration: Configuration, following: Configuration | None = None) -> None:
         """Measure one configuration, unless the part has its rows already; keep what the following one will distil."""
-        scheme, text = configuration.scheme, self.texts[0].name
+        scheme, text = configuration.scheme, self.texts.texts[0].name
         of_ladder = {"model": self.options.name, "step": configuration.step, "outliers": scheme.outliers.count}
         steps = self.options.distill_steps if configuration.distilled else 0
         of_presets = {"model": self.options.name, "scheme": scheme.name, "kv": kv_name(scheme), "distill_steps": steps}
@@ -164,12 +139,11 @@ class Runner:
         to_variants = configuration.variant is not None and not self.part.has("quality-variants", of_variants)
         if not to_ladder and not to_presets and not to_variants:
             return
-        has_tasks = to_presets and bool(self.options.tasks)
         distilled_next = following is not None and following.distilled and following.rounding == configuration.rounding
-        with scratch(self.options.scratch, scheme.is_quantized and (has_tasks or distilled_next)) as folder:
+        with scratch(self.options.scratch, scheme.is_quantized and (to_presets or distilled_next)) as folder:
             loaded, seconds = self.loaded(configuration, folder)
-            found = self.perplexity(loaded, 0)
-            common = self.bits(scheme) | self.common(seconds, configuration)
+            found = self.texts.measure(loaded)
+            common = effective_bits(self.source, scheme) | self.common(seconds, configuration)
             if to_ladder:
                 self.part.add("quality-ladder", {**of_ladder, "text": text, **found, **common})
             if to_variants:
@@ -177,63 +151,47 @@ class Runner:
             if to_presets:
                 row = {**of_presets, "text": text, **found, "ppl_fp": None, **common}
                 self.part.add("quality-presets", row)
-                if has_tasks:
-                    self.kept.append((row, folder / "checkpoint" if scheme.is_quantized else self.options.model))
-            if to_ladder and configuration.step in ("fp", "kv4", "distill"):
-                for number, other in list(enumerate(self.texts))[1:]:
-                    more = {**of_ladder, "text": other.name, **self.perplexity(loaded, number), **common}
+                self.kept.append((row, folder / "checkpoint" if scheme.is_quantized else self.options.model))
+            if to_ladder and configuration.step in self.options.other_texts:
+                for number, other in list(enumerate(self.texts.texts))[1:]:
+                    more = {**of_ladder, "text": other.name, **self.texts.measure(loaded, number), **common}
                     self.part.add("quality-ladder", more)
             del loaded
-            if to_presets and self.wants_kernels(scheme):
-                self.add_kernels_rows(folder, row)
         if configuration.distilled and self.rounded is not None:
-            self.forget(self.rounded[1])
+            rounded = self.rounded[1]
+            if all(rounded != checkpoint for _, checkpoint in self.kept):
+                shutil.rmtree(rounded.parent, ignore_errors=True)
 
-    def forget(self, checkpoint: Path) -> None:
-        """Remove a checkpoint that was kept to be distilled, unless tasks are to run on it."""
-        if checkpoint.exists() and all(checkpoint != kept for _, kept in self.kept):
-            shutil.rmtree(checkpoint.parent)
-
-    def wants_kernels(self, scheme: Scheme) -> bool:
-        wanted = self.options.kernel_schemes
-        return self.options.kernels and scheme.weight is not None and (not wanted or scheme.name in wanted)
-
-    def add_kernels_rows(self, folder: Path, row: dict[str, Any]) -> None:
-        """The same checkpoint and text in bfloat16, on the reference path and through the kernels, if they run here."""
+    def run_kernels(self) -> None:
+        """The presets' last checkpoints in bfloat16, on the reference path and through kernels, where they run here."""
         paths: tuple[Kernels, ...] = ("reference", "auto")
-        for kernels in paths:
-            try:
-                loaded = load(str(folder / "checkpoint"), self.options.device, "bfloat16", kernels)
-            except UnsupportedError as error:
-                print(f"{row['scheme']}: not through the kernels: {error}", flush=True)
-                return
-            self.part.add("quality-presets", row | self.perplexity(loaded, 0))
-            del loaded
+        wanted = self.options.kernel_schemes or tuple(PRESETS)
+        last = {row["scheme"]: row for row, checkpoint in self.kept if isinstance(checkpoint, Path)}
+        for row, checkpoint in self.kept:
+            if row["scheme"] not in wanted or row is not last.get(row["scheme"]):
+                continue
+            for kernels in paths:
+                try:
+                    loaded = load(str(checkpoint), self.options.device, "bfloat16", kernels)
+                except UnsupportedError as error:
+                    print(f"{row['scheme']}: not through the kernels: {error}", flush=True)
+                    continue
+                self.part.add("quality-presets", row | self.texts.measure(loaded))
+                del loaded
 
     def run_tasks(self) -> None:
-        """Add the tasks to the rows of all presets, from their checkpoints; the least urgent numbers come last."""
+        """Add the tasks to the presets' rows."""
         for row, checkpoint in self.kept:
             loaded = load(str(checkpoint), self.options.device, "float32", "reference")
-            row.update(self.tasks(loaded))
+            row.update(self.tasks.measure(loaded))
             self.part.write("quality-presets", row)
             del loaded
+
+    def forget(self) -> None:
+        """Remove the presets' checkpoints."""
+        for _, checkpoint in self.kept:
             if isinstance(checkpoint, Path):
-                shutil.rmtree(checkpoint.parent)
-
-    def tasks(self, loaded: Loaded) -> dict[str, Any]:
-        """lm-eval's tasks under one model."""
-        from atom.eval.lm import AtomLM
-        from atom.eval.tasks import prepare_tasks, run_tasks
-
-        found: dict[str, Any] = {}
-        if self.prepared is None:
-            self.prepared = prepare_tasks(self.options.tasks, self.options.include_path)
-        for task in run_tasks(AtomLM(loaded), self.prepared, limit=self.options.task_limit):
-            _, metric = task.primary
-            name = f"task:{task.task.removesuffix('_local')}"
-            found[name] = round(metric.value, 4)
-            found[f"{name}:stderr"] = None if metric.stderr is None else round(metric.stderr, 4)
-        return found
+                shutil.rmtree(checkpoint.parent, ignore_errors=True)
 
     def run_kv_rope(self) -> None:
         """What rounding keys before RoPE would buy: weights and activations in full precision, 4-bit cache."""
@@ -244,8 +202,13 @@ class Runner:
             scheme = replace(plain, kv_pre_rope=pre, kv_offset="bias", kv_rotation="none")
             with scratch(self.options.scratch) as folder:
                 loaded, _ = self.loaded(Configuration(scheme, False), folder)
-                row = {"model": self.options.name, "text": self.texts[0].name, "kv": kv_name(scheme), "place": place}
-                self.part.add("kv-rope", row | self.perplexity(loaded, 0) | {"source": self.options.source})
+                row = {
+                    "model": self.options.name,
+                    "text": self.texts.texts[0].name,
+                    "kv": kv_name(scheme),
+                    "place": place,
+                }
+                self.part.add("kv-rope", row | self.texts.measure(loaded) | {"source": self.options.source})
                 del loaded
 
 
@@ -256,11 +219,15 @@ def measure(options: Measure) -> None:
         assert configuration is not None
         try:
             runner.run(configuration, following)
-        except (AtomError, ValueError, torch.OutOfMemoryError) as error:
+        except (AtomError, ValueError, RuntimeError) as error:
             print(f"{configuration.step or configuration.scheme.name}: not measured: {error}", flush=True)
     if "kv-rope" in options.what:
         runner.run_kv_rope()
-    runner.run_tasks()
+    if options.kernels:
+        runner.run_kernels()
+    if options.tasks:
+        runner.run_tasks()
+    runner.forget()
 
 
 def join(options: Join) -> None:

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 import tyro
 
 from atom.calibration.config import Clip
+from atom.calibration.distill_plan import DEFAULT_STEPS
 from atom.calibration.ladder import ladder, scaled_outliers
 from atom.eval.perplexity import Bos
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.source import read_config
 from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.schemes import Scheme
@@ -35,7 +36,10 @@ class Measure:
     """Calibration text, disjoint from the test texts."""
 
     text: tuple[str, ...] = ("wikitext2",)
-    """Test texts; the first is for every configuration, the others for the full recipe and full precision."""
+    """Test texts; the first is for every configuration, the others for some rungs of the ladder."""
+
+    other_texts: tuple[str, ...] = ("fp", "kv4", "distill")
+    """These rungs."""
 
     tasks: tuple[str, ...] = ()
     """lm-eval tasks for the presets."""
@@ -71,18 +75,21 @@ class Measure:
     that is 128's share of 4096 channels."""
 
     kernels: bool = False
-    """Measure the presets that have GPU kernels through these as well, in bfloat16: rows of their own."""
+    """Measure the presets that have GPU kernels in bfloat16 as well, through these and without: rows of their own."""
 
     kernel_schemes: tuple[str, ...] = ()
     """Only these presets through the kernels."""
 
     schemes: tuple[str, ...] = ()
-    """Presets to measure: all, or the ones that time allows."""
+    """Presets to measure, in this order: all, or the ones that time allows."""
 
     distilled: tuple[str, ...] = ("w4a4",)
     """Presets to distil besides: rows of their own."""
 
-    distill_steps: int = 200
+    distill_calib: tuple[str, ...] = ()
+    """Texts to distil on, disjoint from the test texts; default: that of --calib."""
+
+    distill_steps: int = DEFAULT_STEPS
     """Steps of distillation, of the ladder's last step and of presets."""
 
     distill_tokens: int = 4096
@@ -172,7 +179,7 @@ def configurations(options: Measure) -> list[Configuration]:
         found += [c for c in _presets(options) if (c.scheme, c.distilled) not in known]
     if "scaled" in options.what:
         raw, generation = read_config(options.model)
-        count = scaled_outliers(ModelConfig.from_hf(raw, generation).hidden_size)
+        count = scaled_outliers(model_config(raw, generation).hidden_size)
         step = next(step for step in ladder(count) if step.name == "kv4")
         found.append(Configuration(step.scheme, step.gptq, step.clip, step.name))
     return found
@@ -182,10 +189,10 @@ def _presets(options: Measure) -> list[Configuration]:
     """The presets that `options` ask for, full precision first, since the others lose against it."""
     schemes = [PRESETS["bf16"], *(s for s in PRESETS.values() if s.is_quantized)]
     schemes += [get_scheme(f"bf16+{kv}") for kv in ("kv4", "kv8", "kvfp8")]
+    if options.schemes:
+        schemes = [get_scheme(name) for name in options.schemes]
     found = []
     for scheme in schemes:
-        if options.schemes and scheme.name not in options.schemes:
-            continue
         plain = Configuration(scheme, scheme.weight is not None and scheme.name not in ("w8a8", "fp8"), is_preset=True)
         found.append(plain)
         if scheme.weight is not None and scheme.name in options.distilled:

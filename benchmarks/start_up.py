@@ -1,8 +1,9 @@
 """From a command to its first token, cold and warm: `atom serve` in a process of its own, asked as soon as it answers.
 
-    python benchmarks/start_up.py smollm2-w4a8
-    python benchmarks/start_up.py smollm2-w4a8 --cold         first with an empty cache of compiled kernels
-    python benchmarks/start_up.py llama-3-8b --scheme w4a8    a shape, in process: random weights have no tokenizer
+    python -m benchmarks.start_up smollm2-w4a8
+    python -m benchmarks.start_up smollm2-w4a8 --cold         first with an empty cache of compiled kernels
+    python -m benchmarks.start_up llama-3-8b --scheme w4a8    a shape, in process: random weights have no tokenizer
+    python -m benchmarks.start_up --record FILE ...           the record engine-start, from what -o wrote
 
 Times are seconds from the start of the process, Python's own included.
 """
@@ -15,11 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 from atom.models.dummy import SHAPES
+from atom.records import write_record
+
+from .timing import keep
 
 LIMIT_S = 600
 CHILD = """
@@ -30,7 +35,7 @@ from atom.serving.sampling_params import SamplingParams
 with LLM(sys.argv[1], load_format="dummy", scheme=sys.argv[2], **json.loads(sys.argv[3])) as llm:
     (found,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
     assert len(found.token_ids) == 1
-    times = {key: llm.ready.facts[key] for key in ("weights_s", "cache_s", "start_up_s")}
+    times = {key: value for key, value in llm.ready.facts.items() if key.endswith("_s")}
     print(json.dumps({"at": time.time(), **times}), flush=True)
 """
 
@@ -78,11 +83,21 @@ def in_process(shape: str, scheme: str, options: list[str], environment: dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a checkpoint, or a shape")
-    parser.add_argument("--scheme", default="w4a8", help="of a shape")
+    parser.add_argument("model", nargs="?", help="a checkpoint, or a shape")
+    parser.add_argument("--scheme", default="w4a8", help="of a shape; of a checkpoint it is only noted")
     parser.add_argument("--cold", action="store_true", help="first with an empty ATOM_CACHE")
     parser.add_argument("--runs", type=int, default=2, help="warm ones")
+    parser.add_argument("-o", "--out", help="write rows and circumstances there")
+    parser.add_argument("--record", metavar="FILE", nargs="+", help="write the record from what -o wrote")
     args, options = parser.parse_known_args()
+    if args.record:
+        files = [json.loads(Path(file).read_text()) for file in args.record]
+        rows = [row for file in files for row in file["rows"]]
+        command = "python -m benchmarks.start_up"
+        where, commit = files[0]["where"], files[0]["commit"]
+        print(write_record("engine-start", rows, "h200", command=command, where=where, commit=commit))
+        return
+    rows = []
     with tempfile.TemporaryDirectory() as empty:
         for kind in ("cold",) * args.cold + ("warm",) * args.runs:
             environment = dict(os.environ) | ({"ATOM_CACHE": empty} if args.cold else {})
@@ -90,7 +105,9 @@ def main() -> None:
                 found = in_process(args.model, args.scheme, options, environment)
             else:
                 found = serve(args.model, options, environment)
-            print(json.dumps({"model": args.model, "kind": kind, **found}), flush=True)
+            rows.append({"model": Path(args.model).name, "scheme": args.scheme, "kind": kind, **found})
+            print(json.dumps(rows[-1]), flush=True)
+    keep("engine-start", rows, args.out, is_record=False)
 
 
 if __name__ == "__main__":

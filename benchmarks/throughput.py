@@ -4,19 +4,21 @@
     python benchmarks/throughput.py run today --output build/today
     python benchmarks/throughput.py run traces --output build/traces --data DIR
     python benchmarks/throughput.py join build/paper build/today build/traces
+    python benchmarks/throughput.py run all --output build/all --data DIR    # what most is asked of comes first
     atom report bench benchmarks/results/h200/throughput.json benchmarks/results/h200/quality-presets.json
 
 paper   the Atom paper's: Llama-2-7B's shape, 24 GiB for everything, targets of 100 ms and 5 ms for a token, its length
         distribution and one like ShareGPT's; equal batches beside, those that 24 GiB do not hold on the whole GPU
 today   Llama-3-8B's shape: 512 requests of 512/256 in 24 GiB and on the whole GPU, there 128/128 to 20000/2000 too
 traces  the same shape under the Azure 2023 traces' lengths
+all     these three in one go, an engine for all its lengths: eight minutes of an H200 with compiled kernels
 Weights are random: speed is that of real ones, text is not. The 512 requests run to their ends, start and tail
 included; of all else a steady state is measured for some seconds (serving/bench/window.py).
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,7 +47,7 @@ ROW_KEY = ("experiment", "shape", "scheme", "kv", "memory_gb", "batch", "workloa
 class Run:
     """Run an experiment, or what is missing of it."""
 
-    experiment: Annotated[Literal["paper", "today", "traces"], tyro.conf.Positional]
+    experiment: Annotated[Literal["paper", "today", "traces", "all"], tyro.conf.Positional]
     """Which one."""
 
     output: Path
@@ -70,7 +72,7 @@ class Run:
     """More options for each engine, as one text: --engine-args="--admission-interval 8"."""
 
     data: Path | None = None
-    """Folder that holds conv.csv.gz and code.csv.gz of the Azure traces; for `traces`."""
+    """Folder that holds conv.csv.gz and code.csv.gz of the Azure traces; for `traces` and `all`."""
 
     quick: bool = False
     """A tiny shape and few requests, to try the command anywhere."""
@@ -86,8 +88,15 @@ class Join:
 
 def sweeps(options: Run) -> list[SweepConfig]:
     """The sweeps of an experiment, each in a folder of its own below options.output."""
+    if options.experiment == "all" and not options.quick:
+        return _all(options)
     if options.quick:
-        lengths = {"paper": ("steady:paper:64",), "today": ("16/8", "steady:9/30"), "traces": ("sharegpt",)}
+        lengths = {
+            "paper": ("steady:paper:64",),
+            "today": ("16/8", "steady:9/30"),
+            "traces": ("sharegpt",),
+            "all": ("steady:9/30",),
+        }
         small: dict[str, Any] = {"memory_gb": (0.05,), "concurrency": (2, 0), "num_requests": 8, "window_s": 0.3}
         schemes = options.schemes or ("bf16", "w4a8")
         work = options.workload or lengths[options.experiment]
@@ -119,10 +128,47 @@ def _today(options: Run) -> list[SweepConfig]:
             SweepConfig(shape, out / "24", schemes, (24.0,), workload=small, **most),
             SweepConfig(shape, out / "whole", schemes, (0.0,), workload=work, **most),
         ]
+    work = options.workload or _traces(options)
+    return [SweepConfig(shape, out / "whole", schemes, (0.0,), workload=work, **most)]
+
+
+def _traces(options: Run) -> tuple[str, ...]:
     if options.data is None:
         raise ValueError("the traces lie outside the repository; name their folder with --data")
-    files = tuple(f"{STEADY}trace:{options.data / name}.csv.gz" for name in ("conv", "code"))
-    return [SweepConfig(shape, out / "whole", schemes, (0.0,), workload=options.workload or files, **most)]
+    return tuple(f"{STEADY}trace:{options.data / name}.csv.gz" for name in ("conv", "code"))
+
+
+def _all(options: Run) -> list[SweepConfig]:
+    """Parts of the three experiments in the order of what is asked of them, the fewest engines for each."""
+    traces = _traces(options)
+    most = [name for name in LENGTHS if name != "steady:20000/2000"]  # takes a 16-bit cache a minute
+
+    def whole(schemes: tuple[str, ...], lengths: Sequence[str], out: str, gb: float = 0.0) -> SweepConfig:
+        return SweepConfig(
+            ("llama-3-8b",),
+            options.output / out,
+            schemes,
+            (gb,),
+            (0,),
+            workload=tuple(lengths),
+            window_s=options.window_s,
+            engine_args=f"--max-num-seqs 512 {options.engine_args}",
+        )
+
+    def paper(schemes: tuple[str, ...], out: str) -> list[SweepConfig]:
+        return _paper(replace(options, schemes=schemes, output=options.output / out, experiment="paper"))
+
+    main, others = ("w4a4", "bf16", "w8a8", "w8a8+kv16", "w4a8"), ("fp8", "w4a16")
+    return [
+        whole(("w4a8", "fp8"), (*LENGTHS, *traces), "8b-main"),
+        paper(main, "paper-main")[0],
+        whole(("bf16", "w4a4"), (*most, *traces), "8b-more"),
+        whole(("w4a8", "bf16"), LENGTHS[:1], "8b-24", 24.0),
+        paper(tuple(name for name in main if name[:2] != "w4"), "paper-main")[1],
+        whole(("w8a8", "w4a16"), (*most, *traces), "8b-rest"),
+        paper(others, "paper-rest")[0],
+        whole(("fp8",), LENGTHS[:1], "8b-24-rest", 24.0),
+    ]
 
 
 def run(options: Run) -> None:
@@ -151,7 +197,7 @@ def keep_rows(sweep: SweepConfig, entries: list[dict[str, Any]]) -> None:
 
 def join(options: Join) -> None:
     """Write benchmarks/results/<machine>/throughput.json, with the circumstances of the last part, all commands."""
-    files = [file for part in options.parts for file in ([part] if part.is_file() else part.glob("*/throughput.json"))]
+    files = [file for part in options.parts for file in ([part] if part.is_file() else part.rglob("throughput.json"))]
     if not files:
         raise ValueError("there is no throughput.json in these folders; run the experiments first")
     parts = sorted((json.loads(file.read_text(encoding="utf-8")) for file in files), key=lambda part: str(part["date"]))

@@ -90,6 +90,12 @@ def idle_share(steps: Sequence[Sequence[Span]]) -> float:
     return sum(line.gap for line in lines) / sum(line.adds for line in lines)
 
 
+def idle_median(steps: Sequence[Sequence[Span]]) -> float:
+    """The same of the median step: a pause of the profiler's own in one of them does not show."""
+    ends = [Span("end", max(span.end for span in step), 0.0) for step in steps]
+    return statistics.median(idle_share([[end], step]) for end, step in zip(ends, steps[1:], strict=False))
+
+
 def table(steps: Sequence[Sequence[Span]], width: int = 90) -> str:
     """The median step as text: lines by what they add, largest first, and their sum."""
     length = [step[-1].end - step[0].start for step in steps]

@@ -48,7 +48,8 @@ def default_choices(columns: int) -> dict[str, LinearScheme]:
     for count in OUTLIERS:
         if 2 * count < columns:
             found[f"w4a4, {count} outliers"] = replace(w4a4, outliers=OutlierSpec(count))
-    return {**found, "w4a8": w4a8, "w8a8": w8a8}
+    by_blocks = {name: get_scheme(name).default_linear for name in ("w4a4-hadamard", "w4a8-hadamard")}
+    return {**found, **by_blocks, "w4a8": w4a8, "w8a8": w8a8}
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,10 @@ class Measured:
 def measured_groups(model: Model, scheme: Scheme) -> tuple[InputGroup, ...]:
     """The kinds of input whose clip is to be measured: all if the scheme clips activations, else none.
 
-    A kind that the scheme's own overrides touch in any layer keeps the clips that the scheme gives it.
+    Behind a Hadamard block no channel is loud and a clip changes little: the scheme's own stays. A kind that the
+    scheme's own overrides touch in any layer keeps the clips that the scheme gives it.
     """
-    if scheme.activation is None or scheme.activation.clip == 1.0:
+    if scheme.activation is None or scheme.activation.clip == 1.0 or scheme.rotation is not None:
         return ()
     names = [layer_prefix(index) for index in range(model.config.num_layers)]
     return tuple(

@@ -4,8 +4,10 @@ The scheme says what is executed and is written into the checkpoint; what is her
 while a run is under way, beside its shards, so that `--resume` can refuse a run that was started otherwise.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
+
+from atom.quant.schemes import Scheme
 
 Offload = Literal["auto", "on", "off"]
 Precision = Literal["highest", "high"]
@@ -50,17 +52,26 @@ class CalibrationConfig:
     balance_keys: bool = True
     """Where the cache rotates keys: divide them by factors that queries undo, pair by pair, in the weights."""
 
-    rotate: Rotate = "none"
-    """Folds Hadamard rotations into the weights: each head's values, or (residual) the residual stream as well."""
+    rotate: Rotate | None = None
+    """Folds Hadamard rotations into the weights: none, each head's values, or (residual) the residual stream as well.
+    Default: values where the scheme rotates inputs by blocks."""
 
     order: Order = "ascending"
     """Of reordered channels: ascending in energy, or dealt out to the blocks of a block_hadamard rotation."""
 
-    balance: bool = False
-    """Fold a factor per channel into norms, v and up, so that activations and weights round equally well."""
+    balance: bool | None = None
+    """Fold a factor per channel into norms, v and up, so that activations and weights round equally well. Default:
+    where the scheme rotates inputs by blocks."""
 
-    distill_steps: int = 0
-    """Train the rounded checkpoint to predict what the full model predicts, for so many batches of --batch-tokens."""
+    distill_steps: int | None = None
+    """Train the rounded checkpoint to predict what the full model predicts, for so many batches of --distill-tokens; 0
+    does not. Default: 100 where weights of 4 bits are calibrated on a GPU that holds both models, else 0."""
+
+    distill_tokens: int = 4096
+    """Tokens of a step of distillation, whole windows, one at least."""
+
+    distill_calib: tuple[str, ...] = ()
+    """Texts to distil on, in equal shares; default: that of --calib."""
 
     distill_seconds: float = 600.0
     """Fewer steps, if they would take longer than this."""
@@ -87,7 +98,7 @@ class CalibrationConfig:
     """float32 products: high allows TF32 on a GPU, highest does not."""
 
     def __post_init__(self) -> None:
-        for name in ("windows", "window_length", "batch_tokens", "distill_windows"):
+        for name in ("windows", "window_length", "batch_tokens", "distill_windows", "distill_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; leave it out for the default")
         if self.window_length < 2:
@@ -96,7 +107,7 @@ class CalibrationConfig:
             raise ValueError(f"damping is a share between 0 and 1, got {self.damping}; use 0.01")
         if self.clip not in ("measured", "constant"):
             raise ValueError(f"clip must be measured or constant, got {self.clip!r}; use measured")
-        if self.distill_steps < 0 or self.distill_seconds <= 0 or self.distill_rate <= 0:
+        if (self.distill_steps or 0) < 0 or self.distill_seconds <= 0 or self.distill_rate <= 0:
             raise ValueError(
                 f"distill_steps {self.distill_steps}, distill_seconds {self.distill_seconds}, distill_rate "
                 f"{self.distill_rate}: steps count from 0, time and rate are positive; try 300 steps, 600 s, 0.003"
@@ -105,12 +116,19 @@ class CalibrationConfig:
             raise ValueError(f"order must be ascending or dealt, got {self.order!r}; use dealt with block_hadamard")
         if self.scale_search not in ("rounding", "feedback"):
             raise ValueError(f"scale_search must be rounding or feedback, got {self.scale_search!r}; use feedback")
-        if self.rotate not in get_args(Rotate):
+        if self.rotate is not None and self.rotate not in get_args(Rotate):
             raise ValueError(f"rotate must be one of {', '.join(get_args(Rotate))}, got {self.rotate!r}; use values")
         if self.offload not in ("auto", "on", "off"):
             raise ValueError(f"offload must be auto, on or off, got {self.offload!r}; use auto")
         if self.matmul_precision not in ("highest", "high"):
             raise ValueError(f"matmul_precision must be highest or high, got {self.matmul_precision!r}; use high")
+
+    def for_scheme(self, scheme: Scheme) -> "CalibrationConfig":
+        """This, with what is left to the scheme decided."""
+        by_blocks = scheme.rotation is not None and scheme.rotation.kind == "block_hadamard"
+        balance = by_blocks if self.balance is None else self.balance
+        rotate: Rotate = ("values" if by_blocks else "none") if self.rotate is None else self.rotate
+        return replace(self, balance=balance, rotate=rotate)
 
     @property
     def windows_per_batch(self) -> int:
@@ -125,4 +143,4 @@ class CalibrationConfig:
         unknown = sorted(set(data) - set(known))
         if unknown:
             raise ValueError(f"CalibrationConfig does not know {', '.join(unknown)}; it has {', '.join(known)}")
-        return cls(**data)
+        return cls(**{**data, "distill_calib": tuple(data.get("distill_calib", ()))})

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 HELD_BACK = 0.05  # of the text
 CHUNK_BYTES = 512 * 2**20  # of one chunk of float32 logits
 WARM_UP_STEPS = 10
+RECENTRED_STEPS = 50  # after so many the centres of keys follow what was learned, and at the end
+FIRST_TOKENS = 64  # whose mean key they put on the grid
 PACED_STEPS = (PLAIN_STEPS + 1, PLAIN_STEPS + 6)  # whose pace between them says how many there is time for
 
 
@@ -53,23 +55,27 @@ class DistillText:
 
 
 def load_distill_text(tokenizer: Tokenizer, config: CalibrationConfig, windows: Windows) -> DistillText:
-    """Windows from the calibration text: the first 95 % of it to train on, the rest to judge by.
+    """Windows from the texts to distil on, in equal shares: the first 95 % of each to train on, the rest to judge by.
 
-    windows  those of calibration; split instead, where the text was sampled from the model itself
-    Raises CalibrationError if the text is too short.
+    windows  those of calibration; split instead, where text is sampled from the model itself
+    Raises CalibrationError if a text is too short.
     """
-    count = config.distill_windows
-    held = max(1, round(count * HELD_BACK))
-    if config.calib == SELF:
+    names = config.distill_calib or (config.calib,)
+    if names == (SELF,):
         held = max(1, round(len(windows.tokens) * HELD_BACK))
         if held == len(windows.tokens):
             raise CalibrationError("distillation needs 2 windows or more of sampled text; raise --windows")
         return DistillText(windows.tokens[:-held], windows.tokens[-held:])
-    parts = [
-        load_windows(config.calib, tokenizer, n, config.window_length, config.seed + 1, part).tokens
-        for n, part in ((count, (0.0, 1.0 - HELD_BACK)), (held, (1.0 - HELD_BACK, 1.0)))
-    ]
-    return DistillText(*parts)
+    count = -(-config.distill_windows // len(names))
+    held = max(1, round(count * HELD_BACK))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for name in names:
+        training, held_back = (
+            load_windows(name, tokenizer, n, config.window_length, config.seed + 1, part).tokens
+            for n, part in ((count, (0.0, 1.0 - HELD_BACK)), (held, (1.0 - HELD_BACK, 1.0)))
+        )
+        parts.append((training, held_back))
+    return DistillText(*(torch.cat(tokens) for tokens in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class Training:
         """Train for the configured steps, fewer if these would take longer than the configured seconds."""
         started = time.perf_counter()
         before = self.divergence(self.text.held_back)
-        steps, done, tokens = self.config.distill_steps, 0, 0
+        steps, done, tokens = self.config.distill_steps or 0, 0, 0
         paced = 0.0  # when the pace began to count
         records = not any(rope.kind == "dynamic" for rope in self.student.model.model.ropes())
         if not records:
@@ -143,6 +149,8 @@ class Training:
             self._check(last, done, steps)  # of the step before: this one may still be running
             last = loss
             done, tokens = done + 1, tokens + batch.numel()
+            if done % RECENTRED_STEPS == 0:
+                self.student.recentre(self.text.training[:FIRST_TOKENS])
             if last is not None and done in PACED_STEPS:
                 self._check(last, done, steps)
                 now = time.perf_counter()
@@ -154,6 +162,7 @@ class Training:
                     steps = max(done, min(steps, done + int(left / pace)))
         self._check(last, done, steps)
         del step
+        self.student.recentre(self.text.training[:FIRST_TOKENS])
         after = self.divergence(self.text.held_back)
         return Distilled(done, tokens, before, after, time.perf_counter() - started)
 
@@ -211,7 +220,7 @@ class Training:
             yield slice(start, start + size)
 
     def _batch_size(self, tokens: Tensor) -> int:
-        return max(1, self.config.batch_tokens // tokens.shape[1])
+        return max(1, self.config.distill_tokens // tokens.shape[1])
 
     def _batches(self, tokens: Tensor) -> Iterator[Tensor]:
         """Batches of whole windows in an order drawn anew every time round, without end."""

@@ -16,6 +16,7 @@ from atom.quant.schemes import Scheme
 
 from .clips import CANDIDATES, measured_groups, probe_tokens
 from .config import CalibrationConfig
+from .distill_plan import distill_bytes
 
 PASSES = 3  # energies, Hessians, propagation
 PROCESS_BYTES = 450 * 2**20  # the interpreter with torch and transformers, before any tensor
@@ -23,12 +24,14 @@ PROCESS_BYTES = 450 * 2**20  # the interpreter with torch and transformers, befo
 
 @dataclass(frozen=True)
 class Machine:
-    """What bounds a calibration: float32 product rate, element-wise bandwidth, and the cost of a tiny op."""
+    """What bounds a calibration: float32 product rate, element-wise bandwidth, the cost of a tiny op, and of a GPU its
+    memory."""
 
     name: str
     flops: float
     bytes_per_s: float
     op_s: float
+    memory_bytes: int | None = None
 
     @property
     def is_cpu(self) -> bool:
@@ -36,7 +39,10 @@ class Machine:
 
 
 # Measured on the device by the product below with TF32 allowed; see docs/calibration.md.
-GPUS = {"h200": Machine("h200", 330e12, 3.0e12, 8e-6), "h100": Machine("h100", 330e12, 2.2e12, 8e-6)}
+GPUS = {
+    "h200": Machine("h200", 330e12, 3.0e12, 8e-6, 139 * 2**30),
+    "h100": Machine("h100", 330e12, 2.2e12, 8e-6, 79 * 2**30),
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,26 @@ def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: M
     keeps_hidden = config.offload != "on"
     peak = 3 * largest_layer + 2 * largest_hessians + activations + hidden * keeps_hidden
     return Estimate(seconds, peak + (PROCESS_BYTES if machine.is_cpu else 0))
+
+
+def estimate_distillation(model: Model, config: CalibrationConfig, machine: Machine) -> Estimate:
+    """Time and peak memory of the configured steps of distillation; in a recorded step kernels follow one another."""
+    sizes, tokens = model.config, max(config.distill_tokens, config.window_length)
+    weights = sum(p.numel() for layer in model.model.decoder_layers() for p in layer.parameters())
+    attention = 2 * tokens * config.window_length * sizes.num_heads * sizes.head_dim * sizes.num_layers  # causal
+    logits = 2 * tokens * sizes.vocab_size * sizes.hidden_size
+    # The full model; the rounded one, twice where activations are not kept; its gradients, twice a forward pass.
+    flops = 5 * 2 * weights * tokens + 5 * attention + 3 * logits
+    widths = sizes.num_layers * (8 * sizes.hidden_size + 3 * sizes.intermediate_size)
+    passes = WEIGHT_PASSES * weights + tokens * (ACTIVATION_PASSES * widths + LOGIT_PASSES * sizes.vocab_size)
+    kernels = sizes.num_layers * KERNELS_PER_LAYER * RECORDED_KERNEL_S
+    a_step = flops / machine.flops + 4 * passes / machine.bytes_per_s + kernels
+    steps = config.distill_steps or 0
+    return Estimate(min(steps * a_step, config.distill_seconds), distill_bytes(model, config))
+
+
+WEIGHT_PASSES, ACTIVATION_PASSES, LOGIT_PASSES = 16, 12, 12  # float32 reads and writes of a step
+KERNELS_PER_LAYER, RECORDED_KERNEL_S = 800, 2e-6
 
 
 def _seconds(work: object, device: torch.device, repeats: int = 5) -> float:

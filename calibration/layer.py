@@ -66,10 +66,11 @@ class LayerQuantizer:
         with self.clock.phase("io"):
             layer = self.load(index)
         plans = plan_layer(self.model.family, self.scheme, index)
+        balances = bool(self.config.balance)
         with self.clock.phase("stats"):
-            energies, keys, before = observe_energies(layer, index, plans, hidden, self.runner, self.config.balance)
+            energies, keys, before = observe_energies(layer, index, plans, hidden, self.runner, balances)
             self._prepare_keys(layer, index, plans, keys, before)
-            factors = self._balance(layer, index, plans, energies) if self.config.balance else {}
+            factors = self._balance(layer, index, plans, energies) if balances else {}
             for plan in plans:
                 if plan.needs_order:
                     plan.perm = self._order(plan, energies[plan.group.name])

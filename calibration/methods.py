@@ -1,7 +1,8 @@
 """The methods that docs/accuracy-methods.md compares, each as a scheme and how its weights are found.
 
-Every one stands for W4A4 and for W4A8, under a cache given to all of them. Published methods are as published where a
-scheme can say that: Atom's constants, QuaRot's rotations with groups of 128, NVFP4's own scales.
+Every one stands for W4A4 and for W4A8, under a cache given to all of them; some stand for a 4-bit cache alone.
+Published methods are as published where a scheme can say that: Atom's constants, QuaRot's rotations with groups of 128,
+NVFP4's own scales.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from atom.quant.schemes import LinearScheme, OutlierSpec, Override, RotationSpec
 from .config import CalibrationConfig
 from .ladder import PAPER_ACTIVATION_CLIP, PAPER_WEIGHT_CLIP
 
-Bits = Literal["w4a4", "w4a8"]
+Bits = Literal["kv4", "w4a4", "w4a8"]
 A8 = TensorSpec("int8", Token(), dynamic=True, scale_format="fp32")
 
 
@@ -23,7 +24,7 @@ A8 = TensorSpec("int8", Token(), dynamic=True, scale_format="fp32")
 class Method:
     """One row of the comparison.
 
-    scheme    with a 16-bit cache
+    scheme    with a 16-bit cache, or with its own where the cache is all that is compared
     changes   fields of CalibrationConfig that it sets
     learned   by flatquant.py, in memory; else a checkpoint is written, loaded and run
     """
@@ -38,8 +39,8 @@ class Method:
 
 
 def methods(bits: Bits) -> dict[str, Method]:
-    """All methods for weights of 4 bits and activations of 4 or 8, by name, full precision first."""
-    found = [make(bits) for make in _MAKERS]
+    """All methods for weights of 4 bits and activations of 4 or 8, or for the cache, by name, full precision first."""
+    found = _caches() if bits == "kv4" else [make(bits) for make in _MAKERS]
     return {method.name: method for method in found if method is not None}
 
 
@@ -92,17 +93,24 @@ def _nvfp4_gptq(bits: Bits) -> Method | None:
     scheme = get_scheme("nvfp4+kv16")
     assert scheme.weight is not None
     scheme = replace(scheme, weight=replace(scheme.weight, clip="mse"), rotation=RotationSpec("block_hadamard", 16))
-    return Method("nvfp4-gptq", scheme)
+    return Method("nvfp4-gptq", scheme, {"balance": False, "rotate": "none"})
 
 
 def _ours(bits: Bits) -> Method:
-    """4.25 bits without outlier channels: groups of 64 behind Hadamard blocks of 64, balance, scales with a sign that
-    GPTQ searches with its feedback, distillation."""
-    weight = TensorSpec("int4", Group(64), clip="mse", scale_rule="signed")
-    activation = TensorSpec("int4", Group(64), dynamic=True, clip=0.95, scale_rule="signed")
-    scheme = Scheme(bits, weight, _activation(bits, activation), rotation=RotationSpec("block_hadamard", 64))
-    changes = {"clip": "constant", "balance": True, "scale_search": "feedback", "distill_steps": 200}
-    return Method("ours", scheme, changes)
+    """4.13 bits without outlier channels, as the kernels run them: groups of 32 under whole factors behind Hadamard
+    blocks, balance, GPTQ, values turned, distillation."""
+    return Method("ours", get_scheme(f"{bits}-hadamard+kv16"), {"distill_steps": 2000})
+
+
+def _caches() -> list[Method]:
+    """A 4-bit cache alone: rounded as keys come, as the paper does it before RoPE, and as ours."""
+    plain = replace(get_scheme("bf16+kv4"), kv_offset="none", kv_rotation="none")
+    return [
+        _fp("kv4"),
+        Method("rtn", plain),
+        Method("atom", replace(plain, kv_pre_rope=True)),
+        Method("ours", get_scheme("bf16+kv4"), {"rotate": "values", "distill_steps": 2000}),
+    ]
 
 
 _MAKERS: tuple[Callable[[Bits], Method | None], ...] = (

@@ -13,6 +13,7 @@ class Progress(Protocol):
     def layer(self, index: int, total: int, doing: str) -> None: ...
     def done(self, record: dict[str, Any]) -> None: ...
     def step(self, number: int, total: int, loss: float) -> None: ...
+    def remark(self, text: str) -> None: ...
 
 
 class Silent:
@@ -31,6 +32,9 @@ class Silent:
         return None
 
     def step(self, number: int, total: int, loss: float) -> None:
+        return None
+
+    def remark(self, text: str) -> None:
         return None
 
 
@@ -91,6 +95,10 @@ class Bar:
             layers=f"{number}/{total} steps",
             memory=self._memory(0),
         )
+
+    def remark(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self._progress.console.print(text)
 
     def _memory(self, gpu_bytes: int) -> str:
         host = f"peak {peak_host_bytes() / 2**30:.1f} GiB"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from atom.errors import UnsupportedError
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.loader import meta_model
 from atom.models.model import Model
 from atom.models.norm import RMSNorm
@@ -50,7 +50,7 @@ def rotate_source(
     Raises UnsupportedError for a stream that cannot be rotated, where layers norm what they add to it (Gemma 3),
     ValueError where no Hadamard matrix of the hidden size or of a head's size is known.
     """
-    model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
+    model = meta_model(model_config(source.config, source.generation_config))
     weights = RotatedWeights(source.weights, model, seed, torch.device(device), values_alone)
     if values_alone:
         return replace(source, weights=weights)

@@ -20,8 +20,8 @@ from torch import Tensor
 import atom
 from atom.checkpoint import CheckpointWriter, check_output, quantization_config, read_scheme
 from atom.errors import CheckpointError, UnsupportedError
-from atom.models.config import ModelConfig
 from atom.models.device import choose_device
+from atom.models.family import model_config
 from atom.models.layers import DecoderLayer
 from atom.models.layout import check_source, is_ignored, layer_prefix, model_tensors
 from atom.models.loader import meta_model
@@ -37,6 +37,7 @@ from .clock import Clock
 from .config import CalibrationConfig
 from .data import SELF, Windows, load_windows
 from .distill import DistillText, distill_checkpoint, load_distill_text
+from .distill_plan import DEFAULT_STEPS, free_gpu_bytes, plan_distillation
 from .hidden import HiddenStates
 from .layer import LayerQuantizer
 from .plan import check_sizes, plan_layer
@@ -74,6 +75,7 @@ def quantize_model(
         raise UnsupportedError(f"{opened.path.name} is quantized already; calibration needs the full-precision model")
     tokenizer = load_tokenizer(opened.path)  # missing files are an error now rather than at the first prompt
     windows = _windows(opened, tokenizer, config) if is_calibrated(opened, scheme) else None
+    config = _with_distillation(opened, scheme, config, progress or Silent())
     if windows is not None and config.distill_steps:
         text = load_distill_text(tokenizer, config, windows)
         return quantize_and_distill(opened, scheme, out, config, windows, text, resume, progress)
@@ -115,10 +117,10 @@ def quantize_source(
 ) -> Report:
     """As quantize_model, from an opened source and given tokens; `windows` None copies the weights as they are."""
     started = time.perf_counter()
-    config = replace(config, device=str(choose_device(config.device)))
+    config = replace(config.for_scheme(scheme), device=str(choose_device(config.device)))
     if config.rotate != "none":
         source = rotate_source(source, config.seed, config.device, values_alone=config.rotate == "values")
-    model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
+    model = meta_model(model_config(source.config, source.generation_config))
     check_source(model_tensors(model, None), source, model)
     _check_scheme(model, scheme)
     provenance = _provenance(source, config, windows)
@@ -151,11 +153,22 @@ def quantize_source(
     return report
 
 
+def _with_distillation(
+    source: Source, scheme: Scheme, config: CalibrationConfig, progress: Progress
+) -> CalibrationConfig:
+    """`config` with its steps of distillation decided; a remark where they are left out."""
+    model = meta_model(model_config(source.config, source.generation_config))
+    planned, why = plan_distillation(model, scheme, config, free_gpu_bytes(torch.device(config.device)))
+    if why is not None:
+        progress.remark(f"distillation is left out: {why} (--distill-steps {DEFAULT_STEPS} insists, 0 is silent)")
+    return planned
+
+
 def is_calibrated(source: Source, scheme: Scheme) -> bool:
     """Whether calibration has anything to find, weights or what keys have in common: else weights are copied."""
     if scheme.stores_key_offset or scheme.stores_key_centre:
         return True
-    model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
+    model = meta_model(model_config(source.config, source.generation_config))
     return any(
         plan.is_quantized
         for index in range(model.config.num_layers)

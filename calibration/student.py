@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from atom.models.config import ModelConfig
+from atom.kernels.dense_attention import AttentionSpec
+from atom.models.family import model_config
 from atom.models.kv import DenseKV
 from atom.models.layers import DecoderLayer
-from atom.models.layout import PERM, key_tensors, layer_prefix
+from atom.models.layout import KEY_CENTRE, PERM, key_tensors, layer_prefix
 from atom.models.loader import meta_model
 from atom.models.model import Model
+from atom.models.rope import Rotation
 from atom.models.source import Source
 from atom.quant.formats import get_format
 from atom.quant.granularity import Channel
@@ -31,6 +33,7 @@ from atom.quant.scales import round_scale
 from atom.quant.schemes import LinearScheme, Scheme, TensorSpec
 from atom.quant.stored import load_weight, store_weight
 
+from .keys import centre_on_sink
 from .observe import Hook
 
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 40, 16  # float32 values that a layer keeps for its gradients, in units of its sizes
@@ -158,8 +161,17 @@ class TrainingKV(DenseKV):
     """The dense cache, whose rounding passes gradients.
 
     It hands attention as many key and value heads as there are queries': with fewer, torch has no kernel in float32
-    that does without all scores in memory.
+    that does without all scores in memory. With `moves_centres` all tokens are the first of sequences, and the centre
+    moves so that their mean key is on the grid (keys.py).
     """
+
+    moves_centres: Scheme | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
+        if self.moves_centres is not None and spec.key_centre is not None:
+            first = rotation.apply(k.float()).mean(0)
+            spec.key_centre.copy_(centre_on_sink(spec.key_centre, first, self.moves_centres))
+        return super().attend(layer, q, k, v, rotation, spec)
 
     def _round(self, x: Tensor) -> Tensor:
         return straight_through(x, super()._round(x))
@@ -196,7 +208,7 @@ class Student:
         self.device = device
         self.learns_codes = learns_codes
         self.keeps_activations: bool | None = None  # found out at the first run
-        self.model: Model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
+        self.model: Model = meta_model(model_config(source.config, source.generation_config))
         outside = [name for name in self.model.state_dict() if not name.startswith("model.layers.")]
         self.model.load_state_dict({name: self._read(source, name) for name in outside}, assign=True, strict=False)
         self.model.requires_grad_(False)
@@ -224,6 +236,16 @@ class Student:
         normed: Tensor = decoder.norm(states)
         return normed
 
+    @torch.no_grad()
+    def recentre(self, tokens: Tensor) -> None:
+        """Put the first key of sequences [windows, length] on the grid again, layer by layer: what learned moved it."""
+        if not self.scheme.stores_key_centre:
+            return
+        first = tokens[:, :1]
+        states = self.model.model.embed(first.to(self.device).flatten())
+        for layer in self.model.model.decoder_layers():
+            states = self._run_layer(layer, states, first.shape, self.scheme)
+
     def parameters(self) -> Learning:
         """All that learns."""
         found: dict[str, list[nn.Parameter]] = {"codes": [], "factors": [], "plain": [], "weights": []}
@@ -237,13 +259,15 @@ class Student:
         if index is None:
             yield "model.norm.weight", self.model.get_parameter("model.norm.weight").detach()
             return
-        prefix = layer_prefix(index)
-        for name, module in self.model.get_submodule(prefix).named_modules():
+        prefix, layer = layer_prefix(index), list(self.model.model.decoder_layers())[index]
+        for name, module in layer.named_modules():
             if isinstance(module, TrainableLinear):
                 yield from ((f"{prefix}.{name}.{part}", tensor) for part, tensor in module.stored().items())
-        for name, parameter in self.model.get_submodule(prefix).named_parameters():
+        for name, parameter in layer.named_parameters():
             if name.endswith((".weight", ".bias")) and parameter.requires_grad:
                 yield f"{prefix}.{name}", parameter.detach()
+        if layer.self_attn.key_centre is not None:
+            yield f"{prefix}.{KEY_CENTRE}", layer.self_attn.key_centre
 
     def _fits(self, tokens: int) -> bool:
         """Whether all activations of so many tokens take less than a third of what is free on the GPU."""
@@ -254,8 +278,12 @@ class Student:
         free, _ = torch.cuda.mem_get_info(self.device)
         return 4 * tokens * config.num_layers * per_token < free / 3
 
-    def _run_layer(self, layer: DecoderLayer, states: Tensor, shape: torch.Size) -> Tensor:
+    def _run_layer(
+        self, layer: DecoderLayer, states: Tensor, shape: torch.Size, moves_centres: Scheme | None = None
+    ) -> Tensor:
         kv = TrainingKV.for_scheme(self.model.config, self.scheme, shape[0], self.device)
+        assert isinstance(kv, TrainingKV)
+        kv.moves_centres = moves_centres
         out: Tensor = layer(states, layer.rope(kv.positions(shape[1])), kv)
         return out
 
@@ -270,7 +298,8 @@ class Student:
         layer.load_state_dict(loaded, assign=True, strict=False)
         layer.requires_grad_(False)
         for key in key_tensors(layer, self.scheme):
-            setattr(layer.self_attn, key.rpartition(".")[2], source.get(f"{prefix}.{key}").to(self.device))
+            kept = source.get(f"{prefix}.{key}").to(self.device, copy=True)  # recentre writes to it
+            setattr(layer.self_attn, key.rpartition(".")[2], kept)
         for group in self.model.family.groups:
             perm, shared = None, self.scheme.for_linear(f"{prefix}.{group.linears[0]}")
             if shared.weight is None:

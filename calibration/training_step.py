@@ -4,6 +4,7 @@ A step is tens of thousands of small kernels, whose launches take several times 
 therefore recorded as a CUDA graph, after a few plain steps that load every kernel, and replayed.
 """
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .student import Learning
+
+log = logging.getLogger(__name__)
 
 PLAIN_STEPS = 3  # before a step is recorded
 CODES = 10.0  # learning rate of codes in steps of their grid, as a multiple of the relative rate of all else
@@ -65,7 +68,12 @@ class TrainingStep:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             return loss
         if self._graph is None:
-            self._record(batch)
+            try:
+                self._record(batch)
+            except RuntimeError as error:
+                log.warning("the training step cannot be recorded and is launched kernel by kernel: %s", error)
+                self._stream = self._graph = None
+                return self._step(batch.to(self._device))
         assert self._graph is not None
         self._batch.copy_(batch)
         self._graph.replay()

@@ -88,9 +88,10 @@ class BlockManager:
         """Extend a table to num_tokens; False (nothing changed) if there are not enough free blocks."""
         table = self._tables[owner]
         missing = self.blocks_for(num_tokens) - len(table)
-        if missing > self.num_free:
+        if missing > len(self._empty) + len(self._cached):
             return False
-        table.extend(self._take() for _ in range(missing))
+        for _ in range(missing):
+            table.append(self._take())
         return True
 
     def register(self, owner: int, index: int, digest: bytes) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from atom.kernels.greedy import FAULTY as FAULTY
+from atom.kernels.draw_config import FAULTY as FAULTY
 
 
 class TokenLogprobs(NamedTuple):

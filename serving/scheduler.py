@@ -47,11 +47,6 @@ def _entry(
     return _new_tuple(Entry, (sequence, lane, sequence.epoch, start, end, samples, masks_stop, drafts))
 
 
-def _may_guess(sequence: Sequence) -> bool:
-    """It decodes, with drafts where something can be guessed; they follow its last token, so that must be known."""
-    return sequence.ngrams is not None and sequence.is_decode and not sequence.pending and not sequence.is_sampled_out
-
-
 class Scheduler:
     """Requests in, steps out. Not thread-safe: one thread owns it.
 
@@ -235,7 +230,11 @@ class Scheduler:
         growing = self._decoding.at_block_start()
         if self.config.num_speculative_tokens:
             size = self.config.block_size
-            growing += [(s, s.length) for s in self._running if _may_guess(s) and s.scheduled % size == 0]
+            growing += [
+                (s, s.length)
+                for s in self._running
+                if s.ngrams is not None and s.scheduled % size == 0 and not s.pending and s.is_decode
+            ]
             growing.sort(key=lambda each: each[0].order)
         for sequence, length in growing:
             while sequence.lane is not None:
@@ -253,12 +252,14 @@ class Scheduler:
             return plain, drafted, prefills
         spare = self.config.max_num_batched_tokens - len(self._running)  # tokens of a step that may be drafts
         for sequence in self._running:
-            if sequence.decoding is not None or sequence.is_sampled_out:
+            if sequence.decoding is not None:
                 continue
             start, length = sequence.scheduled, sequence.length
-            if sequence.ngrams is None or not sequence.is_decode:
+            if length >= sequence.max_length:
+                continue
+            if sequence.ngrams is None or length - start != 1 or length == sequence.num_prompt:
                 prefills.append(sequence)
-            elif _may_guess(sequence):
+            elif not sequence.pending:  # drafts follow the last token, so it must be known
                 masks = length + 1 < sequence.min_length
                 drafts = () if masks else self._drafting.propose(sequence, spare)
                 spare -= len(drafts)

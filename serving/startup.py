@@ -68,18 +68,21 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
     dtype = choose_dtype(options.dtype, device)
     say("loading the tokenizer")  # small, and missing more often than the weights
     tokenizer = _tokenizer(model, options)
+    tokenizer_s = time.perf_counter() - started
     say("loading the weights")
     loaded = _load(model, options, device, dtype)
-    weights_s = time.perf_counter() - started
+    weights_s = time.perf_counter() - started - tokenizer_s
     scheme = cache_scheme(loaded.scheme, options.kv_cache_dtype)
     say("sizing the KV cache")
     plan = _plan(loaded, scheme, options)
-    cache_s = time.perf_counter() - started - weights_s
+    cache_s = time.perf_counter() - started - tokenizer_s - weights_s
     limits = options.limits(loaded.config.vocab_size, plan.max_model_len, plan.num_blocks, device.type == "cpu")
+    warm_up_s = -time.perf_counter()
     runner = make_runner(loaded, scheme, options, limits)
     before = used_bytes(device)
     runner.warm_up(lambda done, total: say(f"warming up: decode batch {done} of {total}"))
     warm_up_bytes = used_bytes(device) - before
+    warm_up_s += time.perf_counter()
     engine = Engine(runner, Scheduler(limits), options.watchdog_s(device.type == "cpu"))
     facts = {
         "model": model,
@@ -97,8 +100,10 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "decode_buckets": len(runner.buckets.sizes) if runner.buckets else 0,
         "warm_up_bytes": warm_up_bytes,
+        "tokenizer_s": round(tokenizer_s, 2),
         "weights_s": round(weights_s, 2),
         "cache_s": round(cache_s, 2),
+        "warm_up_s": round(warm_up_s, 2),
         "start_up_s": round(time.perf_counter() - started, 2),
     }
     if plan.is_shortened:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atom.calibration.config import CalibrationConfig
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.generate import scheme_cache
 from atom.models.loader import load_model
 from atom.models.model import build_model
@@ -59,7 +59,7 @@ def save_tiny_model(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16
     """Seeded weights with a few loud channels, as real models have them."""
     folder.mkdir(parents=True)
     raw = MODELS[name]
-    model = build_model(ModelConfig.from_hf(raw))
+    model = build_model(model_config(raw))
     generator = torch.Generator().manual_seed(0)
     state = {}
     for key, parameter in model.state_dict().items():
@@ -158,7 +158,9 @@ def logit_error(logits: Logits) -> Callable[[Path, Path], float]:
 @pytest.fixture
 def quick(text_file: Path) -> CalibrationConfig:
     """Enough text that 192 channels have a Hessian of full rank."""
-    return CalibrationConfig(calib=str(text_file), windows=10, window_length=48, batch_tokens=200, device="cpu")
+    return CalibrationConfig(
+        calib=str(text_file), windows=10, window_length=48, batch_tokens=200, distill_tokens=200, device="cpu"
+    )
 
 
 def missing_gpu() -> str | None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,26 @@ def test_imports_point_downwards(package: str, file: Path) -> None:
     if package == "serving":
         allowed -= {"calibration", "eval"}
     assert imported_packages(package, file) <= allowed
+
+
+def imported_files(file: Path) -> set[Path]:
+    """The files that a file imports by relative imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            asked = (start, *(start / alias.name for alias in node.names))
+            found |= {path.with_suffix(".py") for path in asked if path.with_suffix(".py").is_file()}
+    return found - {file}
+
+
+# In serving a sequence and the decode that it takes part in name each other.
+@pytest.mark.parametrize("package", [package for package in LAYERS if package != "serving"])
+def test_imports_make_no_circle(package: str) -> None:
+    """graphlib's CycleError names the circle."""
+    files = sorted(folder_of(package).rglob("*.py"))
+    assert len(files) > 5
+    TopologicalSorter({file: imported_files(file) for file in files}).prepare()
 
 
 @pytest.mark.parametrize("module", sorted(SHARED))

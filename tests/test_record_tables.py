@@ -48,6 +48,13 @@ def test_lines_named_by_two_keys(results: Path) -> None:
     assert lines[0] == "| model+text | fp | rtn |" and lines[2] == "| small wikitext2 | 9.5 | 1234.5 |"
 
 
+def test_rows_by_how_a_key_begins(tmp_path: Path) -> None:
+    row = {**ROWS[0], "ppl": 1.0}
+    rows = [row | {"model": name} for name in ("trace:a", "trace:b", "tracer")]
+    write_record("quality-ladder", rows, command="x", commit="abc", results=tmp_path)
+    assert draw("columns=model where=model=trace:", tmp_path)[2:4] == ["| trace:a |", "| trace:b |"]
+
+
 def test_drawing_twice_changes_nothing(results: Path) -> None:
     text = "<!-- record:quality-ladder columns=model,ppl -->\n<!-- /record -->\n"
     once = update_text(text, results)

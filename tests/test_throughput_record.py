@@ -1,8 +1,11 @@
 """The record of throughput is joined from parts: the latest of each measurement, and the best batches of those."""
 
+from pathlib import Path
 from typing import Any
 
-from benchmarks.throughput import joined
+import pytest
+
+from benchmarks.throughput import Run, joined, sweeps
 
 
 def row(scheme: str, batch: int, rate: float, **more: Any) -> dict[str, Any]:
@@ -38,3 +41,26 @@ def test_the_latest_counts() -> None:
         ("w4a4", 5.0): 700.0,
         ("w4a8", None): 20_000.0,
     }
+
+
+def test_all_is_the_three_experiments_with_few_engines(tmp_path: Path) -> None:
+    found = sweeps(Run("all", tmp_path, data=tmp_path))
+    runs = {
+        (sweep.model[0], scheme, sweep.memory_gb[0], work.rpartition("/")[2] if "trace" in work else work)
+        for sweep in found
+        for scheme in sweep.schemes
+        for work in sweep.workload
+    }
+    wanted = {
+        (sweep.model[0], scheme, sweep.memory_gb[0], work.rpartition("/")[2] if "trace" in work else work)
+        for name in ("paper", "today", "traces")
+        for sweep in sweeps(Run(name, tmp_path, data=tmp_path))
+        for scheme in sweep.schemes
+        for work in sweep.workload
+    }
+    left_out = {run for run in wanted - runs if run[3] != "steady:20000/2000"}
+    assert runs <= wanted and {(run[0], run[2]) for run in left_out} == {("llama-2-7b", 0.0), ("llama-3-8b", 24.0)}
+    assert ("llama-3-8b", "w4a8", 0.0, "steady:20000/2000") in runs and ("llama-3-8b", "bf16", 24.0, "512/256") in runs
+    assert len({sweep.output for sweep in found}) == len(found), "a folder each"
+    with pytest.raises(ValueError, match="name their folder with --data"):
+        sweeps(Run("all", tmp_path))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.timeline import Span, idle_share, lines_of, spans_of, split_steps, table
+from benchmarks.timeline import Span, idle_median, idle_share, lines_of, spans_of, split_steps, table
 
 
 def test_what_a_kernel_adds_ends_with_it() -> None:
@@ -14,6 +14,10 @@ def test_what_a_kernel_adds_ends_with_it() -> None:
     assert sum(line.adds for line in lines_of(step)) == 18
     assert "one step" in table([step, step, step])
     assert idle_share([step]) == 1 / 18
+    later = [Span("a", 20, 18), Span("b", 38, 2)]  # two of 22 stand still before it
+    after_a_pause = [Span("a", 70, 10)]
+    assert idle_median([step, later]) == 2 / 22 and idle_share([later, after_a_pause]) == 30 / 60
+    assert idle_median([step, later, after_a_pause, [Span("a", 80, 5)]]) == 2 / 22
 
 
 def test_steps_begin_at_what_runs_once_in_each() -> None:

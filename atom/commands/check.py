@@ -12,8 +12,9 @@ import tyro
 from rich.table import Table
 
 from atom.calibration.config import CalibrationConfig
+from atom.calibration.distill_plan import plan_distillation
 from atom.calibration.estimate import GPUS as CALIBRATION_GPUS
-from atom.calibration.estimate import Estimate, estimate, measure_machine
+from atom.calibration.estimate import Estimate, estimate, estimate_distillation, measure_machine
 
 from ..checkpoint import read_scheme
 from ..errors import UnsupportedError
@@ -26,6 +27,7 @@ from ..kernels.paged_attention import PAGED_ATTENTION
 from ..kernels.registry import Op, Problem
 from ..kernels.rope_append import ROPE_APPEND_KV
 from ..models.config import ModelConfig
+from ..models.family import model_config
 from ..models.footprint import Footprint, measure_footprint, source_dtype
 from ..models.loader import meta_model
 from ..models.model import Model
@@ -74,7 +76,7 @@ def run(options: Options) -> dict[str, Any]:
     own = read_scheme(raw)
     named = get_scheme(options.scheme) if options.scheme else own or get_scheme("w4a4")
     scheme = options.switches.apply(named, options.calibration.gptq) if own is None else named
-    config = ModelConfig.from_hf(raw, generation)
+    config = model_config(raw, generation)
     model = meta_model(config)
     gpu = GPUS.get(options.gpu)
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -82,10 +84,18 @@ def run(options: Options) -> dict[str, Any]:
     full = measure_footprint(model, get_scheme("bf16"), source_dtype(config), dtype)
     machine = CALIBRATION_GPUS[options.gpu] if gpu else measure_machine()
     cost = estimate(model, scheme, options.calibration, machine)
+    planned, why = plan_distillation(model, scheme, options.calibration, machine.memory_bytes)
+    training = estimate_distillation(model, planned, machine) if planned.distill_steps else None
     ops = op_table(model, scheme, gpu)
     name = Path(options.model).name
     console.print(f"{name}: {raw['architectures'][0]}, {size.parameters / 1e6:,.1f} M parameters, scheme {scheme.name}")
-    console.print(_size_table(model, scheme, size, full, cost, options))
+    table = _size_table(model, scheme, size, full, cost, options)
+    if training is not None:
+        text = f"{planned.distill_steps} x {planned.distill_tokens} tokens on {options.gpu}"
+        table.add_row(f"distillation, {text}", f"about {_time(training.seconds)}, {_bytes(training.peak_bytes)}", "")
+    elif why is not None:
+        table.add_row("distillation", f"left out: {why}", "")
+    console.print(table)
     console.print(_ops_table(ops, gpu))
     if any(row["runs"] is None for row in ops):
         console.print("Refused ops run with --kernels reference, which is correct and slow.")
@@ -102,6 +112,9 @@ def run(options: Options) -> dict[str, Any]:
         "kv_bytes_per_token": size.kv_token,
         "calibration_seconds": round(cost.seconds, 1),
         "calibration_peak_bytes": cost.peak_bytes,
+        "distill_steps": planned.distill_steps,
+        "distill_seconds": None if training is None else round(training.seconds, 1),
+        "distill_peak_bytes": None if training is None else training.peak_bytes,
         "ops": ops,
     }
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from atom.calibration.config import CalibrationConfig
+from atom.calibration.recommended import AUTO, recommended_scheme
 
 from ..quant.presets import get_scheme
 from ..quant.schemes import Scheme
@@ -24,7 +25,11 @@ class Options:
     """Hub id, model directory, GGUF file, or the alias smollm2."""
 
     scheme: str = "w4a4"
-    """w4a4, w4a8, w4a16, w8a8, fp8, nvfp4, mxfp4, nvint4, w3a3 or bf16; +kv4, +kv8, +kvfp8, +kv16 choose the cache."""
+    """w4a4, w4a8, w4a4-hadamard, w4a8-hadamard, w4a16, w8a8, fp8, nvfp4, mxfp4, nvint4, w3a3, bf16, or auto: what
+    measurements recommend for the GPU; +kv4, +kv8, +kvfp8, +kv16 choose the cache."""
+
+    gpu: str | None = None
+    """The GPU that will serve the model, for --scheme auto: h100 or h200; default this machine's."""
 
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Directory to write; default MODEL-SCHEME here."""
@@ -48,6 +53,8 @@ class Options:
     switches: Annotated[Switches, tyro.conf.OmitArgPrefixes] = field(default_factory=Switches)
 
     def __post_init__(self) -> None:
+        if self.gpu is not None and self.scheme.partition("+")[0] != AUTO:
+            raise ValueError(f"--gpu chooses what --scheme auto means, and the scheme is {self.scheme}; drop --gpu")
         self.build_scheme()
         if self.budget is not None and self.max_loss is not None:
             raise ValueError("--budget and --max-loss exclude each other; give one of them")
@@ -56,7 +63,13 @@ class Options:
 
     def build_scheme(self) -> Scheme:
         """The scheme after the switches; ValueError if they do not fit together."""
-        return self.switches.apply(get_scheme(self.scheme), self.calibration.gptq)
+        return self.switches.apply(get_scheme(self.preset), self.calibration.gptq)
+
+    @property
+    def preset(self) -> str:
+        """The scheme's name, where it is auto that of the GPU's."""
+        name, plus, kv = self.scheme.partition("+")
+        return f"{recommended_scheme(self.gpu)}{plus}{kv}" if name == AUTO else self.scheme
 
     @property
     def config(self) -> CalibrationConfig:
@@ -67,7 +80,7 @@ class Options:
     @property
     def directory(self) -> Path:
         stem = Path(self.model).name.removesuffix(".gguf")
-        return self.output or Path(f"{stem}-{self.scheme.replace('+', '-')}")
+        return self.output or Path(f"{stem}-{self.preset.replace('+', '-')}")
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -91,8 +104,14 @@ def run(options: Options) -> dict[str, Any]:
     )
     totals = report.totals
     size = f"{totals['bytes'] / 2**20:,.1f} MiB in {totals['seconds']:.0f} s"
-    console.print(f"wrote {options.directory}: {options.scheme}, {size}; see atom report quant {options.directory}")
-    return {"output": str(options.directory), "scheme": options.scheme, "totals": totals}
+    console.print(f"wrote {options.directory}: {options.preset}, {size}; see atom report quant {options.directory}")
+    if report.distilled is not None:
+        console.print(
+            "distilled in {steps} steps and {seconds:.0f} s: {kl_before:.4f} -> {kl_after:.4f} nats a token from full "
+            "precision, on text held back".format(**report.distilled)
+        )
+    found = {"output": str(options.directory), "scheme": options.preset, "totals": totals}
+    return found if report.distilled is None else {**found, "distilled": report.distilled}
 
 
 def _choose_scheme(options: Options, base: Scheme) -> Scheme:

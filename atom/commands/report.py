@@ -1,6 +1,7 @@
-"""Draw a quantization report, compare two evaluations, or report throughput.
+"""Draw a quantization report, compare two evaluations, or report accuracy over schemes, or throughput.
 
 Example: atom report quant smollm2-w4a4        atom report eval fp.json w4a4.json        atom report bench sweep/
+         atom report accuracy benchmarks/results/h200/accuracy-frontier.json
 """
 
 from dataclasses import dataclass
@@ -35,6 +36,20 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """Recovery of every model and scheme as a table, and a plot of loss against bits."""
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Records accuracy-frontier.json and quality-presets.json."""
+
+    output: Path = Path("accuracy-report")
+    """Folder for the plot."""
+
+    plots: bool = True
+    """Draw the plot; it needs matplotlib."""
+
+
+@dataclass(frozen=True)
 class Bench:
     """Throughput measurements as Markdown, JSON, plots, and one HTML file that holds them all."""
 
@@ -54,15 +69,33 @@ class Bench:
 Options = (
     Annotated[Quant, tyro.conf.subcommand("quant")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Accuracy, tyro.conf.subcommand("accuracy")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 
-def run(options: Quant | Eval | Bench) -> dict[str, Any]:
+def run(options: Quant | Eval | Accuracy | Bench) -> dict[str, Any]:
     """Print the report; return it as numbers."""
     if isinstance(options, Bench):
         return _bench(options)
+    if isinstance(options, Accuracy):
+        return _accuracy(options)
     return _quant(options) if isinstance(options, Quant) else _eval(options)
+
+
+def _accuracy(options: Accuracy) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from atom.eval.frontier import draw_frontier, read_points, recovery_table
+
+    if not options.files:
+        raise ValueError("no file to report on; name accuracy-frontier.json, quality-presets.json or both")
+    points = read_points(options.files)
+    console.print(recovery_table(points), highlight=False, markup=False, soft_wrap=True)
+    files = [draw_frontier(points, options.output)] if options.plots else []
+    for path in files:
+        console.print(f"wrote {path}")
+    return {"points": [asdict(point) for point in points], "files": [str(path) for path in files]}
 
 
 def _bench(options: Bench) -> dict[str, Any]:

@@ -9,7 +9,7 @@ SHARED_BYTES = 227 * 1024  # of one SM of sm_90, less what the driver keeps
 SEGMENT_BYTES = (
     40_000  # that could be read while a CTA begins and ends a segment (H200: best of 8 to 60 KB, nine batches)
 )
-CTA_BYTES = 52_000  # that a CTA is started for: merging what it leaves takes longer than reading less
+CTA_BYTES = 70_000  # that a CTA is started for: merging what it leaves takes longer than reading less
 ENOUGH_BYTES = (
     120_000  # that rings of an SM should hold: 33 KB are under way in a microsecond, and warps hold a stage each
 )

@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 from .paged_step import Ints
 
 Int32 = NDArray[np.int32]
+MOST_PARTS = (
+    8  # of a short row: more CTAs read it sooner, until merging costs more (H200, decode steps of 1 to 4 x 512)
+)
 SEGMENT_FIELDS = 8  # of a segment, 32 bytes: see AttentionPlan
 
 
@@ -85,7 +88,7 @@ def plan_balanced(
     ctas       that the GPU holds at once
     grain      blocks that a CTA takes at a time: cuts are multiples of it
     overhead   blocks that could be read while a CTA begins and ends a segment
-    least      blocks that a CTA is worth being started for
+    least      blocks that a CTA is worth being started for, where rows are few; MOST_PARTS of a row always are
     """
     firsts, ends = block_ranges(seqlens_k, block_size, window)
     counts = ends - firsts  # [B], of each of a sequence's rows
@@ -94,7 +97,8 @@ def plan_balanced(
     ticks = np.zeros(len(counts) + 1, dtype=np.int64)  # of sequences in the line of all rows' costs
     (num_kv_heads * costs).cumsum(out=ticks[1:])
     blocks = num_kv_heads * int(counts.sum())
-    used = max(1, min(ctas, blocks // least))
+    few = min(blocks // (2 * grain), MOST_PARTS * num_kv_heads * int(np.count_nonzero(active)))
+    used = max(1, min(ctas, max(few, blocks // least)))
     targets = np.arange(1, used) * ticks[-1] // used
     seqs = ticks.searchsorted(targets, side="right") - 1  # of each cut
     heads, cuts = np.divmod(targets - ticks[seqs], costs[seqs])

@@ -8,7 +8,6 @@ replays any other of the same batch size: `prepare` fills them.
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,28 +36,6 @@ from .paged_step import PagedStep
 from .prefill_sm90 import Prefill
 
 ARCH = "sm_90a"
-HERE = Path(__file__).parent
-SHARED = ("attention_config.py", "dsl/tensor_core.py", "dsl/memory.py", "dsl/arithmetic.py")
-SOURCES = {
-    name: tuple(HERE / file for file in (*files, *SHARED))
-    for name, files in {
-        "paged_decode_sm90": (
-            "paged_decode_sm90.py",
-            "decode_fetch_sm90.py",
-            "decode_stage_sm90.py",
-            "decode_merge_sm90.py",
-            "decode_codes_sm90.py",
-            "decode_offset_sm90.py",
-        ),
-        "rope_append_sm90": (
-            "rope_append_sm90.py",
-            "head_transforms_sm90.py",
-            "dsl/packed_bf16.py",
-            "dsl/rounded_float.py",
-            "dsl/wide_access.py",
-        ),
-    }.items()
-}
 PINNED_COPIES = 4  # steps that may be under way before a host buffer is written again
 REPLAN_AFTER = 32  # steps that one plan serves while sequences only grow
 FEW_TOKENS = 2048  # up to which a warp of the append kernel takes one task: 7.5 us against 8.0 at 1024, on an H200
@@ -361,4 +338,4 @@ def append_kernel(config: AppendConfig) -> Any:
 
 
 def _load(name: str, config: object, compile: Callable[[], Any]) -> Any:
-    return load_kernel(name, config, SOURCES[name], compile, ARCH)
+    return load_kernel(name, config, compile, ARCH)

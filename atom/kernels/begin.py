@@ -6,7 +6,6 @@ stands still while its copy engine and its multiprocessors wait for each other.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,10 @@ from torch import Tensor
 
 from .begin_config import RECORD_WORDS
 from .cache import load_kernel
+from .refusals_sm90 import refuses_rows
 from .registry import Problem
 
 ARCH = "sm_90a"
-HERE = Path(__file__).parent
-SOURCES = (HERE / "begin_sm90.py", HERE / "begin_config.py")
 
 Int32 = NDArray[np.int32]
 
@@ -96,7 +94,7 @@ def begin_kernel() -> Any:
 
         return compile_begin()
 
-    return load_kernel("begin_sm90", "begin", SOURCES, compile, ARCH)
+    return load_kernel("begin_sm90", "begin", compile, ARCH)
 
 
 @lru_cache
@@ -108,15 +106,9 @@ def bring_kernel() -> Any:
 
         return compile_bring()
 
-    return load_kernel("begin_sm90", "bring", SOURCES, compile, ARCH)
+    return load_kernel("begin_sm90", "bring", compile, ARCH)
 
 
 def refuses_begin(problem: Problem) -> str | None:
     """Why the sm_90a kernel cannot begin the steps of a model with K hidden channels, or None."""
-    if problem.arch != "sm_90":
-        return f"it is built for sm_90, this is {problem.arch}"
-    if problem.dtype != "bfloat16":
-        return f"hidden states must be bfloat16, got {problem.dtype}"
-    if problem.K % 8:
-        return f"hidden states must be a multiple of 8 long, got {problem.K}"
-    return None
+    return refuses_rows(problem, "hidden states", "bfloat16")

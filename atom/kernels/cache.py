@@ -12,11 +12,12 @@ import fcntl
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,36 +28,61 @@ from atom.errors import UnsupportedError
 from .compile_workers import run_jobs
 
 SYMBOL = "atom_kernel"
+HERE = Path(__file__).parent
+IMPORT = re.compile(r"^\s*from (\.+)([\w.]*) import (\([^)]*\)|.*)", re.MULTILINE)
 PACKAGES = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
 _loaded: dict[str, Any] = {}
 _lock = threading.Lock()
 _runtime: list[ctypes.CDLL] = []
 
 
-def load_kernel(name: str, config: object, sources: Iterable[Path], compile: Callable[[], Any], arch: str) -> Any:
-    """The compiled kernel `name` in `config`, from memory, from disk, or compiled now.
+def load_kernel(name: str, config: object, compile: Callable[[], Any], arch: str) -> Any:
+    """The compiled kernel of module `name` in `config`, from memory, from disk, or compiled now.
 
-    config   a value whose repr tells everything that `compile` depends on besides `sources`
-    sources  the files whose text decides the machine code
+    name     of the module of atom/kernels that holds the device code
+    config   a value whose repr tells everything that `compile` depends on besides that code
     compile  returns a TVM-FFI compiled function with `export_to_c`
     returns  a TVM-FFI function
     Raises UnsupportedError where the compiler's packages are missing.
     """
-    key = kernel_key(name, config, sources, arch)
+    key = kernel_key(name, config, arch)
     with _lock:
         if key not in _loaded:
             _loaded[key] = _open(_library(name, key, compile, arch))
         return _loaded[key]
 
 
-def kernel_key(name: str, config: object, sources: Iterable[Path], arch: str) -> str:
+def kernel_key(name: str, config: object, arch: str) -> str:
     """Hash of all that a kernel's machine code depends on."""
     digest = hashlib.sha256()
     for part in (name, repr(config), arch, *(f"{p} {_version(p)}" for p in PACKAGES)):
         digest.update(part.encode() + b"\0")
-    for source in sorted(sources):
+    for source in kernel_sources(HERE / f"{name}.py"):
         digest.update(source.name.encode() + b"\0" + _text(source, source.stat().st_mtime_ns) + b"\0")
     return digest.hexdigest()[:24]
+
+
+def kernel_sources(module: Path) -> list[Path]:
+    """The files that a kernel's code may stand in: its module and what that imports, as far as it lies beside it."""
+    found: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        source = waiting.pop()
+        if source not in found:
+            found.add(source)
+            waiting += _imported(source, module.parent, source.stat().st_mtime_ns)
+    return sorted(found)
+
+
+@lru_cache
+def _imported(source: Path, folder: Path, changed: int) -> list[Path]:
+    """The files of `folder` and its subfolders that a file imports by relative imports."""
+    found = []
+    for dots, module, names in IMPORT.findall(_text(source, changed).decode()):
+        start = source.parents[len(dots) - 1].joinpath(*module.split(".")) if module else source.parents[len(dots) - 1]
+        asked = [start, *(start / name for name in re.findall(r"\w+", names))]
+        found += [path.with_suffix(".py") for path in asked if path.with_suffix(".py").is_file()]
+    return [path for path in found if folder in path.parents]
 
 
 @lru_cache

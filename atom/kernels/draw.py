@@ -2,7 +2,6 @@
 the next step. Its definition is serving/sampler.py, which runs what this kernel refuses."""
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,18 +14,6 @@ from .host_memory import HostRing
 from .registry import Problem
 
 ARCH = "sm_90a"
-HERE = Path(__file__).parent
-SOURCES = tuple(
-    HERE / name
-    for name in (
-        "draw_sm90.py",
-        "draw_config.py",
-        "largest_logit_sm90.py",
-        "dsl/arithmetic.py",
-        "dsl/memory.py",
-        "dsl/tensor_core.py",
-    )
-)
 
 _ring = HostRing()
 
@@ -55,7 +42,7 @@ def draw_kernel() -> Any:
 
         return compile_draw()
 
-    return load_kernel("draw_sm90", "draw", SOURCES, compile, ARCH)
+    return load_kernel("draw_sm90", "draw", compile, ARCH)
 
 
 def refuses_draw(problem: Problem) -> str | None:

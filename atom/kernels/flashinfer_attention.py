@@ -5,14 +5,13 @@ the solution puts them together as our kernels read them. Tables and lengths, wh
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .bench_attention import CELLS, FORMATS, Shape, layout_of
+from .flashinfer_schema import Json, written_solution
 
-Json = dict[str, Any]
 REFERENCE = Path(__file__).with_name("flashinfer_kv_reference.py")
 CODE_DTYPES = {"int4": "int8", "int8": "int8", "fp8_e4m3": "float8_e4m3fn", "bf16": "bfloat16"}
 APPENDED = (64, 8192)  # tokens of the workloads of rope_append_kv
@@ -97,21 +96,7 @@ def solution(definition: Json, kv: str, window: int | None = None) -> Json:
     call = f"{function}({kv!r}, dict({', '.join(f'{n}={n}' for n in names)}){options})"
     lines = [f"from atom.kernels.flashinfer_kv_solution import {function}", "", ""]
     lines += [f"def run({', '.join(names)}):", f"    return {call}"]
-    return {
-        "name": f"{definition['name']}_sm90",
-        "definition": definition["name"],
-        "author": "atom",
-        "description": "atom-serving",
-        "spec": {
-            "language": "python",
-            "target_hardware": ["NVIDIA H200"],
-            "entry_point": "main.py::run",
-            "dependencies": ["atom-serving"],
-            "destination_passing_style": False,
-            "binding": None,
-        },
-        "sources": [{"path": "main.py", "content": "\n".join(lines) + "\n"}],
-    }
+    return written_solution(definition, "atom-serving", lines)
 
 
 def tables_of(shape: Shape) -> tuple[Json, dict[str, Tensor]]:

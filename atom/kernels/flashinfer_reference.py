@@ -75,6 +75,16 @@ def quantize(
     return round_to(x * effective.reciprocal(), fmt), scale, outer
 
 
+def turn(x: torch.Tensor, block: int, outliers: int) -> torch.Tensor:
+    """x float32 [T, K], each whole block of its normal columns times Sylvester's matrix over sqrt(block)."""
+    H = torch.ones(1, 1, device=x.device)
+    while len(H) < block:
+        H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
+    whole = (x.shape[1] - outliers) // block * block
+    turned = (x[:, :whole].unflatten(1, (-1, block)) @ (H * block**-0.5)).flatten(1)
+    return torch.cat((turned, x[:, whole:]), 1)
+
+
 def round_activation(x: torch.Tensor, spec: tuple[str, int, str, float] | None, outliers: int) -> torch.Tensor:
     """x float32 [T, K] rounded and dequantized; its last `outliers` columns are INT8 under one scale a token."""
     normal = x.shape[1] - outliers

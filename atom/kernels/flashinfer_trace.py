@@ -10,18 +10,18 @@ import json
 import uuid
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from ..errors import UnsupportedError
 from ..quant.formats import get_format
 from ..quant.presets import get_scheme
 from ..quant.schemes import LinearScheme, TensorSpec
 from ..quant.stored import stored_tensors
 from . import flashinfer_attention
+from .flashinfer_schema import Json, written_solution
 
-Json = dict[str, Any]
 REFERENCE = Path(__file__).with_name("flashinfer_reference.py")
 DTYPES = {
     torch.bfloat16: "bfloat16",
@@ -167,7 +167,9 @@ def _linear_run(linear: LinearScheme, names: list[str], K: int) -> str:
     lines.append(f"    w = values(codes, {spec.format!r}) * spread({scale}, {spec.group_size or 0}, normal)")
     if outliers:
         lines.append("    w = torch.cat((w, outlier_weight.float() * outlier_scale.float()), 1)")
-    lines.append(f"    rounded = round_activation(x.float(), {_activation(linear.activation)}, {outliers})")
+    lines.append("    x = x.float()")
+    lines += _turned("x", linear)
+    lines.append(f"    rounded = round_activation(x, {_activation(linear.activation)}, {outliers})")
     lines.append("    return (rounded @ w.T).bfloat16()")
     return "\n".join(lines)
 
@@ -184,9 +186,20 @@ def _producer_run(op: str, linear: LinearScheme, names: list[str]) -> str:
         lines.append("    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5) * weight")
     if "perm" in names:
         lines.append("    h = h[:, perm.long()]")
+    lines += _turned("h", linear)
     lines.append(f"    y = round_activation(h, {_activation(linear.activation)}, {linear.outliers.count})")
     lines.append("    return total, y" if op == "add_rms_norm_quantize" else "    return y")
     return "\n".join(lines)
+
+
+def _turned(name: str, linear: LinearScheme) -> list[str]:
+    """The line that rotates `name`, where the scheme rotates."""
+    rotation = linear.rotation
+    if rotation is None:
+        return []
+    if rotation.kind != "block_hadamard":
+        raise UnsupportedError("a definition has no whole Hadamard rotation; use --rotation block_hadamard")
+    return [f"    {name} = turn({name}, {rotation.block}, {linear.outliers.count})"]
 
 
 def _activation(spec: TensorSpec | None) -> str:
@@ -210,21 +223,7 @@ def _solution(definition: Json, row: Json) -> Json:
     if row["op"] != "linear":
         call = call.replace("run_linear(", f"run_producer({row['op']!r}, ")
     lines += ["", "", f"def run({arguments}):", f"    return {call}"]
-    return {
-        "name": f"atom_{definition['name'].removeprefix('atom_')}_sm90",
-        "definition": definition["name"],
-        "author": "atom",
-        "description": f"atom-serving, {row['runs']}",
-        "spec": {
-            "language": "python",
-            "target_hardware": ["NVIDIA H200"],
-            "entry_point": "main.py::run",
-            "dependencies": ["atom-serving"],
-            "destination_passing_style": False,
-            "binding": None,
-        },
-        "sources": [{"path": "main.py", "content": "\n".join(lines) + "\n"}],
-    }
+    return written_solution(definition, f"atom-serving, {row['runs']}", lines)
 
 
 def _workload(definition: Json, size: int, axis: str = "M") -> Json:

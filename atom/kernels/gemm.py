@@ -32,21 +32,6 @@ from .gemm_pack_bf16 import pack_group_of_16, pack_group_of_32, pack_row_scaled
 from .refusals_sm90 import weight_kind
 
 ARCH = "sm_90a"
-HERE = Path(__file__).parent
-FILES = (
-    "gemm_sm90.py",
-    "gemm_loads_sm90.py",
-    "gemm_mainloop_sm90.py",
-    "gemm_epilogue_sm90.py",
-    "gemm_decode_sm90.py",
-    "gemm_config.py",
-    "gemm_kinds.py",
-    "gemm_pack.py",
-    "gemm_pack_bf16.py",
-    "dsl/memory.py",
-    "dsl/arithmetic.py",
-)
-SOURCES = tuple(HERE / name for name in FILES)
 SCRATCH_WORDS = (
     COUNTER_WORDS + 132 * 2 * 128 * 256
 )  # the largest exchange of a split: two CTAs an SM of 128 tokens x 256 rows
@@ -231,12 +216,12 @@ def gemm_kernel(config: GemmConfig) -> Any:
 
         return compile_gemm(config)
 
-    return load_kernel("gemm_sm90", config, SOURCES, compile, ARCH)
+    return load_kernel("gemm_sm90", config, compile, ARCH)
 
 
 def gemm_path(config: GemmConfig) -> Path:
     """Where the compiled kernel of a config is kept."""
-    return kernel_path("gemm_sm90", kernel_key("gemm_sm90", config, SOURCES, ARCH))
+    return kernel_path("gemm_sm90", kernel_key("gemm_sm90", config, ARCH))
 
 
 def activation_columns(linear: LinearScheme, K: int) -> tuple[int, int, int]:

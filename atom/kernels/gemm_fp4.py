@@ -8,7 +8,6 @@ the hardware has seen the rest run.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +23,6 @@ from .fp4_layout import fragment_order, pack_codes, pack_scales
 from .gated import Gate, gated_activation
 from .norm import rms_norm
 from .registry import device_arch
-
-HERE = Path(__file__).parent
-SHARED = ("fp4_config.py", "fp4_layout.py")
-SOURCES = {
-    "sm_100": ("gemm_fp4_sm100.py", *SHARED),
-    "sm_120": ("gemm_fp4_sm120.py", "dsl/block_scaled.py", "dsl/wide_access.py", *SHARED),
-}
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,7 @@ def fp4_kernel(config: Fp4Config, arch: str) -> Any:
             from .gemm_fp4_sm120 import compile_gemm
         return compile_gemm(config)
 
-    return load_kernel(name, config, [HERE / source for source in SOURCES[arch]], compile, f"{arch}a")
+    return load_kernel(name, config, compile, f"{arch}a")
 
 
 def build_linear(linear: LinearScheme, weight: MixedWeight, bias: Tensor | None) -> Callable[[Activation], Tensor]:

@@ -2,20 +2,18 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import load_kernel
+from .draw_config import FAULTY
 from .host_memory import HostRing
+from .refusals_sm90 import refuses_rows
 from .registry import Implementation, Op, Problem
 
 ARCH = "sm_90a"
-HERE = Path(__file__).parent
-SOURCES = tuple(HERE / name for name in ("greedy_sm90.py", "largest_logit_sm90.py", "dsl/arithmetic.py"))
-FAULTY = -1  # instead of a token id: the logits held no number to choose by
 
 Greedy = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -64,18 +62,12 @@ def greedy_kernel() -> Any:
 
         return compile_greedy()
 
-    return load_kernel("greedy_sm90", "greedy", SOURCES, compile, ARCH)
+    return load_kernel("greedy_sm90", "greedy", compile, ARCH)
 
 
 def refuses_greedy(problem: Problem) -> str | None:
     """Why the sm_90a kernel cannot take logits of K tokens, or None."""
-    if problem.arch != "sm_90":
-        return f"it is built for sm_90, this is {problem.arch}"
-    if problem.dtype != "bfloat16":
-        return f"logits must be bfloat16, got {problem.dtype}"
-    if problem.K % 8:
-        return f"vocabularies must be a multiple of 8, got {problem.K}"
-    return None
+    return refuses_rows(problem, "logits", "bfloat16")
 
 
 GREEDY = Op(

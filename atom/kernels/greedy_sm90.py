@@ -9,11 +9,11 @@ import cutlass.utils as utils
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
+from .draw_config import FAULTY
 from .largest_logit_sm90 import LargestLogit
 
 THREADS = 1024
 WARPS = THREADS // 32
-FAULTY = -1  # what is reported for a row without a number to choose by
 
 
 class Greedy(LargestLogit):

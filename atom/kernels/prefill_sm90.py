@@ -7,7 +7,6 @@ they lie, and a sliding window reads no block that its queries do not see.
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,14 +23,6 @@ from .prefill_plan import PrefillPlan, RaggedPart, SquarePart, plan_prefill
 from .rotate import rotate
 
 ARCH = "sm_90a"
-HERE = Path(__file__).parent
-SOURCES = tuple(
-    HERE / file
-    for file in (
-        "kv_gather_sm90.py", "codes_bf16_sm90.py", "attention_config.py", "dsl/arithmetic.py", "dsl/memory.py",
-        "dsl/packed_bf16.py", "dsl/tensor_core.py", "dsl/wide_access.py",
-    )
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,4 +192,4 @@ def gather_kernel(config: GatherConfig) -> Any:
 
         return compile_gather(config)
 
-    return load_kernel("kv_gather_sm90", config, SOURCES, compile, ARCH)
+    return load_kernel("kv_gather_sm90", config, compile, ARCH)

@@ -13,10 +13,9 @@ from ..quant.scales import LARGEST_DYNAMIC
 from ..quant.schemes import LinearScheme
 
 CHUNK = 8  # columns that a thread reads, rounds and writes together
-GROUP_CHUNKS = 16  # chunks of a group of 128
+UNIT_CHUNKS = 16  # chunks of the 128 columns to which normal columns in bytes are filled up
 SHARED_BYTES = 220 * 1024  # of an SM, for rows
-FEW_TOKENS = 64  # up to so many, a launch is laid out for latency,
-SOME_TOKENS = 1024  # up to so many for a token or two on each CTA, and beyond for bandwidth
+FEW_TOKENS = 64  # up to so many, a launch is laid out for latency, beyond for bandwidth
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class ProducerConfig:
     source         "norm" (RMSNorm), "add_norm" (of x + residual, which is written too), "silu" or "gelu_tanh"
                    (act(gate) x up), "plain"
     rounding       "group": codes in bytes, a scale per 128 columns; "token": codes in bytes, one per row; "factor":
-                   code x factor of its 128 columns in bytes, one scale per row; "small": code x scale as bfloat16, a
-                   scale per `group_size` columns; "none": bfloat16
+                   code x factor of its 32, 64 or 128 columns in bytes, one scale per row; "small": code x scale as
+                   bfloat16, a scale per 16 or 32 columns; "none": bfloat16
     format         of the codes: int3, int4, int8, e2m1 or fp8_e4m3; bf16 without rounding
     ratio          scale = largest magnitude x ratio
     scale_format   how a scale is stored: fp32, bf16, uint4 or e4m3 (under a float32 per token) or e8m0
@@ -42,6 +41,7 @@ class ProducerConfig:
     chunks         slots (see `place`) of one thread
     parts          CTAs of a token
     ctas_per_sm    so many stay on an SM and take one token after another; 0: one token, as many CTAs as it takes
+    stages         rows of a CTA that stays, in shared memory: one is rounded while the others are on their way
     """
 
     source: str
@@ -61,6 +61,7 @@ class ProducerConfig:
     chunks: int = 0
     parts: int = 1
     ctas_per_sm: int = 0
+    stages: int = 2
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -83,6 +84,11 @@ class ProducerConfig:
         return self.source in ("silu", "gelu_tanh")
 
     @property
+    def is_exact(self) -> bool:
+        """Whether codes are atom/quant's bit for bit: no sum or exponential before them leaves a last bit open."""
+        return self.source == "plain" and not self.rotation
+
+    @property
     def reads_two(self) -> bool:
         return self.source not in ("norm", "plain")
 
@@ -103,13 +109,25 @@ class ProducerConfig:
         return not (self.rounding == "group" and self.format != "int8" and reach < 0.5 - self.code_range[0])
 
     @property
+    def stays_in_range(self) -> bool:
+        """Whether no value under its scale lies beyond the codes, so that none need be clamped."""
+        return self.rounding == "token" and self.scale_format == "fp32" and self.code_range[1] + 0.4 > 1 / self.ratio
+
+    @property
     def run(self) -> int:
-        """Neighbouring slots of one thread: all it has where it gathers them and they share a scale, else one.
+        """Neighbouring slots of one thread: all it has where it gathers or turns them and they share a scale, else one.
 
         Only of CTAs that stay: columns and gains of runs are loaded badly, which must be worth it.
         """
-        shares = self.permuted and self.ctas_per_sm > 0 and not self.rotation and not self.writes_bf16
-        return self.chunks if shares and self.chunks in (2, 4, 8) else 1
+        gathers = self.permuted and not self.rotation and self.chunks in (2, 4, 8)
+        turns = not self.permuted and self.rotation >= 32 and self.chunks == 4 and self.rotated == self.slots * CHUNK
+        shares = self.rounding in ("token", "factor", "group") and self.chunks <= (self.group_chunks or self.chunks)
+        return self.chunks if self.ctas_per_sm > 0 and shares and (gathers or turns) else 1
+
+    @property
+    def turns_runs(self) -> bool:
+        """Whether a thread turns the 32 columns of a run by itself."""
+        return self.run > 1 and not self.permuted
 
     @property
     def reorders(self) -> bool:
@@ -126,28 +144,39 @@ class ProducerConfig:
         """(the exponent of the format's largest value, the largest exponent of a scale), for e8m0."""
         return frexp(get_format(self.format).max)[1] - 1, frexp(self.largest_scale)[1] - 1
 
-    # Slots: the chunks of the output in order, one after another: normal columns, zeros that fill up the last group,
-    # outliers, zeros that fill up their last unit of 64. Lanes of a warp hold neighbouring slots, or runs of such, and
+    # Slots: the chunks of the output in order, one after another: normal columns, zeros that fill up the last 128,
+    # outliers, zeros that fill up their last 64. Lanes of a warp hold neighbouring slots, or runs of such, and
     # what shares a scale lies within a warp.
+
+    @property
+    def group_chunks(self) -> int:
+        """Chunks under one scale or factor, where there are groups."""
+        return self.group_size // CHUNK
 
     @property
     def normal_chunks(self) -> int:
         return (self.columns - self.outliers) // CHUNK
 
     @property
-    def groups(self) -> int:
-        return -(-self.normal_chunks // GROUP_CHUNKS)
+    def units(self) -> int:
+        """Of 128 normal columns."""
+        return -(-self.normal_chunks // UNIT_CHUNKS)
 
     @property
     def filled_chunks(self) -> int:
-        """Normal chunks and the zeros that fill up their last group."""
-        return self.normal_chunks if self.writes_bf16 else self.groups * GROUP_CHUNKS
+        """Normal chunks and the zeros that fill up their last unit."""
+        return self.normal_chunks if self.writes_bf16 else self.units * UNIT_CHUNKS
 
     @property
     def outlier_slot(self) -> int:
         """Slot of the first outlier: more than 128 of them take a warp of their own."""
-        step = 32 if self.outliers > 128 else GROUP_CHUNKS
+        step = 32 if self.outliers > 128 else UNIT_CHUNKS
         return -(-self.filled_chunks // step) * step if self.outliers else self.filled_chunks
+
+    @property
+    def rotated(self) -> int:
+        """Columns that the rotation turns: whole blocks of normal ones."""
+        return (self.columns - self.outliers) // self.rotation * self.rotation if self.rotation else 0
 
     @property
     def slots(self) -> int:
@@ -186,7 +215,13 @@ def producer_config(
     assert spec.clip != "mse"
     size = spec.group_size or 0
     config = make(
-        rounding="token" if not size else "small" if size != 128 else "factor" if spec.outer else "group",
+        rounding="token"
+        if not size
+        else "factor"
+        if spec.scale_format == "uint4"
+        else "group"
+        if size == 128
+        else "small",
         format=spec.format,
         ratio=float(spec.clip) if spec.scale_format == "e8m0" else float(spec.clip) / levels,
         scale_format=spec.scale_format,
@@ -194,11 +229,6 @@ def producer_config(
         group_size=size,
     )
     return with_layout(config, tokens)
-
-
-def token_range(tokens: int) -> int:
-    """Which of the layouts of a producer so many tokens run with."""
-    return (tokens > FEW_TOKENS) + (tokens > SOME_TOKENS)
 
 
 def with_layout(config: ProducerConfig, tokens: int) -> ProducerConfig:
@@ -212,10 +242,14 @@ def with_layout(config: ProducerConfig, tokens: int) -> ProducerConfig:
     if few and config.slots > 1024:
         return lay_out(config, 128, 1, 8)
     # a meeting in a cluster costs a quarter of a microsecond: one CTA a token
-    stays = not few and not config.reads_two and (config.permuted or config.is_norm)
-    if stays and config.permuted and config.is_norm:
-        return lay_out(config, 256, 2, 1, 768) if tokens <= SOME_TOKENS else lay_out(config, 128, 4, 1, 512)
-    return lay_out(config, 256 if config.slots <= 1024 else 1024, 2, 1, 1024 if stays else 0)
+    threads = 256 if config.slots <= 1024 else 1024
+    if few or config.reads_two:
+        return lay_out(config, threads, 2, 1)
+    if config.permuted:
+        return lay_out(config, threads, 2, 1, 768 if config.is_norm else 1024)  # registers: indices, and gains too
+    if config.rotation >= 32 and not config.writes_bf16:
+        return lay_out(config, threads // 2, 4, 1, 512)
+    return lay_out(config, threads, 2, 1, 1024 if config.is_norm and not config.writes_bf16 else 0)
 
 
 def lay_out(config: ProducerConfig, threads: int, chunks: int, most_parts: int, stay: int = 0) -> ProducerConfig:

@@ -10,8 +10,8 @@ from typing import Any
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
-from .dsl.arithmetic import max_magnitude, warp_max_magnitude, warp_sum
-from .dsl.memory import load_shared_16, load_shared_f32, load_u32x4, send_to_peer, store_shared_u32x4
+from .dsl.arithmetic import max_of_magnitudes, warp_max_magnitude, warp_sum
+from .dsl.memory import load_shared_16, load_shared_f32, load_u32x4, peer_address, send_to_peer, store_shared_u32x4
 from .dsl.packed_floats import add, unpack
 from .dsl.tensor_core import exp2, reciprocal_approx
 from .dsl.wide_access import load_words, store_words
@@ -27,6 +27,26 @@ class ProducerRows:
     size: int
     words: int
     is_full: bool
+    room: int
+    runs: int
+
+    @cute.jit
+    def slot_of(self, j: cutlass.Constexpr, tid, rank):
+        """The slot of this thread's j-th chunk before a rotation; after it, chunks of a run stand in order.
+
+        Lanes that turn runs take the four chunks of theirs in four orders, so that eight lanes' lie in all banks.
+        """
+        config = self.config
+        place = j % config.run
+        if cutlass.const_expr(config.turns_runs):
+            place = Int32(place) ^ ((tid >> 1) & 3)
+        return self.first_slot(j // config.run, tid, rank) + place
+
+    @cute.jit
+    def first_slot(self, i: cutlass.Constexpr, tid, rank):
+        """The first slot of this thread's i-th run."""
+        config = self.config
+        return ((rank * self.runs + i) * config.threads + tid) * config.run
 
     @cute.jit
     def source_chunk(self, slot):
@@ -48,7 +68,7 @@ class ProducerRows:
         chunk = Int32(j * config.threads) + tid
         there = chunk < config.columns // CHUNK
         if cutlass.const_expr(not config.permuted):
-            chunk, there = self.source_chunk((rank * config.chunks + j) * config.threads + tid)
+            chunk, there = self.source_chunk(self.slot_of(j, tid, rank))
         return chunk, there
 
     @cute.jit
@@ -147,38 +167,68 @@ class ProducerRows:
             value[e] = found[e]
 
     @cute.jit
-    def over_row(
-        self, sR, met, at: cutlass.Constexpr, value, is_sum: cutlass.Constexpr, tid, rank, is_whole: cutlass.Constexpr
+    def tell_row(
+        self, sR, peers, at: cutlass.Constexpr, values, sums: cutlass.Constexpr, tid, is_whole: cutlass.Constexpr
     ):
-        """The sum, or the maximum of what is not negative, of all threads' values, in every thread.
+        """This warp's sums, or maxima of what is not negative, to all that work on the row; see hear_row.
 
-        met       barriers that count what the CTAs of a cluster send, one for the sum and one for the maximum
-        at        where in sR there is room for `parts x warps` values
+        values    this thread's part of each
+        sums      of each, whether it is a sum
+        peers     what find_peers returns
+        at        where in sR there is room for `parts x warps` sums and, `self.room` behind it, for as many maxima
         is_whole  whether each CTA of the token has all of it, so that none needs to ask the others
         """
         config = self.config
         warp = tid // 32
         lane = tid % 32
-        value = over_warp(value, is_sum)
-        clustered = config.clustered and not is_whole
-        count = self.warps * (config.parts if clustered else 1)
-        if cutlass.const_expr(clustered):
+        of_warp = [over_warp(values[i], sums[i]) for i in range(len(sums))]
+        if cutlass.const_expr(config.clustered and not is_whole):
             if lane < config.parts:
-                place = sR.iterator.toint() + 4 * (at + rank * self.warps + warp)
-                send_to_peer(place, (met + (0 if is_sum else 1)).toint(), lane, value)
-            cute.arch.mbarrier_wait(met + (0 if is_sum else 1), 0)
+                for i in cutlass.range_constexpr(len(sums)):
+                    place, barrier = peers[0 if sums[i] else 1]
+                    send_to_peer(place, barrier, of_warp[i])
         else:
             if lane == 0:
-                sR[at + warp] = value
+                for i in cutlass.range_constexpr(len(sums)):
+                    sR[at + self.room_of(sums[i]) + warp] = of_warp[i]
+
+    @cute.jit
+    def hear_row(self, sR, met, at: cutlass.Constexpr, sums: cutlass.Constexpr, tid, is_whole: cutlass.Constexpr):
+        """Those sums and maxima over the whole row, in every thread, once all warps have told theirs."""
+        config = self.config
+        clustered = config.clustered and not is_whole
+        if cutlass.const_expr(clustered):
+            for i in cutlass.range_constexpr(len(sums)):
+                cute.arch.mbarrier_wait(met + (0 if sums[i] else 1), 0)
+        else:
             cute.arch.sync_threads()
+        count = self.warps * (config.parts if clustered else 1)
+        return [self.over_warps(sR, at + self.room_of(is_sum), count, is_sum, tid % 32) for is_sum in sums]
+
+    @cute.jit
+    def find_peers(self, sR, met, tid, rank):
+        """For the sum and for the maximum: where this warp's goes in the CTA that this lane tells, and what counts it.
+
+        met   barriers that count what the CTAs of a cluster send, one for the sum and one for the maximum
+        """
+        peer = cutlass.min(tid % 32, Int32(self.config.parts - 1))
+        places = [sR.iterator.toint() + 4 * (room + rank * self.warps + tid // 32) for room in (0, self.room)]
+        return [(peer_address(places[i], peer), peer_address((met + i).toint(), peer)) for i in range(2)]
+
+    def room_of(self, is_sum: bool) -> int:
+        return 0 if is_sum else self.room
+
+    @cute.jit
+    def over_warps(self, sR, at: cutlass.Constexpr, count: cutlass.Constexpr, is_sum: cutlass.Constexpr, lane):
+        """The sum or maximum of what `count` warps left in shared memory."""
+        value = Float32(0.0)
         if cutlass.const_expr(count > 16):
-            found = Float32(0.0)
             for i in cutlass.range_constexpr(-(-count // 32)):
                 part = Float32(0.0)
                 if 32 * i + lane < count:
                     part = sR[at + 32 * i + lane]
-                found = reduced([found, part], is_sum)
-            value = over_warp(found, is_sum)
+                value = reduced([value, part], is_sum)
+            value = over_warp(value, is_sum)
         else:
             value = reduced([sR[at + i] for i in range(count)], is_sum)
         return value
@@ -198,7 +248,6 @@ class ProducerRows:
         """Blocks of normal columns times Sylvester's Hadamard matrix; what is left of a last block stays."""
         config = self.config
         block = config.rotation
-        whole = (config.columns - config.outliers) // block * block
         turned = [value[e] for e in range(CHUNK)]
         for step in (1, 2, 4)[: block.bit_length() - 1]:
             turned = butterflies(turned, step)
@@ -207,16 +256,53 @@ class ProducerRows:
             if (slot & lanes) != 0:
                 sign = Float32(-1.0)
             turned = [cute.arch.shuffle_sync_bfly(t, offset=lanes) + sign * t for t in turned]
-        if slot * CHUNK < whole:
+        scale = Float32(1.0 / sqrt(block))
+        if cutlass.const_expr(config.rotated == config.slots * CHUNK):
             for e in cutlass.range_constexpr(CHUNK):
-                value[e] = turned[e] * Float32(1.0 / sqrt(block))
+                value[e] = turned[e] * scale
+        else:
+            if slot * CHUNK < config.rotated:
+                for e in cutlass.range_constexpr(CHUNK):
+                    value[e] = turned[e] * scale
+
+    @cute.jit
+    def rotate_run(self, run, tid):
+        """The same of a run of four chunks: 32 columns within the thread, from the order in which it took the chunks.
+
+        Chunk c was taken as c ^ k: sums over the chunks then come in order, but with the sign of the bits in c & k.
+        """
+        config = self.config
+        turned = []
+        for c in cutlass.range_constexpr(4):
+            part = [run[c][e] for e in range(CHUNK)]
+            for step in (1, 2, 4):
+                part = butterflies(part, step)
+            turned += part
+        for step in (8, 16):
+            turned = butterflies(turned, step)
+        swapped = tid >> 1
+        scale = Float32(1.0 / sqrt(config.rotation))
+        first, second = scale, scale
+        if (swapped & 1) != 0:
+            first = -scale
+        if (swapped & 2) != 0:
+            second = -scale
+        both = first * second * Float32(sqrt(config.rotation))
+        signed = (scale, first, second, both)
+        turned = [turned[i] * signed[i // CHUNK] for i in range(4 * CHUNK)]
+        for lanes in (1, 2, 4)[: (config.rotation // 32).bit_length() - 1]:
+            sign = Float32(1.0)
+            if (tid & lanes) != 0:
+                sign = Float32(-1.0)
+            turned = [cute.arch.shuffle_sync_bfly(t, offset=lanes) + sign * t for t in turned]
+        for i in cutlass.range_constexpr(4 * CHUNK):
+            run[i // CHUNK][i % CHUNK] = turned[i]
 
     @cute.jit
     def largest(self, value, found):
         """The largest magnitude of a chunk, or `found` if that is larger."""
-        for e in cutlass.range_constexpr(CHUNK):
-            found = max_magnitude(found, value[e])
-        return found
+        pairs = [max_of_magnitudes(value[e], value[e + 1]) for e in range(0, CHUNK, 2)]
+        return reduced([found, *pairs], False)
 
 
 @cute.jit

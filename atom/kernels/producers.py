@@ -18,21 +18,7 @@ from .activation import Activation, QuantizedActivation
 from .cache import kernel_key, kernel_path, load_kernel
 from .gather_order import gather_orders, selector
 from .gemm import ARCH, activation_columns, takes_bf16, token_scales
-from .producer_config import CHUNK, FEW_TOKENS, SOME_TOKENS, ProducerConfig, producer_config, token_range
-
-HERE = Path(__file__).parent
-SOURCES = tuple(
-    HERE / name
-    for name in (
-        "producers_sm90.py",
-        "producer_rows_sm90.py",
-        "producer_encode_sm90.py",
-        "producer_config.py",
-        "dsl/arithmetic.py",
-        "dsl/memory.py",
-        "dsl/tensor_core.py",
-    )
-)
+from .producer_config import CHUNK, FEW_TOKENS, ProducerConfig, producer_config
 
 
 @dataclass(frozen=True)
@@ -74,7 +60,7 @@ class QuantizingProducer:
         self.perm = None if perm is None else perm.to(torch.int32).contiguous()
         self.gain = None if gain is None else gain.float().contiguous()
         self.eps = eps
-        self.plans: dict[tuple[torch.dtype, int, bool, int], Plan] = {}
+        self.plans: dict[tuple[torch.dtype, int, bool, bool], Plan] = {}
 
     @property
     def features(self) -> int:
@@ -87,7 +73,7 @@ class QuantizingProducer:
 
     def configs(self, dtype: torch.dtype, K: int, strided: bool = False) -> set[ProducerConfig]:
         """Every kernel that any number of tokens runs with."""
-        return {self.config(dtype, K, strided, tokens) for tokens in (1, FEW_TOKENS + 1, SOME_TOKENS + 1)}
+        return {self.config(dtype, K, strided, tokens) for tokens in (1, FEW_TOKENS + 1)}
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> QuantizedActivation:
         """x [T, K], other (up) [T, K] -> codes and scales, as atom/kernels/gemm.py takes them."""
@@ -99,7 +85,7 @@ class QuantizingProducer:
         if strided and self.source not in ("silu", "gelu_tanh"):
             x, other, strided = x.contiguous(), None if other is None else other.contiguous(), False
         tokens, K = x.shape
-        key = (x.dtype, K, strided, token_range(tokens))
+        key = (x.dtype, K, strided, tokens > FEW_TOKENS)
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self.plan(x.dtype, K, strided, tokens, x.device)
@@ -148,6 +134,8 @@ class QuantizingProducer:
                 columns = torch.cat((held, (back - (back >> 31 << 32)).to(torch.int32)))
         if self.gain is not None:
             gain = torch.cat((self.gain, self.gain.new_zeros(1)))[held.long()]
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(device).synchronize()  # a launch reads both before what is in front has ended
         return gain, columns
 
 
@@ -159,12 +147,12 @@ def producer_kernel(config: ProducerConfig) -> Any:
 
         return compile_producer(config)
 
-    return load_kernel("producers_sm90", config, SOURCES, compile, ARCH)
+    return load_kernel("producers_sm90", config, compile, ARCH)
 
 
 def producer_path(config: ProducerConfig) -> Path:
     """Where the compiled kernel of a config is kept."""
-    return kernel_path("producers_sm90", kernel_key("producers_sm90", config, SOURCES, ARCH))
+    return kernel_path("producers_sm90", kernel_key("producers_sm90", config, ARCH))
 
 
 def build_rms_norm_quantize(

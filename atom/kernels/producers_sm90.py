@@ -3,7 +3,8 @@
 
 A thread holds a few chunks of 8 columns of a token from the load to the store. Few tokens: a CTA or more for each, laid
 out for the shortest way. Many tokens: CTAs that stay, the next token's row on its way while one is rounded. What
-happens to a row before it is rounded stands in producer_rows_sm90.py, the rounding in producer_encode_sm90.py.
+happens to a row before it is rounded stands in producer_rows_sm90.py, from values to what lies in memory in
+producer_write_sm90.py, the rounding itself in producer_encode_sm90.py.
 """
 
 from typing import Any
@@ -14,19 +15,17 @@ import cutlass.utils as utils
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from .dsl.arithmetic import max_over_lanes, reciprocal_of_normal, reciprocal_root
+from .dsl.arithmetic import reciprocal_root
 from .dsl.memory import bulk_load
-from .dsl.tensor_core import pick_bytes
-from .dsl.wide_access import load_floats, load_words, store_words
-from .producer_config import CHUNK, GROUP_CHUNKS, ProducerConfig
-from .producer_encode_sm90 import ProducerEncode
+from .dsl.wide_access import load_floats, load_words
+from .producer_config import CHUNK, ProducerConfig
 from .producer_rows_sm90 import ProducerRows
+from .producer_write_sm90 import ProducerWrite
 
-STAGES = 2  # rows of a CTA that stays: one is rounded while one is on its way
 DTYPES = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32}
 
 
-class Producer(ProducerRows, ProducerEncode):
+class Producer(ProducerRows, ProducerWrite):
     """The compile-time choices of one kernel; see ProducerConfig."""
 
     def __init__(self, config: ProducerConfig) -> None:
@@ -46,7 +45,7 @@ class Producer(ProducerRows, ProducerEncode):
         self.words = CHUNK * self.size // 4  # of a chunk
         self.stays = config.ctas_per_sm > 0
         assert not self.stays or not (config.reads_two or config.strided or config.parts > 1)
-        self.rows = STAGES if self.stays else 1 if config.permuted else 0  # in shared memory
+        self.rows = config.stages if self.stays else 1 if config.permuted else 0  # in shared memory
         self.row = config.columns + CHUNK  # the last chunk holds zeros
         self.room = -(-self.warps * config.parts // 4) * 4  # for what the warps found
 
@@ -96,13 +95,14 @@ class Producer(ProducerRows, ProducerEncode):
         if cutlass.const_expr(self.rows > 0):
             sV = smem.allocate_tensor(dtype, cute.make_layout(self.rows * self.row), byte_alignment=16)
         if cutlass.const_expr(self.stays):
-            full = smem.allocate_array(Int64, STAGES)
+            full = smem.allocate_array(Int64, config.stages)
             if tid == 0:
-                for s in cutlass.range_constexpr(STAGES):
+                for s in cutlass.range_constexpr(config.stages):
                     cute.arch.mbarrier_init(full + s, 1)
             cute.arch.mbarrier_init_fence()
-        sR = smem.allocate_tensor(Float32, cute.make_layout(2 * STAGES * self.room), byte_alignment=16)
+        sR = smem.allocate_tensor(Float32, cute.make_layout(2 * config.stages * self.room), byte_alignment=16)
         met: Any = None
+        peers: Any = None
         if cutlass.const_expr(config.clustered):
             met = smem.allocate_array(Int64, 2)
             if tid == 0:
@@ -113,6 +113,7 @@ class Producer(ProducerRows, ProducerEncode):
                 for s in cutlass.range_constexpr(2):
                     cute.arch.mbarrier_arrive_and_expect_tx(met + s, 4 * self.warps * config.parts)
             cute.arch.cluster_arrive_relaxed()
+            peers = self.find_peers(sR, met, tid, rank)
         cute.arch.griddepcontrol_launch_dependents()
 
         # What does not depend on the launch before this one: columns and gains of this thread's slots.
@@ -122,8 +123,7 @@ class Producer(ProducerRows, ProducerEncode):
         rI.fill(config.columns)
         rG.fill(0.0)
         for j in cutlass.range_constexpr(config.chunks):
-            slot = self.first_slot(j // config.run, tid, rank) + j % config.run
-            self.load_constants(mG, mP, sV, rI, rG, rO, j, slot)
+            self.load_constants(mG, mP, sV, rI, rG, rO, j, self.slot_of(j, tid, rank))
         if cutlass.const_expr(config.permuted):
             if tid < self.rows * CHUNK:
                 sV[tid // CHUNK * self.row + config.columns + tid % CHUNK] = dtype(0.0)
@@ -133,29 +133,31 @@ class Producer(ProducerRows, ProducerEncode):
             cute.arch.cluster_wait()  # the others' barriers stand
         cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(self.stays):
-            for s in cutlass.range_constexpr(STAGES):
+            for s in cutlass.range_constexpr(config.stages):
                 self.fetch(mX, sV, full, s, first + s * step, tid)
             phase = Int32(0)
-            for start in cutlass.range(first, M, STAGES * step, unroll=1):
-                for s in cutlass.range_constexpr(STAGES):
+            ahead = config.stages * step
+            for start in cutlass.range(first, M, ahead, unroll=1):
+                for s in cutlass.range_constexpr(config.stages):
                     token = start + s * step
                     if token < M:
                         cute.arch.mbarrier_wait(full + s, phase)
                         self.token(
-                            mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, rO, eps, s, token, STAGES * step, tid, rank
+                            mX, mU, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, s, token, ahead, tid, rank
                         )
                 phase = phase ^ 1
         else:
-            self.token(mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, rO, eps, 0, first, M, tid, rank)
+            self.token(mX, mU, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, 0, first, M, tid, rank)
 
     @cute.jit
     def fetch(self, mX, sV, full, stage: cutlass.Constexpr, token, tid):
         """Ask for the row of a token, if there is one; `full` counts its arrival."""
         size = self.config.columns * self.size
-        if tid == 0 and token < mX.shape[0]:
-            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, size)
-            source = mX.iterator + Int64(token) * self.config.columns
-            bulk_load(sV.iterator + stage * self.row, source, Int32(size), full + stage)
+        if cute.arch.make_warp_uniform(tid // 32) == 0 and token < mX.shape[0]:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, size)
+                source = mX.iterator + Int64(token) * self.config.columns
+                bulk_load(sV.iterator + stage * self.row, source, Int32(size), full + stage)
 
     @cute.jit
     def load_constants(self, mG, mP, sV, rI, rG, rO, j: cutlass.Constexpr, slot):
@@ -182,8 +184,9 @@ class Producer(ProducerRows, ProducerEncode):
 
     @cute.jit
     def token(
-        self, mX, mU, mT, mQ, mS, sV, sR, full, met, rI, rG, rO, eps, stage: cutlass.Constexpr, token, ahead, tid, rank
-    ):
+        self, mX, mU, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, stage: cutlass.Constexpr, token, ahead,
+        tid, rank,
+    ):  # fmt: skip
         """One token from its row to its codes; once the row is read, that of the token `ahead` takes its place."""
         config = self.config
         values = [cute.make_rmem_tensor((CHUNK,), Float32) for _ in range(config.chunks)]
@@ -193,14 +196,13 @@ class Producer(ProducerRows, ProducerEncode):
         else:
             squares = self.read(mX, mU, mT, sV, values, token, tid, rank)
         room = 2 * stage * self.room
-        factor = Float32(1.0)
-        if cutlass.const_expr(config.is_norm):
-            total = self.over_row(sR, met, room, squares, True, tid, rank, config.permuted)
-            factor = reciprocal_root(total / Float32(config.columns) + eps)
-        elif cutlass.const_expr(self.rows > 0):
-            cute.arch.sync_threads()
-        if cutlass.const_expr(self.stays):
-            self.fetch(mX, sV, full, stage, token + ahead, tid)
+        total = Float32(0.0)
+        if cutlass.const_expr(config.permuted and not self.stays):  # the whole row must be there before it is gathered
+            if cutlass.const_expr(config.is_norm):
+                self.tell_row(sR, peers, room, [squares], (True,), tid, True)
+                (total,) = self.hear_row(sR, met, room, (True,), tid, True)
+            else:
+                cute.arch.sync_threads()
 
         largest = [Float32(0.0) for _ in range(self.runs)]
         of_row = Float32(0.0)
@@ -211,9 +213,12 @@ class Producer(ProducerRows, ProducerEncode):
                     self.gather(rI, 0, values[j], j)
                 if cutlass.const_expr(config.is_norm):
                     for e in cutlass.range_constexpr(CHUNK):
-                        values[j][e] = values[j][e] * factor * rG[e, j]
-                if cutlass.const_expr(config.rotation > 0):
+                        values[j][e] = values[j][e] * rG[e, j]
+                if cutlass.const_expr(config.rotation > 0 and not config.turns_runs):
                     self.rotate(values[j], slot)
+            if cutlass.const_expr(config.turns_runs):
+                self.rotate_run(values[i * config.run : (i + 1) * config.run], tid)
+            for j in cutlass.range_constexpr(i * config.run, (i + 1) * config.run):
                 if cutlass.const_expr(config.rounding != "none"):
                     largest[i] = self.largest(values[j], largest[i])
             if cutlass.const_expr(config.outliers == 0):
@@ -221,19 +226,33 @@ class Producer(ProducerRows, ProducerEncode):
             else:
                 if slot < config.outlier_slot:
                     of_row = cute.arch.fmax(of_row, largest[i])
-            largest[i] = self.unit_max(largest[i], slot)
+        told = []  # what is yet to be found over the row, and whether it is a sum
+        if cutlass.const_expr(config.is_norm and (self.stays or not config.permuted)):
+            told.append((squares, True))
         if cutlass.const_expr(config.needs_row_max):
-            of_row = self.over_row(sR, met, room + self.room, of_row, False, tid, rank, False)
+            told.append((of_row, False))
+        sums = tuple(is_sum for _, is_sum in told)
+        if cutlass.const_expr(len(told) > 0):
+            self.tell_row(sR, peers, room, [value for value, _ in told], sums, tid, False)
+        raw = [self.unit_raw(largest[i], self.first_slot(i, tid, rank)) for i in range(self.runs)]
+        if cutlass.const_expr(len(told) > 0 or self.stays):
+            heard = self.hear_row(sR, met, room, sums, tid, False)
+            if cutlass.const_expr(config.needs_row_max):
+                of_row = heard[-1]
+            if cutlass.const_expr(True in sums):
+                total = heard[0]
+        if cutlass.const_expr(self.stays):
+            self.fetch(mX, sV, full, stage, token + ahead, tid)
+        factor = Float32(1.0)  # of the norm, which the values lack until they are rounded
+        if cutlass.const_expr(config.is_norm):
+            factor = reciprocal_root(total / Float32(config.columns) + eps)
+            of_row = of_row * factor
         for i in cutlass.range_constexpr(self.runs):
             run = values[i * config.run : (i + 1) * config.run]
             back = [rO[j] for j in range(i * config.run, (i + 1) * config.run)]
-            self.write(mQ, mS, run, back, largest[i], of_row, token, self.first_slot(i, tid, rank))
-
-    @cute.jit
-    def first_slot(self, i: cutlass.Constexpr, tid, rank):
-        """The first slot of this thread's i-th run."""
-        config = self.config
-        return ((rank * self.runs + i) * config.threads + tid) * config.run
+            if cutlass.const_expr(config.is_norm):
+                raw[i] = raw[i] * factor
+            self.write(mQ, mS, run, back, raw[i], of_row, factor, token, self.first_slot(i, tid, rank))
 
     @cute.jit
     def read(self, mX, mU, mT, sV, values, token, tid, rank):
@@ -244,158 +263,37 @@ class Producer(ProducerRows, ProducerEncode):
         rX.fill(0)
         rU.fill(0)
         self.load(mX, mU, rX, rU, token, tid, rank)
-        squares = Float32(0.0)
+        squares = [Float32(0.0), Float32(0.0)]
         for j in cutlass.range_constexpr(self.reads):
             value = values[j if not config.permuted else 0]
             self.combine(rX, rU, value, j)
-            squares = self.add_squares(squares, value)
+            self.add_squares(squares, value)
             if cutlass.const_expr(config.permuted):
                 self.share(sV, rX, j, tid, rank)
         if cutlass.const_expr(config.source == "add_norm"):
             self.store_sum(mT, rX, token, tid, rank)
-        return squares
+        return squares[0] + squares[1]
 
     @cute.jit
     def take(self, sV, rI, values, stage: cutlass.Constexpr, tid, rank):
         """The row that has arrived in shared memory into `values`; returns this thread's sum of squares."""
         config = self.config
         offset = stage * self.row * self.size
-        squares = Float32(0.0)
+        squares = [Float32(0.0), Float32(0.0)]
         for j in cutlass.range_constexpr(config.chunks):
             if cutlass.const_expr(config.permuted):
                 self.gather(rI, offset, values[j], j)
             else:
                 self.take_chunk(sV, offset, values[j], j, tid, rank)
-            squares = self.add_squares(squares, values[j])
-        return squares
+            self.add_squares(squares, values[j])
+        return squares[0] + squares[1]
 
     @cute.jit
     def add_squares(self, squares, value):
+        """Squares of a chunk added to two sums, so that no long chain forms."""
         if cutlass.const_expr(self.config.is_norm):
             for e in cutlass.range_constexpr(CHUNK):
-                squares = squares + value[e] * value[e]
-        return squares
-
-    @cute.jit
-    def write(self, mQ, mS, run, back, largest, of_row, token, slot):
-        """Round a run of chunks and store it, and its scale where it is the first under it; `slot` is its first."""
-        config = self.config
-        each = 4 if config.writes_bf16 else 2
-        words = cute.make_rmem_tensor((each, config.run), Int32)
-        if cutlass.const_expr(config.rounding == "group"):
-            self.round_group(mS, run, largest, words, token, slot)
-        elif cutlass.const_expr(config.rounding == "factor"):
-            self.round_factored(mS, run, largest, of_row, words, token, slot)
-        elif cutlass.const_expr(config.rounding == "token"):
-            scale = self.scale(of_row, config.ratio, config.scale_format == "bf16")
-            inverse = reciprocal_of_normal(scale)
-            for c in cutlass.range_constexpr(config.run):
-                if cutlass.const_expr(config.format == "fp8_e4m3"):
-                    self.encode_e4m3(run[c], inverse, words[None, c])
-                else:
-                    self.encode(run[c], inverse, *config.code_range, words[None, c])
-            if slot == 0:
-                mS[0, token] = scale
-        else:
-            if cutlass.const_expr(config.rounding == "small"):
-                outer = Float32(1.0)
-                if cutlass.const_expr(config.scale_format == "e4m3"):
-                    outer = self.outer_scale(of_row)
-                    if slot == 0:
-                        mS[0, token] = outer
-                scale = self.small_scale(largest, reciprocal_of_normal(outer))
-                self.round_small(run[0], scale, scale * outer)
-            self.encode_bf16(run[0], words[None, 0])
-        if cutlass.const_expr(config.reorders):
-            for c in cutlass.range_constexpr(config.run):
-                low, high = Uint32(words[0, c]), Uint32(words[1, c])
-                words[0, c] = Int32(pick_bytes(low, high, back[c]))
-                words[1, c] = Int32(pick_bytes(low, high, back[c] >> 16))
-        chunk = slot
-        there = slot < config.slots
-        if cutlass.const_expr(config.outlier_slot > config.filled_chunks):
-            there = there and (slot < config.filled_chunks or slot >= config.outlier_slot)
-            if slot >= config.outlier_slot:
-                chunk = slot - (config.outlier_slot - config.filled_chunks)
-        length = (config.slots - config.outlier_slot + config.filled_chunks) * each
-        at = mQ.iterator.toint() + (Int64(token) * length + chunk * each) * 4
-        if cutlass.const_expr(self.fills):
-            self.store_run(at, words)
-        else:
-            if there:
-                self.store_run(at, words)
-
-    @cute.jit
-    def store_run(self, at, words):
-        each = cute.size(words, mode=[0])
-        found = [words[w, c] for c in range(self.config.run) for w in range(each)]
-        for first in cutlass.range_constexpr(0, len(found), 4):
-            store_words(at + 4 * first, found[first : first + 4])
-
-    @cute.jit
-    def round_group(self, mS, run, largest, words, token, slot):
-        """Chunks under the scale of their 128 columns, or of the outliers."""
-        config = self.config
-        qmin, qmax, ratio = self.unit_range(slot)
-        unit = slot >> 4  # sixteen chunks a group
-        begins = (slot & 15) == 0 and slot < config.filled_chunks
-        if cutlass.const_expr(config.outliers > 0):
-            if slot >= config.outlier_slot:
-                unit = config.groups + ((slot - config.outlier_slot) >> 3)
-                begins = (slot & 7) == 0 and slot < config.slots
-        scale = self.scale(largest, ratio, config.scale_format == "bf16")
-        inverse = reciprocal_of_normal(scale)
-        for c in cutlass.range_constexpr(config.run):
-            self.encode(run[c], inverse, qmin, qmax, words[None, c])
-        if begins:
-            mS[unit, token] = scale
-
-    @cute.jit
-    def round_factored(self, mS, run, largest, of_row, words, token, slot):
-        """Chunks under their group's factor and the token's scale, or under the scale of the outliers."""
-        config = self.config
-        outer = self.outer_scale(of_row)
-        qmin, qmax, _ = self.unit_range(slot)
-        factor = self.factor_scale(largest, reciprocal_of_normal(outer))
-        effective = factor * outer
-        if slot == 0:
-            mS[0, token] = outer
-        if cutlass.const_expr(config.outliers > 0):
-            if slot >= config.outlier_slot:
-                factor = Float32(1.0)
-                effective = self.scale(largest, 1.0 / 127.0, True)
-                if slot == config.outlier_slot:
-                    mS[1, token] = effective
-        inverse = reciprocal_of_normal(effective)
-        for c in cutlass.range_constexpr(config.run):
-            self.encode_factored(run[c], factor, inverse, qmin, qmax, words[None, c])
-
-    @cute.jit
-    def unit_max(self, largest, slot):
-        """The largest magnitude of the columns under one scale, from that of this thread's run of them."""
-        config = self.config
-        if cutlass.const_expr(config.rounding == "small"):
-            largest = max_over_lanes(largest, config.group_size // CHUNK)
-        if cutlass.const_expr(config.rounding in ("group", "factor")):
-            largest = max_over_lanes(largest, GROUP_CHUNKS // config.run)
-            if cutlass.const_expr(config.outliers > 128):
-                both = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=GROUP_CHUNKS // config.run))
-                if slot >= config.outlier_slot:
-                    largest = both
-        return largest
-
-    @cute.jit
-    def unit_range(self, slot):
-        """(smallest code, largest code, ratio of scale to maximum) of a slot's group, or of the outliers."""
-        config = self.config
-        qmin, qmax = (Float32(bound) for bound in config.code_range)
-        ratio = Float32(config.ratio)
-        if cutlass.const_expr(config.outliers > 0):
-            if slot >= config.outlier_slot:
-                qmin = Float32(-128.0)
-                qmax = Float32(127.0)
-                ratio = Float32(1.0 / 127.0)
-        return qmin, qmax, ratio
+                squares[e % 2] = squares[e % 2] + value[e] * value[e]
 
 
 def compile_producer(config: ProducerConfig, options: str = "") -> object:

@@ -12,27 +12,27 @@ FACTOR_GROUPS = (32, 64, 128)  # columns under one integer factor
 
 def refuses_linear(problem: Problem) -> str | None:
     """Why the sm_90a GEMM cannot run a linear, or None."""
-    if problem.arch != "sm_90":
-        return f"it is built for sm_90, this is {problem.arch}"
-    if problem.K % 8:
-        return f"inputs must be a multiple of 8 long, got {problem.K}"
-    return refuses_scheme(problem.linear)
+    return refuses_rows(problem, "inputs") or refuses_scheme(problem.linear)
 
 
 def refuses_producer(problem: Problem) -> str | None:
     """Why the sm_90a producers cannot feed a linear, or None."""
-    if problem.arch != "sm_90":
-        return f"it is built for sm_90, this is {problem.arch}"
-    if problem.K % 8:
-        return f"rows must be a multiple of 8 long, got {problem.K}"
+    if reason := refuses_rows(problem, "rows"):
+        return reason
     if problem.K > LARGEST_ROW:
         return f"rows of {problem.K} do not fit in shared memory; at most {LARGEST_ROW}"
     if problem.linear == LinearScheme():  # nothing is rounded: the model's own format
         return None if problem.dtype == "bfloat16" else f"full precision must be bfloat16, got {problem.dtype}"
-    activation = problem.linear.activation
-    if activation is not None and _by_factor(activation, "token") and activation.group_size != 128:
-        return f"no producer rounds under factors of {activation.group_size} columns yet"
     return refuses_scheme(problem.linear)
+
+
+def refuses_rows(problem: Problem, rows: str, dtype: str | None = None) -> str | None:
+    """Why no sm_90a kernel can read rows of K values (of that dtype, if it takes no other), or None."""
+    if problem.arch != "sm_90":
+        return f"it is built for sm_90, this is {problem.arch}"
+    if dtype is not None and problem.dtype != dtype:
+        return f"{rows} must be {dtype}, got {problem.dtype}"
+    return f"{rows} must be a multiple of 8 long, got {problem.K}" if problem.K % 8 else None
 
 
 def fuses_rows(problem: Problem) -> bool:

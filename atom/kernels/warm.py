@@ -52,14 +52,12 @@ def model_kernels(model: nn.Module, dtype: torch.dtype, tokens: Iterable[int] = 
 def step_kernels() -> list[Kernel]:
     """Those that begin a decode step and sample its tokens, whatever the model."""
     found = (
-        ("begin_sm90", "begin", begin.SOURCES, begin.begin_kernel),
-        ("begin_sm90", "bring", begin.SOURCES, begin.bring_kernel),
-        ("greedy_sm90", "greedy", greedy.SOURCES, greedy.greedy_kernel),
-        ("draw_sm90", "draw", draw.SOURCES, draw.draw_kernel),
+        ("begin_sm90", "begin", begin.begin_kernel),
+        ("begin_sm90", "bring", begin.bring_kernel),
+        ("greedy_sm90", "greedy", greedy.greedy_kernel),
+        ("draw_sm90", "draw", draw.draw_kernel),
     )
-    return [
-        Kernel(kernel_path(name, kernel_key(name, config, sources, ARCH)), job) for name, config, sources, job in found
-    ]
+    return [Kernel(kernel_path(name, kernel_key(name, config, ARCH)), job) for name, config, job in found]
 
 
 def warm_up(

@@ -51,17 +51,6 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    @staticmethod
-    def from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> "ModelConfig":
-        """Normalise the parsed config.json `raw`; `generation` (generation_config.json) may add EOS ids.
-
-        Raises UnsupportedError for an architecture, activation or RoPE type that Atom does not run, and
-        CheckpointError for a config without a field that every model has.
-        """
-        from .family import family_of
-
-        return family_of(raw).read_config(raw, generation or {})
-
     @property
     def queries_per_kv(self) -> int:
         """How many query heads share one KV head."""

@@ -20,7 +20,7 @@ from ..quant.formats import FP8_E4M3, INT8, Format, get_format
 from ..quant.packing import pack
 from ..quant.rounding import encode_float
 from ..quant.schemes import Scheme
-from .config import ModelConfig
+from .family import model_config
 from .layout import PERM, Expected, model_tensors
 from .loader import meta_model
 from .source import Source
@@ -90,7 +90,7 @@ def dummy_source(
         raw["quantization_config"] = quantization_config(scheme)
     else:
         scheme = None
-    expected = model_tensors(meta_model(ModelConfig.from_hf(raw)), scheme)
+    expected = model_tensors(meta_model(model_config(raw)), scheme)
     return Source(Path(name), raw, {}, {"source": name, "kind": "dummy"}, DummyWeights(expected, scheme, seed, device))
 
 

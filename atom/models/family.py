@@ -8,13 +8,11 @@ a `FAMILY` and one line in `_MODULES` for each architecture.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from .config import ModelConfig
-    from .layers import DecoderLayer
+from .config import ModelConfig, architecture
+from .layers import DecoderLayer
 
 _MODULES = {
     "LlamaForCausalLM": "llama",
@@ -56,8 +54,8 @@ class Family:
     """
 
     name: str
-    read_config: "Callable[[Mapping[str, Any], Mapping[str, Any]], ModelConfig]"
-    layer: "Callable[[ModelConfig, int], DecoderLayer]"
+    read_config: Callable[[Mapping[str, Any], Mapping[str, Any]], ModelConfig]
+    layer: Callable[[ModelConfig, int], DecoderLayer]
     groups: tuple[InputGroup, ...]
 
     @property
@@ -85,8 +83,6 @@ def input_groups(mlp_norm: str = "post_attention_layernorm") -> tuple[InputGroup
 
 def family_of(raw: Mapping[str, Any]) -> Family:
     """The family of the parsed config.json `raw`; UnsupportedError lists the architectures that Atom runs."""
-    from .config import architecture
-
     name = architecture(raw)
     if name not in _MODULES:
         raise UnsupportedError(
@@ -95,3 +91,12 @@ def family_of(raw: Mapping[str, Any]) -> Family:
         )
     family: Family = import_module(f".{_MODULES[name]}", __package__).FAMILY
     return family
+
+
+def model_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    """What the parsed config.json `raw` says of its model; `generation` (generation_config.json) may add EOS ids.
+
+    Raises UnsupportedError for an architecture, activation or RoPE type that Atom does not run, and CheckpointError
+    for a config without a field that every model has.
+    """
+    return family_of(raw).read_config(raw, generation or {})

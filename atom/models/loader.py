@@ -16,6 +16,7 @@ from ..kernels.registry import Kernels, device_arch
 from ..kernels.warm import step_kernels, warm_up
 from .config import ModelConfig
 from .device import choose_device
+from .family import model_config
 from .fused import fuse_model_
 from .head import HeadFormat, round_head_
 from .layers import DecoderLayer
@@ -56,7 +57,7 @@ def load_source(
 ) -> Model:
     """Like load_model, from an opened source."""
     scheme = read_scheme(source.config, f"{source.path.name}/config.json")
-    model = meta_model(ModelConfig.from_hf(source.config, source.generation_config))
+    model = meta_model(model_config(source.config, source.generation_config))
     model.scheme = scheme
     check_source(model_tensors(model, scheme), source, model)
     outside = (name for name in model.state_dict() if not name.startswith("model.layers."))

@@ -5,6 +5,7 @@ tensors are read one at a time. Nothing from a checkpoint is ever executed: safe
 torch's weights-only reader, and no remote code.
 """
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -164,15 +165,30 @@ def load_tokenizer(model: Path | str) -> Any:
             f"{folder} has no tokenizer; one of {', '.join(_VOCABULARIES)} is needed; "
             "copy the tokenizer files of the original model into it."
         )
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return _tokenizer_class(folder).from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(
             f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}); its files must be whole and "
             "of one model; copy them from the original again."
         ) from error
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """What loads the tokenizer of a folder.
+
+    AutoTokenizer, or at once the class that it would find where the files name it, as our checkpoints' do: to look for
+    it among all models' imports torch's compiler, which takes two seconds and more.
+    """
+    file = folder / "tokenizer_config.json"
+    named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
+    if named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _download(name: str, revision: str | None, only: list[str] | None = None) -> Path:

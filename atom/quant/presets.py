@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from .granularity import Channel, Group, Head, Token
-from .schemes import OutlierSpec, Scheme, TensorSpec
+from .schemes import OutlierSpec, RotationSpec, Scheme, TensorSpec
 
 KV4 = TensorSpec("int4", Head(), symmetric=False, dynamic=True)
 KV8 = TensorSpec("int8", Head(), symmetric=False, dynamic=True)
@@ -23,6 +23,15 @@ def _group_int(bits: int) -> tuple[TensorSpec, TensorSpec]:
     return weight, activation
 
 
+def _hadamard_int4() -> tuple[TensorSpec, TensorSpec]:
+    """Weights and activations in groups of 32 under the same factors, for channels that Hadamard blocks have mixed.
+
+    No channel is loud behind a block, so none is an outlier; smaller groups cost 4 bits for each 32 values.
+    """
+    weight, activation = _group_int(4)
+    return replace(weight, granularity=Group(32)), replace(activation, granularity=Group(32), clip=0.95)
+
+
 def _small_groups(fmt: str, size: int, scale_format: str, outer: bool) -> tuple[TensorSpec, TensorSpec]:
     """Groups of 16 or 32 with 8-bit scales, the same for weights and activations."""
     weight = TensorSpec(fmt, Group(size), scale_format=scale_format, outer="tensor" if outer else None)
@@ -30,6 +39,7 @@ def _small_groups(fmt: str, size: int, scale_format: str, outer: bool) -> tuple[
 
 
 _W4, _A4 = _group_int(4)
+_W4_32, _A4_32 = _hadamard_int4()
 _W4_BF16 = replace(_W4, scale_format="bf16", outer=None)
 _W3, _A3 = _group_int(3)
 _A8 = TensorSpec("int8", Token(), dynamic=True, scale_format="fp32")
@@ -53,6 +63,8 @@ PRESETS: dict[str, Scheme] = {
     for s in (
         Scheme("w4a4", _W4, _A4, KV4, OutlierSpec(128), reorder=True),
         Scheme("w4a8", _W4, _A8, KV4),
+        Scheme("w4a4-hadamard", _W4_32, _A4_32, KV4, rotation=RotationSpec("block_hadamard", 64)),
+        Scheme("w4a8-hadamard", _W4_32, _A8, KV4, rotation=RotationSpec("block_hadamard", 64)),
         Scheme("w4a16", _W4_BF16),
         Scheme("w8a8", _W8, _A8, KV8),
         Scheme("fp8", _FP8_W, _FP8_A, KVFP8),

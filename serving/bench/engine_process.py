@@ -5,9 +5,11 @@ present one measures: it imports, touches no GPU, and waits for its arguments on
 """
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from types import TracebackType
 
 _CHILD = "from atom.serving.bench.engine_process import stand_by; stand_by()"
@@ -58,12 +60,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def stand_by() -> None:
     """What such a process runs: imports, then the command that it is told."""
-    import torch  # noqa: F401
-
-    import atom.commands.bench
-    import atom.serving.bench.latency
-    import atom.serving.bench.throughput  # noqa: F401
-    from atom.cli import main
-
+    import_module("torch")
+    for name in ("latency", "throughput"):
+        import_module(f"{__package__}.{name}")
     line = sys.stdin.readline()
-    sys.exit(main(json.loads(line)) if line else 0)
+    sys.argv = ["atom", *json.loads(line or "[]")]
+    if line:
+        runpy.run_module("atom", run_name="__main__")

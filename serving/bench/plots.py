@@ -107,14 +107,14 @@ def draw_loads(loads: Sequence[Row], folder: Path) -> list[Path]:
         if len(mine) < 2:
             continue
         _load_matplotlib()
-        figure, (axis,) = _panels(1, f"Over HTTP: {workload}")
+        figure, (axis,) = new_panels(1, f"Over HTTP: {workload}")
         for label in dict.fromkeys(load_label(load) for load in mine):
             points = [(x["summary"]["tpot"]["p50"], x["summary"]["out_tok_s"]) for x in mine if load_label(x) == label]
             axis.plot(*zip(*sorted(points, key=lambda p: p[1]), strict=True), marker="o", markersize=4, label=label)
         axis.set(xlabel="time per output token, median (ms)", ylabel="output tokens/s", xlim=(0, None), ylim=(0, None))
-        _legend([axis])
+        set_legend([axis])
         path = folder / f"http-{file_stem(workload)}.png"
-        _save(figure, path)
+        save_figure(figure, path)
         found.append(path)
     return found
 
@@ -140,7 +140,8 @@ def _curves(rows: Sequence[Row]) -> dict[float, dict[str, list[Row]]]:
     return found
 
 
-def _panels(count: int, title: str, width: float = 6.4, sharey: bool = True) -> tuple[Any, list[Any]]:
+def new_panels(count: int, title: str, width: float = 6.4, sharey: bool = True) -> tuple[Any, list[Any]]:
+    """A figure of `count` axes side by side."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, count, figsize=(width * count, 4.4), squeeze=False, sharey=sharey)
@@ -152,7 +153,8 @@ def _panels(count: int, title: str, width: float = 6.4, sharey: bool = True) -> 
     return figure, list(axes[0])
 
 
-def _save(figure: Any, path: Path) -> bool:
+def save_figure(figure: Any, path: Path) -> bool:
+    """Write it as a file and forget it."""
     from matplotlib import pyplot
 
     figure.tight_layout()
@@ -166,7 +168,7 @@ def _by_batch(rows: Sequence[Row], title: str, path: Path) -> bool:
     panels = _curves(rows)
     if not panels or max(len(points) for curves in panels.values() for points in curves.values()) < 2:
         return False
-    figure, axes = _panels(len(panels), f"Throughput by batch: {title}")
+    figure, axes = new_panels(len(panels), f"Throughput by batch: {title}")
     for axis, (memory, curves) in zip(axes, panels.items(), strict=True):
         for label, points in curves.items():
             style = _style(label, rows)
@@ -183,8 +185,8 @@ def _by_batch(rows: Sequence[Row], title: str, path: Path) -> bool:
     axes[0].set_ylim(0, None)
     axes[0].set_ylabel("output tokens/s")
     has_bounds = any(row.get("bound_tok_s") for row in rows)
-    _legend(axes, "thin: what the GPU allows" if has_bounds else None)
-    return _save(figure, path)
+    set_legend(axes, "thin: what the GPU allows" if has_bounds else None)
+    return save_figure(figure, path)
 
 
 def _frontier(rows: Sequence[Row], title: str, path: Path) -> bool:
@@ -193,9 +195,9 @@ def _frontier(rows: Sequence[Row], title: str, path: Path) -> bool:
         memory: {label: [p for p in points if p["tpot_ms_p50"]] for label, points in curves.items()}
         for memory, curves in _curves(rows).items()
     }
-    if not any(points for curves in panels.values() for points in curves.values()):
+    if max((len(points) for curves in panels.values() for points in curves.values()), default=0) < 2:
         return False
-    figure, axes = _panels(len(panels), f"Throughput against latency: {title}")
+    figure, axes = new_panels(len(panels), f"Throughput against latency: {title}")
     targets = sorted({row["tpot_target_ms"] for row in rows if row["tpot_target_ms"] is not None})
     for axis, (memory, curves) in zip(axes, panels.items(), strict=True):
         for label, points in curves.items():
@@ -210,8 +212,8 @@ def _frontier(rows: Sequence[Row], title: str, path: Path) -> bool:
         axis.set_title(memory_text(memory), pad=14)
     axes[0].set_ylim(0, None)
     axes[0].set_ylabel("output tokens/s")
-    _legend(axes)
-    return _save(figure, path)
+    set_legend(axes)
+    return save_figure(figure, path)
 
 
 def _speedups(rows: Sequence[Row], title: str, path: Path) -> bool:
@@ -221,7 +223,7 @@ def _speedups(rows: Sequence[Row], title: str, path: Path) -> bool:
     settings = list(dict.fromkeys((row["memory_gb"], row["tpot_target_ms"]) for row in best))
     if len(labels) < 2:
         return False
-    figure, (axis,) = _panels(1, f"Speed-up over {labels[0]} at the best batch: {title}", 2.2 + 1.15 * len(labels))
+    figure, (axis,) = new_panels(1, f"Speed-up over {labels[0]} at the best batch: {title}", 2.2 + 1.15 * len(labels))
     groups = {s: {label_of(r): r for r in best if (r["memory_gb"], r["tpot_target_ms"]) == s} for s in settings}
     with_base = [setting for setting in settings if labels[0] in groups[setting]]
     width = 0.8 / max(1, len(with_base))
@@ -245,7 +247,7 @@ def _speedups(rows: Sequence[Row], title: str, path: Path) -> bool:
     axis.margins(y=0.12)
     axis.grid(False, axis="x")
     axis.legend(fontsize=8, frameon=False, loc="upper left")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def equal_ratios(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
@@ -269,7 +271,7 @@ def _equal(rows: Sequence[Row], title: str, path: Path) -> bool:
     if len(ratios) < 2:
         return False
     labels = [label for label in in_order(rows) if any(label in found for found in ratios.values())]
-    figure, (axis,) = _panels(1, f"Speed-up over {labels[0]} at equal batches: {title}", 2.2 + 1.3 * len(ratios))
+    figure, (axis,) = new_panels(1, f"Speed-up over {labels[0]} at equal batches: {title}", 2.2 + 1.3 * len(ratios))
     width = 0.84 / len(labels)
     for index, label in enumerate(labels):
         places = [
@@ -287,8 +289,8 @@ def _equal(rows: Sequence[Row], title: str, path: Path) -> bool:
     axis.set(xlabel="requests under way", ylabel="times as many output tokens/s")
     axis.margins(y=0.12)
     axis.grid(False, axis="x")
-    _legend([axis])
-    return _save(figure, path)
+    set_legend([axis])
+    return save_figure(figure, path)
 
 
 def _memory(rows: Sequence[Row], title: str, path: Path) -> bool:
@@ -300,7 +302,7 @@ def _memory(rows: Sequence[Row], title: str, path: Path) -> bool:
         panels[memory] = [(label, mine[label]) for label in in_order(list(mine.values()))]
     if not panels:
         return False
-    figure, axes = _panels(len(panels), f"Memory: {title}", 5.6, sharey=False)
+    figure, axes = new_panels(len(panels), f"Memory: {title}", 5.6, sharey=False)
     for axis, (memory, bars) in zip(axes, panels.items(), strict=True):
         names = [label for label, _ in bars]
         weights, caches = ([row[key] / 1.073741824 for _, row in bars] for key in ("weight_gb", "kv_gb"))
@@ -323,8 +325,8 @@ def _memory(rows: Sequence[Row], title: str, path: Path) -> bool:
         axis.tick_params(axis="x", rotation=30)
         axis.grid(False, axis="x")
     axes[0].set_ylabel("GiB")
-    _legend(axes)
-    return _save(figure, path)
+    set_legend(axes)
+    return save_figure(figure, path)
 
 
 def _thousands(count: int) -> str:
@@ -340,7 +342,7 @@ def _spaced(ticks: list[int]) -> list[int]:
     return kept
 
 
-def _legend(axes: Sequence[Any], title: str | None = None) -> None:
+def set_legend(axes: Sequence[Any], title: str | None = None) -> None:
     """Beside the last panel, not over the curves; with what is drawn in any of them."""
     drawn = dict(pair for axis in axes for pair in zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     labels = sorted(drawn, key=lambda label: _rank(label.partition("+")[0]))

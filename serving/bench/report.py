@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .comparison import compare_all, comparison_table
+from .overview import draw_overviews
 from .plots import (
     draw_group,
     draw_loads,
@@ -61,6 +62,9 @@ def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
         bad = sum(row.get("errors") or 0 for row in rows if row["batch_mode"] == "equal")
         if bad:
             parts.append(("text", "", f"{bad} requests failed in these runs; they count as errors, not as answers."))
+    if plots is not None and (overviews := draw_overviews(data.rows, plots)):
+        parts.append(("heading", "All lengths", None))
+        parts += [("plot", path.stem, path) for path in overviews]
     if data.latency:
         parts.append(("heading", "Decode steps", None))
         parts.append(

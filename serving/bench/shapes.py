@@ -6,6 +6,7 @@ from typing import Any
 
 from atom.models.config import ModelConfig
 from atom.models.dummy import SHAPES
+from atom.models.family import model_config
 
 
 def read_shape(name: str) -> tuple[str, dict[str, Any]]:
@@ -25,4 +26,4 @@ def read_shape(name: str) -> tuple[str, dict[str, Any]]:
 
 def shape_config(name: str) -> ModelConfig:
     """The shape called `name` as a model's config."""
-    return ModelConfig.from_hf(read_shape(name)[1])
+    return model_config(read_shape(name)[1])

@@ -65,7 +65,7 @@ def test_factors_bring_channels_and_columns_to_one_size() -> None:
 def test_both_help_behind_hadamard_blocks(
     tiny: Tiny, logit_error: Close, quick: CalibrationConfig, tmp_path: Path
 ) -> None:
-    base = replace(quick, clip="constant")
+    base = replace(quick, clip="constant", balance=False, rotate="none")
     configs = {
         "ascending": base,
         "dealt": replace(base, order="dealt"),

@@ -13,7 +13,7 @@ from atom.calibration.config import CalibrationConfig
 from atom.calibration.data import load_windows
 from atom.calibration.stream import quantize_model
 from atom.commands.quantize import Options
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.generate import scheme_cache
 from atom.models.loader import load_model, meta_model
 from atom.models.source import load_tokenizer, open_source
@@ -116,7 +116,7 @@ def test_a_clip_that_is_given_is_not_measured() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_only_schemes_that_clip_are_measured(name: str, tiny: Tiny) -> None:
-    model = meta_model(ModelConfig.from_hf(open_source(tiny("llama")).config))
+    model = meta_model(model_config(open_source(tiny("llama")).config))
     found = [group.name for group in measured_groups(model, get_scheme(name))]
     assert found == (KINDS if name in ("w4a4", "w3a3") else [])
 
@@ -132,7 +132,7 @@ def test_own_overrides_stay(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path
 
 
 def test_overrides_are_written_only_where_they_differ(tiny: Tiny) -> None:
-    model = meta_model(ModelConfig.from_hf(open_source(tiny("llama")).config))
+    model = meta_model(model_config(open_source(tiny("llama")).config))
     chosen = {"attention_input": 0.9, "o_input": 0.8, "mlp_input": 0.9, "down_input": 1.0}
     scheme = Measured(chosen, {}, 1).apply(W4A4, model.family.groups)
     assert [o.pattern for o in scheme.overrides] == ["*.self_attn.o_proj", "*.mlp.down_proj"]

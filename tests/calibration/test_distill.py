@@ -1,5 +1,6 @@
 """Distillation: the student is the checkpoint, gradients reach it, and what is written predicts better."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,16 +9,19 @@ import pytest
 import torch
 
 from atom.calibration.config import CalibrationConfig
+from atom.calibration.data import load_windows
+from atom.calibration.distill import load_distill_text
 from atom.calibration.report import Report
 from atom.calibration.stream import quantize_model
 from atom.calibration.student import Student, TrainableColumns
 from atom.checkpoint import read_scheme
 from atom.models.generate import scheme_cache
 from atom.models.loader import load_model
-from atom.models.source import open_source
+from atom.models.source import load_tokenizer, open_source
 from atom.quant.granularity import Channel, Group
+from atom.quant.keys import prepare_keys
 from atom.quant.presets import PRESETS, get_scheme
-from atom.quant.rounding import dequantize, quantize
+from atom.quant.rounding import dequantize, fake_quantize, quantize
 from atom.quant.schemes import RotationSpec, TensorSpec
 
 Tiny = Callable[[str], Path]
@@ -120,6 +124,31 @@ def test_distillation_brings_predictions_closer(
     assert not (tmp_path / "out.rounded").exists()
 
 
+def test_the_first_key_is_on_the_grid_again(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    """A layer's mean first key, less the centre, is a point of the grid of the cache, whatever was learned."""
+    quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "out", quick)
+    source = open_source(tmp_path / "out")
+    scheme = read_scheme(source.config)
+    assert scheme is not None and scheme.kv is not None
+    student = Student(source, scheme, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in student.parameters().factors:
+            parameter += 0.05
+    tokens = torch.arange(8).view(8, 1)
+    student.recentre(tokens)
+    seen: list[torch.Tensor] = []
+    for layer in student.model.model.decoder_layers():
+        layer.self_attn.k_proj.register_forward_hook(lambda module, args, k: seen.append(k))
+    with torch.no_grad():
+        student.hidden(tokens)
+    for layer, k in zip(student.model.model.decoder_layers(), seen, strict=True):
+        centre = layer.self_attn.key_centre
+        assert centre is not None
+        first = k.unflatten(-1, centre.shape).mean(0)  # at position 0 RoPE turns nothing
+        keys = prepare_keys(first, centre, scheme.rotates_keys)
+        torch.testing.assert_close(fake_quantize(keys, scheme.kv), keys, rtol=1e-3, atol=1e-4)
+
+
 def test_under_a_low_bit_cache_alone_attention_learns(
     tiny: Tiny, logit_error: Close, quick: CalibrationConfig, tmp_path: Path
 ) -> None:
@@ -148,3 +177,40 @@ def test_a_checkpoint_that_did_not_gain_stays_as_it_was(tiny: Tiny, quick: Calib
     assert report.distilled is not None and report.distilled["kl_after"] > report.distilled["kl_before"]
     for path in (tmp_path / "rounded").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_texts_to_distil_on_come_in_equal_shares(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    """Another text than calibration's, by its tokens, beside calibration's own; each has its part held back."""
+    other = tmp_path / "other.txt"
+    other.write_text("zz yy xx ww " * 400)
+    tokenizer = load_tokenizer(tiny("llama"))
+    config = replace(quick, distill_windows=10, distill_calib=(quick.calib, str(other)))
+    windows = load_windows(quick.calib, tokenizer, 2, quick.window_length, 0)
+    found = load_distill_text(tokenizer, config, windows)
+    assert found.training.shape == (10, quick.window_length) and found.held_back.shape == (2, quick.window_length)
+    own = load_distill_text(tokenizer, replace(config, distill_calib=(), distill_windows=5), windows)
+    assert torch.equal(found.training[:5], own.training) and torch.equal(found.held_back[:1], own.held_back)
+    known = set(load_windows(str(other), tokenizer, 1, quick.window_length, 0).tokens.flatten().tolist())
+    assert set(found.training[5:].flatten().tolist()) == known == set(found.held_back[1:].flatten().tolist())
+    assert CalibrationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_distilled_w4a4_checkpoint_has_the_kernels_format(
+    tiny: Tiny, quick: CalibrationConfig, tmp_path: Path
+) -> None:
+    """Names, dtypes and shapes as before; codes, factors and orders are the same bytes, scales of rows are not."""
+    quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "rounded", quick)
+    config = replace(quick, distill_steps=12, distill_windows=20)
+    quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "out", config)
+    before, after = open_source(tmp_path / "rounded"), open_source(tmp_path / "out")
+    assert sorted(before.names()) == sorted(after.names())
+    moved = set()
+    for name in before.names():
+        a, b = before.get(name), after.get(name)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+        if not torch.equal(a, b):
+            moved.add(name.rpartition(".")[2] if "_proj" in name else "norm" if "norm" in name else name)
+    assert {"weight_channel_scale", "outlier_scale", "norm"} <= moved
+    assert moved <= {"weight_channel_scale", "outlier_scale", "norm", "bias"} | {
+        f"model.layers.{i}.self_attn.key_centre" for i in range(3)
+    }

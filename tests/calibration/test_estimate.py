@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from atom.calibration.config import CalibrationConfig
-from atom.calibration.estimate import GPUS, Machine, estimate, measure_machine
-from atom.models.config import ModelConfig
+from atom.calibration.distill_plan import distill_bytes
+from atom.calibration.estimate import GPUS, Machine, estimate, estimate_distillation, measure_machine
+from atom.models.family import model_config
 from atom.models.loader import meta_model
 from atom.models.model import Model
 from atom.quant.presets import get_scheme
@@ -31,7 +32,7 @@ MACHINE = Machine("cpu", 1e11, 1e10, 1e-5)
 
 
 def model(raw: dict[str, Any]) -> Model:
-    return meta_model(ModelConfig.from_hf(raw))
+    return meta_model(model_config(raw))
 
 
 def test_within_1_5_of_the_measured_8b_run() -> None:
@@ -71,3 +72,16 @@ def test_measuring_clips_and_searching_them_take_time() -> None:
 def test_rates_of_this_machine_are_plausible() -> None:
     machine = measure_machine("cpu")
     assert 1e9 < machine.flops < 1e14 and 1e8 < machine.bytes_per_s < 1e13 and 0 < machine.op_s < 1e-2
+
+
+def test_distillation_takes_time_by_steps_and_no_longer_than_allowed() -> None:
+    config = CalibrationConfig(distill_steps=50, distill_tokens=4096)
+    found = estimate_distillation(model(LLAMA_8B), config, GPUS["h200"])
+    twice = estimate_distillation(model(LLAMA_8B), replace(config, distill_steps=100), GPUS["h200"])
+    assert twice.seconds == pytest.approx(2 * found.seconds) and found.peak_bytes == distill_bytes(
+        model(LLAMA_8B), config
+    )
+    limited = replace(config, distill_steps=10**6, distill_seconds=30.0)
+    assert estimate_distillation(model(LLAMA_8B), limited, GPUS["h200"]).seconds == 30.0
+    small = estimate_distillation(model(SMALL), config, GPUS["h200"])
+    assert small.seconds < found.seconds / 10 and small.peak_bytes < found.peak_bytes / 5

@@ -13,7 +13,7 @@ from atom.calibration.rotated import EMBEDDING, HEAD, rotate_source
 from atom.calibration.stream import quantize_model
 from atom.checkpoint import read_json
 from atom.errors import UnsupportedError
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.generate import scheme_cache
 from atom.models.model import build_model
 from atom.models.source import Source, open_source
@@ -26,7 +26,7 @@ Close = Callable[[Path, Path], float]
 
 
 def logits(source: Source) -> Tensor:
-    model = build_model(ModelConfig.from_hf(source.config, source.generation_config))
+    model = build_model(model_config(source.config, source.generation_config))
     model.load_state_dict({name: source.get(name).double() for name in model.state_dict()}, assign=True)
     tokens = torch.arange(3, 43)
     cache = scheme_cache(model, 1, len(tokens))
@@ -57,7 +57,7 @@ def test_turned_values_are_the_same_function(name: str, tiny: Tiny) -> None:
 def test_hadamard_blocks_of_o_do_not_turn_values_back(tiny: Tiny) -> None:
     """A loud channel of values stays spread behind a block of a head's size."""
     source = open_source(tiny("llama"))
-    head_dim = ModelConfig.from_hf(source.config, source.generation_config).head_dim
+    head_dim = model_config(source.config, source.generation_config).head_dim
     weights = rotate_source(source, values_alone=True).weights
     loud = torch.zeros(1, head_dim)
     loud[0, 3] = 1.0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import atom
 from atom.calibration.config import CalibrationConfig
+from atom.calibration.progress import Silent
 from atom.calibration.report import Report
 from atom.calibration.stream import quantize_model
 from atom.errors import AtomError, CalibrationError, CheckpointError, UnsupportedError
@@ -183,24 +184,15 @@ def test_report_says_what_happened(tiny: Tiny, quick: CalibrationConfig, tmp_pat
     assert 0.5 < attention["outlier_share"] <= 1.0
 
 
-class Interrupt:
+class Interrupt(Silent):
     """Stops a run at a layer, as a progress display that raises."""
 
     def __init__(self, at: int) -> None:
         self.at = at
 
-    def __enter__(self) -> "Interrupt":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
     def layer(self, index: int, total: int, doing: str) -> None:
         if index == self.at:
             raise KeyboardInterrupt
-
-    def done(self, record: dict[str, Any]) -> None:
-        return None
 
 
 KILLED = """
@@ -208,6 +200,7 @@ import os, signal, sys, json
 from pathlib import Path
 import atom.calibration.layer as layer
 from atom.calibration.config import CalibrationConfig
+from atom.calibration.progress import Silent
 from atom.calibration.stream import quantize_model
 from atom.quant.presets import get_scheme
 

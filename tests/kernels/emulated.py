@@ -21,6 +21,7 @@ from atom.kernels.norm import rms_norm
 from atom.kernels.producers import Plan, QuantizingProducer
 from atom.quant.formats import get_format
 from atom.quant.granularity import Token
+from atom.quant.rotation import rotate
 from atom.quant.rounding import code_values, quantize
 
 from .uncompiled import uncompiled
@@ -155,8 +156,11 @@ class EmulatedGpu:
             if spec is None:
                 words.view(torch.bfloat16).copy_(values)
                 return
-            found, tokens = quantize(values[:, :normal], spec), x.shape[0]
-            if spec.group_size in (16, 32):
+            turned = values[:, :normal]
+            if linear.rotation is not None:
+                turned = rotate(turned, linear.rotation)
+            found, tokens = quantize(turned, spec), x.shape[0]
+            if spec.scale_format in ("e4m3", "e8m0"):  # code x scale as bfloat16
                 expanded = found.scale.scale.repeat_interleave(spec.group_size, 1)[:, : x.shape[1]]
                 words.view(torch.bfloat16).copy_(code_values(found.codes, get_format(spec.format)) * expanded)
                 if found.scale.outer is not None:
@@ -171,7 +175,8 @@ class EmulatedGpu:
                 scales[0] = found.scale.scale[:, 0]
                 return
             if found.scale.outer is not None:
-                codes[:, :normal] *= found.scale.scale.to(torch.int8).repeat_interleave(128, 1)[:, :normal]
+                factors = found.scale.scale.to(torch.int8).repeat_interleave(spec.group_size or 0, 1)
+                codes[:, :normal] *= factors[:, :normal]
                 scales[0] = found.scale.outer[:, 0]
                 groups = 1
             else:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from atom.quant.granularity import Group
-from atom.quant.presets import get_scheme
+from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.schemes import LinearScheme
 from atom.quant.switches import Switches
 
@@ -14,6 +14,8 @@ def linear_scheme(name: str) -> LinearScheme:
     `w4a4-bf16` has bfloat16 scales of its groups instead of factors; `w4a8-g32` groups of 32, of its activations too
     if they have any.
     """
+    if name in PRESETS:
+        return get_scheme(name).for_linear("x")
     preset, _, more = name.partition("-")
     switches = Switches(group_scales="bf16") if more == "bf16" else Switches()
     linear = switches.apply(get_scheme(preset)).for_linear("x")

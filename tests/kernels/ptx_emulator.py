@@ -494,7 +494,8 @@ def _fma(warp: Warp, op: str, args: list[Any]) -> None:
     dtype, wide = (np.float64, np.longdouble) if op.endswith("f64") else (F32, np.float64)
     a, b, c = (warp.read(x, dtype).astype(wide) for x in args[1:])
     with np.errstate(all="ignore"):
-        warp.write(args[0], (a * b + c).astype(dtype))
+        found = (a * b + c).astype(dtype)
+        warp.write(args[0], np.clip(np.nan_to_num(found), 0, 1).astype(dtype) if ".sat." in op else found)
 
 
 PAIRS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -760,6 +761,14 @@ def _bulk(warp: Warp, op: str, args: list[Any]) -> None:
         warp.cta.events += 1
 
 
+def _s16x2(warp: Warp, op: str, args: list[Any]) -> None:
+    low, high = (
+        PAIRS[op.split(".")[0]](*(half(warp.read(x, U32)).astype(np.int16) for x in args[1:])).astype(np.uint16)
+        for half in (lambda word: word & U32(0xFFFF), lambda word: word >> U32(16))
+    )
+    warp.write(args[0], low.astype(U32) | high.astype(U32) << U32(16))
+
+
 def _nothing(warp: Warp, op: str, args: list[Any]) -> None:
     pass
 
@@ -774,6 +783,7 @@ HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
     (r"(ld|st)\..*", _memory_op), (r"atom\..*", _atomic),
     (r"mul\.wide.*|mad\.wide.*", _wide), (r"mul\.hi\..*", _high), (r"mad\.lo.*", _mad), (r"fma\..*", _fma),
     (r"(add|sub|mul)\.rn\.bf16x2|(min|max)\.bf16x2", _bf16x2), (r"add\.(rn\.)?bf16", _add_bf16),
+    (r"(min|max)\.s16x2", _s16x2),
     (r"add\.(?!bf16).*", _binary(lambda a, b: a + b)), (r"sub\.(?!bf16).*", _binary(lambda a, b: a - b)),
     (r"mul\.(?!bf16).*", _binary(lambda a, b: a * b)),
     (r"div\..*", _binary(_divide)), (r"rem\..*", _binary(lambda a, b: np.fmod(a, b))),

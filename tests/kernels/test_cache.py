@@ -69,22 +69,47 @@ def test_a_failed_compile_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyt
 
 def test_key_follows_sources_config_arch_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "_version", lambda package: "1")
-    source = tmp_path / "kernel.py"
-    source.write_text("a")
-    keys = [cache.kernel_key("k", 1, [source], "sm_90a"), cache.kernel_key("k", 2, [source], "sm_90a")]
-    keys += [cache.kernel_key("k", 1, [source], "sm_100a"), cache.kernel_key("other", 1, [source], "sm_90a")]
-    source.write_text("b")
-    keys.append(cache.kernel_key("k", 1, [source], "sm_90a"))
+    monkeypatch.setattr(cache, "HERE", tmp_path)
+    for name in ("k", "other"):
+        (tmp_path / f"{name}.py").write_text("a")
+    keys = [cache.kernel_key("k", 1, "sm_90a"), cache.kernel_key("k", 2, "sm_90a")]
+    keys += [cache.kernel_key("k", 1, "sm_100a"), cache.kernel_key("other", 1, "sm_90a")]
+    (tmp_path / "k.py").write_text("b")
+    keys.append(cache.kernel_key("k", 1, "sm_90a"))
     monkeypatch.setattr(cache, "_version", lambda package: "2")
-    keys.append(cache.kernel_key("k", 1, [source], "sm_90a"))
+    keys.append(cache.kernel_key("k", 1, "sm_90a"))
     assert len(set(keys)) == len(keys)
-    assert cache.kernel_key("k", 1, [source], "sm_90a") == keys[-1]
+    assert cache.kernel_key("k", 1, "sm_90a") == keys[-1]
+
+
+def test_key_follows_what_the_module_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the import is written, and through other files; not what lies outside the folder."""
+    folder = tmp_path / "kernels"
+    (folder / "dsl").mkdir(parents=True)
+    texts = {
+        "k.py": "from .rows import (\n    Rows,\n)\nfrom . import config\nfrom ..quant import formats\nimport rows2\n",
+        "rows.py": "def f():\n    from .dsl.memory import load\n",
+        "dsl/memory.py": "from .words import Word\nfrom ..config import C\n",
+        "dsl/words.py": "",
+        "config.py": "",
+        "rows2.py": "",
+        "../quant.py": "",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    wanted = {"k.py", "rows.py", "dsl/memory.py", "dsl/words.py", "config.py"}
+    assert {str(path.relative_to(folder)) for path in cache.kernel_sources(folder / "k.py")} == wanted
+    monkeypatch.setattr(cache, "_version", lambda package: "1")
+    monkeypatch.setattr(cache, "HERE", folder)
+    before = cache.kernel_key("k", 1, "sm_90a")
+    (folder / "dsl/words.py").write_text("Word = 1\n")
+    assert cache.kernel_key("k", 1, "sm_90a") != before
 
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "PACKAGES", ("atom-no-such-package",))
     with pytest.raises(UnsupportedError, match=r"atom-serving\[kernels\].*reference"):
-        cache.kernel_key("k", 1, [], "sm_90a")
+        cache.kernel_key("producers_sm90", 1, "sm_90a")
 
 
 @needs_cc

@@ -13,7 +13,6 @@ from atom.kernels.draw import draw, refuses_draw
 from atom.kernels.registry import Problem
 from atom.serving import random, sampler
 from atom.serving.request import Request
-from atom.serving.result import FAULTY
 from atom.serving.sampler import Sampler
 from atom.serving.sampling_params import SamplingParams
 from atom.serving.sampling_plan import Feature, Plan, Word
@@ -63,7 +62,7 @@ def planned(params: list[SamplingParams], vocabulary: int) -> tuple[Sampler, Pla
 def test_the_kernel_and_the_sampler_mean_the_same() -> None:
     names = ("KEY", "TOP_K", "TEMPERATURE", "LOG_MIN_P", "TOP_P", "GREEDY")
     assert all(getattr(draw_config, name) == Word[name] for name in names)
-    assert draw_config.TILE == sampler.TILE and draw_config.FAULTY == FAULTY
+    assert draw_config.TILE == sampler.TILE
     assert tuple(random._signed(m) for m in random._MULTIPLIERS) == draw_config.MULTIPLIERS
     assert draw_config.LOG_RANGE == random._LOG_RANGE
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from atom.kernels.greedy import FAULTY, build_greedy_sm90, greedy_reference, refuses_greedy
+from atom.kernels.draw_config import FAULTY
+from atom.kernels.greedy import build_greedy_sm90, greedy_reference, refuses_greedy
 from atom.kernels.registry import Problem
 
 from .ptx_emulator import Address

@@ -35,12 +35,15 @@ def encoder(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         "producer_encode_sm90",
         monkeypatch,
         BFloat16=lambda x: torch.tensor(float(x)).bfloat16().item(),
-        reciprocal=lambda x: np.float32(1.0) / x,
+        reciprocal_of_normal=lambda x: np.float32(1.0) / np.float32(x),
         round_to_whole=np.rint,
         round_to_e4m3=lambda x: np.float32(as_e4m3(x).float().item()),
         pack_e4m3x2=lambda low, high: np.uint32(int(bits(low)) | int(bits(high)) << 8),
         as_bits=lambda x: np.float32(x).view(np.uint32),
+        multiply_exactly=np.multiply,
         multiply_add=lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c)),
+        clamp_s16x2=clamp_s16x2,
+        add_max=lambda a, b, c: max(np.uint32(a) + np.uint32(b), np.uint32(c)),
         from_bits=lambda x: np.uint32(x).view(np.float32),
         pick_bytes=pick_bytes,
     )
@@ -54,6 +57,12 @@ def pick_bytes(low: Any, high: Any, selector: Any) -> Any:
     """prmt"""
     both = int(low) | int(high) << 32
     return np.uint32(sum((both >> 8 * (int(selector) >> 4 * i & 15) & 255) << 8 * i for i in range(4)))
+
+
+def clamp_s16x2(pair: Any, low: Any, high: Any) -> Any:
+    """min.s16x2 and max.s16x2"""
+    a, b, c = (np.array([word], np.uint32).view(np.int16) for word in (pair, low, high))
+    return np.maximum(np.minimum(a, c), b).view(np.uint32)[0]
 
 
 def bits(x: Any) -> int:
@@ -99,11 +108,13 @@ def test_small_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert wanted.scale.outer is not None and outer == wanted.scale.outer[row].item()
         for g in range(128 // size):
             group = numbers[size * g : size * (g + 1)]
-            scale = made.small_scale(max(abs(v) for v in group), np.float32(1.0) / outer)
+            raw = made.raw(max(abs(v) for v in group), made.config.ratio)
+            scale = made.small_scale(raw, np.float32(1.0) / outer)
             assert scale == wanted.scale.scale[row, g].item(), (row, g)
+            inverse = made.inverse(np.float32(scale * outer))
             for at in range(0, size, 8):
                 chunk = group[at : at + 8]
-                made.round_small(chunk, scale, scale * outer)
+                made.round_small(chunk, scale, inverse)
                 assert [float(v) for v in chunk] == values[row, size * g + at : size * g + at + 8].tolist()
 
 
@@ -116,15 +127,15 @@ def test_codes_in_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = quantize(x, spec)
     for row in range(x.shape[0]):
         numbers = as_numbers(x[row])
-        scale = made.scale(max(abs(v) for v in numbers), made.config.ratio, spec.scale_format == "bf16")
+        scale = made.scale(made.raw(max(abs(v) for v in numbers), made.config.ratio), spec.scale_format == "bf16")
         assert scale == wanted.scale.scale[row, 0].item()
         found = []
         for at in range(0, 128, 8):
             words: dict[int, Any] = {}
             if spec.format == "fp8_e4m3":
-                made.encode_e4m3(numbers[at : at + 8], np.float32(1.0) / np.float32(scale), words)
+                made.encode_e4m3(numbers[at : at + 8], made.inverse(scale), words)
             else:
-                made.encode(numbers[at : at + 8], np.float32(1.0) / np.float32(scale), *made.config.code_range, words)
+                made.encode(numbers[at : at + 8], made.inverse(scale), *made.config.code_range, words)
             found += [words[0], words[1]]
         assert np.array(found).astype(np.uint32).view(np.uint8).tolist() == wanted.codes[row].view(torch.uint8).tolist()
 
@@ -144,11 +155,12 @@ def test_codes_times_factors(monkeypatch: pytest.MonkeyPatch) -> None:
         assert outer == wanted.scale.outer[row].item()
         for g in range(3):
             group = numbers[128 * g : 128 * (g + 1)]
-            factor = made.factor_scale(max(abs(v) for v in group), np.float32(1.0) / outer)
+            raw = made.raw(max(abs(v) for v in group), made.config.ratio)
+            factor = made.factor_scale(raw, np.float32(1.0) / outer)
             assert factor == wanted.scale.scale[row, g].item()
             words: dict[int, Any] = {}
             for at in range(0, 128, 8):
-                inverse = np.float32(1.0) / np.float32(factor * outer)
+                inverse = made.inverse(factor * outer)
                 made.encode_factored(group[at : at + 8], factor, inverse, *made.config.code_range, words)
                 found = np.array([words[0], words[1]]).astype(np.uint32).view(np.int8)
                 assert found.tolist() == written[row, 128 * g + at : 128 * g + at + 8].tolist()

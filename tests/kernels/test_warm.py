@@ -3,13 +3,17 @@
 import importlib.util
 import pickle
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.progress import Progress
+from torch import nn
 
 from atom.kernels import cache
-from atom.kernels.warm import model_kernels, step_kernels, warm_up
+from atom.kernels.warm import Kernel, model_kernels, step_kernels, warm_up
 from atom.models import quantized, twins
 from atom.models.kv import DenseKV
 from atom.models.loader import load_model
@@ -101,6 +105,28 @@ def test_kernels_of_a_step_are_where_they_are_loaded_from(tmp_path: Path, monkey
         job = pickle.loads(pickle.dumps(kernel.compile))
         job.__wrapped__()
     assert asked == [kernel.path for kernel in step_kernels()] and len(set(asked)) == 4
+
+
+def test_a_first_start_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar on stderr that counts every kernel that is missing, and none where all are there."""
+    shown: list[Any] = []
+
+    class Bar(Progress):
+        def add_task(self, description: str, *args: Any, **more: Any) -> Any:
+            shown.append((description, more["total"], self.console.stderr))
+            return super().add_task(description, *args, **more)
+
+        def update(self, task_id: Any, *args: Any, **more: Any) -> None:
+            shown.append(more["completed"])
+            super().update(task_id, *args, **more)
+
+    monkeypatch.setattr("rich.progress.Progress", Bar)
+    paths = [tmp_path / name for name in "abc"]
+    kernels = [Kernel(path, partial(path.write_text, "compiled")) for path in paths]
+    paths[1].write_text("there already")
+    assert warm_up(nn.Module(), torch.bfloat16, workers=2, others=kernels) == 2
+    assert shown == [("compiling GPU kernels", 2, True), 1, 2] and all(path.exists() for path in paths)
+    assert warm_up(nn.Module(), torch.bfloat16, others=kernels) == 0 and len(shown) == 3
 
 
 @pytest.mark.slow

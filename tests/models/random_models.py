@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atom.checkpoint import quantization_config
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.layout import KEY_CENTRE, KEY_OFFSET, PERM, layer_prefix
 from atom.models.model import Model, build_model
 from atom.quant.mixed import MixedWeight, quantize_weight
@@ -50,7 +50,7 @@ CONFIGS = {"llama": LLAMA, "gemma3": GEMMA3, "qwen2": QWEN2, "qwen3": QWEN3, "mi
 
 def random_model(raw: dict[str, Any], seed: int = 0) -> Model:
     """A float32 model with seeded weights, biases included."""
-    model = build_model(ModelConfig.from_hf(raw)).eval()
+    model = build_model(model_config(raw)).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * 0.15

@@ -6,14 +6,14 @@ import pytest
 
 from atom.errors import CheckpointError, UnsupportedError
 from atom.models.config import ModelConfig
-from atom.models.family import ARCHITECTURES, family_of
+from atom.models.family import ARCHITECTURES, family_of, model_config
 from atom.models.rope import RopeConfig
 
 from .random_models import CONFIGS, GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3
 
 
 def read(raw: dict[str, Any], **changes: Any) -> ModelConfig:
-    return ModelConfig.from_hf({**raw, **changes})
+    return model_config({**raw, **changes})
 
 
 def without(raw: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def test_biases_and_norms_by_family() -> None:
 
 def test_eos_ids_come_from_both_files() -> None:
     assert read(LLAMA, eos_token_id=[7, 8]).eos_token_ids == (7, 8)
-    both = ModelConfig.from_hf({**LLAMA, "eos_token_id": 7}, {"eos_token_id": [9, 7]})
+    both = model_config({**LLAMA, "eos_token_id": 7}, {"eos_token_id": [9, 7]})
     assert both.eos_token_ids == (7, 9)
     assert read(LLAMA, eos_token_id=None).eos_token_ids == ()
 

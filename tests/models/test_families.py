@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.kv import DenseKV
 from atom.models.model import Model, build_model
 
@@ -111,7 +111,7 @@ def make_pair(prefix: str, changes: dict[str, object]) -> tuple[torch.nn.Module,
         if parameter.dim() == 1:
             parameter.data += torch.randn_like(parameter) * 0.2
     raw = {**json.loads(config.to_json_string(use_diff=False)), "architectures": [f"{prefix}ForCausalLM"]}
-    ours = build_model(ModelConfig.from_hf(raw)).eval()
+    ours = build_model(model_config(raw)).eval()
     state = reference.state_dict()
     if ours.lm_head is None:
         state.pop("lm_head.weight")

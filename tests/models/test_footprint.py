@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.footprint import measure_footprint, source_dtype
 from atom.models.loader import load_model, meta_model
 from atom.models.model import Model
@@ -63,7 +63,7 @@ def test_kv_bytes_of_llama_3_8b() -> None:
         "num_key_value_heads": 8,
         "num_hidden_layers": 32,
     }
-    size = measure_footprint(meta_model(ModelConfig.from_hf(raw)), get_scheme("w4a4"), torch.bfloat16)
+    size = measure_footprint(meta_model(model_config(raw)), get_scheme("w4a4"), torch.bfloat16)
     assert (size.kv_token, size.kv_token_16) == (34816, 131072)
 
 
@@ -71,4 +71,4 @@ def test_kv_bytes_of_llama_3_8b() -> None:
     ("said", "dtype"), [("float16", torch.float16), (None, torch.bfloat16), ("float32", torch.float32)]
 )
 def test_source_dtype(said: str | None, dtype: torch.dtype) -> None:
-    assert source_dtype(ModelConfig.from_hf({**LLAMA, **({"dtype": said} if said else {})})) is dtype
+    assert source_dtype(model_config({**LLAMA, **({"dtype": said} if said else {})})) is dtype

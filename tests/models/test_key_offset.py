@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from atom.errors import UnsupportedError
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.generate import scheme_cache
 from atom.models.kv import DenseKV
 from atom.models.model import Model, build_model
@@ -102,7 +102,7 @@ def test_models_without_a_key_bias_are_as_before(raw: dict[str, object]) -> None
 
 
 def test_a_norm_of_heads_keeps_the_bias_inside() -> None:
-    model = build_model(ModelConfig.from_hf({**QWEN3, "attention_bias": True}))
+    model = build_model(model_config({**QWEN3, "attention_bias": True}))
     attention = next(model.model.decoder_layers()).self_attn
     assert attention.k_proj.bias is not None and attention._spec().key_offset is None
 

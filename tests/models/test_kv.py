@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from atom.kernels.dense_attention import AttentionSpec
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.kv import DenseKV
 from atom.models.rope import Rope, RopeConfig
 from atom.quant.presets import KV4, KV8, KVFP8
@@ -15,7 +15,7 @@ from atom.quant.rounding import fake_quantize
 
 from .random_models import LLAMA
 
-CONFIG = ModelConfig.from_hf(LLAMA)
+CONFIG = model_config(LLAMA)
 ROPE = Rope(RopeConfig(theta=100.0), CONFIG.head_dim)
 BATCH, SEQ, HEADS, KV_HEADS, DIM = 2, 9, CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim
 

@@ -1,6 +1,7 @@
 """Loading: every way of storing a model gives the same logits, and what is wrong with a checkpoint is named."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,17 @@ def test_a_scale_of_another_dtype_is_refused(tmp_path: Path) -> None:
     edit(path, lambda tensors: tensors.update({name: tensors[name].float()}))
     with pytest.raises(CheckpointError, match=r"down_proj\.weight_scale is float32, needed is float8_e4m3fn"):
         load_model(path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_tokenizer_is_what_auto_tokenizer_makes_of_its_files(tiny: Callable[[str], Path], family: str) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tiny(family)
+    found, wanted = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(found) is type(wanted) and found.added_tokens_decoder == wanted.added_tokens_decoder
+    assert found.encode("a tie, \u00e9") == wanted.encode("a tie, \u00e9")
+    assert found.special_tokens_map == wanted.special_tokens_map and found.chat_template == wanted.chat_template
 
 
 def test_missing_tokenizer(tmp_path: Path) -> None:

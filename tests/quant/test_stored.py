@@ -7,6 +7,7 @@ import torch
 
 from atom.quant.granularity import Channel
 from atom.quant.mixed import dequantize_weight, fake_quantize_activation, quantize_weight
+from atom.quant.rotation import rotate
 from atom.quant.rounding import Quantized, fake_quantize
 from atom.quant.scales import STORAGE_DTYPES, floor_log2, load_scale, round_scale, store_scale
 from atom.quant.schemes import SCALE_FORMATS, LinearScheme, OutlierSpec, TensorSpec
@@ -97,7 +98,8 @@ def test_activation_columns(linear: LinearScheme) -> None:
     if linear.activation is None and linear.rotation is None:
         assert torch.equal(got[:, :normal], x[:, :normal])
     elif linear.activation is not None:
-        assert torch.equal(got[:, :normal], fake_quantize(x[:, :normal], linear.activation))
+        columns = x[:, :normal] if linear.rotation is None else rotate(x[:, :normal], linear.rotation)
+        assert torch.equal(got[:, :normal], fake_quantize(columns, linear.activation))
 
 
 @pytest.mark.parametrize("fmt", ["int8", "fp8_e4m3", "bf16"])

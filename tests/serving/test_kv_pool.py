@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atom.errors import UnsupportedError
 from atom.kernels.registry import Kernels
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.models.generate import scheme_cache
 from atom.models.model import Model, build_model
 from atom.quant.granularity import Group
@@ -66,7 +66,7 @@ BLOCK = 16
 
 
 def small_model(name: str, scheme: Scheme | None = None) -> Model:
-    model = build_model(ModelConfig.from_hf(RAW[name])).eval()
+    model = build_model(model_config(RAW[name])).eval()
     generator = torch.Generator().manual_seed(0)
     for key, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * 0.2
@@ -298,7 +298,7 @@ def test_dynamic_rope_follows_each_sequence_alone() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_bytes_per_block_is_what_a_pool_takes(scheme: str) -> None:
-    config = ModelConfig.from_hf(LLAMA)
+    config = model_config(LLAMA)
     for dtype in (torch.float32, torch.bfloat16):
         pool = KVPool(config, SCHEMES[scheme], 3, 16, dtype)
         assert pool.num_bytes == 3 * bytes_per_block(config, SCHEMES[scheme], dtype, 16)
@@ -307,7 +307,7 @@ def test_bytes_per_block_is_what_a_pool_takes(scheme: str) -> None:
 def test_bytes_of_a_real_shape() -> None:
     """Llama-3-8B: 4.25 bits an element at head_dim 128, 34,816 bytes a token; nothing is lost to filling."""
     raw = {**LLAMA, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-    config = ModelConfig.from_hf(raw)
+    config = model_config(raw)
     assert bytes_per_block(config, SCHEMES["int4"], torch.bfloat16, 16) == 16 * 34816
     assert bytes_per_block(config, SCHEMES["16 bits"], torch.bfloat16, 16) == 16 * 131072
     assert bytes_per_block(config, None, torch.bfloat16, 16) == 16 * 131072
@@ -315,7 +315,7 @@ def test_bytes_of_a_real_shape() -> None:
 
 
 def test_formats_without_a_layout_are_refused() -> None:
-    config = ModelConfig.from_hf(LLAMA)
+    config = model_config(LLAMA)
     for spec, reason in (
         (replace(KV4, format="int3"), "int3.*choose one of"),
         (replace(KV4, scale_format="fp32"), "bf16 scales"),

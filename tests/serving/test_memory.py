@@ -9,6 +9,7 @@ import torch
 
 from atom.errors import UnsupportedError
 from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.quant.presets import get_scheme
 from atom.serving.engine_config import EngineConfig
 from atom.serving.kv_pool import KVPool
@@ -17,7 +18,7 @@ from atom.serving.memory import plan_cache
 
 @pytest.fixture
 def config(tiny: Callable[[str], Path]) -> ModelConfig:
-    return ModelConfig.from_hf(json.loads((tiny("llama") / "config.json").read_text()))
+    return model_config(json.loads((tiny("llama") / "config.json").read_text()))
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "bf16+kv4", "w8a8", "fp8"])

@@ -72,11 +72,11 @@ def _blocks_for(path: Path, tokens: int) -> int:
 
 
 def _block_bytes(path: Path) -> int:
-    from atom.models.config import ModelConfig
+    from atom.models.family import model_config
     from atom.models.source import read_config
     from atom.serving.kv_pool import bytes_per_block
 
-    return bytes_per_block(ModelConfig.from_hf(*read_config(path)), None, torch.float32, 16)
+    return bytes_per_block(model_config(*read_config(path)), None, torch.float32, 16)
 
 
 @each_model

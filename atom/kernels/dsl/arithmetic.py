@@ -29,10 +29,22 @@ def reciprocal_root(x: Any):
 
 
 @cute.jit
-def multiply_add(a: Any, b: Any, c: Any):
-    """a * b + c, rounded once."""
+def clamp_s16x2(pair: Any, low: Any, high: Any):
+    """Two int16 in a word, each between those of two others."""
     return cute.arch.inline_ptx(
-        "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c]
+        "{ .reg .b32 t; min.s16x2 t, {$r0}, {$r2}; max.s16x2 {$w0}, t, {$r1}; }",
+        write_only_types=[Uint32],
+        read_only_args=[pair, low, high],
+    )
+
+
+@cute.jit
+def add_max(a: Any, b: Any, c: Any):
+    """max(a + b, c) of unsigned words."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 t, u, v; mov.b32 u, {$r1}; mov.b32 v, {$r2}; add.u32 t, {$r0}, u; max.u32 {$w0}, t, v; }",
+        write_only_types=[Uint32],
+        read_only_args=[a, b, c],
     )
 
 
@@ -137,18 +149,18 @@ def max_or_nan(a: Any, b: Any):
 
 
 @cute.jit
-def max_magnitude(x: Any, y: Any):
-    """The larger of x and |y|."""
+def max_of_magnitudes(x: Any, y: Any):
+    """The larger of |x| and |y|."""
     return cute.arch.inline_ptx(
-        "{ .reg .f32 t; abs.f32 t, {$r1}; max.f32 {$w0}, {$r0}, t; }",
+        "{ .reg .f32 t, u; abs.f32 t, {$r0}; abs.f32 u, {$r1}; max.f32 {$w0}, t, u; }",
         write_only_types=[Float32],
         read_only_args=[x, y],
     )
 
 
 @cute.jit
-def max_over_lanes(x: Any, lanes: Any):
-    """The largest value of `lanes` neighbouring lanes (a power of two, a constant), in each of them."""
-    for offset in (1, 2, 4, 8, 16)[: lanes.bit_length() - 1]:
+def max_over_lanes(x: Any, known: Any, lanes: Any):
+    """The largest value of `lanes` neighbouring lanes in each of them, from that of `known` of them (powers of two)."""
+    for offset in (1, 2, 4, 8, 16)[known.bit_length() - 1 : lanes.bit_length() - 1]:
         x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=offset))
     return x

@@ -149,11 +149,18 @@ def store_shared_u32x4(address: Any, words: Any):
 
 
 @cute.jit
-def send_to_peer(address: Any, barrier: Any, rank: Any, value: Any):
-    """A float32 into the shared memory of CTA `rank` of the cluster, at this CTA's address; its `barrier` counts it."""
+def peer_address(address: Any, rank: Any):
+    """Where this CTA's shared memory address lies in CTA `rank` of the cluster."""
+    return cute.arch.inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[address, rank]
+    )
+
+
+@cute.jit
+def send_to_peer(address: Any, barrier: Any, value: Any):
+    """A float32 to a peer's address; the barrier at the other, of the same peer, counts it."""
     cute.arch.inline_ptx(
-        "{ .reg .b32 there, counts, t; mapa.shared::cluster.u32 there, {$r0}, {$r2};"
-        " mapa.shared::cluster.u32 counts, {$r1}, {$r2}; mov.b32 t, {$r3};"
-        " st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], t, [counts]; }",
-        read_only_args=[address, barrier, rank, value],
+        "{ .reg .b32 t; mov.b32 t, {$r2};"
+        " st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [{$r0}], t, [{$r1}]; }",
+        read_only_args=[address, barrier, value],
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from atom.kernels.bounds import GPUS
-from atom.models.config import ModelConfig
+from atom.models.family import model_config
 from atom.quant.presets import get_scheme
 from atom.serving.bench.bounds import BoundsConfig, bound_rows, bounds_table, goal_rows, goals_table
 from atom.serving.bench.floor import GIB, Mix, ModelFloor, model_floor
@@ -100,7 +100,7 @@ def test_prefill_by_hand() -> None:
 
 def test_sliding_windows_read_less() -> None:
     raw: dict[str, Any] = {**SHAPES["tiny"], "architectures": ["MistralForCausalLM"], "sliding_window": 100}
-    slides = ModelFloor(ModelConfig.from_hf(raw), get_scheme("bf16"), H200)
+    slides = ModelFloor(model_config(raw), get_scheme("bf16"), H200)
     plain = model_floor("tiny", "bf16", H200)
     assert slides.attention_us(4, 100) == plain.attention_us(4, 100)
     assert slides.attention_us(4, 5000) == slides.attention_us(4, 100)

@@ -12,6 +12,7 @@ import pytest
 from atom.errors import UnsupportedError
 from atom.records import check_rows
 from atom.serving.bench.engine_process import EngineProcesses
+from atom.serving.bench.overview import overview_groups
 from atom.serving.bench.plots import draw_group, equal_ratios, in_order, label_of
 from atom.serving.bench.report import quality_tables, speedup_rows, write_report
 from atom.serving.bench.report_data import read_bench, write_rows
@@ -276,3 +277,17 @@ def test_labels() -> None:
     assert label_of({"scheme": "bf16", "kv": "bf16"}) == "bf16"
     assert label_of({"scheme": "bf16", "kv": "int4"}) == "bf16+kv4"
     assert label_of({"scheme": "fp8", "kv": "fp8"}) == "fp8+kvfp8"
+
+
+def test_one_figure_over_all_lengths(tmp_path: Path, runs: FakeRuns) -> None:
+    pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
+    sweep = config(tmp_path, workload=("512/256", "128/128"), memory_gb=(0.0,), concurrency=(0,))
+    rows = throughput_rows(sweep, run_sweep(sweep))
+    assert {name: sorted(found) for name, found in overview_groups(rows)["llama-2-7b", 0].items()} == {
+        lengths: ["bf16", "w4a8+kv4", "w8a8+kv16", "w8a8+kv8"] for lengths in ("512/256", "128/128")
+    }
+    assert overview_groups([row for row in rows if row["workload"] == "512/256"]) == {}
+    (sweep.output / "throughput.json").write_text(json.dumps({"name": "throughput", "rows": rows}))
+    paths = write_report(read_bench([sweep.output]), tmp_path / "report", "x")
+    names = [path.name for path in paths]
+    assert "overview-llama-2-7b-whole-gpu.png" in names and not [name for name in names if "frontier" in name]

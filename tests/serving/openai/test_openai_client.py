@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import torch
 
@@ -23,6 +22,7 @@ from atom.serving.startup import start_up
 
 from ..scripted import TEMPLATE, serve_app, wait_idle
 
+openai = pytest.importorskip("openai", reason="the openai client is not installed")
 ROOT = os.environ.get("ATOM_TEST_MODELS", "")
 REAL = sorted(path.parent for path in Path(ROOT).glob("*/chat_template.jinja")) if ROOT else []
 PARAMS = [

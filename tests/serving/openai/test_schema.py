@@ -4,15 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from schemathesis import GenerationMode
 
 from atom.serving.server import ROUTES
 
 from ..scripted import Running, ScriptedRunner, running
 
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 EXAMPLES = 40  # of each operation
 
 
@@ -42,7 +41,7 @@ def test_no_server_error(api: Any, method: str, path: str) -> None:
     @given(st.data())
     def check(data: st.DataObject) -> None:
         nonlocal tried
-        mode = data.draw(st.sampled_from(list(GenerationMode)))
+        mode = data.draw(st.sampled_from(list(schemathesis.GenerationMode)))
         case = data.draw(api[path][method].as_strategy(generation_mode=mode))
         answer = case.call(timeout=20)
         tried += 1
@@ -61,7 +60,7 @@ def test_the_schema_lets_good_requests_be_made(api: Any, server: Running) -> Non
     answered = 0
 
     @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    @given(api["/detokenize"]["POST"].as_strategy(generation_mode=GenerationMode.POSITIVE))
+    @given(api["/detokenize"]["POST"].as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE))
     def check(case: schemathesis.Case) -> None:
         nonlocal answered
         answered += case.call(timeout=20).status_code == 200

@@ -1,0 +1,86 @@
+"""What both accuracy records say of one model under one scheme: effective bits, perplexities, task scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from atom.eval.load import Loaded
+from atom.eval.perplexity import Bos, Windows, make_windows, measure_perplexity
+from atom.eval.texts import Text, load_text
+from atom.models.family import model_config
+from atom.models.model import Model
+from atom.models.source import Source
+from atom.models.tokens import Tokenizer
+from atom.quant.schemes import Scheme
+
+
+def effective_bits(source: Source, scheme: Scheme) -> dict[str, float]:
+    """Bits of a weight, of an activation, and of a cached value at this model's width, scales included."""
+    config = model_config(source.config, source.generation_config)
+    return {
+        "bits_weight": round(scheme.weight_bits(config.hidden_size), 3),
+        "bits_activation": round(scheme.activation_bits(config.hidden_size), 3),
+        "bits_kv": round(scheme.kv_bits(config.head_dim), 3),
+    }
+
+
+@dataclass
+class Perplexities:
+    """Perplexity on test texts, each tokenised once for all checkpoints of a model.
+
+    length  tokens of a window
+    limit   windows of each text
+    """
+
+    tokenizer: Tokenizer
+    names: Sequence[str]
+    length: int
+    limit: int | None
+    bos: Bos = "auto"
+    texts: list[Text] = field(init=False)
+    _windows: dict[int, Windows] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.texts = [load_text(name) for name in self.names]
+
+    def measure(self, loaded: Loaded, number: int = 0, full: Model | None = None) -> dict[str, Any]:
+        """Keys of a row for text `number`; with the full model also the divergence of its predictions from this one's.
+
+        Raises ValueError where the loss is beyond all sense.
+        """
+        text = self.texts[number]
+        if number not in self._windows:
+            self._windows[number] = make_windows(self.tokenizer, text, self.length, self.bos, self.limit)
+        found = measure_perplexity(
+            loaded.model, self.tokenizer, text, window=self.length, windows=self._windows[number], reference=full
+        )
+        size = {"windows": found.windows, "window": found.window}
+        row = {"text": text.name, "ppl": round(found.perplexity, 4), **size, "path": loaded.path, "dtype": loaded.dtype}
+        return row if found.kl is None else {**row, "kl": round(found.kl, 5)}
+
+
+@dataclass
+class Tasks:
+    """lm-eval's tasks, their data loaded once; without `names` nothing runs."""
+
+    names: Sequence[str]
+    include_path: str | None = None
+    limit: int | None = None
+    _prepared: Any = None
+
+    def measure(self, loaded: Loaded) -> dict[str, Any]:
+        """Keys of a row: each task's own metric and its standard error."""
+        if not self.names:
+            return {}
+        from atom.eval.lm import AtomLM
+        from atom.eval.tasks import prepare_tasks, run_tasks
+
+        if self._prepared is None:
+            self._prepared = prepare_tasks(self.names, self.include_path)
+        found: dict[str, Any] = {}
+        for task in run_tasks(AtomLM(loaded), self._prepared, limit=self.limit):
+            _, metric = task.primary
+            name = f"task:{task.task.removesuffix('_local')}"
+            found[name] = round(metric.value, 4)
+            found[f"{name}:stderr"] = None if metric.stderr is None else round(metric.stderr, 4)
+        return found

@@ -1,0 +1,66 @@
+"""Whether a rounded checkpoint is trained, for how many steps, and what that takes: decided before any work is done."""
+
+from dataclasses import replace
+
+import torch
+
+from atom.models.model import Model
+from atom.quant.formats import get_format
+from atom.quant.schemes import Scheme
+
+from .config import CalibrationConfig
+
+DEFAULT_STEPS = 100
+LARGEST_BITS = 4  # of weights that are trained unless told not to: 8 bits lose too little to be worth the time
+ACTIVATIONS_HIDDEN, ACTIVATIONS_INNER = 60, 24  # float32 values a token while a layer's gradients are taken
+WEIGHTS_AT_ONCE = 6  # copies of a layer's weights while its gradients are taken
+LOGITS_BYTES = 4 * 512 * 2**20  # a chunk of both models' logits, their logarithms and gradients
+
+
+def plan_distillation(
+    model: Model, scheme: Scheme, config: CalibrationConfig, free_bytes: int | None
+) -> tuple[CalibrationConfig, str | None]:
+    """`config` with its steps of distillation decided, and why they are left out where the default would have them.
+
+    model       on the meta device
+    free_bytes  of the GPU that calibrates; None on a CPU
+    """
+    if config.distill_steps is not None:
+        return config, None
+    if scheme.weight is None or get_format(scheme.weight.format).bits > LARGEST_BITS:
+        return replace(config, distill_steps=0), None
+    why = _obstacle(model, config, free_bytes)
+    return replace(config, distill_steps=0 if why else DEFAULT_STEPS), why
+
+
+def free_gpu_bytes(device: torch.device) -> int | None:
+    """What is free on the GPU; None for a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def distill_bytes(model: Model, config: CalibrationConfig) -> int:
+    """Memory of training: both models in float32, Adam's moments and gradients of codes that learn, one layer's
+    activations and the inputs of all, a chunk of logits."""
+    outside, layers = _parameters(model)
+    tokens = max(config.distill_tokens, config.window_length)
+    hidden, inner = model.config.hidden_size, model.config.intermediate_size
+    learned = 3 * layers if config.distill_codes else 0
+    kept = tokens * (model.config.num_layers * hidden + ACTIVATIONS_HIDDEN * hidden + ACTIVATIONS_INNER * inner)
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in model.model.decoder_layers())
+    return 4 * (2 * (outside + layers) + learned + WEIGHTS_AT_ONCE * largest + kept) + LOGITS_BYTES
+
+
+def _obstacle(model: Model, config: CalibrationConfig, free_bytes: int | None) -> str | None:
+    """Why training is left out by default."""
+    if free_bytes is None:
+        return "on a CPU it takes hours"
+    needed = distill_bytes(model, config)
+    if needed > free_bytes:
+        return f"it needs {needed / 2**30:.0f} GiB, the GPU has {free_bytes / 2**30:.0f} GiB free"
+    return None
+
+
+def _parameters(model: Model) -> tuple[int, int]:
+    """Numbers of parameters outside of layers and in layers."""
+    layers = sum(p.numel() for layer in model.model.decoder_layers() for p in layer.parameters())
+    return sum(p.numel() for p in model.parameters()) - layers, layers

@@ -1,0 +1,57 @@
+"""Loss against bits: recovery and its interval by hand, one point a way, and a plot that is drawn."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atom.commands.report import Accuracy, run
+from atom.eval.frontier import read_points, recovery_table, task_recovery
+from atom.records import write_record
+
+FULL = {"bits_weight": 16.0, "bits_activation": 16.0, "bits_kv": 16.0}
+LOW = {"bits_weight": 4.0, "bits_activation": 8.0, "bits_kv": 4.5}
+
+
+def row(method: str, ppl: float, bits: dict[str, float], **more: Any) -> dict[str, Any]:
+    known = {"model": "m", "text": "t", "method": method, "scheme": "w4a8", "kv": "int4", "ppl": ppl, "ppl_fp": 10.0}
+    return {**known, "windows": 2, "path": "reference", **bits, **more}
+
+
+def written(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
+    return write_record("accuracy-frontier", rows, command="x", results=tmp_path)
+
+
+def test_one_point_a_way(tmp_path: Path) -> None:
+    rows = [row("fp", 10.0, FULL), row("ours", 12.5, LOW), row("ours", 99.0, LOW, path="kernels")]
+    rows.append(row("ours", 50.0, LOW, text="another"))
+    (point,) = read_points([written(tmp_path, rows)])
+    assert (point.model, point.way, point.bits, point.bits_kv) == ("m", "ours w4a8", 6.0, 4.5)
+    assert point.loss == pytest.approx(math.log(1.25)) and point.recovery == pytest.approx(80.0)
+    assert point.tasks is None
+    assert recovery_table([point]).splitlines()[-1].split() == ["ours", "w4a8", "80.0"]
+
+
+def test_recovery_of_tasks_has_an_interval() -> None:
+    full = {"task:a": 0.8, "task:a:stderr": 0.02, "task:b": 0.5, "task:b:stderr": 0.0}
+    found = task_recovery({"task:a": 0.76, "task:a:stderr": 0.019, "task:b": 0.5, "task:b:stderr": 0.0}, full)
+    assert found is not None
+    mean, low, high = found
+    assert mean == pytest.approx(97.5)
+    spread = 1.959964 * 0.95 * math.sqrt(2 * 0.025**2) / 2  # of a's ratio 0.95, half of the mean
+    assert (low, high) == (pytest.approx(97.5 - 100 * spread), pytest.approx(97.5 + 100 * spread))
+    assert task_recovery({"ppl": 3.0}, full) is None
+
+
+def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = written(tmp_path, [row("fp", 10.0, FULL), row("atom", 12.5, LOW), row("ours", 11.0, LOW)])
+    found = run(Accuracy((path,), tmp_path / "out"))
+    assert Path(found["files"][0]).stat().st_size > 5000 and len(found["points"]) == 2
+    assert "90.9" in capsys.readouterr().out
+
+
+def test_full_precision_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="accuracy-frontier"):
+        read_points([written(tmp_path, [row("fp", 10.0, FULL)])])

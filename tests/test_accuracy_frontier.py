@@ -1,0 +1,75 @@
+"""The comparison of methods, from a model to rows, on a tiny model: what is measured, in which order, once."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atom.records import CHECKOUT, check_rows
+
+sys.path.insert(0, str(CHECKOUT / "benchmarks"))
+from accuracy_frontier import RECORD, Measure, fill_in_full_precision, in_turn, measure
+
+Tiny = Callable[[str], Path]
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(path.read_text())[RECORD]
+    return rows
+
+
+def test_rows_of_a_tiny_model(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    options = Measure(
+        str(tiny("llama")),
+        "tiny",
+        tmp_path / "part.json",
+        calib=str(text_file),
+        text=(str(text_file),),
+        methods=("fp", "ours", "atom", "rtn"),
+        schemes=("w4a4", "kv4"),
+        windows=4,
+        window_length=32,
+        batch_tokens=64,
+        distill_steps=3,
+        eval_window=32,
+        limit=2,
+        device="cpu",
+    )
+    measure(options)
+    rows = rows_of(options.output)
+    found = [(row["method"], row["scheme"]) for row in rows]
+    ways = ["ours", "atom"]
+    assert found == [
+        ("fp", "w4a4"),
+        *((way, bits) for bits in ("w4a4", "kv4") for way in ways),
+        ("rtn", "w4a4"),
+        ("rtn", "kv4"),
+    ]
+    measure(options)  # a second run finds all of it done
+    assert rows_of(options.output) == rows
+    fill_in_full_precision(rows)
+    check_rows(RECORD, rows)
+    assert {row["ppl_fp"] for row in rows} == {rows[0]["ppl"]}
+    ours = {row["scheme"]: row for row in rows if row["method"] == "ours"}
+    assert ours["w4a4"]["distill_steps"] == 3 and ours["w4a4"]["kl"] > 0
+    assert ours["kv4"]["bits_weight"] == 16 and ours["kv4"]["bits_kv"] < 9
+
+
+def test_what_a_stopped_run_needs_most_comes_first() -> None:
+    found = in_turn(("rtn", "fp", "ours"), ("w4a4", "w4a8"))
+    assert found == [
+        ("fp", "w4a4"),
+        ("ours", "w4a4"),
+        ("fp", "w4a8"),
+        ("ours", "w4a8"),
+        ("rtn", "w4a4"),
+        ("rtn", "w4a8"),
+    ]
+
+
+def test_a_model_without_full_precision_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        fill_in_full_precision([{"model": "m", "text": "t", "windows": 1, "method": "ours"}])

@@ -1,0 +1,42 @@
+"""The quality records, from a model to rows, on a tiny model: a rung that is a preset is made once for both."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from atom.records import CHECKOUT, check_rows
+
+sys.path.insert(0, str(CHECKOUT / "benchmarks"))
+from quality import fill_in_full_precision, measure
+from quality_plan import Measure
+
+Tiny = Callable[[str], Path]
+
+
+def test_rows_of_a_tiny_model(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    options = Measure(
+        str(tiny("llama")),
+        "tiny",
+        tmp_path / "part.json",
+        calib=str(text_file),
+        text=(str(text_file),),
+        what=("ladder", "presets"),
+        steps=("fp", "kv4"),
+        schemes=("w4a4",),
+        windows=4,
+        window_length=32,
+        eval_window=32,
+        limit=2,
+        device="cpu",
+    )
+    measure(options)
+    part = json.loads(options.output.read_text())
+    assert [row["step"] for row in part["quality-ladder"]] == ["fp", "kv4"]
+    presets = {(row["scheme"], row["kv"], row["distill_steps"]): row for row in part["quality-presets"]}
+    assert presets["w4a4", "int4", 0]["ppl"] == part["quality-ladder"][1]["ppl"]
+    for name in ("quality-ladder", "quality-presets"):
+        rows = part[name]
+        if name == "quality-presets":
+            fill_in_full_precision(rows)
+        check_rows(name, rows)
