@@ -198,7 +198,9 @@ class Gemm:
 
 
 def token_bucket(tokens: int) -> int:
-    """The number of tokens whose config runs `tokens`: a power of two from 16 to 4096."""
+    """The number of tokens whose config runs `tokens`: a power of two from 16 to 4096, or 384."""
+    if 256 < tokens <= 384:
+        return 384
     return min(1 << max(4, (tokens - 1).bit_length()), 4096)
 
 

@@ -54,7 +54,7 @@ def schemes() -> dict[str, LinearScheme]:
 
 # a tail row tile, a tail unit, one unit more; an odd N; SmolLM2's 576 with outliers is 3.5 groups
 SHAPES = ((576, 576), (999, 512), (2048, 2048))
-TOKENS = (0, 1, 3, 16, 63, 64, 65, 129, 1000, 2100)
+TOKENS = (0, 1, 3, 16, 63, 64, 65, 129, 300, 1000, 2100)
 ADDED_TOKENS = (3, 64, 129, 1000)
 
 
@@ -171,6 +171,8 @@ def chosen() -> list[GemmConfig]:
         GemmConfig("int4", "token", 16, 4, split=4),
         GemmConfig("int4", "group", 16, 4, split=4, pairs=True),
         GemmConfig("int4_uint4", "token", 16, 4, split=8, clustered=False, int8_units=True),
+        GemmConfig("int4_uint4", "token", 16, 4, int8_units=True, ways=4),
+        GemmConfig("int4_uint4", "token", 192, 2, int8_units=True),
         GemmConfig("int4_uint4", "token", 64, 4, split=8, clustered=False, int8_units=True),
         GemmConfig("int4_uint4", "token", 16, 4, split=4, int8_units=True),
         GemmConfig("int4_uint4", "token", 256, 2, int8_units=True),
