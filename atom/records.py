@@ -132,6 +132,25 @@ SCHEMAS: dict[str, RecordSchema] = {
         ("scheme", "tokenizer_s", "weights_s", "cache_s", "warm_up_s", "start_up_s"),
         {"kind": ("cold", "warm")},
     ),
+    "soak": RecordSchema(  # benchmarks/soak_report.py has the words; of lists the lengths
+        (
+            *(
+                "model",
+                "scheme",
+                "seconds",
+                "clients",
+                "cache_tokens",
+                "tokens",
+                "faults",
+                "preemptions",
+                "wrong",
+                "left",
+            ),
+            *("recomputed", "recomputed_nats", "worst_nats", "memory_mib_before", "memory_mib_after"),
+            *("device_mib_before", "device_mib_after"),
+        ),
+        ("at_s", "requests:"),
+    ),
     "engine-host": RecordSchema(
         ("batch", "context", "sampling", "schedule_us", "launch_us", "update_us", "emit_us", "step_us"),
         (),
@@ -155,6 +174,22 @@ SCHEMAS: dict[str, RecordSchema] = {
             *("other", "idle", "decode_ms", "mixed_ms", "mixed_time", "host_ms"),
         ),
         ("mixed_tokens",),
+        _KV,
+    ),
+    "mixed-steps": RecordSchema(  # benchmarks/mixed_steps.py has the words; milliseconds
+        (
+            *("shape", "scheme", "kv", "decodes", "prompts", "tokens", "way"),
+            *("decode_ms", "decode_alone_ms", "alone_ms", "first_ms", "host_ms", "adds_ms"),
+        ),
+        ("idle_ms", "gpu"),
+        _KV,
+    ),
+    "mixed-load": RecordSchema(
+        (
+            *("shape", "scheme", "kv", "memory_gb", "workload", "batch", "way", "turn"),
+            *("max_num_batched_tokens", "admission_interval", "out_tok_s"),
+        ),
+        ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "itl_p50", "itl_p99"),
         _KV,
     ),
     "throughput": RecordSchema(

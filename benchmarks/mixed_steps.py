@@ -1,4 +1,5 @@
-"""What prompts cost the decodes beside them: steps that mix both, as rows of a decode bucket, in two parts, and whole.
+"""What prompts cost the decodes beside them: steps that mix both, as rows of a decode bucket, in pieces, in two parts,
+and whole.
 
     python -m benchmarks.mixed_steps llama-3-8b --scheme w4a8
     python -m benchmarks.mixed_steps llama-2-7b --scheme w4a4 --loaded steady:paper --batch 192 --memory-gb 24
@@ -26,6 +27,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from atom.quant.presets import get_scheme, kv_name
+from atom.records import write_record
 from atom.serving import runner as runner_module
 from atom.serving.bench.engine_run import running
 from atom.serving.bench.lengths import parse_workload
@@ -34,6 +37,7 @@ from atom.serving.bench.summary import summarize
 from atom.serving.bench.throughput import steady_rate
 from atom.serving.bench.window import STEADY, full_window, mid_life, within
 from atom.serving.engine_config import EngineConfig
+from atom.serving.prompt_pieces import SIZES
 from atom.serving.request import Request
 from atom.serving.rows import MOST_TOKENS
 from atom.serving.runner import Launched, Runner
@@ -44,27 +48,32 @@ from atom.serving.startup import start_up
 from .bench_engine import fill_cache, find_prompts, prompts
 from .profile_steps import busy_times, part_of
 from .timeline import record
+from .timing import keep
 
-WAYS = ("engine", "rows", "parts", "whole")  # engine: as it chooses
+WAYS = ("engine", "rows", "pieces", "parts", "whole")  # engine: as it chooses
+STEPS, LOAD = "mixed-steps", "mixed-load"  # records
 PAIRS = 8  # of a decode step and a mixed step that are measured
-PROFILED = ((1, 25), (1, 512), (4, 1000))
+PROFILED = ((1, 25), (1, 512), (1, 1000))
 PROMPTS = ((1, 1), (1, 25), (8, 25), (1, 100), (1, 256), (1, 512), (4, 512), (1, 1000), (4, 1000), (15, 512))
 
 
 @contextmanager
 def way(name: str) -> Iterator[None]:
     """Have every runner take mixed steps that way."""
-    fits_rows, is_split = runner_module.fits_rows, runner_module.is_split
+    fits_rows, is_split, has_pieces = runner_module.fits_rows, runner_module.is_split, Runner._has_pieces
     try:
         if name == "rows":
             runner_module.fits_rows = lambda batch, rows, samples, size: batch.num_tokens <= rows
         elif name != "engine":
             runner_module.fits_rows = lambda *args: False
+        if name in ("parts", "whole"):
+            Runner._has_pieces = lambda self, batch: False  # type: ignore[method-assign]
         if name == "whole":
             runner_module.is_split = lambda batch: False
         yield
     finally:
         runner_module.fits_rows, runner_module.is_split = fits_rows, is_split
+        Runner._has_pieces = has_pieces  # type: ignore[method-assign]
 
 
 class Loop:
@@ -158,7 +167,7 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     options = EngineConfig(
         load_format="dummy",
         scheme=args.scheme,
-        max_num_seqs=max(args.decodes),
+        max_num_seqs=max(args.decodes) + max(count for count, _ in PROMPTS),
         enable_prefix_caching=False,
         admission_interval=1,
         max_model_len=args.longest,
@@ -177,7 +186,8 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
         plain = loop.gpu(0, 0)[0] if args.profile and decodes else {}
         loop.end()
         for (count, tokens), name in product(PROMPTS, args.ways):
-            if count * tokens + decodes > (512 if name == "rows" else ready.limits.max_num_batched_tokens):
+            most = {"rows": ready.limits.max_num_seqs + MOST_TOKENS, "pieces": SIZES[-1]}
+            if count * tokens + decodes > most.get(name, ready.limits.max_num_batched_tokens):
                 continue
             loop = Loop(ready.runner, ready.limits, decodes, args.context)
             with way(name):
@@ -185,8 +195,7 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
                 row = {"decodes": decodes, "prompts": count, "tokens": tokens, "way": name, "decode_ms": decode_ms}
                 row |= {"decode_alone_ms": alone_ms, "first_ms": first_ms}
                 row["alone_ms"], row["host_ms"], _ = loop.alone(count, tokens)
-                if decodes:
-                    row["adds_ms"] = loop.pairs(count, tokens) - 2 * decode_ms
+                row["adds_ms"] = loop.pairs(count, tokens) - 2 * decode_ms if decodes else None
                 if args.profile and decodes and (count, tokens) in PROFILED:
                     parts, row["idle_ms"] = loop.gpu(count, tokens)
                     row["gpu"] = {part: round(ms - plain.get(part, 0.0), 2) for part, ms in parts.items()}
@@ -198,28 +207,28 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def loaded_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rates of a loaded engine, of each way, interval and number of tokens by turns."""
+    """Rates of a loaded engine: each workload under all limits, each way, by turns."""
     engine = EngineConfig(load_format="dummy", scheme=args.scheme, max_num_seqs=args.batch, seed=0)
-    is_steady = args.loaded.startswith(STEADY)
-    fresh = parse_workload(args.loaded.removeprefix(STEADY)).items(512, 0)
-    window_s = args.seconds if is_steady else None
     found = []
     started = time.perf_counter()
     with running(ModelChoice(args.model, args.memory_gb, engine), lambda text: None) as (ready, driver):
         print(f"ready after {time.perf_counter() - started:.1f} s: {json.dumps(ready.facts, default=str)}", flush=True)
         scheduler = ready.engine._scheduler
-        for turn, tokens, interval, name in product(range(args.turns), args.tokens, args.intervals, args.ways):
-            limits = {"max_num_batched_tokens": tokens, "admission_interval": interval}
+        for asked, turn, both, name in product(args.loaded, range(args.turns), args.limits, args.ways):
+            is_steady = asked.startswith(STEADY)
+            fresh = parse_workload(asked.removeprefix(STEADY)).items(512, 0)
+            limits = dict(zip(("max_num_batched_tokens", "admission_interval"), map(int, both.split("/")), strict=True))
             few = MOST_TOKENS if name in ("engine", "rows") else 1  # others are worth gathering for
             scheduler.config = replace(scheduler.config, admission_few=few, **limits)
             items = mid_life(fresh, args.batch, turn) + fresh if is_steady else fresh
             with way(name):
-                samples = driver.run(items, len(found) + 1, args.batch, window_s=window_s)
+                samples = driver.run(items, len(found) + 1, args.batch, window_s=args.seconds if is_steady else None)
             if is_steady and (window := full_window(driver.steps)) is not None:
                 samples = within(samples, *window)
             summary = summarize(samples)
             rate = steady_rate(driver.steps, 0.0) if is_steady else round(summary.out_tok_s, 1)
-            row = {"turn": turn, "way": name, **limits, "out_tok_s": rate}
+            row = {"memory_gb": args.memory_gb or 0, "workload": asked, "batch": args.batch, "turn": turn, "way": name}
+            row |= {**limits, "out_tok_s": rate}
             for key, spread in (("ttft", summary.ttft), ("tpot", summary.tpot), ("itl", summary.itl)):
                 row |= (
                     {} if spread is None else {f"{key}_p50": round(spread.p50, 2), f"{key}_p99": round(spread.p99, 2)}
@@ -231,25 +240,45 @@ def loaded_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default="llama-3-8b")
     parser.add_argument("--scheme", default="w4a8")
-    parser.add_argument("--decodes", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--decodes", type=int, nargs="+", default=[64, 192])
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--longest", type=int, default=8192, help="max_model_len")
-    parser.add_argument("--ways", nargs="+", default=WAYS[1:3])
+    parser.add_argument("--ways", nargs="+", default=WAYS[1:4])
     parser.add_argument("--profile", action="store_true", help="parts of the GPU's time too")
-    parser.add_argument("--loaded", metavar="WORKLOAD", help="a loaded engine instead of single steps")
+    parser.add_argument("--loaded", metavar="WORKLOAD", nargs="+", help="a loaded engine instead of single steps")
     parser.add_argument("--batch", type=int, default=192)
-    parser.add_argument("--intervals", type=int, nargs="+", default=[8], help="admission_interval")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192], help="max_num_batched_tokens")
+    parser.add_argument(
+        "--limits", nargs="+", default=["8192/8"], help="max_num_batched_tokens/admission_interval, of a loaded engine"
+    )
     parser.add_argument("--memory-gb", type=float, default=None)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("-o", "--out", type=Path)
+    parser.add_argument("--record", type=Path, nargs="+", metavar="FILE", help="write the records from what -o wrote")
     args = parser.parse_args()
+    if args.record:
+        for path in join(args.record):
+            print(path)
+        return
     rows = loaded_rows(args) if args.loaded else rows_of(args)
     if args.out is not None:
-        args.out.write_text(json.dumps({"model": args.model, "scheme": args.scheme, "rows": rows}))
+        scheme = get_scheme(args.scheme)
+        what = {"shape": args.model, "scheme": scheme.name, "kv": kv_name(scheme)}
+        keep(LOAD if args.loaded else STEPS, [{**what, **row} for row in rows], str(args.out))
+
+
+def join(files: list[Path]) -> list[Path]:
+    """Write the records of what such files hold."""
+    found = [json.loads(file.read_text()) for file in files]
+    paths = []
+    for name, key in ((STEPS, "decodes"), (LOAD, "workload")):
+        runs = [run for run in found if all(key in row for row in run["rows"])]
+        if runs:
+            rows = [row for run in runs for row in run["rows"]]
+            paths.append(write_record(name, rows, "h200", where=runs[0]["where"], commit=runs[0]["commit"]))
+    return paths
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from atom.checkpoint import REPORT_FILE, RUN_FILE, CheckpointWriter, read_json, read_scheme
 from atom.errors import CalibrationError
+from atom.models.device import choose_device
 from atom.models.loader import load_source
 from atom.models.model import Model
 from atom.models.source import Source, open_source
@@ -110,7 +111,7 @@ def distill_checkpoint(
     source  the full-precision model that it was made from
     Raises CalibrationError if the loss is not finite.
     """
-    device = torch.device(config.device)
+    device = choose_device(config.device)
     checkpoint = open_source(rounded)
     scheme = read_scheme(checkpoint.config)
     assert scheme is not None, "a checkpoint of this calibrator has a scheme"

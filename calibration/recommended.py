@@ -1,8 +1,9 @@
 """The scheme that measurements recommend for a GPU: what `atom quantize --scheme auto` means.
 
 On Hopper products of INT4 codes run on the INT8 tensor cores, so that 4-bit activations are no faster than 8-bit ones
-and only lose accuracy: of the schemes with 4-bit weights and cache, the one with 8-bit activations serves the most
-tokens (record `throughput`) and loses least (record `accuracy-frontier`); w8a8 and fp8 read twice the weights.
+and only lose accuracy: `w4a8` serves the most tokens of all schemes (record `throughput`; w8a8 and fp8 read twice the
+weights). Its form in groups of 32 behind Hadamard blocks takes 2.7 us a layer more to decode (Llama-3-8B, H200), the
+same for prompts, and loses 0.8 % of perplexity on Qwen2.5-Coder-0.5B (record `accuracy-frontier`).
 """
 
 import torch

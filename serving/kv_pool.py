@@ -163,18 +163,32 @@ class PagedKV:
         step = self._step
         assert step is not None, "begin comes before the model"
         assert q.shape[0] == step.num_tokens, f"{q.shape[0]} queries came for a batch of {step.num_tokens} tokens"
-        is_dynamic = rotation.rope.config.kind == "dynamic"
-        if is_dynamic:
+        if rotation.rope.config.kind == "dynamic":
             rotation = self._by_length(step, rotation)
-        # keys under dynamic RoPE stand at the angles of the length they were stored at, which nobody knows later
-        offset = spec.key_offset if self.offset_apart and not is_dynamic else None
-        centre = spec.key_centre if self.centred else None
-        norms, spec = spec.norms, AttentionSpec(spec.scale, spec.window, spec.soft_cap, offset)
+        return self.attend_stored(layer, self.store(layer, q, k, v, rotation, spec, step.slots), rotation, spec)
+
+    def store(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec, slots: Tensor
+    ) -> Tensor:
+        """The first half of `attend`: keys and values go to `slots` int64 [T]; returns the turned queries."""
+        offset, centre = self._offset(rotation, spec), spec.key_centre if self.centred else None
         storage = self.pool.layer(layer)
-        q = self._append(q, k, v, rotation.cos, rotation.sin, step.slots, storage, offset, centre, norms)
-        turns = self.pre_rope or offset is not None
-        out: Tensor = self._attend(q, storage, step, spec, self._table(step, rotation) if turns else None)
+        turned: Tensor = self._append(q, k, v, rotation.cos, rotation.sin, slots, storage, offset, centre, spec.norms)
+        return turned
+
+    def attend_stored(self, layer: int, q: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
+        """The second half: what the turned queries [T, num_heads, head_dim] find in the step's sequences."""
+        step = self._step
+        assert step is not None, "begin comes before the model"
+        offset = self._offset(rotation, spec)
+        table = self._table(step, rotation) if self.pre_rope or offset is not None else None
+        rules = AttentionSpec(spec.scale, spec.window, spec.soft_cap, offset)
+        out: Tensor = self._attend(q, self.pool.layer(layer), step, rules, table)
         return out
+
+    def _offset(self, rotation: Rotation, spec: AttentionSpec) -> Tensor | None:
+        """Keys under dynamic RoPE stand at the angles of the length they were stored at, which nobody knows later."""
+        return spec.key_offset if self.offset_apart and rotation.rope.config.kind != "dynamic" else None
 
     def _by_length(self, step: PagedStep, rotation: Rotation) -> Rotation:
         """Dynamic NTK by each sequence's own length; the model made it from the longest of the batch."""

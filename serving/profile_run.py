@@ -8,13 +8,14 @@ from atom.quant.schemes import Scheme
 from .config import SchedulerConfig
 from .engine_config import EngineConfig
 from .kv_pool import KVPool
+from .prompt_pieces import memory_bytes
 from .request import Request
 from .runner import Runner
 from .sampler import Sampler
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 
-GRAPH_BYTES = 256 * 2**20  # that capturing the decode buckets may add: their kernels' workspaces, and what CUDA keeps
+GRAPH_BYTES = 256 * 2**20  # that graphs may add: the decode buckets' workspaces, and what CUDA keeps
 
 
 def peak_bytes(model: Model, scheme: Scheme | None, options: EngineConfig) -> int:
@@ -23,7 +24,7 @@ def peak_bytes(model: Model, scheme: Scheme | None, options: EngineConfig) -> in
     cache_bytes = run_largest_step(model, scheme, options)
     torch.cuda.synchronize(model.device)
     peak = torch.cuda.max_memory_allocated(model.device) - cache_bytes
-    return peak + (0 if options.enforce_eager else GRAPH_BYTES)
+    return peak + (0 if options.enforce_eager else GRAPH_BYTES + memory_bytes(model.config))
 
 
 def run_largest_step(model: Model, scheme: Scheme | None, options: EngineConfig) -> int:

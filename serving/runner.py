@@ -20,6 +20,7 @@ from .decode_buckets import DecodeBuckets
 from .guided_lanes import GuidedLanes
 from .kv_pool import KVPool, PagedKV
 from .logprobs import Logprobs, prompt_logprobs, unpack
+from .prompt_pieces import PromptPieces
 from .result import StepResult, TokenLogprobs
 from .rows import as_rows, fits_rows
 from .sampler import Sampled, Sampler
@@ -46,6 +47,7 @@ class Runner:
                 block more than the scheduler knows of
     max_blocks  of one sequence; buckets need it
     split_tokens  see PagedKV
+    piece_sizes   tokens of steps with prompts that run in pieces (prompt_pieces.py); these need that block too
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Runner:
         buckets: tuple[int, ...] = (),
         max_blocks: int = 0,
         split_tokens: int | None = None,
+        piece_sizes: tuple[int, ...] = (),
     ) -> None:
         self.model = model
         self.depth = depth
@@ -76,6 +79,7 @@ class Runner:
         # a chunk's angles under dynamic RoPE follow from its end; fixed parts are to be those of prefill's attention
         is_dynamic = any(rope.kind == "dynamic" for rope in model.config.ropes)
         self._takes_rows = bool(buckets) and split_tokens is None and not is_dynamic
+        self._pieces = PromptPieces(model, self.kv, piece_sizes) if piece_sizes and not is_dynamic else None
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -84,6 +88,8 @@ class Runner:
         self._sampler.warm_up()
         if self.buckets is not None:
             self.buckets.warm_up(progress)
+        if self._pieces is not None:
+            self._pieces.warm_up()
 
     @torch.inference_mode()
     def launch(self, step: Step) -> "Launched":
@@ -124,9 +130,12 @@ class Runner:
         if not parts and self._is_rows(self.buckets, batch):
             logits, lanes = self.buckets.run(as_rows(batch))
             return logits if len(lanes) else None, lanes, None
-        if is_split(batch):
+        if is_split(batch) and not self._has_pieces(batch):
             return self._forward_in_two(self.buckets, batch, parts)
         return self._forward_whole(batch, parts)
+
+    def _has_pieces(self, batch: Batch) -> bool:
+        return self._pieces is not None and self._pieces.size_for(batch.num_tokens) is not None
 
     def _is_rows(self, buckets: DecodeBuckets, batch: Batch) -> bool:
         """See rows.py."""
@@ -147,10 +156,16 @@ class Runner:
         return torch.cat((logits, more)), torch.cat((lanes, more_lanes)), prompt
 
     def _forward_whole(self, batch: Batch, parts: list[PromptPart]) -> tuple[Tensor | None, Tensor, Logprobs | None]:
-        """Kernel by kernel."""
+        """In pieces, or kernel by kernel."""
         inputs = step_inputs(batch, self._staging)
         self.kv.begin(batch, inputs.attention)
-        hidden = self.model(inputs.tokens(self._sampler.last_tokens), inputs.positions, self.kv)
+        tokens = inputs.tokens(self._sampler.last_tokens)
+        if self._pieces is not None and self._has_pieces(batch):
+            decoder = self.model.model
+            embedded, turns = decoder.embed(tokens), decoder.rotations(inputs.positions)
+            hidden = self._pieces.run(embedded, turns, inputs.attention.slots)
+        else:
+            hidden = self.model(tokens, inputs.positions, self.kv)
         prompt = self._prompt_logprobs(hidden, parts) if parts else None
         logits = self.model.logits(hidden[inputs.sample_rows]) if len(batch.sample_rows) else None
         return logits, inputs.sample_lanes, prompt

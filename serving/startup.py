@@ -24,6 +24,7 @@ from .engine_config import EngineConfig
 from .kv_pool import KVPool, bytes_per_block
 from .memory import CPU_CACHE_BYTES, CachePlan, gpu_cache_bytes, plan_cache, used_bytes
 from .profile_run import peak_bytes
+from .prompt_pieces import SIZES
 from .rows import MOST_TOKENS
 from .runner import Runner
 from .sampler import Sampler
@@ -131,7 +132,8 @@ def make_runner(model: Model, scheme: Scheme | None, options: EngineConfig, limi
     depth = 2 if is_gpu and options.async_scheduling else 1  # a CPU has nothing to overlap with
     max_blocks = -(-limits.max_sequence_tokens // limits.block_size)
     split = options.attention_split_tokens
-    return Runner(model, pool, sampler, limits.max_num_seqs, depth, options.kernels, buckets, max_blocks, split)
+    pieces = tuple(size for size in SIZES if size <= limits.max_num_batched_tokens) if has_graphs else ()
+    return Runner(model, pool, sampler, limits.max_num_seqs, depth, options.kernels, buckets, max_blocks, split, pieces)
 
 
 def cache_scheme(scheme: Scheme | None, kv_cache_dtype: str) -> Scheme | None:

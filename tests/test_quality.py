@@ -22,19 +22,23 @@ def test_rows_of_a_tiny_model(tiny: Tiny, text_file: Path, tmp_path: Path) -> No
         calib=str(text_file),
         text=(str(text_file),),
         what=("ladder", "presets"),
-        steps=("fp", "kv4"),
+        steps=("fp", "kv4", "distill"),
         schemes=("w4a4",),
         windows=4,
         window_length=32,
         eval_window=32,
         limit=2,
-        device="cpu",
+        distill_steps=2,
+        distill_tokens=128,
+        scratch=tmp_path / "scratch",
     )
     measure(options)
     part = json.loads(options.output.read_text())
-    assert [row["step"] for row in part["quality-ladder"]] == ["fp", "kv4"]
+    assert [row["step"] for row in part["quality-ladder"]] == ["fp", "kv4", "distill"]
     presets = {(row["scheme"], row["kv"], row["distill_steps"]): row for row in part["quality-presets"]}
     assert presets["w4a4", "int4", 0]["ppl"] == part["quality-ladder"][1]["ppl"]
+    assert presets["w4a4", "int4", 2]["ppl"] == part["quality-ladder"][2]["ppl"]
+    assert not list((tmp_path / "scratch").iterdir())  # every checkpoint is gone
     for name in ("quality-ladder", "quality-presets"):
         rows = part[name]
         if name == "quality-presets":

@@ -136,7 +136,7 @@ class PagedAttentionSm90:
 
     def prepare(self, step: PagedStep, windows: Iterable[int | None], queries: int) -> None:
         """Plan the step for layers of each window and bring the plans to the device; before a graph is replayed too."""
-        self.prefill.load()
+        self.prefill.warm_up(queries * self.layout.num_kv_heads, step.slots.device)
         for window in dict.fromkeys(windows):
             self._ready(step, window, queries)
             self.prefill.plan(step, window, queries * self.layout.num_kv_heads)

@@ -19,7 +19,7 @@ from .dense_attention import AttentionSpec, attend_dense
 from .kv_layout import KVLayout
 from .paged_attention import RopeTable
 from .paged_step import PagedStep
-from .prefill_plan import PrefillPlan, RaggedPart, SquarePart, plan_prefill
+from .prefill_plan import SQUARE, PrefillPlan, RaggedPart, SquarePart, plan_prefill
 from .rotate import rotate
 
 ARCH = "sm_90a"
@@ -70,11 +70,22 @@ class Prefill:
         kv = "bf16" if layout.spec is None else layout.spec.format
         self.config = GatherConfig(kv, layout.head_dim, layout.block_size)
         self.kernel: Any = None
+        self.is_warm = False
 
     def load(self) -> None:
         """Have the gather kernel ready before the first prompt comes."""
         if self.kernel is None:
             self.kernel = gather_kernel(self.config)
+
+    def warm_up(self, num_heads: int, device: torch.device) -> None:
+        """Have all of it ready: the first square of a process waits 0.8 s for cuDNN to be loaded."""
+        self.load()
+        if self.is_warm or self.is_invariant or device.type != "cuda":
+            return
+        dim, heads = self.layout.head_dim, self.layout.num_kv_heads
+        q, kv = (torch.zeros(1, n, SQUARE, dim, dtype=torch.bfloat16, device=device) for n in (num_heads, heads))
+        dense_attention(q, kv, kv, True, 1.0)
+        self.is_warm = True
 
     def plan(self, step: PagedStep, window: int | None, num_heads: int, has_cap: bool = False) -> PlanOnDevice | None:
         """The step's chunks, made once for each window; None if no sequence prefills."""

@@ -10,7 +10,7 @@ import torch
 
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.data import load_windows
-from atom.calibration.distill import load_distill_text
+from atom.calibration.distill import distill_checkpoint, load_distill_text
 from atom.calibration.report import Report
 from atom.calibration.stream import quantize_model
 from atom.calibration.student import Student, TrainableColumns
@@ -214,3 +214,14 @@ def test_a_distilled_w4a4_checkpoint_has_the_kernels_format(
     assert moved <= {"weight_channel_scale", "outlier_scale", "norm", "bias"} | {
         f"model.layers.{i}.self_attn.key_centre" for i in range(3)
     }
+
+
+def test_the_device_may_be_left_to_torch(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    """By a run from the model, and where a rounded checkpoint alone is distilled."""
+    config = replace(quick, device="auto", distill_steps=2, distill_windows=20)
+    report = quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "out", config)
+    assert report.distilled is not None and report.distilled["steps"] == 2
+    source = open_source(tiny("llama"))
+    windows = load_windows(quick.calib, load_tokenizer(source.path), 2, quick.window_length, 0)
+    text = load_distill_text(load_tokenizer(source.path), config, windows)
+    assert distill_checkpoint(source, tmp_path / "out", tmp_path / "twice", text, config).steps == 2

@@ -32,12 +32,14 @@ DRAW = random.Random(11)
 PROMPTS = [[DRAW.randrange(256) for _ in range(length)] for length in (1, 3, 4, 5, 40, 21, 22, 9, 2)]
 
 
-def engine_on(folder: Path, depth: int, buckets: tuple[int, ...]) -> LLM:
+def engine_on(folder: Path, depth: int, buckets: tuple[int, ...], pieces: tuple[int, ...] = ()) -> LLM:
     model = load_model(folder)
     limits = SchedulerConfig(model.config.vocab_size, 128, 26, 4, 8, 24, patience_steps=8)
     pool = KVPool(model.config, model.scheme, limits.num_blocks + 1, limits.block_size)
     sampler = Sampler(limits.max_num_seqs, limits.vocab_size, "cpu", seed=3)
-    runner = Runner(model, pool, sampler, limits.max_num_seqs, depth, buckets=buckets, max_blocks=32)
+    runner = Runner(
+        model, pool, sampler, limits.max_num_seqs, depth, buckets=buckets, max_blocks=32, piece_sizes=pieces
+    )
     progress: list[tuple[int, int]] = []
     runner.warm_up(lambda done, total: progress.append((done, total)))
     assert progress == [(i + 1, len(buckets)) for i in range(len(buckets))]
@@ -80,6 +82,20 @@ def test_running_ahead_and_buckets_change_no_token(
         assert run(llm, seeded) == wanted
         assert llm.engine.stats().num_preemptions > 0  # 26 blocks of 4 are not enough for all
     assert set(replays) == set(buckets)  # decode steps went through every one of them
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_pieces_change_no_token(tiny: Tiny, family: str) -> None:
+    """Steps with prompts, padded; in one go on a CPU, but through the same buffers."""
+    with engine_on(tiny(family), 1, ()) as plain:
+        wanted = run(plain, seeded=False)
+    with engine_on(tiny(family), 2, (1, 2, 4, 8), (12, 20, 24)) as llm:
+        pieces, seen = llm.ready.runner._pieces, set()
+        assert pieces is not None
+        size_for = pieces.size_for
+        pieces.size_for = lambda count: (seen.add((count, size_for(count))), size_for(count))[1]  # type: ignore[method-assign, func-returns-value]
+        assert run(llm, seeded=False) == wanted
+    assert {size for _, size in seen} == {12, 20, 24} and any(count < size for count, size in seen)
 
 
 def test_bucket_sizes() -> None:
@@ -156,18 +172,22 @@ def test_facts_name_the_implementations(tiny: Tiny) -> None:
     assert found == {"rope_append_kv": "reference", "paged_attention": "reference"}
 
 
-def drive(folder: Path, device: str, buckets: tuple[int, ...], captures: bool = True) -> tuple[list[Any], Runner]:
+def drive(
+    folder: Path, device: str, buckets: tuple[int, ...], captures: bool = True, pieces: tuple[int, ...] = ()
+) -> tuple[list[Any], Runner]:
     """Steps two deep, without the engine's thread: every run has the same batches. Tokens by sequence."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = load_model(folder, device=device, dtype=dtype)
     limits = SchedulerConfig(model.config.vocab_size, 128, 12, 16, 8, 24)
     pool = KVPool(model.config, model.scheme, limits.num_blocks + 1, limits.block_size, dtype, device)
     sampler = Sampler(limits.max_num_seqs, limits.vocab_size, device, seed=3)
-    runner = Runner(model, pool, sampler, limits.max_num_seqs, 2, buckets=buckets, max_blocks=8)
+    runner = Runner(model, pool, sampler, limits.max_num_seqs, 2, buckets=buckets, max_blocks=8, piece_sizes=pieces)
     if not captures:
         assert runner.buckets is not None
         replay = runner.buckets._compute
         runner.buckets._capture = lambda size: lambda: replay(size)  # type: ignore[method-assign]
+        if runner._pieces is not None:
+            runner._pieces.warm_up = lambda: None  # type: ignore[method-assign]
     runner.warm_up()
     scheduler, under_way = Scheduler(limits), deque[Any]()
     tokens: dict[str, list[int]] = {}
@@ -192,6 +212,7 @@ def test_driven_steps_are_the_engines(tiny: Tiny) -> None:
     plain, _ = drive(tiny("llama"), "cpu", ())
     assert drive(tiny("llama"), "cpu", (1, 2, 4, 8))[0] == plain
     assert drive(tiny("llama"), "cpu", (1, 2, 4, 8, 16, 24))[0] == plain
+    assert drive(tiny("llama"), "cpu", (1, 2, 4, 8), pieces=(12, 24))[0] == plain
     assert [len(tokens) for tokens in plain] == [4 + 3 * index for index in range(len(PROMPTS))]
 
 
@@ -206,10 +227,26 @@ def test_graphs_change_no_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.gpu
-def test_a_launch_does_not_wait_for_the_gpu(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_pieces_captured_change_no_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    wanted, plain = drive(tiny(family), "cuda", (1, 2, 4, 8), captures=False, pieces=(12, 24))
+    found, runner = drive(tiny(family), "cuda", (1, 2, 4, 8), pieces=(12, 24))
+    assert found == wanted
+    assert plain._pieces is not None and not plain._pieces._pieces
+    assert runner._pieces is not None
+    count = runner.model.config.num_layers + 1
+    assert {size: len(pieces) for size, pieces in runner._pieces._pieces.items()} == {12: count, 24: count}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("buckets", "pieces"), [((1, 2, 4, 8, 16, 24), ()), ((1, 2, 4, 8), (12, 24)), ((8,), ())])
+def test_a_launch_does_not_wait_for_the_gpu(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, buckets: tuple[int, ...], pieces: tuple[int, ...]
+) -> None:
     """Nothing in launch synchronises: torch raises where it would."""
     monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
-    drive(tiny("llama"), "cuda", (1, 2, 4, 8, 16, 24))  # what is compiled and grown once may wait
+    drive(tiny("llama"), "cuda", buckets, pieces=pieces)  # what is compiled and grown once may wait
     launch, seen = Runner.launch, 0
 
     def watched(self: Runner, step: Any) -> Any:
@@ -222,7 +259,7 @@ def test_a_launch_does_not_wait_for_the_gpu(tiny: Tiny, monkeypatch: pytest.Monk
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Runner, "launch", watched)
-    drive(tiny("llama"), "cuda", (1, 2, 4, 8, 16, 24))
+    drive(tiny("llama"), "cuda", buckets, pieces=pieces)
     assert seen > 20
 
 
