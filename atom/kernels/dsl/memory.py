@@ -93,14 +93,6 @@ def load_relaxed(counter: Any):
 
 
 @cute.jit
-def load_acquire(counter: Any):
-    """An int32 in global memory, with acquire order for the GPU."""
-    return cute.arch.inline_ptx(
-        "ld.acquire.gpu.global.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[counter]
-    )
-
-
-@cute.jit
 def pack_bf16x2(low: Any, high: Any):
     """Two floats rounded to bfloat16 in one word."""
     return cute.arch.inline_ptx(
