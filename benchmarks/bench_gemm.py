@@ -11,7 +11,6 @@ A config that does not match float64 in this run, or not bit for bit over 200 re
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +28,6 @@ from atom.kernels.gemm_config import GemmConfig
 from atom.kernels.gemm_pack import PackedWeight
 from atom.kernels.refusals_sm90 import weight_kind
 from atom.kernels.timing import calls_in_graph
-from atom.quant.granularity import Group
 from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.schemes import LinearScheme
 from atom.quant.switches import Switches
@@ -63,14 +61,9 @@ FEW: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def schemes() -> dict[str, LinearScheme]:
-    """The presets, w4a4 with bfloat16 scales of groups, and w4a8 with weights in groups of 32."""
+    """The presets, and w4a4 with bfloat16 scales of groups."""
     found = {name: get_scheme(name).for_linear("x") for name in PRESETS if name not in ("bf16", "w3a3")}
-    w4a8 = found["w4a8"]
-    assert w4a8.weight is not None
-    return found | {
-        "w4a4-bf16-scales": Switches(group_scales="bf16").apply(get_scheme("w4a4")).for_linear("x"),
-        "w4a8-g32": replace(w4a8, weight=replace(w4a8.weight, granularity=Group(32))),
-    }
+    return found | {"w4a4-bf16-scales": Switches(group_scales="bf16").apply(get_scheme("w4a4")).for_linear("x")}
 
 
 def chosen(linear: LinearScheme, shape: str, M: int) -> Iterator[GemmConfig]:
