@@ -135,7 +135,8 @@ class CalibrationConfig:
         return max(1, min(self.windows, self.batch_tokens // self.window_length))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON would read it back."""
+        return {**asdict(self), "distill_calib": list(self.distill_calib)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "CalibrationConfig":

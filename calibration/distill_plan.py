@@ -14,6 +14,7 @@ DEFAULT_STEPS = 100
 LARGEST_BITS = 4  # of weights that are trained unless told not to: 8 bits lose too little to be worth the time
 ACTIVATIONS_HIDDEN, ACTIVATIONS_INNER = 60, 24  # float32 values a token while a layer's gradients are taken
 WEIGHTS_AT_ONCE = 6  # copies of a layer's weights while its gradients are taken
+MARGIN = 1.2  # more than the estimate that must be free: beyond 1.1 B parameters nothing has been compared with it
 LOGITS_BYTES = 4 * 512 * 2**20  # a chunk of both models' logits, their logarithms and gradients
 
 
@@ -55,7 +56,7 @@ def _obstacle(model: Model, config: CalibrationConfig, free_bytes: int | None) -
     if free_bytes is None:
         return "on a CPU it takes hours"
     needed = distill_bytes(model, config)
-    if needed > free_bytes:
+    if needed * MARGIN > free_bytes:
         return f"it needs {needed / 2**30:.0f} GiB, the GPU has {free_bytes / 2**30:.0f} GiB free"
     return None
 

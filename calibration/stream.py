@@ -19,7 +19,7 @@ from torch import Tensor
 
 import atom
 from atom.checkpoint import CheckpointWriter, check_output, quantization_config, read_scheme
-from atom.errors import CheckpointError, UnsupportedError
+from atom.errors import CalibrationError, CheckpointError, UnsupportedError
 from atom.models.device import choose_device
 from atom.models.family import model_config
 from atom.models.layers import DecoderLayer
@@ -100,8 +100,14 @@ def quantize_and_distill(
     rounded = out.with_name(f"{out.name}.rounded")
     if not (resume and rounded.exists()):
         quantize_source(source, scheme, rounded, config, windows, resume, progress)
-    with _MatmulPrecision(config), progress or Silent() as shown:
-        distill_checkpoint(source, rounded, out, text, config, shown)
+    try:
+        with _MatmulPrecision(config), progress or Silent() as shown:
+            distill_checkpoint(source, rounded, out, text, config, shown)
+    except torch.OutOfMemoryError as error:
+        raise CalibrationError(
+            f"distillation ran out of GPU memory ({str(error).splitlines()[0]}); {rounded} holds the checkpoint "
+            "without it: take it as it is, or --resume on a larger GPU; --distill-steps 0 leaves distillation out"
+        ) from error
     shutil.rmtree(rounded)
     return Report.read(out)
 

@@ -133,7 +133,8 @@ class Gemm:
         self.channel = weight.channel_scale if weight.channel_scale.numel() else torch.empty(1, device=device)
         self.ctas = 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
         self.device = device
-        self.chosen: dict[int, tuple[Any, Tensor, int]] = {}  # tokens -> kernel, scratch memory, most CTAs
+        self.buckets: dict[int, tuple[Any, Tensor, int]] = {}  # see launch_of
+        self.chosen: dict[int, tuple[Any, Tensor, int]] = {}  # the same, by tokens
 
     def config(self, tokens: int) -> GemmConfig:
         """What runs with so many tokens."""
@@ -166,15 +167,20 @@ class Gemm:
             y = torch.empty((tokens, self.weight.features), dtype=torch.bfloat16, device=self.device)
         if tokens == 0:
             return y
-        bucket = token_bucket(tokens)
-        launch = self.chosen.get(bucket)
+        launch = self.chosen.get(tokens)
         if launch is None:
-            config = self.config(bucket)
-            most = config.most_ctas(self.ctas)
-            launch = self.chosen[bucket] = (gemm_kernel(config), scratch_words(self.device), most)
+            launch = self.chosen[tokens] = self.launch_of(token_bucket(tokens))
         kernel, scratch, limit = launch
         kernel(self.units, codes, scales, self.channel, self.bias, y, *added, scratch, self.weight.int4_units, limit)
         return y
+
+    def launch_of(self, bucket: int) -> tuple[Any, Tensor, int]:
+        """Kernel, scratch memory and most CTAs of a launch with so many tokens."""
+        if bucket not in self.buckets:
+            config = self.config(bucket)
+            most = config.most_ctas(self.ctas)
+            self.buckets[bucket] = (gemm_kernel(config), scratch_words(self.device), most)
+        return self.buckets[bucket]
 
     def residual_of(self, tokens: int, residual: Tensor | None) -> Tensor:
         """The residual of a call, if it fits the kernel."""
@@ -192,7 +198,9 @@ class Gemm:
 
 
 def token_bucket(tokens: int) -> int:
-    """The number of tokens whose config runs `tokens`: a power of two from 16 to 4096."""
+    """The number of tokens whose config runs `tokens`: a power of two from 16 to 4096, or 384."""
+    if 256 < tokens <= 384:
+        return 384
     return min(1 << max(4, (tokens - 1).bit_length()), 4096)
 
 

@@ -39,7 +39,8 @@ def choose_config(
             warpgroups, split, clustered, pairs = 2, _split(-(-features // 128), sms), False, True
             two_fit = not int8_units
         elif kind.operand == "bf16" or kind.promoted:
-            warpgroups, split, pairs = 4, 5 if units >= 64 else 4, True
+            warpgroups, split = 4, 5 if units >= 64 else 4
+            pairs = not kind.promoted or token_scales == "group"  # else a register too many
         else:  # o
             warpgroups, split = 2, _split(-(-features // 128), sms)
         pairs = pairs and tokens <= 16 and kind.bits == 4 and kind.operand == "int8"
@@ -48,7 +49,7 @@ def choose_config(
         warpgroups = 4 if features >= 16384 and kind.promoted and kind.operand != "bf16" else 2
         split = _split(-(-features // (64 * warpgroups)), sms)
         clustered = split <= 2
-        two_fit = two_fit and units < 64
+        two_fit = two_fit and (units < 64 or weight == "int4_uint4")
     elif tokens <= 256:
         gate_up = features >= 16384 and kind.operand == "int8" and not kind.promoted
         tile_m = 256 if gate_up and tokens > 128 else 128
@@ -56,7 +57,7 @@ def choose_config(
         split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), sms)
         clustered = split <= 2
     elif kind.operand == "int8":
-        tile_m, warpgroups = (128 if kind.promoted else _tile_of_many(kind.is_verbatim, tokens, features)), 2
+        tile_m, warpgroups = (128 if kind.promoted else _tile_of_many(weight, tokens, features)), 2
         split = 1
     else:
         # Two CTAs share a tile of tokens: bfloat16 activations are most of what a tile reads, and two sums of E4M3
@@ -67,6 +68,8 @@ def choose_config(
     is_one_round = 48 <= row_tiles <= sms  # of tiles of 64 rows
     if is_one_round and weight == "int8" and tokens <= 16 and units >= 8:
         ways, warpgroups, split, two_fit = 4, 4, 1, False
+    elif is_one_round and weight == "int4_uint4" and tokens <= 16 and 8 <= units < 64 and 2 * row_tiles > sms:  # qkv
+        ways, warpgroups, split, two_fit, pairs = 4, 4, 1, False, False
     elif is_one_round and weight.startswith("int4_uint4") and 64 < tokens <= 128 and 8 <= units < 64:  # qkv, o
         ways, split = 2, 2 if row_tiles * 2 <= sms else 1
         clustered = split == 1
@@ -89,14 +92,17 @@ def choose_config(
     ).with_most_stages()
 
 
-def _tile_of_many(verbatim: bool, tokens: int, features: int) -> int:
+def _tile_of_many(weight: str, tokens: int, features: int) -> int:
     """The tile for the INT8 products of many tokens: what ends first, in rounds of one tile an SM.
 
-    A tile of half as many products takes a little more than half as long, but may fill the last round better.
+    A tile of half as many products takes a little more than half as long, but may fill the last round better. Tiles of
+    192 tokens are for 257 to 384.
     """
-    half = 0.53 if verbatim else 0.59
-    rounds = {tile: -(-(-(-features // 128) * -(-tokens // tile)) // SMS) for tile in (128, 256)}
-    return 256 if rounds[256] <= half * rounds[128] else 128
+    time = {256: 1.0, 128: 0.53 if KINDS[weight].is_verbatim else 0.59}  # of a round
+    if weight == "int4_uint4" and tokens <= 512:
+        time |= {192: 0.76}
+    rounds = {tile: -(-(-(-features // 128) * -(-tokens // tile)) // SMS) for tile in time}
+    return min(time, key=lambda tile: rounds[tile] * time[tile])
 
 
 def _split(tiles: int, sms: int) -> int:

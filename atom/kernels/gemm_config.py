@@ -6,7 +6,6 @@ from .gemm_kinds import KINDS, UNIT_ROWS, WeightKind
 
 MOST_TILES = 256  # output tiles of a launch that splits K
 COUNTER_WORDS = 32 * MOST_TILES  # of scratch memory, before the partial sums
-EVEN_COUNTERS = 16 * MOST_TILES  # where the counters of `even` launches begin
 SHARED_BYTES = 227 * 1024  # of one SM of sm_90, less what the driver keeps
 
 
@@ -28,11 +27,7 @@ class GemmConfig:
     aligned       N is a multiple of 8: 16-byte stores
     bounded       registers and shared memory are such that `ctas_per_sm` CTAs fit for certain
     ways          warpgroups that share rows: each takes every `ways`-th unit of K; 1, or all of them
-    even          a CTA for each SM, which share the units of all rows evenly; the last CTA of some rows adds up. All
-                  tokens are one tile
     residual      a bfloat16 matrix of the output's shape is added to the rounded products
-    late          the next kernel may start when the last weights are asked for, not at once: its own then arrive
-                  while this one adds up and stores
     """
 
     weight: str
@@ -51,8 +46,6 @@ class GemmConfig:
     clustered: bool = True
     bounded: bool = False
     ways: int = 1
-    even: bool = False
-    late: bool = False
     residual: bool = False
 
     @property
@@ -85,7 +78,7 @@ class GemmConfig:
 
     def most_ctas(self, sms: int) -> int:
         """CTAs of a launch that takes its tiles one after the other, on a GPU of so many SMs."""
-        return sms if self.even else sms * self.ctas_per_sm
+        return sms * self.ctas_per_sm
 
     @property
     def registers(self) -> int:

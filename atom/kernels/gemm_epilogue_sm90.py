@@ -6,14 +6,13 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 
 from .dsl.memory import (
-    atomic_increment,
-    load_acquire,
+    increment_release,
     load_global_f32x4,
+    load_relaxed,
     pack_bf16x2,
     store_matrix_transposed,
-    store_release,
 )
-from .gemm_config import COUNTER_WORDS, EVEN_COUNTERS, MOST_TILES, GemmConfig
+from .gemm_config import COUNTER_WORDS, MOST_TILES, GemmConfig
 from .gemm_kinds import WeightKind
 
 
@@ -162,7 +161,7 @@ class GemmEpilogue:
         cute.arch.barrier(barrier_id=6, number_of_threads=self.consumers)
 
     @cute.jit
-    def exchange(self, mE, sums, tid, rank, tokens, item):
+    def exchange(self, mE, sums, tid, rank, tokens, item, met):
         """Add up the split's partial sums in registers, in rank order; each CTA does so for its share of the tokens.
 
         They travel through global memory (L2), in fragment order: [CTA, 8 tokens, thread, 4] words. Distributed
@@ -182,10 +181,9 @@ class GemmEpilogue:
                     part_sums[e] = sums[4 * j + e]
                 cute.autovec_copy(part, self.partial(mE, bx, j, tid))
         if cutlass.const_expr(config.clustered):
-            cute.arch.fence_acq_rel_cluster()
-            self.cluster_sync(split)
+            self.cluster_sync(split)  # arriving releases what this thread has written
         else:
-            self.meet(mE, tid, item)
+            self.meet(mE, tid, item, met)
         for j in cutlass.range_constexpr(blocks):
             if 8 * j < tokens and rank == j // share:
                 total = cute.make_rmem_tensor((4,), dtype)
@@ -208,89 +206,40 @@ class GemmEpilogue:
         return share * 8
 
     @cute.jit
-    def meet(self, mE, tid, item):
-        """Wait until all CTAs of this tile have written their partial sums.
+    def count_to_meet(self, mE, tid, item):
+        """What the counter of this tile will read when all CTAs of it have arrived, for thread 0.
 
-        A counter per split and tile, never reset: every launch adds `split` to it. All CTAs of the launch are resident
-        (gemm_config.py sees to it), so waiting cannot keep a CTA that is waited for from starting.
+        A counter per split and tile, never reset: every launch adds `split` to it. It is read before this CTA arrives,
+        and after the launch before has ended, so it stands within this launch's `split` counts; long before it is
+        needed, so that nobody waits for it.
         """
         split = self.config.split
-        cute.arch.fence_acq_rel_gpu()
+        met = Int32(0)
+        if tid == 0:
+            seen = load_relaxed(mE.iterator + (split * MOST_TILES + item))
+            met = (seen // split + 1) * split
+            if cutlass.const_expr(split & (split - 1) == 0):  # right also where the counter wraps
+                met = (seen | (split - 1)) + 1
+        return met
+
+    @cute.jit
+    def meet(self, mE, tid, item, met):
+        """Wait until all CTAs of this tile have written their partial sums.
+
+        All CTAs of the launch are resident (gemm_config.py sees to it), so waiting cannot keep a CTA that is waited
+        for from starting. One thread releases what all of its CTA have written, and acquires for all.
+        """
         cute.arch.barrier(barrier_id=1, number_of_threads=self.sharers)
         if tid == 0:
-            counter = mE.iterator + (split * MOST_TILES + item)
-            target = (atomic_increment(counter) // split + 1) * split
-            seen = load_acquire(counter)
-            while seen - target < 0:
-                seen = load_acquire(counter)
+            counter = mE.iterator + (self.config.split * MOST_TILES + item)
+            increment_release(counter)
+            seen = load_relaxed(counter)
+            while seen - met < 0:
+                seen = load_relaxed(counter)
+            cute.arch.fence_acq_rel_gpu()
         cute.arch.barrier(barrier_id=1, number_of_threads=self.sharers)
-        cute.arch.fence_acq_rel_gpu()
 
     @cute.jit
     def partial(self, mE, cta, block, tid):
         at = COUNTER_WORDS + ((Int64(cta) * (self.tile_m // 8) + block) * self.sharers + tid) * 4
         return cute.make_tensor((mE.iterator + at).align(16), cute.make_layout(4))
-
-    @cute.jit
-    def add_up(self, mE, sums, tid, item, units, all_units, first_unit, tokens, is_last):
-        """Hand this CTA's sums of some rows on, or, being the last of these rows' CTAs, add up all of theirs.
-
-        Returns 1 if `sums` are now the whole, in the order of the CTAs: the same bits on every run. Nobody waits. A
-        CTA has two places in scratch memory: it may end one tile of rows and begin another.
-        """
-        blocks = self.tile_m // 8
-        bx, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
-        begin = item * units
-        low = ((begin + 1) * ctas - 1) // all_units  # the CTAs of these rows
-        high = ((begin + units) * ctas - 1) // all_units
-        low_place = 2 * low
-        if all_units * low // ctas < begin:
-            low_place = low_place + 1
-        place = 2 * bx
-        if first_unit < begin:
-            place = place + 1
-        part = cute.make_rmem_tensor((4,), Float32)
-        part_sums = cute.recast_tensor(part, sums.element_type)
-        for j in cutlass.range_constexpr(blocks):
-            if 8 * j < tokens:
-                for e in cutlass.range_constexpr(4):
-                    part_sums[e] = sums[4 * j + e]
-                cute.autovec_copy(part, self.partial(mE, place, j, tid))
-        cute.arch.fence_acq_rel_gpu()
-        cute.arch.barrier(barrier_id=1, number_of_threads=self.sharers)
-        if tid == 0:
-            counter = mE.iterator + (EVEN_COUNTERS + item)
-            last = Int32(0)
-            if atomic_increment(counter) == high - low:
-                last = Int32(1)
-                store_release(counter, Int32(0))  # for the next launch
-            is_last[0] = last
-        cute.arch.barrier(barrier_id=1, number_of_threads=self.sharers)
-        whole = is_last[0]
-        if whole == 1:
-            cute.arch.fence_acq_rel_gpu()
-            wide = min(blocks, 2)  # 8 tokens each, at a time
-            deep = 6 if self.tile_m <= 16 and self.config.warpgroups <= 2 else 4  # CTAs whose sums are under way
-            for j in cutlass.range_constexpr(0, blocks, wide):
-                if 8 * j < tokens:
-                    total = cute.make_rmem_tensor((4 * wide,), sums.element_type)
-                    total.fill(0)
-                    parts = cute.make_rmem_tensor((4 * wide, deep), Float32)
-                    parts_sums = cute.recast_tensor(parts, sums.element_type)
-                    for cta in cutlass.range(low, high + 1, deep, unroll=1):
-                        for p in cutlass.range_constexpr(deep):
-                            place = 2 * cutlass.min(cta + p, high)
-                            if cta + p == low:
-                                place = low_place
-                            for b in cutlass.range_constexpr(wide):
-                                words = load_global_f32x4(self.partial(mE, place, j + b, tid).iterator)
-                                for e in cutlass.range_constexpr(4):
-                                    parts[4 * b + e, p] = words[e]
-                        for p in cutlass.range_constexpr(deep):
-                            if cta + p <= high:
-                                for e in cutlass.range_constexpr(4 * wide):
-                                    total[e] = total[e] + parts_sums[e, p]
-                    for e in cutlass.range_constexpr(4 * wide):
-                        sums[4 * j + e] = total[e]
-        return whole

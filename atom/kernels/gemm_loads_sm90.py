@@ -1,4 +1,3 @@
-# ruff: noqa: SIM102  (an `if` of the compiler inside or around one of the GPU is not one condition)
 """The producer warp of the sm_90a GEMM: weights, activations and their scales into the ring. See gemm_sm90.py."""
 
 import cutlass
@@ -24,45 +23,38 @@ class GemmLoads:
     @cute.jit
     def produce(
         self, x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units,
-        stage, phase, first, is_end,
+        stage, phase, first,
     ):  # fmt: skip
         """One warp: weights, activation codes and token scales of units begin .. end into the ring of stages."""
         config = self.config
-        last_tile = mW.shape[0] - 1
-        scale_bytes = Int32(0)
-        if cutlass.const_expr(config.token_scales == "group"):
-            scale_bytes = cutlass.min(Int32(self.tile_m), mS.shape[1] - token0) * 4
-        tXgX, tXgH, tXsX, mask = self.token_boxes(x_atom, mX, sX, token0, rank)
         ways = config.ways
         count = (end - begin + ways - 1) // ways
         early = cutlass.min(count, Int32(config.stages)) * first
-        # weights never depend on the kernel before this one: fetch them before waiting for it (PDL)
-        for i in cutlass.range(early, unroll=1):
-            self.load_weights(mW, sW, full, row_tile, last_tile, begin + ways * i, end, i, scale_bytes)
-        if cutlass.const_expr(config.pdl):
-            if first == 1:
-                if cutlass.const_expr(config.late):
-                    if is_end and early == count:
-                        cute.arch.griddepcontrol_launch_dependents()
+        scale_bytes = Int32(0)
+        if cutlass.const_expr(config.token_scales == "group"):
+            scale_bytes = cutlass.min(Int32(self.tile_m), mS.shape[1] - token0) * 4
+        rows = self.first_units(mW, row_tile, begin)
+        tokens = (x_atom, mX, sX, mS, sS, full, rank, token0)
+        # Weights never depend on the kernel before this one: fetch them before waiting for it (PDL). These loops are
+        # unrolled: a round took a tenth of a microsecond otherwise.
+        if first == 1:
+            for s in cutlass.range_constexpr(config.stages):
+                if s < early:
+                    self.load_weights(rows, sW, full, ways * s, end - begin, Int32(s), scale_bytes)
+            if cutlass.const_expr(config.pdl):
                 cute.arch.griddepcontrol_wait()
-        for i in cutlass.range(count, unroll=1):
+            for s in cutlass.range_constexpr(config.stages):
+                if s < early:
+                    self.load_tokens(*tokens, begin + ways * s, end, Int32(s), int4_units, scale_bytes)
+            stage += early
+            if stage == config.stages:
+                stage = Int32(0)
+                phase ^= 1
+        for i in cutlass.range(early, count, unroll=1):
             unit = begin + ways * i
-            if i >= early:
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                self.load_weights(mW, sW, full, row_tile, last_tile, unit, end, stage, scale_bytes)
-                if cutlass.const_expr(config.pdl and config.late):
-                    if is_end and i == count - 1:
-                        cute.arch.griddepcontrol_launch_dependents()
-            for way in cutlass.range_constexpr(ways):
-                if cutlass.const_expr(ways == 1):
-                    self.load_unit_tokens(x_atom, tXgX, tXgH, tXsX, unit, stage, full + stage, int4_units, mask)
-                elif unit + way < end:
-                    at = stage * ways + way
-                    self.load_unit_tokens(x_atom, tXgX, tXgH, tXsX, unit + way, at, full + stage, int4_units, mask)
-            if cutlass.const_expr(config.token_scales == "group"):
-                with cute.arch.elect_one():
-                    source = mS.iterator + (Int64(unit) * mS.shape[1] + token0)
-                    bulk_load(sS.iterator + stage * self.tile_m, source, scale_bytes, full + stage)
+            cute.arch.mbarrier_wait(empty + stage, phase)
+            self.load_weights(rows, sW, full, ways * i, end - begin, stage, scale_bytes)
+            self.load_tokens(*tokens, unit, end, stage, int4_units, scale_bytes)
             stage += 1
             if stage == config.stages:
                 stage = Int32(0)
@@ -70,99 +62,63 @@ class GemmLoads:
         return stage, phase
 
     @cute.jit
-    def produce_evenly(self, x_atom, mX, sX, mW, sW, mS, sS, full, empty, units, first_unit, last_unit, int4_units):
-        """One warp: what `produce` brings, for the units first_unit .. last_unit of all rows."""
+    def load_tokens(
+        self, x_atom, mX, sX, mS, sS, full, rank, token0, unit, end, stage, int4_units, scale_bytes
+    ):  # fmt: skip
+        """The activations of a stage and, where they have any by group, their scales."""
         config = self.config
-        last_tile = mW.shape[0] - 1
-        scale_bytes = Int32(0)
+        for way in cutlass.range_constexpr(config.ways):
+            if way == 0 or unit + way < end:
+                place = stage * config.ways + way
+                self.load_unit_tokens(x_atom, mX, sX, full + stage, rank, token0, unit + way, place, int4_units)
         if cutlass.const_expr(config.token_scales == "group"):
-            scale_bytes = cutlass.min(Int32(self.tile_m), mS.shape[1]) * 4
-        tXgX, tXgH, tXsX, mask = self.token_boxes(x_atom, mX, sX, Int32(0), Int32(0))
-        count = last_unit - first_unit
-        early = cutlass.min(count, Int32(config.stages))
-        for i in cutlass.range(early, unroll=1):
-            row_tile = (first_unit + i) // units
-            unit = first_unit + i - row_tile * units
-            self.load_weights(mW, sW, full, row_tile, last_tile, unit, units, i, scale_bytes)
-        if cutlass.const_expr(config.pdl):
-            if cutlass.const_expr(config.late):
-                if early == count:
-                    cute.arch.griddepcontrol_launch_dependents()
-            cute.arch.griddepcontrol_wait()
-        stage = Int32(0)
-        phase = Int32(1)
-        for i in cutlass.range(count, unroll=1):
-            row_tile = (first_unit + i) // units
-            unit = first_unit + i - row_tile * units
-            if i >= early:
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                self.load_weights(mW, sW, full, row_tile, last_tile, unit, units, stage, scale_bytes)
-                if cutlass.const_expr(config.pdl and config.late):
-                    if i == count - 1:
-                        cute.arch.griddepcontrol_launch_dependents()
-            self.load_unit_tokens(x_atom, tXgX, tXgH, tXsX, unit, stage, full + stage, int4_units, mask)
-            if cutlass.const_expr(config.token_scales == "group"):
-                with cute.arch.elect_one():
-                    source = mS.iterator + Int64(unit) * mS.shape[1]
-                    bulk_load(sS.iterator + stage * self.tile_m, source, scale_bytes, full + stage)
-            stage += 1
-            if stage == config.stages:
-                stage = Int32(0)
-                phase ^= 1
-
-    @cute.jit
-    def token_boxes(self, x_atom, mX, sX, token0, rank):
-        """(boxes of activations by 128 columns, the same from column 64 on, places in the ring, CTAs to reach)."""
-        config = self.config
-        boxes = (self.tile_m, 128 // self.slabs)
-        tokens = cute.domain_offset((token0, 0), mX)
-        gX = cute.local_tile(tokens, boxes, (0, None))
-        half = cute.local_tile(cute.domain_offset((0, 64), tokens), boxes, (0, None))  # from column 64 on
-        x_cta = rank % config.multicast
-        x_ctas = cute.make_layout(config.multicast)
-        s_group = cute.group_modes(sX, 0, 2)
-        tXsX, tXgX = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(gX, 0, 2))
-        _, tXgH = cpasync.tma_partition(x_atom, x_cta, x_ctas, s_group, cute.group_modes(half, 0, 2))
-        return tXgX, tXgH, tXsX, cutlass.Int16((1 << config.multicast) - 1)
-
-    @cute.jit
-    def load_weights(self, mW, sW, full, row_tile, last_tile, unit, end, stage, scale_bytes):
-        config = self.config
-        if cutlass.const_expr(config.ways > 1):  # neighbours along K
-            count = cutlass.min(Int32(config.ways), end - unit)
             with cute.arch.elect_one():
-                expected = count * (self.kind.unit_bytes + self.x_bytes)
+                source = mS.iterator + (Int64(unit) * mS.shape[1] + token0)
+                bulk_load(sS.iterator + stage * self.tile_m, source, scale_bytes, full + stage)
+
+    @cute.jit
+    def load_unit_tokens(self, x_atom, mX, sX, barrier, rank, token0, unit, place, int4_units):
+        """The activations of one unit, into a place of the ring; for all CTAs of a cluster that share the tokens."""
+        config = self.config
+        width = 128 // self.slabs  # columns of a box
+        column = unit * 128
+        if cutlass.const_expr(config.int8_units):  # an INT8 unit has 64, an INT4 unit 128
+            column = (unit + cutlass.min(unit, int4_units)) * 64
+        ctas = cute.make_layout(config.multicast)
+        for slab in cutlass.range_constexpr(self.slabs):
+            corner = cute.domain_offset((token0, column + slab * width), mX)
+            box = cute.group_modes(cute.local_tile(corner, (self.tile_m, width), (0, 0)), 0, 2)
+            ring = cute.group_modes(sX, 0, 2)
+            target, source = cpasync.tma_partition(x_atom, rank % config.multicast, ctas, ring, box)
+            target = target[None, self.slabs * place + slab]
+            if cutlass.const_expr(config.multicast > 1):
+                mask = cutlass.Int16((1 << config.multicast) - 1)
+                cute.copy(x_atom, source, target, tma_bar_ptr=barrier, mcast_mask=mask)
+            else:
+                cute.copy(x_atom, source, target, tma_bar_ptr=barrier)
+
+    @cute.jit
+    def first_units(self, mW, row_tile, begin):
+        """Where unit `begin` of each warpgroup's rows stands; past N those of the last rows: loaded, never stored."""
+        last_tile = mW.shape[0] - 1
+        count = 1 if self.config.ways > 1 else self.config.warpgroups
+        tiles = [cutlass.min(row_tile * count + g, last_tile) for g in range(count)]
+        return [mW.iterator + (Int64(tile) * mW.shape[1] + begin) * self.unit_words for tile in tiles]
+
+    @cute.jit
+    def load_weights(self, rows, sW, full, offset, count, stage, scale_bytes):
+        """The weights of a stage, `offset` units behind the first of `count`."""
+        config = self.config
+        with cute.arch.elect_one():
+            if cutlass.const_expr(config.ways > 1):  # neighbours along K
+                units = cutlass.min(Int32(config.ways), count - offset)
+                expected = units * (self.kind.unit_bytes + self.x_bytes)
                 cute.arch.mbarrier_arrive_and_expect_tx(full + stage, expected)
-                source = mW.iterator + (Int64(cutlass.min(row_tile, last_tile)) * mW.shape[1] + unit) * self.unit_words
                 target = sW.iterator + stage * config.warpgroups * self.unit_words
-                bulk_load(target, source, count * self.kind.unit_bytes, full + stage)
-        else:
-            with cute.arch.elect_one():
+                bulk_load(target, rows[0] + offset * self.unit_words, units * self.kind.unit_bytes, full + stage)
+            else:
                 cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.w_bytes + self.x_bytes + scale_bytes)
                 for g in cutlass.range_constexpr(config.warpgroups):
-                    tile = cutlass.min(row_tile * config.warpgroups + g, last_tile)  # past N: loaded, never stored
-                    source = mW.iterator + (Int64(tile) * mW.shape[1] + unit) * self.unit_words
                     target = sW.iterator + (stage * config.warpgroups + g) * self.unit_words
+                    source = rows[g] + offset * self.unit_words
                     bulk_load(target, source, Int32(self.kind.unit_bytes), full + stage)
-
-    @cute.jit
-    def load_unit_tokens(self, x_atom, tXgX, tXgH, tXsX, unit, at, barrier, int4_units, mask):
-        """The activations of one unit, into place `at` of the ring."""
-        if cutlass.const_expr(self.kind.bits == 4 and self.slabs == 1):
-            # 64-column steps: an INT8 unit starts on any of them, an INT4 unit on every second
-            step = 2 * unit if unit < int4_units else int4_units + unit
-            if step % 2 == 0:
-                self.load_tokens(x_atom, tXgX[None, step // 2], tXsX[None, at], barrier, mask)
-            else:
-                self.load_tokens(x_atom, tXgH[None, step // 2], tXsX[None, at], barrier, mask)
-        else:
-            for slab in cutlass.range_constexpr(self.slabs):
-                target = tXsX[None, self.slabs * at + slab]
-                self.load_tokens(x_atom, tXgX[None, self.slabs * unit + slab], target, barrier, mask)
-
-    @cute.jit
-    def load_tokens(self, x_atom, source, target, barrier, mask):
-        if cutlass.const_expr(self.config.multicast > 1):
-            cute.copy(x_atom, source, target, tma_bar_ptr=barrier, mcast_mask=mask)
-        else:
-            cute.copy(x_atom, source, target, tma_bar_ptr=barrier)

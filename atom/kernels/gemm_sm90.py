@@ -85,9 +85,7 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
         row_groups = cute.ceil_div(mY.shape[1], self.rows * config.multicast)
         token_tiles = cute.ceil_div(mY.shape[0], self.tile_m)
         clusters = row_groups * token_tiles
-        if cutlass.const_expr(config.even):
-            clusters = cutlass.max(cutlass.min(clusters * mW.shape[1] // 4, max_ctas), 1)
-        elif cutlass.const_expr(config.split == 1):
+        if cutlass.const_expr(config.split == 1):
             clusters = cutlass.min(clusters, max_ctas // config.multicast)
         self.kernel(x_atom, x_tensor, x_layout, mW, mS, mC, mB, mY, mR, mE, int4_units, row_groups, token_tiles).launch(
             grid=(clusters * config.multicast * config.split, 1, 1),
@@ -129,16 +127,10 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
         total = row_groups * token_tiles
         begin = units * split_rank // config.split
         end = units * (split_rank + 1) // config.split
-        all_units = total * units
-        first_unit = all_units * bx // blocks
-        last_unit = all_units * (bx + 1) // blocks
-        if cutlass.const_expr(config.even):
-            work, total, stride = first_unit // units, (last_unit + units - 1) // units, Int32(1)
 
         smem = utils.SmemAllocator()
         full = smem.allocate_array(Int64, config.stages)
         empty = smem.allocate_array(Int64, config.stages)
-        is_last = smem.allocate_array(Int32, 1)
         pool = smem.allocate(config.pool_bytes, 1024)
         sX = cute.make_tensor(cute.recast_ptr(pool, x_layout.inner, self.x_type), x_layout.outer)
         w_words = cute.recast_ptr(pool + self.x_bytes * config.ways * config.stages, dtype=Uint32)
@@ -152,40 +144,38 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
         s_words = cute.recast_ptr(pool + (self.x_bytes * config.ways + self.w_bytes) * config.stages, dtype=Float32)
         sS = cute.make_tensor(s_words, cute.make_layout((self.tile_m, config.stages)))
 
-        if warp == 0:
+        producer = 4 * config.warpgroups  # the warp that loads; it makes the barriers, and waits for nobody
+        if warp == producer:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(config.stages):
                     cute.arch.mbarrier_init(full + s, 1)
                     cute.arch.mbarrier_init(empty + s, 4 * config.warpgroups * config.multicast)
             cute.arch.mbarrier_init_fence()
-        if cutlass.const_expr(self.cluster > 1):
+        if cutlass.const_expr(config.multicast > 1):  # peers signal these barriers
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()
-        if cutlass.const_expr(config.pdl and not config.late):
+        if warp == producer:
+            cute.arch.barrier_arrive(barrier_id=7, number_of_threads=self.consumers + 32, aligned=False)
+        if warp < producer:
+            cute.arch.barrier(barrier_id=7, number_of_threads=self.consumers + 32)
+        if cutlass.const_expr(config.pdl):
             cute.arch.griddepcontrol_launch_dependents()
 
-        if warp >= 4 * config.warpgroups:
+        if warp >= producer:
             if cutlass.const_expr(config.registers):
                 cute.arch.setmaxregister_decrease(24)
-            if warp == 4 * config.warpgroups:
+            if warp == producer:
                 cpasync.prefetch_descriptor(x_atom)
                 stage = Int32(0)
                 phase = Int32(1)
                 first = Int32(1)
-                if cutlass.const_expr(config.even):
-                    self.produce_evenly(
-                        x_atom, mX, sX, mW, sW, mS, sS, full, empty, units, first_unit, last_unit, int4_units
-                    )
-                else:
-                    for item in cutlass.range(work, total, stride, unroll=1):
-                        row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
-                        stage, phase = self.produce(
-                            x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end,
-                            int4_units, stage, phase, first, item + stride >= total,
-                        )  # fmt: skip
-                        first = Int32(0)
+                for item in cutlass.range(work, total, stride, unroll=1):
+                    row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
+                    stage, phase = self.produce(
+                        x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units,
+                        stage, phase, first,
+                    )  # fmt: skip
+                    first = Int32(0)
             self.cluster_sync(self.cluster)
         else:
             if cutlass.const_expr(config.registers):
@@ -206,12 +196,7 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
             row_values = cute.make_rmem_tensor((4,), Float32)
             token_values = cute.make_rmem_tensor((-(-self.tile_m // 128) * max(config.scale_rows, 1),), Float32)
             for item in cutlass.range(work, total, stride, unroll=1):
-                row_tile, token0 = item, Int32(0)
-                if cutlass.const_expr(config.even):
-                    begin = cutlass.max(first_unit - item * units, 0)
-                    end = cutlass.min(last_unit - item * units, units)
-                else:
-                    row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
+                row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
                 row0 = row_tile * self.rows
                 if cutlass.const_expr(config.ways == 1):
                     row0 = row0 + group * 64
@@ -221,6 +206,9 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
                     if first == 1:
                         cute.arch.griddepcontrol_wait()
                         first = Int32(0)
+                met = Int32(0)
+                if cutlass.const_expr(not config.clustered):
+                    met = self.count_to_meet(mE, tid, item)
                 if cutlass.const_expr(self.tile_m <= 64):
                     self.fetch_token_scales(mS, token_values, thread, token0, mY.shape[0])
                 (out if cutlass.const_expr(self.kind.promoted) else acc).fill(0)
@@ -241,16 +229,8 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
                     self.merge(pool, sums, thread, group)
                 if cutlass.const_expr(not config.scaled_early):
                     self.share_scales(sT, mS, mC, mB, mY, row_values, token_values, thread, group, row0, token0)
-                place = (row0, token0, split_rank, item)
-                if cutlass.const_expr(config.even):
-                    is_sum = Int32(1)
-                    if end - begin < units:
-                        is_sum = self.add_up(mE, sums, tid, item, units, all_units, first_unit, mY.shape[0], is_last)
-                    if is_sum == 1:
-                        self.store(
-                            staging, sums, sT, row_values, mY, mR, thread, group, row0, token0, token0, mY.shape[0]
-                        )
-                elif cutlass.const_expr(config.ways > 1):
+                place = (row0, token0, split_rank, item, met)
+                if cutlass.const_expr(config.ways > 1):
                     if group == 0:
                         self.finish(staging, sums, sT, row_values, mE, mY, mR, tid, thread, group, *place)
                 else:
@@ -259,12 +239,12 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
                 self.cluster_sync(self.cluster)  # peers may still write to or signal this CTA's shared memory
 
     @cute.jit
-    def finish(self, staging, sums, sT, row_values, mE, mY, mR, tid, thread, group, row0, token0, rank, item):
+    def finish(self, staging, sums, sT, row_values, mE, mY, mR, tid, thread, group, row0, token0, rank, item, met):
         """From sums in registers to memory."""
         low = token0
         high = cutlass.min(token0 + self.tile_m, mY.shape[0])
         if cutlass.const_expr(self.config.split > 1):
-            share = self.exchange(mE, sums, tid, rank, high - token0, item)
+            share = self.exchange(mE, sums, tid, rank, high - token0, item, met)
             low = token0 + rank * share
             high = cutlass.min(low + share, high)
         self.store(staging, sums, sT, row_values, mY, mR, thread, group, row0, token0, low, high)
@@ -283,14 +263,17 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
     @cute.jit
     def place(self, item, row_groups, token_tiles, rank):
         """Work item to (row tile, first token): 8 token tiles run side by side, so that both operands stay in L2."""
-        per = 8 * row_groups
-        block = item // per
-        width = cutlass.min(token_tiles - 8 * block, Int32(8))
-        local = item - block * per
-        row_tile = local // width
+        row_tile, token_tile = item, Int32(0)
+        if token_tiles > 1:  # not for few tokens: a division takes as long as a load's first instructions
+            per = 8 * row_groups
+            block = item // per
+            width = cutlass.min(token_tiles - 8 * block, Int32(8))
+            local = item - block * per
+            row_tile = local // width
+            token_tile = 8 * block + local % width
         if cutlass.const_expr(self.config.multicast > 1):
             row_tile = row_tile * self.config.multicast + rank
-        return row_tile, (8 * block + local % width) * self.tile_m
+        return row_tile, token_tile * self.tile_m
 
     @cute.jit
     def cluster_sync(self, ctas: cutlass.Constexpr):

@@ -86,7 +86,7 @@ class ProducerConfig:
     @property
     def is_exact(self) -> bool:
         """Whether codes are atom/quant's bit for bit: no sum or exponential before them leaves a last bit open."""
-        return self.source == "plain" and not self.rotation
+        return self.source == "plain"
 
     @property
     def reads_two(self) -> bool:
@@ -115,19 +115,13 @@ class ProducerConfig:
 
     @property
     def run(self) -> int:
-        """Neighbouring slots of one thread: all it has where it gathers or turns them and they share a scale, else one.
+        """Neighbouring slots of one thread: all it has where it gathers them and they share a scale, else one.
 
         Only of CTAs that stay: columns and gains of runs are loaded badly, which must be worth it.
         """
-        gathers = self.permuted and not self.rotation and self.chunks in (2, 4, 8)
-        turns = not self.permuted and self.rotation >= 32 and self.chunks == 4 and self.rotated == self.slots * CHUNK
-        shares = self.rounding in ("token", "factor", "group") and self.chunks <= (self.group_chunks or self.chunks)
-        return self.chunks if self.ctas_per_sm > 0 and shares and (gathers or turns) else 1
-
-    @property
-    def turns_runs(self) -> bool:
-        """Whether a thread turns the 32 columns of a run by itself."""
-        return self.run > 1 and not self.permuted
+        shares = self.permuted and self.ctas_per_sm > 0 and not self.rotation and not self.writes_bf16
+        shares = shares and (self.rounding == "token" or self.chunks <= self.group_chunks)
+        return self.chunks if shares and self.chunks in (2, 4, 8) else 1
 
     @property
     def reorders(self) -> bool:
@@ -247,7 +241,7 @@ def with_layout(config: ProducerConfig, tokens: int) -> ProducerConfig:
         return lay_out(config, threads, 2, 1)
     if config.permuted:
         return lay_out(config, threads, 2, 1, 768 if config.is_norm else 1024)  # registers: indices, and gains too
-    if config.rotation >= 32 and not config.writes_bf16:
+    if config.is_norm and config.rotation and not config.writes_bf16:
         return lay_out(config, threads // 2, 4, 1, 512)
     return lay_out(config, threads, 2, 1, 1024 if config.is_norm and not config.writes_bf16 else 0)
 

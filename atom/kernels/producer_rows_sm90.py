@@ -28,25 +28,6 @@ class ProducerRows:
     words: int
     is_full: bool
     room: int
-    runs: int
-
-    @cute.jit
-    def slot_of(self, j: cutlass.Constexpr, tid, rank):
-        """The slot of this thread's j-th chunk before a rotation; after it, chunks of a run stand in order.
-
-        Lanes that turn runs take the four chunks of theirs in four orders, so that eight lanes' lie in all banks.
-        """
-        config = self.config
-        place = j % config.run
-        if cutlass.const_expr(config.turns_runs):
-            place = Int32(place) ^ ((tid >> 1) & 3)
-        return self.first_slot(j // config.run, tid, rank) + place
-
-    @cute.jit
-    def first_slot(self, i: cutlass.Constexpr, tid, rank):
-        """The first slot of this thread's i-th run."""
-        config = self.config
-        return ((rank * self.runs + i) * config.threads + tid) * config.run
 
     @cute.jit
     def source_chunk(self, slot):
@@ -68,7 +49,7 @@ class ProducerRows:
         chunk = Int32(j * config.threads) + tid
         there = chunk < config.columns // CHUNK
         if cutlass.const_expr(not config.permuted):
-            chunk, there = self.source_chunk(self.slot_of(j, tid, rank))
+            chunk, there = self.source_chunk((rank * config.chunks + j) * config.threads + tid)
         return chunk, there
 
     @cute.jit
@@ -264,39 +245,6 @@ class ProducerRows:
             if slot * CHUNK < config.rotated:
                 for e in cutlass.range_constexpr(CHUNK):
                     value[e] = turned[e] * scale
-
-    @cute.jit
-    def rotate_run(self, run, tid):
-        """The same of a run of four chunks: 32 columns within the thread, from the order in which it took the chunks.
-
-        Chunk c was taken as c ^ k: sums over the chunks then come in order, but with the sign of the bits in c & k.
-        """
-        config = self.config
-        turned = []
-        for c in cutlass.range_constexpr(4):
-            part = [run[c][e] for e in range(CHUNK)]
-            for step in (1, 2, 4):
-                part = butterflies(part, step)
-            turned += part
-        for step in (8, 16):
-            turned = butterflies(turned, step)
-        swapped = tid >> 1
-        scale = Float32(1.0 / sqrt(config.rotation))
-        first, second = scale, scale
-        if (swapped & 1) != 0:
-            first = -scale
-        if (swapped & 2) != 0:
-            second = -scale
-        both = first * second * Float32(sqrt(config.rotation))
-        signed = (scale, first, second, both)
-        turned = [turned[i] * signed[i // CHUNK] for i in range(4 * CHUNK)]
-        for lanes in (1, 2, 4)[: (config.rotation // 32).bit_length() - 1]:
-            sign = Float32(1.0)
-            if (tid & lanes) != 0:
-                sign = Float32(-1.0)
-            turned = [cute.arch.shuffle_sync_bfly(t, offset=lanes) + sign * t for t in turned]
-        for i in cutlass.range_constexpr(4 * CHUNK):
-            run[i // CHUNK][i % CHUNK] = turned[i]
 
     @cute.jit
     def largest(self, value, found):

@@ -123,7 +123,8 @@ class Producer(ProducerRows, ProducerWrite):
         rI.fill(config.columns)
         rG.fill(0.0)
         for j in cutlass.range_constexpr(config.chunks):
-            self.load_constants(mG, mP, sV, rI, rG, rO, j, self.slot_of(j, tid, rank))
+            slot = self.first_slot(j // config.run, tid, rank) + j % config.run
+            self.load_constants(mG, mP, sV, rI, rG, rO, j, slot)
         if cutlass.const_expr(config.permuted):
             if tid < self.rows * CHUNK:
                 sV[tid // CHUNK * self.row + config.columns + tid % CHUNK] = dtype(0.0)
@@ -214,11 +215,8 @@ class Producer(ProducerRows, ProducerWrite):
                 if cutlass.const_expr(config.is_norm):
                     for e in cutlass.range_constexpr(CHUNK):
                         values[j][e] = values[j][e] * rG[e, j]
-                if cutlass.const_expr(config.rotation > 0 and not config.turns_runs):
+                if cutlass.const_expr(config.rotation > 0):
                     self.rotate(values[j], slot)
-            if cutlass.const_expr(config.turns_runs):
-                self.rotate_run(values[i * config.run : (i + 1) * config.run], tid)
-            for j in cutlass.range_constexpr(i * config.run, (i + 1) * config.run):
                 if cutlass.const_expr(config.rounding != "none"):
                     largest[i] = self.largest(values[j], largest[i])
             if cutlass.const_expr(config.outliers == 0):
@@ -253,6 +251,12 @@ class Producer(ProducerRows, ProducerWrite):
             if cutlass.const_expr(config.is_norm):
                 raw[i] = raw[i] * factor
             self.write(mQ, mS, run, back, raw[i], of_row, factor, token, self.first_slot(i, tid, rank))
+
+    @cute.jit
+    def first_slot(self, i: cutlass.Constexpr, tid, rank):
+        """The first slot of this thread's i-th run."""
+        config = self.config
+        return ((rank * self.runs + i) * config.threads + tid) * config.run
 
     @cute.jit
     def read(self, mX, mU, mT, sV, values, token, tid, rank):

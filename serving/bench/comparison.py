@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .plots import label_of, memory_text
+from .plots import label_of, memory_text, origin
 
 Row = dict[str, Any]
 
@@ -18,13 +18,17 @@ TIE = 0.99  # what is within 1 % counts as equal: two runs of one engine differ 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One setting: what was compared (`kind`), where, which schemes, how many times as fast the first was."""
+    """One setting: what was compared (`kind`), where, which schemes, how many times as fast the first was.
+
+    is_across  the two were measured at different commits, for want of two of one
+    """
 
     kind: str
     setting: str
     label: str
     over: str
     ratio: float
+    is_across: bool = False
 
     @property
     def is_slower(self) -> bool:
@@ -79,9 +83,11 @@ def comparison_table(found: Sequence[Comparison]) -> tuple[Sequence[str], list[l
     for (kind, label, over), group in groups.items():
         least = min(group, key=lambda each: each.ratio)
         slower = sum(each.is_slower for each in group)
+        across = sum(each.is_across for each in group)
         ratios = (least.ratio, max(each.ratio for each in group))
-        body.append([f"{label} over {over}", kind, len(group), slower, *(f"{r:.2f}" for r in ratios), least.setting])
-    return ("", "compared by", "settings", "slower in", "least", "most", "least in"), body
+        numbers = (len(group), across, slower, *(f"{r:.2f}" for r in ratios))
+        body.append([f"{label} over {over}", kind, *numbers, least.setting])
+    return ("", "compared by", "settings", "across commits", "slower in", "least", "most", "least in"), body
 
 
 def _compare(
@@ -91,19 +97,21 @@ def _compare(
     speed: Callable[[Row], float],
     baselines: Sequence[str],
 ) -> Iterator[Comparison]:
-    """Each 4-bit row against the fastest row of each baseline in the same setting."""
+    """Each 4-bit row against the fastest of each baseline in the same setting, of its own commit if there is one."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if (key := setting(row)) is not None:
             groups.setdefault(key, []).append(row)
-    pairs = [
-        Comparison(kind, key[0], label_of(mine), label_of(theirs), speed(mine) / speed(theirs))
-        for key, group in groups.items()
-        for mine in group
-        if mine["scheme"] in LOW
-        for base in baselines
-        if (theirs := max((row for row in group if row["scheme"] == base), key=speed, default=None)) is not None
-    ]
+    pairs = []
+    for (name,), group in groups.items():
+        for mine in (row for row in group if row["scheme"] in LOW):
+            for base in baselines:
+                theirs = [row for row in group if row["scheme"] == base]
+                same = [row for row in theirs if origin(row) == origin(mine)]
+                if theirs:
+                    best = max(same or theirs, key=speed)
+                    labels = label_of(mine), label_of(best)
+                    pairs.append(Comparison(kind, name, *labels, speed(mine) / speed(best), not same))
     yield from sorted(pairs, key=lambda each: (LOW.index(each.label.partition("+")[0]), each.over))
 
 

@@ -5,6 +5,7 @@ A group is what compares: one experiment, shape and workload. Within it a scheme
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from atom.errors import UnsupportedError
 Row = dict[str, Any]
 
 ORDER = ("bf16", "w8a8", "fp8", "w4a16", "w4a8", "w4a4", "nvint4", "nvfp4", "mxfp4", "w3a3")
+ACROSS = "*: across commits"
 COLOURS = {
     "bf16": "#7f7f7f",
     "w8a8": "#1f77b4",
@@ -163,6 +165,15 @@ def save_figure(figure: Any, path: Path) -> bool:
     return True
 
 
+def _line(axis: Any, points: Sequence[Row], key: str, label: str, style: dict[str, Any]) -> None:
+    """Output tokens a second over `key`; points of different commits are not joined, the later ones are hollow."""
+    for index, source in enumerate(dict.fromkeys(origin(p) for p in points)):
+        mine = [p for p in points if origin(p) == source]
+        fill = {} if index == 0 else {"markerfacecolor": "white"}
+        x, y = [p[key] for p in mine], [p["out_tok_s"] for p in mine]
+        axis.plot(x, y, marker="o", markersize=4, label="_" * bool(index) + label, **style, **fill)
+
+
 def _by_batch(rows: Sequence[Row], title: str, path: Path) -> bool:
     """Output tokens a second against the batch; what the GPU allows, where known, as thin lines of the same colour."""
     panels = _curves(rows)
@@ -172,8 +183,7 @@ def _by_batch(rows: Sequence[Row], title: str, path: Path) -> bool:
     for axis, (memory, curves) in zip(axes, panels.items(), strict=True):
         for label, points in curves.items():
             style = _style(label, rows)
-            batches = [p["batch"] for p in points]
-            axis.plot(batches, [p["out_tok_s"] for p in points], marker="o", markersize=4, label=label, **style)
+            _line(axis, points, "batch", label, style)
             bounds = [(p["batch"], p["bound_tok_s"]) for p in points if p.get("bound_tok_s")]
             if len(bounds) > 1:
                 axis.plot(*zip(*bounds, strict=True), color=style["color"], linewidth=0.7, alpha=0.6)
@@ -201,8 +211,7 @@ def _frontier(rows: Sequence[Row], title: str, path: Path) -> bool:
     targets = sorted({row["tpot_target_ms"] for row in rows if row["tpot_target_ms"] is not None})
     for axis, (memory, curves) in zip(axes, panels.items(), strict=True):
         for label, points in curves.items():
-            x, y = [p["tpot_ms_p50"] for p in points], [p["out_tok_s"] for p in points]
-            axis.plot(x, y, marker="o", markersize=4, label=label, **_style(label, rows))
+            _line(axis, points, "tpot_ms_p50", label, _style(label, rows))
         longest = max((p["tpot_ms_p50"] for points in curves.values() for p in points), default=0)
         for target in targets:
             if target <= 1.5 * longest:  # one far beyond all that was measured would squeeze it into a corner
@@ -226,7 +235,7 @@ def _speedups(rows: Sequence[Row], title: str, path: Path) -> bool:
     figure, (axis,) = new_panels(1, f"Speed-up over {labels[0]} at the best batch: {title}", 2.2 + 1.15 * len(labels))
     groups = {s: {label_of(r): r for r in best if (r["memory_gb"], r["tpot_target_ms"]) == s} for s in settings}
     with_base = [setting for setting in settings if labels[0] in groups[setting]]
-    width = 0.8 / max(1, len(with_base))
+    width, is_across = 0.8 / max(1, len(with_base)), False
     for setting in settings:
         memory, target = setting
         text = memory_text(memory) + ("" if target is None else f", TPOT at most {target:g} ms")
@@ -235,33 +244,57 @@ def _speedups(rows: Sequence[Row], title: str, path: Path) -> bool:
             continue
         index, rates, base = with_base.index(setting), groups[setting], groups[setting][labels[0]]
         places = [i + (index - (len(with_base) - 1) / 2) * width for i, label in enumerate(labels) if label in rates]
-        heights = [rates[label]["out_tok_s"] / base["out_tok_s"] for label in labels if label in rates]
+        ratios = [ratio_of(rates[label], base) for label in labels if label in rates]
+        heights = [ratio.value for ratio in ratios]
         shades = [COLOURS.get(label.partition("+")[0], "black") for label in labels if label in rates]
         alpha = 1.0 - 0.6 * index / max(1, len(with_base) - 1)
         bars = axis.bar(places, heights, width * 0.92, color=shades, alpha=alpha)
-        axis.bar_label(bars, [f"{h:.2f}" for h in heights], fontsize=8, padding=2)
+        axis.bar_label(bars, [ratio.text() for ratio in ratios], fontsize=8, padding=2)
+        is_across = is_across or any(ratio.is_across for ratio in ratios)
         axis.bar([0], [0], color="0.3", alpha=alpha, label=text)  # the legend's key, in grey
     axis.axhline(1, color="0.3", linewidth=0.8)
     axis.set_xticks(range(len(labels)), labels)
     axis.set(ylabel="times as many output tokens/s")
     axis.margins(y=0.12)
     axis.grid(False, axis="x")
-    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    across = ACROSS if is_across else None
+    axis.legend(fontsize=8, frameon=False, loc="upper left", title=across, title_fontsize=7, alignment="left")
     return save_figure(figure, path)
 
 
-def equal_ratios(rows: Sequence[Row]) -> dict[int, dict[str, float]]:
+@dataclass(frozen=True)
+class Ratio:
+    """Times as fast; is_across: of two commits, whose differences are in it."""
+
+    value: float
+    is_across: bool = False
+
+    def text(self, digits: int = 2) -> str:
+        return f"{self.value:.{digits}f}{'*' if self.is_across else ''}"
+
+
+def origin(row: Row) -> str | None:
+    """Where a row says that it is from, if not from its record's commit."""
+    return row.get("source") or row.get("commit")
+
+
+def ratio_of(row: Row, base: Row) -> Ratio:
+    """Output tokens a second of one row over those of another."""
+    return Ratio(row["out_tok_s"] / base["out_tok_s"], origin(row) != origin(base))
+
+
+def equal_ratios(rows: Sequence[Row]) -> dict[int, dict[str, Ratio]]:
     """batch -> label -> times as fast as the first scheme at the same batch, in whatever memory each was fastest."""
     equal = [row for row in rows if row["batch_mode"] == "equal" and row["out_tok_s"] and row.get("rate") is None]
     labels = in_order(equal)
-    found: dict[int, dict[str, float]] = {}
+    found: dict[int, dict[str, Ratio]] = {}
     for batch in sorted({row["batch"] for row in equal}):
-        rates: dict[str, float] = {}
+        best: dict[str, Row] = {}
         for row in equal:
             if row["batch"] == batch:
-                rates[label_of(row)] = max(rates.get(label_of(row), 0.0), float(row["out_tok_s"]))
-        if labels[0] in rates and len(rates) > 1:
-            found[batch] = {label: rates[label] / rates[labels[0]] for label in labels if label in rates}
+                best[label_of(row)] = max(best.get(label_of(row), row), row, key=lambda r: float(r["out_tok_s"]))
+        if labels[0] in best and len(best) > 1:
+            found[batch] = {label: ratio_of(best[label], best[labels[0]]) for label in labels if label in best}
     return found
 
 
@@ -277,19 +310,21 @@ def _equal(rows: Sequence[Row], title: str, path: Path) -> bool:
         places = [
             i + (index - (len(labels) - 1) / 2) * width for i, found in enumerate(ratios.values()) if label in found
         ]
-        heights = [found[label] for found in ratios.values() if label in found]
+        held = [found[label] for found in ratios.values() if label in found]
         style = _style(label, rows)
         hatch = "//" if style["linestyle"] != "-" else None
+        heights = [ratio.value for ratio in held]
         bars = axis.bar(
             places, heights, width * 0.92, color=style["color"], label=label, hatch=hatch, edgecolor="white"
         )
-        axis.bar_label(bars, [f"{h:.1f}" for h in heights], fontsize=7, padding=2)
+        axis.bar_label(bars, [ratio.text(1) for ratio in held], fontsize=7, padding=2)
     axis.axhline(1, color="0.3", linewidth=0.8)
     axis.set_xticks(range(len(ratios)), [str(batch) for batch in ratios])
     axis.set(xlabel="requests under way", ylabel="times as many output tokens/s")
     axis.margins(y=0.12)
     axis.grid(False, axis="x")
-    set_legend([axis])
+    is_across = any(ratio.is_across for found in ratios.values() for ratio in found.values())
+    set_legend([axis], ACROSS if is_across else None)
     return save_figure(figure, path)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from .comparison import compare_all, comparison_table
 from .overview import draw_overviews
 from .plots import (
+    ACROSS,
+    Ratio,
     draw_group,
     draw_loads,
     equal_ratios,
@@ -19,6 +21,7 @@ from .plots import (
     label_of,
     load_label,
     memory_text,
+    ratio_of,
 )
 from .report_data import BenchData
 from .tables import cell, markdown_table
@@ -59,6 +62,7 @@ def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
         if plots is not None:
             for path in draw_group(rows, f"{shape}, {workload}", plots, file_stem(f"{experiment}-{shape}-{workload}")):
                 parts.append(("plot", path.stem, path))
+        parts += [("text", "", f"{text}.") for text in remarks(rows)]
         bad = sum(row.get("errors") or 0 for row in rows if row["batch_mode"] == "equal")
         if bad:
             parts.append(("text", "", f"{bad} requests failed in these runs; they count as errors, not as answers."))
@@ -97,6 +101,19 @@ def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
     return parts
 
 
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """What a reader must know of these rows: that several commits are in them, and the notes that some carry."""
+    found = []
+    sources = list(dict.fromkeys(row.get("source") or "the record's commit" for row in rows))
+    if len(sources) > 1:
+        found.append(f"Rows are of {', '.join(sources)}; {ACROSS}, whose differences are in such a ratio")
+    notes: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.get("note"):
+            notes.setdefault(row["note"], {})[label_of(row)] = None
+    return found + [f"{', '.join(labels)}: {note}" for note, labels in notes.items()]
+
+
 def speedup_rows(rows: Sequence[Row]) -> list[Row]:
     """Best-batch rows with `speedup` over the first scheme's, and `batch_ratio`, in the same memory and target."""
     best = [row for row in rows if row["batch_mode"] == "best"]
@@ -104,8 +121,11 @@ def speedup_rows(rows: Sequence[Row]) -> list[Row]:
     found = []
     for row in best:
         base = next((r for r in best if label_of(r) == labels[0] and _setting(r) == _setting(row)), None)
-        ratio = None if base is None or not base["out_tok_s"] else round(row["out_tok_s"] / base["out_tok_s"], 3)
-        found.append({**row, "label": label_of(row), "over": labels[0], "speedup": ratio})
+        ratio = None if base is None or not base["out_tok_s"] else ratio_of(row, base)
+        speedup = None if ratio is None else round(ratio.value, 3)
+        is_across = ratio is not None and ratio.is_across
+        names = {"label": label_of(row), "over": labels[0]}
+        found.append({**row, **names, "speedup": speedup, "is_across": is_across})
     order = {label: place for place, label in enumerate(labels)}
     return sorted(found, key=lambda r: (r["memory_gb"], -(r["tpot_target_ms"] or 1e9), order[r["label"]]))
 
@@ -128,7 +148,8 @@ def best_table(rows: Sequence[Row]) -> Table:
         target = "none" if row["tpot_target_ms"] is None else f"{row['tpot_target_ms']:g}"
         times = (row["tpot_ms_p50"], row["tpot_ms_p99"], row["ttft_ms_p50"])
         start = (row["label"], memory_text(row["memory_gb"]), target, row["batch"], row["out_tok_s"])
-        body.append([*start, row["speedup"], *times, share])
+        speedup = None if row["speedup"] is None else Ratio(row["speedup"], row["is_across"]).text()
+        body.append([*start, speedup, *times, share])
     return titles, body
 
 
@@ -145,10 +166,12 @@ def batch_table(rows: Sequence[Row]) -> Table:
     return ("scheme", "memory", *(str(batch) for batch in batches)), body
 
 
-def ratio_table(ratios: dict[int, dict[str, float]]) -> Table:
-    """Schemes down, batches across."""
+def ratio_table(ratios: dict[int, dict[str, Ratio]]) -> Table:
+    """Schemes down, batches across; a star where two commits are compared."""
     labels = list(dict.fromkeys(label for found in ratios.values() for label in found))
-    body = [[label, *(found.get(label) for found in ratios.values())] for label in labels]
+    body: list[list[Any]] = []
+    for label in labels:
+        body.append([label, *(found[label].text() if label in found else None for found in ratios.values())])
     return ("scheme", *(str(batch) for batch in ratios)), body
 
 

@@ -78,8 +78,9 @@ def bench_throughput(
 ) -> list[Point]:
     """One point for each workload and concurrency (or rate), in order; `found` is called with each as it is done.
 
-    Of the concurrencies that the cache cannot hold on average the smallest is run (there memory decides), and larger
-    ones are left out: the file of points then has an entry `skipped` for each.
+    Of the concurrencies that the cache cannot hold on average the smallest is run (there memory decides; a steady:
+    workload then has as many as it holds on average), and larger ones are left out: the file of points then has an
+    entry `skipped` for each.
     """
     points = []
     with running(config, say) as (ready, driver):
@@ -144,8 +145,11 @@ def _point(
         )
     mix = Mix.of(items)
     if window_s is not None:
-        held = max(1, int(ready.limits.cache_tokens / mix.context))  # what waits has not run yet
+        held = max(1, int(ready.limits.cache_tokens / mix.context))
         under_way = min(concurrency or ready.limits.max_num_seqs, held)
+        concurrency = min(
+            concurrency, held
+        )  # more would fit for as long as new ones are short, which is no steady state
         window_s = window_of_prompts(window_s, floor, mix, under_way)
         fresh = items[: max(64, int(FRESH_TOKENS * len(items) / sum(item.total_tokens for item in items)))]
         items = mid_life(items, under_way, config.seed) + fresh

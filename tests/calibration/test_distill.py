@@ -15,6 +15,7 @@ from atom.calibration.report import Report
 from atom.calibration.stream import quantize_model
 from atom.calibration.student import Student, TrainableColumns
 from atom.checkpoint import read_scheme
+from atom.errors import CalibrationError
 from atom.models.generate import scheme_cache
 from atom.models.loader import load_model
 from atom.models.source import load_tokenizer, open_source
@@ -225,3 +226,19 @@ def test_the_device_may_be_left_to_torch(tiny: Tiny, quick: CalibrationConfig, t
     windows = load_windows(quick.calib, load_tokenizer(source.path), 2, quick.window_length, 0)
     text = load_distill_text(load_tokenizer(source.path), config, windows)
     assert distill_checkpoint(source, tmp_path / "out", tmp_path / "twice", text, config).steps == 2
+
+
+def test_a_gpu_that_is_too_small_after_all_leaves_the_rounded_checkpoint(
+    tiny: Tiny, quick: CalibrationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    monkeypatch.setattr("atom.calibration.stream.distill_checkpoint", fail)
+    config = replace(quick, distill_steps=2, distill_windows=20)
+    with pytest.raises(CalibrationError, match=r"Tried to allocate 20.00 GiB.\); .*out.rounded holds the checkpoint"):
+        quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "out", config)
+    assert load_model(tmp_path / "out.rounded") is not None
+    monkeypatch.undo()
+    report = quantize_model(tiny("llama"), get_scheme("w4a4"), tmp_path / "out", config, resume=True)
+    assert report.distilled is not None and not (tmp_path / "out.rounded").exists()

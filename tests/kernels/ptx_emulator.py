@@ -702,10 +702,22 @@ def _bar(warp: Warp, op: str, args: list[Any]) -> bool | None:
         waiting.add(warp.index)
         cta.events += 1
     if len(waiting) == count:
-        cta.passed[name] |= waiting - {warp.index}
+        cta.passed[name] |= {w for w in waiting if w >= 0} - {warp.index}
         waiting.clear()
         return None
     return False
+
+
+def _arrive(warp: Warp, op: str, args: list[Any]) -> None:
+    """bar.arrive: counted, and not kept; it stands among those that wait as ~warp."""
+    warp.need_all(op)
+    name, count, cta = int(args[0]), int(args[1]) // LANES, warp.cta
+    waiting = cta.waiting.setdefault(name, set())
+    waiting.add(~warp.index)
+    cta.events += 1
+    if len(waiting) == count:
+        cta.passed.setdefault(name, set()).update(w for w in waiting if w >= 0)
+        waiting.clear()
 
 
 def _mbarrier(warp: Warp, op: str, args: list[Any]) -> None:
@@ -791,6 +803,7 @@ HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
     (r"shfl\..*", _shfl), (r"redux\..*", _redux), (r"vote\..*", _vote), (r"elect\..*", _elect),
     (r"movmatrix\..*", _movmatrix),
     (r"ldmatrix\..*", _ldmatrix), (r"mma\..*", _mma), (r"bar\.sync|barrier\.sync.*", _bar),
+    (r"bar\.arrive|barrier(\.cta)?\.arrive", _arrive),
     (r"mbarrier\..*", _mbarrier),
     (r"cp\.async\.bulk\..*", _bulk), (r"griddepcontrol.*|fence.*|prefetch.*|bar\.warp\.sync", _nothing),
 ]  # fmt: skip

@@ -239,6 +239,10 @@ def _bar(warp: Warp, op: str, args: list[Any]) -> bool | None:
     return base._bar(warp, op, [str(int(warp.read(arg, U32)[0])) for arg in args])
 
 
+def _bar_arrive(warp: Warp, op: str, args: list[Any]) -> None:
+    base._arrive(warp, op, [str(int(warp.read(arg, U32)[0])) for arg in args])
+
+
 def _cluster_barrier(warp: Warp, op: str, args: list[Any]) -> bool | None:
     warp.need_all(op)
     cluster: Cluster = warp.kernel.cluster  # type: ignore[attr-defined]
@@ -301,12 +305,24 @@ def _atomic_add(warp: Warp, op: str, args: list[Any]) -> None:
     warp.cta.events += 1
 
 
+def _increment(warp: Warp, op: str, args: list[Any]) -> None:
+    """red.add: as atom.add, whose result nobody takes."""
+    addresses, by = warp.address(args[0]), warp.read(args[1], np.int32)
+    for lane in np.flatnonzero(warp.active):
+        at = warp.memory.index(addresses[lane : lane + 1], 4)
+        old = np.ascontiguousarray(warp.memory.bytes[at]).view(np.int32)
+        warp.memory.bytes[at] = (old + by[lane]).astype(np.int32).view(np.uint8)
+    warp.cta.events += 1
+
+
 base.HANDLERS[:0] = [
     (r"barrier\.cluster\..*", _cluster_barrier),
     (r"mapa\..*", _map_to_peer),
     (r"mbarrier\.arrive\.shared::cluster\.b64", _arrive_at_peer),
     (r"st\.async\.shared::cluster\..*", _send_to_peer),
-    (r"ld\.acquire\..*", _load_acquire),
+    (r"ld\.(acquire|relaxed)\..*", _load_acquire),
+    (r"red\.release\.gpu\.global\.add\.s32", _increment),
+    (r"bar\.arrive|barrier(\.cta)?\.arrive", _bar_arrive),
     (r"atom\.add\..*", _atomic_add),
     (r"bar\.sync|barrier\.sync.*", _bar),
     (r"mov\.b64", _mov_64),

@@ -54,7 +54,7 @@ def schemes() -> dict[str, LinearScheme]:
 
 # a tail row tile, a tail unit, one unit more; an odd N; SmolLM2's 576 with outliers is 3.5 groups
 SHAPES = ((576, 576), (999, 512), (2048, 2048))
-TOKENS = (0, 1, 3, 16, 63, 64, 65, 129, 1000, 2100)
+TOKENS = (0, 1, 3, 16, 63, 64, 65, 129, 300, 1000, 2100)
 ADDED_TOKENS = (3, 64, 129, 1000)
 
 
@@ -153,7 +153,6 @@ def test_configs_fit_the_machine(weight: str, tokens: int, features: int, units:
     assert config.clustered or tiles * config.split <= 132, "CTAs that wait for each other are all resident"
 
 
-EVENLY: dict[str, Any] = {"even": True, "late": True, "ctas_per_sm": 2, "bounded": True}
 LLAMA = ((6144, 33), (4096, 33), (28672, 33), (4096, 113))  # features and units along K of Llama-3-8B, w4a4
 TOKEN_SCALES = {"int4": "group", "int4_bf16": "none", "e2m1_g32": "none"}  # of a kind; else "token"
 
@@ -169,7 +168,12 @@ def chosen() -> list[GemmConfig]:
                 found.setdefault((weight, config.tile_m, config.warpgroups, config.multicast), config)
     others = [
         GemmConfig("int4", "token", 64, 4, bias=True),
-        GemmConfig("int4", "token", 16, 4, split=4, pairs=True),
+        GemmConfig("int4", "token", 16, 4, split=4),
+        GemmConfig("int4", "group", 16, 4, split=4, pairs=True),
+        GemmConfig("int4_uint4", "token", 16, 4, split=8, clustered=False, int8_units=True),
+        GemmConfig("int4_uint4", "token", 16, 4, int8_units=True, ways=4),
+        GemmConfig("int4_uint4", "token", 192, 2, int8_units=True),
+        GemmConfig("int4_uint4", "token", 64, 4, split=8, clustered=False, int8_units=True),
         GemmConfig("int4_uint4", "token", 16, 4, split=4, int8_units=True),
         GemmConfig("int4_uint4", "token", 256, 2, int8_units=True),
         GemmConfig("int4", "group", 128, 2, int8_units=True, aligned=False),
@@ -181,9 +185,6 @@ def chosen() -> list[GemmConfig]:
         GemmConfig("int4_uint4", "token", 128, 4, int8_units=True),
         GemmConfig("int4_uint4", "token", 64, 2, int8_units=True, ctas_per_sm=2),
         GemmConfig("int4", "group", 16, 4, split=8, int8_units=True, clustered=False),
-        GemmConfig("int4_uint4", "token", 16, 2, int8_units=True, pairs=True, **EVENLY),
-        GemmConfig("int4_uint4", "token", 16, 4, **EVENLY),
-        GemmConfig("int4_uint4", "token", 64, 2, int8_units=True, **EVENLY),
     ]
     return list(dict.fromkeys([*found.values(), *(config.with_most_stages() for config in others)]))
 
@@ -372,9 +373,6 @@ COMPETING = [  # of a sweep: tile, warpgroups, and what else
     (64, 2, {"ctas_per_sm": 2, "bounded": True}),
     (64, 2, {"split": 4, **LONE}),
     (128, 2, {"ways": 2, "split": 2, **LONE}),
-    (16, 2, {"even": True, "late": True, "ctas_per_sm": 2, "bounded": True}),
-    (64, 2, {"even": True, "late": True, "ctas_per_sm": 2, "bounded": True}),
-    (16, 4, {"even": True, "late": True}),
 ]
 
 

@@ -79,17 +79,17 @@ def atomic_increment(counter: Any):
 
 
 @cute.jit
-def load_acquire(counter: Any):
-    """An int32 in global memory, with acquire order for the GPU."""
-    return cute.arch.inline_ptx(
-        "ld.acquire.gpu.global.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[counter]
-    )
+def increment_release(counter: Any):
+    """Add 1 to an int32 in global memory, after all that this thread knows to be written, for the whole GPU."""
+    cute.arch.inline_ptx("red.release.gpu.global.add.s32 [{$r0}], 1;", read_only_args=[counter])
 
 
 @cute.jit
-def store_release(counter: Any, value: Any):
-    """An int32 to global memory, with release order for the GPU."""
-    cute.arch.inline_ptx("st.release.gpu.global.s32 [{$r0}], {$r1};", read_only_args=[counter, value])
+def load_relaxed(counter: Any):
+    """An int32 in global memory that other SMs change."""
+    return cute.arch.inline_ptx(
+        "ld.relaxed.gpu.global.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[counter]
+    )
 
 
 @cute.jit

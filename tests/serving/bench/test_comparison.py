@@ -41,7 +41,16 @@ def test_batches_and_best() -> None:
     assert batch.ratio == 0.95 and batch.is_slower and batch.setting == "llama-2-7b, paper:2048, batch 32"
     assert best.ratio == 5.0 and best.setting == "llama-2-7b, paper:2048, 24 GiB"
     _, body = comparison_table([batch, best])
-    assert body[0] == ["w4a4+kv4 over bf16", "equal batch", 1, 1, "0.95", "0.95", batch.setting]
+    assert body[0] == ["w4a4+kv4 over bf16", "equal batch", 1, 0, 1, "0.95", "0.95", batch.setting]
+
+
+def test_of_one_commit_if_there_are_two() -> None:
+    old = {"source": "commit old"}
+    rows = [speed("bf16", "equal", 32, 100.0, memory=0), speed("bf16", "equal", 32, 90.0) | old]
+    rows += [speed("w4a4", "equal", 32, 200.0) | old, speed("w4a8", "equal", 32, 300.0) | {"source": "commit older"}]
+    found = {each.label: each for each in compare_all(rows, [])}
+    assert found["w4a4+kv4"].ratio == pytest.approx(200 / 90) and not found["w4a4+kv4"].is_across
+    assert found["w4a8+kv4"].ratio == 3.0 and found["w4a8+kv4"].is_across
 
 
 def test_in_the_report(tmp_path: Path) -> None:
@@ -50,7 +59,7 @@ def test_in_the_report(tmp_path: Path) -> None:
     file.write_text(json.dumps({"name": "latency", "rows": rows}))
     text = write_report(read_bench([file]), tmp_path / "report", "x", plots=False)[0].read_text()
     assert "| llama-3-8b | 1 | 512 | w4a8+kv4 | 2.00 | 1.00 | 50 % | 500.00 |" in text
-    assert "| w4a8+kv4 over bf16 | decode step | 1 | 0 | 2.00 | 2.00 | llama-3-8b, batch 1, context 512 |" in text
+    assert "| w4a8+kv4 over bf16 | decode step | 1 | 0 | 0 | 2.00 | 2.00 | llama-3-8b, batch 1, context 512 |" in text
     file.write_text(json.dumps({"name": "latency", "rows": [rows[0] | {"kv": "int5"}]}))
     with pytest.raises(ValueError, match="kv is 'int5'"):
         read_bench([file])

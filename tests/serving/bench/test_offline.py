@@ -68,6 +68,14 @@ def test_more_than_the_cache_holds_is_run_once(tmp_path: Path) -> None:
     assert "the cache holds" in entries[2]["skipped"] and entries[3]["concurrency"] == 7
 
 
+def test_a_steady_state_has_as_many_as_the_cache_holds() -> None:
+    """Requests of 30 to 50 tokens: while new ones are short more of them would fit, for a while."""
+    small = replace(ENGINE, kv_cache_bytes="192Ki", scheme="bf16")
+    config = ThroughputConfig("tiny", engine=small, workload=("steady:30/20",), window_s=0.3)
+    (point,) = bench_throughput(replace(config, concurrency=(7,)))
+    assert point.batch <= int(point.facts["kv_cache_tokens"] / 40) == point.concurrency < 7
+
+
 def test_rates_and_lengths_that_do_not_fit() -> None:
     config = ThroughputConfig(
         "tiny", engine=replace(ENGINE, max_model_len=64), workload=("uniform:40-80/4-4",), rate=(200.0,)

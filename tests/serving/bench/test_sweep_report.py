@@ -232,8 +232,22 @@ def test_ratios_at_equal_batches(measured: Path) -> None:
     rows = read_bench([measured]).rows
     small = [r for r in rows if not (r["scheme"] == "bf16" and r["memory_gb"] == 24 and r["batch"] == 64)]
     for found in (equal_ratios(rows), equal_ratios(small)):
-        assert list(found) == [8, 64, 100] and found[64]["bf16"] == 1.0 and found[64]["w4a8+kv4"] == pytest.approx(4.0)
+        assert list(found) == [8, 64, 100] and found[64]["bf16"].value == 1.0
+        assert found[64]["w4a8+kv4"].value == pytest.approx(4.0) and found[64]["w4a8+kv4"].text(1) == "4.0"
     assert equal_ratios([row for row in rows if row["scheme"] == "bf16"]) == {}
+
+
+def test_rows_of_several_commits_are_told_apart(tmp_path: Path, measured: Path) -> None:
+    """A star at a ratio across commits, a word about them, the rows' notes; and the figures can be drawn."""
+    pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
+    data = read_bench([measured])
+    for row in data.rows:
+        if row["scheme"] == "w4a8":
+            row |= {"source": "commit old", "note": "too slow"}
+    assert equal_ratios(data.rows)[64]["w4a8+kv4"].text() == "4.00*"
+    text = write_report(data, tmp_path / "report", "x")[0].read_text()
+    assert "Rows are of the record's commit, commit old; *: across commits" in text and "w4a8+kv4: too slow." in text
+    assert "| 4.00* |" in text and "| 2.00 |" in text
 
 
 def test_quality_beside_speed(tmp_path: Path, measured: Path) -> None:
