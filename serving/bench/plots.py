@@ -166,7 +166,7 @@ def save_figure(figure: Any, path: Path) -> bool:
 
 
 def _line(axis: Any, points: Sequence[Row], key: str, label: str, style: dict[str, Any]) -> None:
-    """Output tokens a second over `key`; points of different commits are not joined, the later ones are hollow."""
+    """Output tokens a second over `key`; points of different commits are not joined, those of a second are hollow."""
     for index, source in enumerate(dict.fromkeys(origin(p) for p in points)):
         mine = [p for p in points if origin(p) == source]
         fill = {} if index == 0 else {"markerfacecolor": "white"}

@@ -38,6 +38,8 @@ INT8_A = TensorSpec("int8", Token(), dynamic=True)
 PRESET_ERRORS = {
     "w4a4": 0.17,
     "w4a8": 0.15,
+    "w4a4-hadamard": 0.23,
+    "w4a8-hadamard": 0.12,
     "w4a16": 0.12,
     "w8a8": 0.04,
     "fp8": 0.08,
