@@ -23,7 +23,7 @@ import torch
 from atom.kernels import begin
 from atom.kernels.attention_sm90 import PagedAttentionSm90
 from atom.kernels.kv_layout import KVLayout
-from atom.kernels.paged_step import PagedStep
+from atom.kernels.paged_step import PagedStep, Share
 from atom.models.dummy import dummy_source
 from atom.models.loader import load_source
 from atom.quant.presets import get_scheme
@@ -55,8 +55,8 @@ class PlanOnly:
         self._attend = PagedAttentionSm90(layout)
         self._attend.prefill.load = lambda: None  # type: ignore[method-assign]
 
-    def prepare(self, step: PagedStep, windows: Any, queries: int) -> None:
-        self._attend.prepare(step, (None,), QUERIES_PER_KV)
+    def prepare(self, step: PagedStep, windows: Any, queries: int, share: Share = "auto") -> bool:
+        return self._attend.prepare(step, (None,), QUERIES_PER_KV, share)
 
 
 def hollow_runner(batch: int, context: int, tokens: int, pool_blocks: int) -> Runner:
