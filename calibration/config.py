@@ -54,7 +54,7 @@ class CalibrationConfig:
 
     rotate: Rotate | None = None
     """Folds Hadamard rotations into the weights: none, each head's values, or (residual) the residual stream as well.
-    Default: values where the scheme rotates inputs by blocks."""
+    Default: values where the scheme rotates inputs by blocks, or rounds nothing but the cache."""
 
     order: Order = "ascending"
     """Of reordered channels: ascending in energy, or dealt out to the blocks of a block_hadamard rotation."""
@@ -127,7 +127,8 @@ class CalibrationConfig:
         """This, with what is left to the scheme decided."""
         by_blocks = scheme.rotation is not None and scheme.rotation.kind == "block_hadamard"
         balance = by_blocks if self.balance is None else self.balance
-        rotate: Rotate = ("values" if by_blocks else "none") if self.rotate is None else self.rotate
+        is_cache_alone = scheme.stores_key_centre and scheme.weight is None and not scheme.overrides
+        rotate: Rotate = ("values" if by_blocks or is_cache_alone else "none") if self.rotate is None else self.rotate
         return replace(self, balance=balance, rotate=rotate)
 
     @property

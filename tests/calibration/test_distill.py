@@ -153,7 +153,10 @@ def test_the_first_key_is_on_the_grid_again(tiny: Tiny, quick: CalibrationConfig
 def test_under_a_low_bit_cache_alone_attention_learns(
     tiny: Tiny, logit_error: Close, quick: CalibrationConfig, tmp_path: Path
 ) -> None:
-    scheme = get_scheme("bf16+kv4")
+    scheme, quick = (
+        get_scheme("bf16+kv4"),
+        replace(quick, rotate="none"),
+    )  # turned, there is hardly an error to learn from
     quantize_model(tiny("llama-biased"), scheme, tmp_path / "rounded", quick)
     config = replace(quick, distill_steps=60, distill_windows=60)
     report = quantize_model(tiny("llama-biased"), scheme, tmp_path / "out", config)
