@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from atom.errors import UnsupportedError
+from atom.plots import load_matplotlib
 
 from .clock import PHASES
 from .report import Report
@@ -28,14 +28,7 @@ def draw_plots(report: Report, directory: Path) -> list[Path]:
     """
     if not report.layers:
         return []
-    try:
-        import matplotlib
-    except ImportError:
-        raise UnsupportedError(
-            "plots are drawn with the package matplotlib, which is not installed; pip install 'atom-serving[report]', "
-            "or read the table above"
-        ) from None
-    matplotlib.use("Agg")
+    load_matplotlib()
     directory.mkdir(parents=True, exist_ok=True)
     return [_plot_errors(report, directory / ERRORS_PLOT), _plot_energies(report, directory / ENERGIES_PLOT)]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atom.errors import UnsupportedError
+from atom.plots import load_matplotlib
 from atom.records import Row, read_record
 
 from .compare import Z95
@@ -92,14 +92,7 @@ def draw_frontier(points: Sequence[Point], directory: Path) -> Path:
 
     Raises UnsupportedError where matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UnsupportedError(
-            "plots are drawn with the package matplotlib, which is not installed; pip install 'atom-serving[report]', "
-            "or read the table above"
-        ) from None
-    matplotlib.use("Agg")
+    load_matplotlib()
     from matplotlib import pyplot
 
     models = list(dict.fromkeys(point.model for point in points))

@@ -18,7 +18,15 @@ TOP_LEVEL = ("calibration", "eval", "serving")  # folders of the checkout that a
 # Each package may import those before it, and itself; the commands import everything.
 LAYERS = ["quant", "kernels", "models", "calibration", "serving", "eval"]
 # Modules of atom/ itself, and what they may import of the packages above.
-SHARED = {"errors": (), "env": (), "records": (), "record_tables": (), "texts": (), "checkpoint": ("quant",)}
+SHARED = {
+    "errors": (),
+    "env": (),
+    "plots": (),
+    "records": (),
+    "record_tables": (),
+    "texts": (),
+    "checkpoint": ("quant",),
+}
 HEAVY = (
     "transformers",
     "datasets",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atom.errors import UnsupportedError
+from atom.plots import load_matplotlib
 
 Row = dict[str, Any]
 
@@ -75,7 +75,7 @@ def draw_group(rows: Sequence[Row], title: str, folder: Path, stem: str) -> list
 
     Raises UnsupportedError where matplotlib is not installed.
     """
-    _load_matplotlib()
+    load_matplotlib("or use --no-plots")
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"batch": _by_batch, "frontier": _frontier, "speedup": _speedups, "equal": _equal, "memory": _memory}
     found = []
@@ -84,18 +84,6 @@ def draw_group(rows: Sequence[Row], title: str, folder: Path, stem: str) -> list
         if draw(rows, title, path):
             found.append(path)
     return found
-
-
-def _load_matplotlib() -> None:
-    """For files, not for a screen."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UnsupportedError(
-            "plots are drawn with the package matplotlib, which is not installed; pip install 'atom-serving[report]', "
-            "or use --no-plots"
-        ) from None
-    matplotlib.use("Agg")
 
 
 def draw_loads(loads: Sequence[Row], folder: Path) -> list[Path]:
@@ -108,7 +96,7 @@ def draw_loads(loads: Sequence[Row], folder: Path) -> list[Path]:
     for workload, mine in groups.items():
         if len(mine) < 2:
             continue
-        _load_matplotlib()
+        load_matplotlib("or use --no-plots")
         figure, (axis,) = new_panels(1, f"Over HTTP: {workload}")
         for label in dict.fromkeys(load_label(load) for load in mine):
             points = [(x["summary"]["tpot"]["p50"], x["summary"]["out_tok_s"]) for x in mine if load_label(x) == label]
