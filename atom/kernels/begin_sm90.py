@@ -10,9 +10,10 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils as utils
 from cutlass import BFloat16, Float32, Int32, Int64, cute
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from cutlass.cute.runtime import make_fake_stream
 
 from .begin_config import BLOCKS, LANE, POSITION, RECORD_WORDS, SLOT, SOURCE, TOKEN
+from .dsl.arguments import row_major
 
 THREADS = 256
 
@@ -140,15 +141,15 @@ def compile_begin(options: str = "") -> object:
         Int64(0),
         Int64(0),
         Int32(1),
-        _compact(Int64, (cute.sym_int(),), 8),
-        _compact(BFloat16, (cute.sym_int(), hidden), 16),
+        row_major(Int64, (cute.sym_int(),), 8),
+        row_major(BFloat16, (cute.sym_int(), hidden), 16),
         Float32(1.0),
-        _compact(Float32, (ropes, half), 4),
-        _compact(Float32, (ropes,), 4),
-        _compact(BFloat16, (cute.sym_int(), hidden), 16),
-        _compact(Float32, (2, ropes, most, half), 4),
-        _compact(Int64, (3, most), 8),
-        _compact(Int32, (most, cute.sym_int()), 4),
+        row_major(Float32, (ropes, half), 4),
+        row_major(Float32, (ropes,), 4),
+        row_major(BFloat16, (cute.sym_int(), hidden), 16),
+        row_major(Float32, (2, ropes, most, half), 4),
+        row_major(Int64, (3, most), 8),
+        row_major(Int32, (most, cute.sym_int()), 4),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",
     )
@@ -159,12 +160,7 @@ def compile_bring(options: str = "") -> object:
     return cute.compile(
         Bring(),
         Int64(0),
-        _compact(Int32, (cute.sym_int(divisibility=4),), 16),
+        row_major(Int32, (cute.sym_int(divisibility=4),), 16),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",
     )
-
-
-def _compact(dtype, shape, align):
-    order = tuple(range(len(shape) - 1, -1, -1))
-    return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)

@@ -15,7 +15,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils as utils
 from cutlass import BFloat16, Float32, Float64, Int32, Int64, Uint32, cute
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from cutlass.cute.runtime import make_fake_stream
 
 from .draw_config import (
     BINS,
@@ -31,6 +31,7 @@ from .draw_config import (
     TOP_K,
     TOP_P,
 )
+from .dsl.arguments import row_major
 from .dsl.arithmetic import from_bits, warp_sum
 from .dsl.memory import count_in_shared
 from .dsl.tensor_core import exp2
@@ -374,18 +375,14 @@ def compile_draw(options: str = "") -> object:
     """Compile the kernel for sm_90a; needs no GPU. Arguments as in Draw.__call__, on the current stream."""
     rows = cute.sym_int()
 
-    def compact(dtype, shape, align=8):
-        order = tuple(range(len(shape) - 1, -1, -1))
-        return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
-
     return cute.compile(
         Draw(),
-        compact(BFloat16, (rows, cute.sym_int(divisibility=8)), 16),
-        compact(Int64, (cute.sym_int(), rows)),
-        compact(Int64, (cute.sym_int(),)),
-        compact(Int64, (rows,)),
-        compact(Int64, (cute.sym_int(),)),
-        compact(Int64, (rows,)),
+        row_major(BFloat16, (rows, cute.sym_int(divisibility=8)), 16),
+        row_major(Int64, (cute.sym_int(), rows), 8),
+        row_major(Int64, (cute.sym_int(),), 8),
+        row_major(Int64, (rows,), 8),
+        row_major(Int64, (cute.sym_int(),), 8),
+        row_major(Int64, (rows,), 8),
         Int64(0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",

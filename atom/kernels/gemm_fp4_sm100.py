@@ -5,8 +5,6 @@ stand on the 128-row side, tokens on the other, so that a thread of the end has 
 One tile of 128 x 128 a CTA: a warp copies tiles (TMA), a warp multiplies, four warps write. Compiled, never yet run.
 """
 
-from typing import Any
-
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.pipeline as pipeline
@@ -15,9 +13,10 @@ import cutlass.utils.blackwell_helpers as blackwell
 import cutlass.utils.blockscaled_layout as blockscaled
 from cutlass import BFloat16, Float4E2M1FN, Float8E4M3FN, Float8E8M0FNU, Float32, Int16, Int32, Int64, Uint8, cute
 from cutlass.cute.nvgpu import cpasync, tcgen05
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import TmemAllocator
 
+from .dsl.arguments import row_major
 from .fp4_config import Fp4Config
 from .fp4_layout import COLUMNS
 
@@ -241,22 +240,18 @@ class BlockScaledGemm:
 def compile_gemm(config: Fp4Config, options: str = "") -> object:
     """Compile one kernel for sm_100a; needs no GPU. Arguments as in BlockScaledGemm.__call__, on the current stream."""
 
-    def plain(shape: tuple[Any, ...], dtype: Any, align: int) -> Any:
-        order = tuple(reversed(range(len(shape))))
-        return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
-
     t, n = cute.sym_int(), cute.sym_int()
     row_bytes = cute.sym_int(divisibility=COLUMNS // 2)
     return cute.compile(
         BlockScaledGemm(config),
-        plain((n, row_bytes), Uint8, 128),
-        plain((cute.sym_int(),), Uint8, 128),
-        plain((t, row_bytes), Uint8, 128),
-        plain((cute.sym_int(),), Uint8, 128),
-        plain((cute.sym_int(),), Float32, 4),
-        plain((cute.sym_int(),), Float32, 4),
-        plain((cute.sym_int(),), BFloat16, 2),
-        plain((t, n), BFloat16, 2),
+        row_major(Uint8, (n, row_bytes), 128),
+        row_major(Uint8, (cute.sym_int(),), 128),
+        row_major(Uint8, (t, row_bytes), 128),
+        row_major(Uint8, (cute.sym_int(),), 128),
+        row_major(Float32, (cute.sym_int(),), 4),
+        row_major(Float32, (cute.sym_int(),), 4),
+        row_major(BFloat16, (cute.sym_int(),), 2),
+        row_major(BFloat16, (t, n), 2),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_100a {options}",
     )

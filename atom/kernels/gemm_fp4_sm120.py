@@ -5,13 +5,12 @@ of mma's registers: 16 bytes a lane are one step of 64 columns, straight from gl
 8. A warp computes 32 features x 64 tokens, a CTA 128 x 64. Compiled and run in the PTX emulator, never yet on a GPU.
 """
 
-from typing import Any
-
 import cuda.bindings.driver as cuda
 import cutlass
 from cutlass import BFloat16, Float32, Int64, Uint32, cute
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from cutlass.cute.runtime import make_fake_stream
 
+from .dsl.arguments import row_major
 from .dsl.block_scaled import mma_e2m1
 from .dsl.wide_access import load_words
 from .fp4_config import Fp4Config
@@ -121,20 +120,16 @@ def compile_gemm(config: Fp4Config, options: str = "") -> object:
     """Compile one kernel for sm_120a; needs no GPU. Arguments as in BlockScaledGemm.__call__, on the current stream."""
     t, n, k, steps = (cute.sym_int() for _ in range(4))
 
-    def words(shape: tuple[Any, ...], dtype: Any = Uint32, align: int = 4) -> Any:
-        order = tuple(reversed(range(len(shape))))
-        return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
-
     return cute.compile(
         BlockScaledGemm(config),
-        words((cute.sym_int(), steps, 32, 4), align=16),
-        words((cute.sym_int(),)),
-        words((t, k)),
-        words((cute.sym_int(),)),
-        words((cute.sym_int(),), Float32),
-        words((cute.sym_int(),), Float32),
-        words((cute.sym_int(),), BFloat16, 2),
-        words((t, n), BFloat16, 2),
+        row_major(Uint32, (cute.sym_int(), steps, 32, 4), 16),
+        row_major(Uint32, (cute.sym_int(),), 4),
+        row_major(Uint32, (t, k), 4),
+        row_major(Uint32, (cute.sym_int(),), 4),
+        row_major(Float32, (cute.sym_int(),), 4),
+        row_major(Float32, (cute.sym_int(),), 4),
+        row_major(BFloat16, (cute.sym_int(),), 2),
+        row_major(BFloat16, (t, n), 2),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_120a {options}",
     )

@@ -19,8 +19,9 @@ import cutlass.utils as utils
 from cutlass import BFloat16, Float32, Int8, Int32, Int64, Uint32, cute
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.nvgpu import warpgroup as wg
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from cutlass.cute.runtime import make_fake_stream
 
+from .dsl.arguments import row_major
 from .gemm_config import GemmConfig
 from .gemm_decode_sm90 import decoder
 from .gemm_epilogue_sm90 import GemmEpilogue
@@ -314,13 +315,13 @@ def compile_gemm(config: GemmConfig, options: str = "") -> object:
     columns = cute.sym_int(divisibility=8 if kernel.x_type is BFloat16 else 64)
     outputs = 2 if config.residual else 1  # what is added has the output's shape
     fakes = (
-        make_fake_compact_tensor(Uint32, (tiles, units, kernel.unit_words), stride_order=(2, 1, 0), assumed_align=16),
-        make_fake_compact_tensor(kernel.x_type, (m, columns), stride_order=(1, 0), assumed_align=16),
-        make_fake_compact_tensor(Float32, (cute.sym_int(), padded), stride_order=(1, 0), assumed_align=16),
-        make_fake_compact_tensor(Float32, (channels,), stride_order=(0,), assumed_align=4),
-        make_fake_compact_tensor(BFloat16, (biases,), stride_order=(0,), assumed_align=2),
-        *(make_fake_compact_tensor(BFloat16, (m, n), stride_order=(1, 0), assumed_align=2) for _ in range(outputs)),
-        make_fake_compact_tensor(Float32, (cute.sym_int(),), stride_order=(0,), assumed_align=16),
+        row_major(Uint32, (tiles, units, kernel.unit_words), 16),
+        row_major(kernel.x_type, (m, columns), 16),
+        row_major(Float32, (cute.sym_int(), padded), 16),
+        row_major(Float32, (channels,), 4),
+        row_major(BFloat16, (biases,), 2),
+        *(row_major(BFloat16, (m, n), 2) for _ in range(outputs)),
+        row_major(Float32, (cute.sym_int(),), 16),
     )
     return cute.compile(
         kernel,

@@ -7,9 +7,10 @@ and the CTA reduce values with their places. Logits were written by the product 
 import cuda.bindings.driver as cuda
 import cutlass.utils as utils
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from cutlass.cute.runtime import make_fake_stream
 
 from .draw_config import FAULTY
+from .dsl.arguments import row_major
 from .largest_logit_sm90 import LargestLogit
 
 THREADS = 1024
@@ -71,10 +72,10 @@ def compile_greedy(options: str = "") -> object:
     rows = cute.sym_int()
     return cute.compile(
         Greedy(),
-        make_fake_compact_tensor(BFloat16, (rows, cute.sym_int(divisibility=8)), stride_order=(1, 0), assumed_align=16),
-        make_fake_compact_tensor(Int64, (rows,), stride_order=(0,), assumed_align=8),
-        make_fake_compact_tensor(Int64, (cute.sym_int(),), stride_order=(0,), assumed_align=8),
-        make_fake_compact_tensor(Int64, (rows,), stride_order=(0,), assumed_align=8),
+        row_major(BFloat16, (rows, cute.sym_int(divisibility=8)), 16),
+        row_major(Int64, (rows,), 8),
+        row_major(Int64, (cute.sym_int(),), 8),
+        row_major(Int64, (rows,), 8),
         Int64(0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",

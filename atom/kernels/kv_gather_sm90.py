@@ -9,10 +9,11 @@ once. Tokens outside the work's range are not looked at.
 import cuda.bindings.driver as cuda
 import cutlass
 from cutlass import Int32, Int64, Uint8, Uint32, cute
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from cutlass.cute.runtime import make_fake_stream
 
 from .attention_config import GatherConfig
 from .codes_bf16_sm90 import BIAS, expand
+from .dsl.arguments import row_major
 from .dsl.memory import pack_bf16x2
 from .dsl.packed_bf16 import high_float, multiply_pairs, subtract_pairs
 from .dsl.tensor_core import pick_bytes
@@ -106,16 +107,12 @@ def compile_gather(config: GatherConfig, options: str = "") -> object:
     """Compile one kernel for sm_90a; needs no GPU. Arguments as in KVGather.__call__, on the current stream."""
     heads, half = cute.sym_int(), config.head_dim // 2
 
-    def compact(dtype, shape, align):
-        order = tuple(range(len(shape) - 1, -1, -1))
-        return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
-
     return cute.compile(
         KVGather(config),
-        compact(Uint8, (cute.sym_int(), heads, config.cache.tile_bytes), 128),
-        compact(Int32, (cute.sym_int(), 4), 16),
-        compact(Uint32, (cute.sym_int(), cute.sym_int(), half), 16),
-        compact(Uint32, (cute.sym_int(), cute.sym_int(), half), 16),
+        row_major(Uint8, (cute.sym_int(), heads, config.cache.tile_bytes), 128),
+        row_major(Int32, (cute.sym_int(), 4), 16),
+        row_major(Uint32, (cute.sym_int(), cute.sym_int(), half), 16),
+        row_major(Uint32, (cute.sym_int(), cute.sym_int(), half), 16),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",
     )

@@ -13,13 +13,14 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils as utils
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from cutlass.cute.runtime import make_fake_stream
 
 from .attention_config import DecodeConfig
 from .decode_fetch_sm90 import DecodeFetch
 from .decode_merge_sm90 import DecodeMerge
 from .decode_queries_sm90 import DecodeQueries
 from .decode_stage_sm90 import LOG2_E, DecodeStage
+from .dsl.arguments import row_major
 from .dsl.memory import bulk_load, load_f32x4
 from .dsl.tensor_core import log2
 
@@ -272,20 +273,16 @@ def compile_prefix(config: DecodeConfig, options: str = "") -> object:
     tokens, heads, blocks, kv_heads, seqs, widest, slots = (cute.sym_int() for _ in range(7))
     dim, queries = config.head_dim, config.own_queries
 
-    def compact(dtype, shape, align):
-        order = tuple(range(len(shape) - 1, -1, -1))
-        return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
-
     return cute.compile(
         PrefixDecode(config),
-        compact(Uint32, (tokens, heads, dim // 2), 16),
-        compact(Uint8, (blocks, kv_heads, config.tile_bytes), 128),
-        compact(Int32, (seqs, widest), 4),
-        compact(Int32, (cute.sym_int(), config.members), 4),
-        compact(Int32, (cute.sym_int(),), 4),
-        compact(Int32, (cute.sym_int(), 8), 16),
-        compact(Float32, (slots, queries, dim), 16),
-        compact(Float32, (cute.sym_int(), queries), 4),
+        row_major(Uint32, (tokens, heads, dim // 2), 16),
+        row_major(Uint8, (blocks, kv_heads, config.tile_bytes), 128),
+        row_major(Int32, (seqs, widest), 4),
+        row_major(Int32, (cute.sym_int(), config.members), 4),
+        row_major(Int32, (cute.sym_int(),), 4),
+        row_major(Int32, (cute.sym_int(), 8), 16),
+        row_major(Float32, (slots, queries, dim), 16),
+        row_major(Float32, (cute.sym_int(), queries), 4),
         Float32(1.0),
         Float32(1.0),
         Int32(0),

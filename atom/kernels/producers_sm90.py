@@ -13,8 +13,9 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils as utils
 from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32, cute
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from .dsl.arguments import row_major
 from .dsl.arithmetic import reciprocal_root
 from .dsl.memory import bulk_load
 from .dsl.wide_access import load_floats, load_words
@@ -309,19 +310,19 @@ def compile_producer(config: ProducerConfig, options: str = "") -> object:
         pitch = cute.sym_int64(divisibility=8)
         x, up = (make_fake_tensor(dtype, (m, k), (pitch, 1), assumed_align=16) for _ in range(2))
     else:
-        x = make_fake_compact_tensor(dtype, (m, k), stride_order=(1, 0), assumed_align=16)
-        up = make_fake_compact_tensor(dtype, (cute.sym_int(), k), stride_order=(1, 0), assumed_align=16)
-    total = make_fake_compact_tensor(dtype, (cute.sym_int(), k), stride_order=(1, 0), assumed_align=16)
+        x = row_major(dtype, (m, k), 16)
+        up = row_major(dtype, (cute.sym_int(), k), 16)
+    total = row_major(dtype, (cute.sym_int(), k), 16)
     words = cute.sym_int(divisibility=4 if config.writes_bf16 else 16)
     return cute.compile(
         Producer(config),
         x,
         up,
         total if config.source == "add_norm" else x,
-        make_fake_compact_tensor(Float32, (gains,), stride_order=(0,), assumed_align=4),
-        make_fake_compact_tensor(Int32, (perms,), stride_order=(0,), assumed_align=4),
-        make_fake_compact_tensor(Int32, (m, words), stride_order=(1, 0), assumed_align=16),
-        make_fake_compact_tensor(Float32, (cute.sym_int(), padded), stride_order=(1, 0), assumed_align=4),
+        row_major(Float32, (gains,), 4),
+        row_major(Int32, (perms,), 4),
+        row_major(Int32, (m, words), 16),
+        row_major(Float32, (cute.sym_int(), padded), 4),
         Float32(1.0),
         Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),

@@ -10,9 +10,10 @@ bit for bit. Tokens with a negative slot are turned and not stored.
 import cuda.bindings.driver as cuda
 import cutlass
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from .attention_config import AppendConfig
+from .dsl.arguments import row_major
 from .dsl.arithmetic import as_bits, pack_e4m3x2, reciprocal, round_to_int
 from .dsl.memory import pack_bf16x2
 from .dsl.packed_bf16 import (
@@ -320,10 +321,6 @@ def compile_append(config: AppendConfig, options: str = "") -> object:
     """Compile one kernel for sm_90a; needs no GPU. Arguments as in RopeAppend.__call__, on the current stream."""
     tokens, heads, kv_heads, half = cute.sym_int(), cute.sym_int(), cute.sym_int(), config.head_dim // 2
 
-    def compact(dtype, shape, align):
-        order = tuple(range(len(shape) - 1, -1, -1))
-        return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
-
     def rows(shape):
         """Heads of a token lie side by side, tokens as far apart as the output of a fused q k v product is wide."""
         return make_fake_tensor(Uint32, shape, (cute.sym_int64(divisibility=4), half, 1), assumed_align=16)
@@ -333,14 +330,14 @@ def compile_append(config: AppendConfig, options: str = "") -> object:
         rows((tokens, heads, half)),
         rows((cute.sym_int(), kv_heads, half)),
         rows((cute.sym_int(), cute.sym_int(), half)),
-        compact(Float32, (cute.sym_int(), half), 16),
-        compact(Float32, (cute.sym_int(), half), 16),
-        compact(Int64, (cute.sym_int(),), 8),
-        compact(Uint32, (cute.sym_int(), half), 16),
-        compact(Float32, (cute.sym_int(), config.head_dim), 16),
-        compact(Uint32, (cute.sym_int(), half), 16),
-        compact(Uint8, (cute.sym_int(), cute.sym_int(), config.cache.tile_bytes), 128),
-        compact(Uint32, (cute.sym_int(), cute.sym_int(), half), 16),
+        row_major(Float32, (cute.sym_int(), half), 16),
+        row_major(Float32, (cute.sym_int(), half), 16),
+        row_major(Int64, (cute.sym_int(),), 8),
+        row_major(Uint32, (cute.sym_int(), half), 16),
+        row_major(Float32, (cute.sym_int(), config.head_dim), 16),
+        row_major(Uint32, (cute.sym_int(), half), 16),
+        row_major(Uint8, (cute.sym_int(), cute.sym_int(), config.cache.tile_bytes), 128),
+        row_major(Uint32, (cute.sym_int(), cute.sym_int(), half), 16),
         Float32(1.0),
         Float32(1.0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
