@@ -15,6 +15,19 @@ class DecodeFetch:
     config: DecodeConfig
 
     @cute.jit
+    def start_ring(self, full, empty, ready, taken, readers: cutlass.Constexpr):
+        """One warp makes the barriers; `readers` warps take each stage, and all of them a segment's queries."""
+        config = self.config
+        with cute.arch.elect_one():
+            for s in cutlass.range_constexpr(config.stages):
+                cute.arch.mbarrier_init(full + s, 1)
+                cute.arch.mbarrier_init(empty + s, readers)
+            for s in cutlass.range_constexpr(2):
+                cute.arch.mbarrier_init(ready + s, 1)
+                cute.arch.mbarrier_init(taken + s, config.warps)
+        cute.arch.mbarrier_init_fence()
+
+    @cute.jit
     def produce(
         self, mQ, mKV, mTable, mLength, mRow, mSegment, full, empty, ready, taken, ring, queries, sMeta, first, last,
         lane,

@@ -98,14 +98,7 @@ class PagedDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
         sL = smem.allocate_tensor(Float32, cute.make_layout((columns, config.warps)), byte_alignment=16)
         turns = Int32(0)
         if warp == 0:
-            with cute.arch.elect_one():
-                for s in cutlass.range_constexpr(config.stages):
-                    cute.arch.mbarrier_init(full + s, 1)
-                    cute.arch.mbarrier_init(empty + s, 1)
-                for s in cutlass.range_constexpr(2):
-                    cute.arch.mbarrier_init(ready + s, 1)
-                    cute.arch.mbarrier_init(taken + s, config.warps)
-            cute.arch.mbarrier_init_fence()
+            self.start_ring(full, empty, ready, taken, 1)
         if cutlass.const_expr(config.has_offset):
             sTurn = smem.allocate_tensor(Uint32, cute.make_layout(config.turn_bytes // 4), byte_alignment=16)
             self.load_turns(mTurn, sTurn, tid)

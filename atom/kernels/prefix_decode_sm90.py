@@ -80,14 +80,7 @@ class PrefixDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
         sO = smem.allocate(4 * config.warps * config.queries * config.out_row, 16)
         sL = smem.allocate_tensor(Float32, cute.make_layout((16, config.warps)), byte_alignment=16)
         if warp == 0:
-            with cute.arch.elect_one():
-                for s in cutlass.range_constexpr(config.stages):
-                    cute.arch.mbarrier_init(full + s, 1)
-                    cute.arch.mbarrier_init(empty + s, config.warps)
-                for s in cutlass.range_constexpr(2):
-                    cute.arch.mbarrier_init(ready + s, 1)
-                    cute.arch.mbarrier_init(taken + s, config.warps)
-            cute.arch.mbarrier_init_fence()
+            self.start_ring(full, empty, ready, taken, config.warps)
         first = Int32(0)
         last = Int32(0)
         if warp == config.warps:
