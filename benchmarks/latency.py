@@ -7,7 +7,6 @@
 Weights are random. An engine that does not fit the GPU is reported and left out.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,9 +14,9 @@ from typing import Annotated
 import tyro
 
 from atom.commands.console import console
-from atom.records import write_record
 from atom.serving.bench.engine_process import EngineProcesses
-from atom.serving.bench.report_data import machine_name, write_rows
+from atom.serving.bench.joining import latest, read_parts, write_joined
+from atom.serving.bench.report_data import write_rows
 from atom.serving.bench.sweep import read_points
 from atom.serving.bench.tables import text_table
 
@@ -74,14 +73,9 @@ def run(options: Run) -> None:
 
 def join(options: Join) -> None:
     """Write benchmarks/results/<machine>/latency.json; of two measurements of one thing the later counts."""
-    parts = sorted((json.loads(file.read_text(encoding="utf-8")) for file in options.parts), key=lambda p: p["date"])
-    keys = ("shape", "scheme", "kv", "batch", "context")
-    found = {tuple(row[key] for key in keys): row for part in parts for row in part["rows"]}
-    where = {key: parts[-1][key] for key in ("date", "machine", "versions")}
-    where["command"] = "; ".join(dict.fromkeys(part["command"] for part in parts))
-    machine = parts[-1]["machine"].get("name", machine_name())
-    written = write_record("latency", found.values(), machine, where=where, commit=parts[-1]["commit"])
-    console.print(f"wrote {written}")
+    parts = read_parts(options.parts)
+    rows = latest([row for part in parts for row in part["rows"]], ("shape", "scheme", "kv", "batch", "context"))
+    console.print(f"wrote {write_joined('latency', parts, rows)}")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from atom.quant.presets import get_scheme, kv_name
-from atom.records import write_record
 from atom.serving.bench.drive import Driver
 from atom.serving.bench.engine_run import running
+from atom.serving.bench.joining import latest, read_parts, write_joined
 from atom.serving.bench.lengths import parse_workload
 from atom.serving.bench.offline_config import ModelChoice
-from atom.serving.bench.report_data import machine_name, write_rows
+from atom.serving.bench.report_data import write_rows
 from atom.serving.bench.throughput import steady_rate
 from atom.serving.bench.window import mid_life
 from atom.serving.engine_config import EngineConfig
@@ -147,13 +147,11 @@ def _key(part: str) -> str:
 
 def join(files: list[Path]) -> Path:
     """Write benchmarks/results/<machine>/profile.json; of two profiles of one thing the later counts."""
-    parts = sorted((json.loads(file.read_text(encoding="utf-8")) for file in files), key=lambda part: part["date"])
+    parts = read_parts(files)
     keys = ("shape", "scheme", "kv", "workload", "memory_gb", "batch")
-    rows = {tuple(row[key] for key in keys): row for part in parts for row in part["rows"]}
-    where = {key: parts[-1][key] for key in ("date", "machine", "versions")}
-    where["command"] = "python -m benchmarks.profile_steps SHAPE --scheme --workload --batch --memory-gb -o, --join"
-    machine = parts[-1]["machine"].get("name", machine_name())
-    return write_record("profile", rows.values(), machine, where=where, commit=parts[-1]["commit"])
+    rows = latest([row for part in parts for row in part["rows"]], keys)
+    command = "python -m benchmarks.profile_steps SHAPE --scheme --workload --batch --memory-gb -o, --join"
+    return write_joined("profile", parts, rows, command)
 
 
 def profile_run(driver: Driver, runner: TimedRunner, args: argparse.Namespace) -> dict[str, Any]:

@@ -24,8 +24,9 @@ import tyro
 from atom.commands.console import console
 from atom.models.dummy import SHAPES
 from atom.quant.presets import get_scheme, kv_name
-from atom.records import circumstances, current_commit, write_record
+from atom.records import circumstances, current_commit
 from atom.serving.bench.config import ServeBenchConfig
+from atom.serving.bench.joining import latest, read_parts, write_joined
 from atom.serving.bench.report_data import machine_name
 from atom.serving.bench.result import KIND, ServeResult
 from atom.serving.bench.serve import bench_serve
@@ -183,19 +184,11 @@ def row_of(found: dict[str, Any]) -> dict[str, Any]:
 def join(options: Join) -> None:
     """Write benchmarks/results/<machine>/served.json; of two loads of one thing the later counts."""
     files = [file for folder in options.folders for file in folder.glob("*.json")]
-    parts = [
-        part for part in (json.loads(file.read_text(encoding="utf-8")) for file in files) if part.get("kind") == KIND
-    ]
-    parts.sort(key=lambda part: str(part["date"]))
+    parts = read_parts(files, KIND)
     if not parts:
         raise ValueError("these folders hold no result of a load; fill them with `run`")
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in map(row_of, parts):
-        rows[tuple(row[key] for key in ("model", "scheme", "kv", "workload", "load"))] = row
-    where = {key: parts[-1][key] for key in ("date", "machine", "versions")}
-    where["command"] = "; ".join(dict.fromkeys(part["command"] for part in parts))
-    machine = parts[-1]["machine"]["name"]
-    console.print(f"wrote {write_record('served', rows.values(), machine, where=where, commit=parts[-1]['commit'])}")
+    rows = latest(map(row_of, parts), ("model", "scheme", "kv", "workload", "load"))
+    console.print(f"wrote {write_joined('served', parts, rows)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Weights are random: speed is that of real ones, text is not. The 512 requests ru
 included; of all else a steady state is measured for some seconds (serving/bench/window.py).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,11 +25,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from atom.commands.console import console, progress_console
-from atom.records import write_record
 from atom.serving.bench.engine_process import EngineProcesses
+from atom.serving.bench.joining import read_parts, write_joined
 from atom.serving.bench.offline_tables import rows_table
 from atom.serving.bench.plots import in_order, label_of
-from atom.serving.bench.report_data import machine_name, write_rows
+from atom.serving.bench.report_data import write_rows
 from atom.serving.bench.sweep import SweepConfig, best_rows, run_sweep, throughput_rows
 from atom.serving.bench.window import STEADY, WINDOW_S
 
@@ -200,15 +199,8 @@ def join(options: Join) -> None:
     files = [file for part in options.parts for file in ([part] if part.is_file() else part.rglob("throughput.json"))]
     if not files:
         raise ValueError("there is no throughput.json in these folders; run the experiments first")
-    parts = sorted((json.loads(file.read_text(encoding="utf-8")) for file in files), key=lambda part: str(part["date"]))
-    names = {part["machine"]["name"] for part in parts}
-    if len(names) > 1:
-        raise ValueError(f"the parts come from {', '.join(sorted(names))}; a record is of one machine")
-    last = parts[-1]
-    where = {key: last[key] for key in ("date", "machine", "versions")}
-    where["command"] = "; ".join(dict.fromkeys(part["command"] for part in parts))
-    machine = last["machine"].get("name", machine_name())
-    console.print(f"wrote {write_record('throughput', joined(parts), machine, where=where, commit=last['commit'])}")
+    parts = read_parts(files)
+    console.print(f"wrote {write_joined('throughput', parts, joined(parts))}")
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
