@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import torch
 import tyro
-from measured import Perplexities, Tasks, effective_bits
+from measured import Join, MeasureOptions, Perplexities, Tasks, effective_bits
 from parts import Part, join_parts, scratch
 
 from atom.calibration.config import CalibrationConfig
@@ -39,32 +39,14 @@ COMPARED = ("fp", "atom", "ours")  # on all texts
 
 
 @dataclass(frozen=True)
-class Measure:
+class Measure(MeasureOptions):
     """Measure one model."""
-
-    model: Annotated[str, tyro.conf.Positional]
-    """Directory, GGUF file or hub id of the full-precision model."""
-
-    name: str
-    """What the record calls it."""
-
-    output: Path
-    """The part to write; what it holds already is kept and not measured again."""
-
-    calib: str = "wikitext2"
-    """Calibration text, disjoint from the test texts."""
 
     text: tuple[str, ...] = ("wikitext2",)
     """Test texts; the first is for every method, the others for `fp`, `atom` and `ours`."""
 
     tasks: tuple[str, ...] = ()
     """lm-eval tasks for `fp` and `ours`."""
-
-    include_path: str | None = None
-    """Folder of lm-eval task files whose data are local."""
-
-    task_limit: int | None = None
-    """Documents of each task."""
 
     schemes: tuple[Bits, ...] = get_args(Bits)
     """w4a4, w4a8, and kv4: the cache alone."""
@@ -80,12 +62,6 @@ class Measure:
 
     divergence: bool = True
     """Measure the divergence of predictions from full precision too, beside perplexity on the first text."""
-
-    windows: int = 128
-    """Calibration windows."""
-
-    window_length: int = 2048
-    """Tokens of a calibration window."""
 
     batch_tokens: int = 4096
     """Tokens that run at once in calibration, and make a step of distillation."""
@@ -104,38 +80,6 @@ class Measure:
 
     flat_steps: int = 60
     """Training steps of each layer for flatquant."""
-
-    eval_window: int = 2048
-    """Tokens of a test window."""
-
-    limit: int | None = None
-    """Test windows of each text."""
-
-    device: str = "auto"
-    """cpu or cuda."""
-
-    machine: str = "cpu"
-    """What the record calls the machine: h200 or cpu."""
-
-    source: str = ""
-    """Where the weights come from (a GGUF's format, say); stands beside every number."""
-
-    scratch: Path | None = None
-    """Where checkpoints are written and removed again."""
-
-    commit: str | None = None
-    """The commit that is measured; default: the checkout's."""
-
-
-@dataclass(frozen=True)
-class Join:
-    """Write the record from parts."""
-
-    parts: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """What measure wrote."""
-
-    commit: str | None = None
-    """The commit that was measured; default: the checkout's."""
 
 
 class Runner:

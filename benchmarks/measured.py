@@ -1,8 +1,11 @@
-"""What both accuracy records say of one model under one scheme: effective bits, perplexities, task scores."""
+"""What both accuracy scripts are asked, and say of one model under one scheme: bits, perplexities, task scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
 
 from atom.eval.load import Loaded
 from atom.eval.perplexity import Bos, Windows, make_windows, measure_perplexity
@@ -12,6 +15,67 @@ from atom.models.model import Model
 from atom.models.source import Source
 from atom.models.tokens import Tokenizer
 from atom.quant.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What both accuracy scripts are asked: of which model, on which texts, on what."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Directory, GGUF file or hub id of the full-precision model."""
+
+    name: str
+    """What the records call it."""
+
+    output: Path
+    """The part to write; what it holds already is kept and not measured again."""
+
+    calib: str = "wikitext2"
+    """Calibration text, disjoint from the test texts."""
+
+    include_path: str | None = None
+    """Folder of lm-eval task files."""
+
+    task_limit: int | None = None
+    """Documents of each task."""
+
+    windows: int = 128
+    """Calibration windows."""
+
+    window_length: int = 2048
+    """Tokens of a calibration window."""
+
+    eval_window: int = 2048
+    """Tokens of a test window."""
+
+    limit: int | None = None
+    """Test windows of each text."""
+
+    device: str = "auto"
+    """cpu or cuda."""
+
+    machine: str = "cpu"
+    """What the records call the machine: h200 or cpu."""
+
+    source: str = ""
+    """Where the weights come from (a GGUF's format, say); stands beside every number."""
+
+    scratch: Path | None = None
+    """Where checkpoints are written and removed again."""
+
+    commit: str | None = None
+    """The commit that is measured; default: the checkout's."""
+
+
+@dataclass(frozen=True)
+class Join:
+    """Write the records from parts."""
+
+    parts: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """What measure wrote."""
+
+    commit: str | None = None
+    """The commit that was measured, of parts that do not say it."""
 
 
 def effective_bits(source: Source, scheme: Scheme) -> dict[str, float]:

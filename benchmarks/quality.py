@@ -12,15 +12,15 @@ and run as a user would run it.
 import json
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import tyro
-from measured import Perplexities, Tasks, effective_bits
+from measured import Join, Perplexities, Tasks, effective_bits
 from parts import Part, join_parts, scratch
 from quality_plan import Configuration, Measure, Rounding, configurations
 
@@ -38,17 +38,6 @@ from atom.quant.presets import PRESETS, kv_name
 from atom.records import Row
 
 UNLIMITED = 1e6  # seconds: rows of one record are of equally many steps
-
-
-@dataclass(frozen=True)
-class Join:
-    """Write the records from parts."""
-
-    parts: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """What measure wrote."""
-
-    commit: str | None = None
-    """The commit that was measured, of parts that do not say it."""
 
 
 class Runner:

@@ -1,10 +1,9 @@
 """What quality.py measures: its options, and the checkpoints that they ask for in their order."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
+from measured import MeasureOptions
 
 from atom.calibration.config import Clip
 from atom.calibration.distill_plan import DEFAULT_STEPS
@@ -20,20 +19,8 @@ Rounding = tuple[Scheme, bool, Clip]
 
 
 @dataclass(frozen=True)
-class Measure:
+class Measure(MeasureOptions):
     """Measure one model."""
-
-    model: Annotated[str, tyro.conf.Positional]
-    """Directory, GGUF file or hub id of the full-precision model."""
-
-    name: str
-    """What the records call it."""
-
-    output: Path
-    """The part to write; what it holds already is kept and not measured again."""
-
-    calib: str = "wikitext2"
-    """Calibration text, disjoint from the test texts."""
 
     text: tuple[str, ...] = ("wikitext2",)
     """Test texts; the first is for every configuration, the others for some rungs of the ladder."""
@@ -43,24 +30,6 @@ class Measure:
 
     tasks: tuple[str, ...] = ()
     """lm-eval tasks for the presets."""
-
-    include_path: str | None = None
-    """Folder of lm-eval task files."""
-
-    task_limit: int | None = None
-    """Documents of each task."""
-
-    windows: int = 128
-    """Calibration windows."""
-
-    window_length: int = 2048
-    """Tokens of a calibration window."""
-
-    eval_window: int = 2048
-    """Tokens of a test window."""
-
-    limit: int | None = None
-    """Test windows of each text."""
 
     bos: Bos = "auto"
     """As for atom eval."""
@@ -100,21 +69,6 @@ class Measure:
 
     variants: tuple[str, ...] = ()
     """Variants to measure, by name: all, or these."""
-
-    device: str = "auto"
-    """cpu or cuda."""
-
-    machine: str = "cpu"
-    """What the records call the machine: h200 or cpu."""
-
-    source: str = ""
-    """Where the weights come from (a GGUF's format, say); stands beside every number."""
-
-    scratch: Path | None = None
-    """Where checkpoints are written and removed again."""
-
-    commit: str | None = None
-    """The commit that is measured; default: the checkout's."""
 
 
 @dataclass(frozen=True)
