@@ -30,7 +30,7 @@ from atom.models.model import Model
 from atom.quant.presets import get_scheme
 from atom.quant.schemes import Scheme
 from atom.records import write_record
-from atom.serving.batch import Batch
+from atom.serving.batch import Batch, unsampled
 from atom.serving.kv_pool import KVPool, PagedKV
 
 from .timing import keep
@@ -51,19 +51,14 @@ def batch_of(tables: np.ndarray, windows: np.ndarray, starts: int, tokens: np.nd
     count = tokens.shape[1]
     positions = np.tile(np.arange(starts, starts + count, dtype=np.int32), len(windows))
     owner = windows.repeat(count)
-    return Batch(
+    return unsampled(
         token_ids=tokens.reshape(-1).astype(np.int32),
-        pending=NOBODY,
-        pending_lanes=NOBODY,
         positions=positions,
         slots=tables[owner, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK,
         cu_seqlens_q=np.arange(len(windows) + 1, dtype=np.int32) * count,
         seqlens_k=np.full(len(windows), starts + count, dtype=np.int32),
         block_tables=tables[windows],
         lanes=NOBODY,
-        sample_rows=NOBODY,
-        sample_lanes=NOBODY,
-        masks_stop=NOBODY.astype(np.bool_),
         num_decodes=len(windows) if count == 1 else 0,
     )
 

@@ -94,6 +94,35 @@ class Batch:
         return int(self.seqlens_k.max())
 
 
+def unsampled(
+    token_ids: Int32,
+    positions: Int32,
+    slots: Int64,
+    cu_seqlens_q: Int32,
+    seqlens_k: Int32,
+    block_tables: Int32,
+    lanes: Int32,
+    num_decodes: int = 0,
+) -> Batch:
+    """A batch that stores and attends, and from which nothing is sampled; all its tokens are known."""
+    none = np.zeros(0, dtype=np.int32)
+    return Batch(
+        token_ids=token_ids,
+        pending=none,
+        pending_lanes=none,
+        positions=positions,
+        slots=slots,
+        cu_seqlens_q=cu_seqlens_q,
+        seqlens_k=seqlens_k,
+        block_tables=block_tables,
+        lanes=lanes,
+        sample_rows=none,
+        sample_lanes=none,
+        masks_stop=none.astype(np.bool_),
+        num_decodes=num_decodes,
+    )
+
+
 @dataclass(frozen=True)
 class Step:
     """What to execute, in the order of `number`, on one stream.

@@ -16,7 +16,7 @@ from atom.kernels.paged_step import Share
 from atom.kernels.registry import Kernels
 from atom.models.model import Model
 
-from .batch import Batch
+from .batch import Batch, unsampled
 from .decode_inputs import decode_inputs
 from .kv_pool import PagedKV
 from .step_inputs import pad_decodes
@@ -129,20 +129,14 @@ class DecodeBuckets:
 def _long_batch(size: int, count: int, max_blocks: int, scratch_block: int, block_size: int) -> Batch:
     """A decode batch of padding rows, `count` of them with as many tokens as a sequence can have, all in one block."""
     none = np.zeros(0, dtype=np.int32)
-    nobody = Batch(
+    nobody = unsampled(
         token_ids=none,
-        pending=none,
-        pending_lanes=none,
         positions=none,
         slots=none.astype(np.int64),
         cu_seqlens_q=np.zeros(1, dtype=np.int32),
         seqlens_k=none,
         block_tables=np.zeros((0, max_blocks), dtype=np.int32),
         lanes=none,
-        sample_rows=none,
-        sample_lanes=none,
-        masks_stop=none.astype(np.bool_),
-        num_decodes=0,
     )
     padded = pad_decodes(nobody, size, scratch_block, block_size)
     lengths = padded.seqlens_k.copy()

@@ -21,7 +21,7 @@ from atom.models.config import ModelConfig
 from atom.models.model import Model
 from atom.models.rope import RopeConfig, Rotation
 
-from .batch import Batch
+from .batch import unsampled
 from .kv_pool import DeviceArrays, PagedKV
 
 GRAPH_BYTES = 2**20  # of one: with these and the decode buckets Llama-3-8B's shape took 484 to 587 MB of an H200
@@ -143,23 +143,16 @@ class PromptPieces:
         """Take a step of one prompt of `size` tokens, all in the block that no sequence owns."""
         pool = self.kv.pool
         blocks = -(-size // pool.block_size)
-        none = np.zeros(0, dtype=np.int32)
         table = np.full((1, blocks), pool.num_blocks - 1, dtype=np.int32)
         slots = np.full(size, (pool.num_blocks - 1) * pool.block_size, dtype=np.int64)
-        batch = Batch(
+        batch = unsampled(
             token_ids=np.zeros(size, dtype=np.int32),
-            pending=none,
-            pending_lanes=none,
             positions=np.arange(size, dtype=np.int32),
             slots=slots,
             cu_seqlens_q=np.array([0, size], dtype=np.int32),
             seqlens_k=np.array([size], dtype=np.int32),
             block_tables=table,
             lanes=np.zeros(1, dtype=np.int32),
-            sample_rows=none,
-            sample_lanes=none,
-            masks_stop=none.astype(np.bool_),
-            num_decodes=0,
         )
         self._slots[:size] = int(slots[0])
         self.kv.begin(batch, DeviceArrays(self._slots[:size], torch.from_numpy(table).to(self._slots.device)))

@@ -17,7 +17,7 @@ from atom.models.model import Model, build_model
 from atom.quant.granularity import Group
 from atom.quant.presets import KV4, KV8, KVFP8, get_scheme
 from atom.quant.schemes import Scheme
-from atom.serving.batch import Batch
+from atom.serving.batch import Batch, unsampled
 from atom.serving.kv_pool import KVPool, PagedKV, bytes_per_block
 from atom.serving.rows import as_rows
 
@@ -130,21 +130,14 @@ class Cache:
         positions = np.concatenate([np.arange(a, b, dtype=np.int32) for a, b in zip(starts, ends, strict=True)])
         owner = np.repeat(np.arange(len(work)), np.array(ends) - np.array(starts))
         slots = tables[owner, positions // size].astype(np.int64) * size + positions % size
-        nothing = np.zeros(0, dtype=np.int32)
-        return Batch(
+        return unsampled(
             token_ids=np.concatenate([np.array(tokens, dtype=np.int32) for _, tokens in work]),
-            pending=nothing,
-            pending_lanes=nothing,
             positions=positions,
             slots=slots,
             cu_seqlens_q=np.concatenate(([0], np.cumsum([len(t) for _, t in work]))).astype(np.int32),
             seqlens_k=np.array(ends, dtype=np.int32),
             block_tables=tables,
             lanes=np.arange(len(work), dtype=np.int32),
-            sample_rows=nothing,
-            sample_lanes=nothing,
-            masks_stop=np.zeros(0, dtype=np.bool_),
-            num_decodes=0,
         )
 
 
