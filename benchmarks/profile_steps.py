@@ -34,7 +34,7 @@ from .bench_engine import Timed, TimedRunner
 from .timeline import Span, record
 
 PARTS = (  # of a kernel's name, the first that matches
-    ("decode attention", r"paged_decode"),
+    ("decode attention", r"paged_decode|prefix_decode"),
     ("prefill attention", r"kv_gather|prefill|flash|fmha|sdpa|attention"),
     ("append", r"rope_append"),
     ("GEMM", r"gemm_sm90|gemm|cutlass_\d|nvjet|xmma|cublas|splitK"),

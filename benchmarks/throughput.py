@@ -11,7 +11,8 @@ paper   the Atom paper's: Llama-2-7B's shape, 24 GiB for everything, targets of 
         distribution and one like ShareGPT's; equal batches beside, those that 24 GiB do not hold on the whole GPU
 today   Llama-3-8B's shape: 512 requests of 512/256 in 24 GiB and on the whole GPU, there 128/128 to 20000/2000 too
 traces  the same shape under the Azure 2023 traces' lengths
-all     these three in one go, an engine for all its lengths: eight minutes of an H200 with compiled kernels
+all     these three in one go, an engine for all its lengths: twelve minutes of an H200 with compiled kernels, or six on
+        each of two with --shapes llama-3-8b and --shapes llama-2-7b
 Weights are random: speed is that of real ones, text is not. The 512 requests run to their ends, start and tail
 included; of all else a steady state is measured for some seconds (serving/bench/window.py).
 """
@@ -35,7 +36,7 @@ from atom.serving.bench.window import STEADY, WINDOW_S
 
 PAPER_SCHEMES = ("bf16", "w8a8+kv16", "w8a8", "fp8", "w4a16", "w4a8", "w4a4")
 TODAY_SCHEMES = ("bf16", "fp8", "w8a8", "w4a16", "w4a8", "w4a4")
-PAPER_BATCHES = (4, 8, 16, 24, 32, 48, 64, 128, 192, 256)
+PAPER_BATCHES = (4, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
 EQUAL_BATCHES = (32, 64, 128)  # on the whole GPU: what some scheme cannot hold in 24 GiB
 LENGTHS = ("512/256", *(f"steady:{x}" for x in ("1000/1000", "20000/2000", "128/128", "2048/2048", "500/2000")))
 TARGETS_MS = (100.0, 5.0)  # for a token, in the paper's experiment
@@ -54,6 +55,9 @@ class Run:
 
     schemes: tuple[str, ...] = ()
     """Only these; default: the experiment's own."""
+
+    shapes: tuple[str, ...] = ()
+    """Of `all` only these, to share it between two GPUs; no ratio is of two shapes."""
 
     workload: tuple[str, ...] = ()
     """Only these lengths; default: the experiment's own."""
@@ -88,7 +92,7 @@ class Join:
 def sweeps(options: Run) -> list[SweepConfig]:
     """The sweeps of an experiment, each in a folder of its own below options.output."""
     if options.experiment == "all" and not options.quick:
-        return _all(options)
+        return [sweep for sweep in _all(options) if not options.shapes or sweep.model[0] in options.shapes]
     if options.quick:
         lengths = {
             "paper": ("steady:paper:64",),
