@@ -1,11 +1,15 @@
 """Perplexity over a quantized cache through the attention kernels and through the torch reference, on the same windows.
 
     python -m benchmarks.attention_perplexity NAME=MODEL --text wikitext2=FILE -o F     on a GPU, a model at a time
+    ... NAME=CHECKPOINT --kv int4   the cache with what calibration found for it (`atom quantize --scheme bf16+kv4`)
     python -m benchmarks.attention_perplexity --record F1 F2 ...                        the record attention-perplexity
 
 Weights are in bfloat16 and everything but the cache is the same torch code both times, so that what differs is
 appending, prefill and decode. Windows are prefilled in one chunk each but for their last tokens, which are decoded one
 by one with all windows in a batch.
+
+A code at half a step falls to either side of a rounding, and all that follows it in its window differs a little: the
+change of a few tokens is chance. So each row has its standard error, from the differences of whole windows.
 """
 
 import argparse
@@ -19,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -28,7 +33,6 @@ from atom.kernels.registry import Kernels
 from atom.models.loader import load_model, load_tokenizer
 from atom.models.model import Model
 from atom.quant.presets import get_scheme
-from atom.quant.schemes import Scheme
 from atom.records import write_record
 from atom.serving.batch import Batch, unsampled
 from atom.serving.kv_pool import KVPool, PagedKV
@@ -36,14 +40,10 @@ from atom.serving.kv_pool import KVPool, PagedKV
 from .timing import keep
 
 BLOCK = 16
-AT_ONCE = 4096  # tokens of a step, so that logits of a large vocabulary find room
-NOBODY = np.zeros(0, dtype=np.int32)
-
-
-def schemes() -> dict[str, Scheme]:
-    """Format -> the scheme of a model whose weights are as they were, its cache as it is without calibration."""
-    names = {"int4": "bf16+kv4", "int8": "bf16+kv8", "fp8": "bf16+kvfp8", "bf16": "bf16"}
-    return {kv: get_scheme(name) for kv, name in names.items()}
+AT_ONCE = 2048  # tokens of a step, so that logits of a large vocabulary find room
+SCHEMES = {"int4": "bf16+kv4", "int8": "bf16+kv8", "fp8": "bf16+kvfp8", "bf16": "bf16"}
+Row = dict[str, Any]
+MODES = ("prefill", "decode")
 
 
 def batch_of(tables: np.ndarray, windows: np.ndarray, starts: int, tokens: np.ndarray) -> Batch:
@@ -58,14 +58,14 @@ def batch_of(tables: np.ndarray, windows: np.ndarray, starts: int, tokens: np.nd
         cu_seqlens_q=np.arange(len(windows) + 1, dtype=np.int32) * count,
         seqlens_k=np.full(len(windows), starts + count, dtype=np.int32),
         block_tables=tables[windows],
-        lanes=NOBODY,
+        lanes=windows.astype(np.int32),
         num_decodes=len(windows) if count == 1 else 0,
     )
 
 
 @torch.inference_mode()
-def losses(model: Model, ids: Tensor, decoded: int, kernels: Kernels) -> dict[str, float]:
-    """Mean nats of the tokens that were predicted in prefill, and of those that were in decode."""
+def losses(model: Model, ids: Tensor, decoded: int, kernels: Kernels) -> dict[str, NDArray[np.float64]]:
+    """Nats [windows], summed over the tokens that were predicted in prefill, and over those that were in decode."""
     count, length = ids.shape
     blocks = -(-length // BLOCK)
     tables = np.random.default_rng(0).permutation(count * blocks).astype(np.int32).reshape(count, blocks)
@@ -73,53 +73,60 @@ def losses(model: Model, ids: Tensor, decoded: int, kernels: Kernels) -> dict[st
     kv = PagedKV(pool, kernels)
     tokens = ids.numpy()
 
-    def run(windows: np.ndarray, start: int, stop: int) -> float:
-        """The sum over the predictions that tokens start ... stop - 1 make."""
+    def run(windows: NDArray[np.int64], start: int, stop: int) -> NDArray[np.float64]:
+        """The sums over the predictions that tokens start ... stop - 1 of each window make."""
         batch = batch_of(tables, windows, start, tokens[windows, start:stop])
         kv.begin(batch)
         on_device = [torch.from_numpy(x).long().to(model.device) for x in (batch.token_ids, batch.positions)]
         logits = model.logits(model(*on_device, kv))
         targets = torch.from_numpy(tokens[windows, start + 1 : stop + 1]).reshape(-1).to(model.device)
-        return float(cross_entropy(logits.float(), targets, reduction="sum"))
+        found = cross_entropy(logits.float(), targets, reduction="none").double()
+        return np.asarray(found.unflatten(0, (len(windows), -1)).sum(1).cpu(), dtype=np.float64)
 
-    first, total = length - 1 - decoded, {"prefill": 0.0, "decode": 0.0}
+    first = length - 1 - decoded
+    total = {mode: np.zeros(count) for mode in MODES}
     at_once = max(1, AT_ONCE // first)
     for start in range(0, count, at_once):
-        total["prefill"] += run(np.arange(start, min(count, start + at_once)), 0, first)
+        some = np.arange(start, min(count, start + at_once))
+        total["prefill"][some] = run(some, 0, first)
     for at in range(first, length - 1):
         total["decode"] += run(np.arange(count), at, at + 1)
-    return {"prefill": total["prefill"] / (count * first), "decode": total["decode"] / (count * decoded)}
+    return total
 
 
 def rows(
-    name: str, path: str, text: str, count: int, length: int, decoded: int, device: str
-) -> Iterator[dict[str, Any]]:
+    name: str, path: str, text: str, formats: list[str], shape: tuple[int, int, int], device: str
+) -> Iterator[Row]:
+    """Of each format: prefill, decode, and both. `shape`: windows, tokens of each, decoded ones among them."""
+    count, length, decoded = shape
     source = load_text(text)
     ids = make_windows(load_tokenizer(path), source, window=length, limit=count).tokens
     model = load_model(path, device, torch.bfloat16, kernels="reference")
-    for kv, scheme in schemes().items():
-        model.scheme = scheme
-        start = time.perf_counter()
-        found: dict[str, dict[str, float]] = {}
+    is_calibrated = model.scheme is not None and model.scheme.is_quantized
+    tokens = {"prefill": length - 1 - decoded, "decode": decoded, "both": length - 1}
+    for kv in formats:
+        model.scheme = get_scheme(SCHEMES[kv])
+        found: dict[str, dict[str, NDArray[np.float64]]] = {}
         for path_name, kernels in (("reference", "reference"), ("kernels", "auto")):
+            start = time.perf_counter()
             found[path_name] = losses(model, ids, decoded, kernels)  # type: ignore[arg-type]
+            print(f"{name} {kv} {path_name} took {time.perf_counter() - start:.0f} s", flush=True)
             gc.collect()
             torch.cuda.empty_cache()
-        tokens = {"prefill": length - 1 - decoded, "decode": decoded, "both": length - 1}
         for each in found.values():
-            each["both"] = sum(each[mode] * tokens[mode] for mode in ("prefill", "decode")) / (length - 1)
+            each["both"] = each["prefill"] + each["decode"]
         for mode in tokens:
-            wanted, got = found["reference"][mode], found["kernels"][mode]
+            wanted, got = (found[each][mode] / tokens[mode] for each in ("reference", "kernels"))
             row = {
-                "model": name, "text": source.name, "kv": kv, "op": mode, "windows": len(ids),
-                "window": length, "tokens": len(ids) * tokens[mode],
-                "ppl": round(math.exp(got), 4), "ppl_reference": round(math.exp(wanted), 4),
-                "change": round(math.expm1(got - wanted), 6),
+                "model": name, "text": source.name, "kv": kv, "calibrated": is_calibrated, "op": mode,
+                "windows": len(ids), "window": length, "tokens": len(ids) * tokens[mode],
+                "ppl": round(math.exp(got.mean()), 4), "ppl_reference": round(math.exp(wanted.mean()), 4),
+                "change": round(math.expm1(float((got - wanted).mean())), 6),
+                "change_se": round(float((got - wanted).std(ddof=1)) / math.sqrt(len(ids)), 6),
             }  # fmt: skip
             print(
                 "{model:12} {kv:5} {op:8} {tokens:>6} tokens: {ppl:9.4f} by kernels, {ppl_reference:9.4f} by "
-                "the reference, {change:+.3%}".format(**row),
-                f"{time.perf_counter() - start:.0f} s",
+                "the reference, {change:+.3%} +- {change_se:.3%}".format(**row),
                 flush=True,
             )
             yield row
@@ -129,7 +136,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="what the record calls it, =, directory or GGUF file")
     parser.add_argument("--text", default="wikitext2", help="as `atom eval --text`")
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--kv", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
+    parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--decoded", type=int, default=96, help="last tokens of each window that are decoded")
     parser.add_argument("--device", default="cuda")
@@ -146,8 +154,9 @@ def main() -> None:
     if not args.model:
         parser.error("which model?")
     name, _, path = args.model.rpartition("=")
-    found: list[dict[str, Any]] = []
-    for row in rows(name or Path(path).stem, path, args.text, args.windows, args.window, args.decoded, args.device):
+    found: list[Row] = []
+    shape = (args.windows, args.window, args.decoded)
+    for row in rows(name or Path(path).stem, path, args.text, args.kv, shape, args.device):
         found.append(row)
         if args.out:
             keep("attention-perplexity", found, args.out)
