@@ -4,12 +4,15 @@
 
 The weights are built and written first, and are not timed; what is timed is everything that `atom quantize` does
 with given tokens, reading and writing included. Random weights cost what trained ones do: no step looks at values.
+With `--distill-steps` the rounded checkpoint is then trained, and there is a second row of both together.
 """
 
 import json
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -17,10 +20,12 @@ from rich.console import Console
 
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.data import Windows, hash_tokens
+from atom.calibration.distill import DistillText, distill_checkpoint
 from atom.calibration.stream import quantize_source
-from atom.models.source import open_directory
+from atom.models.device import choose_device
+from atom.models.source import Source, open_directory
 from atom.quant.presets import get_scheme
-from atom.records import circumstances, write_record
+from atom.records import Row, circumstances, write_record
 
 SHAPES = {
     "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
@@ -51,6 +56,9 @@ class Options:
     offload: str = "auto"
     """Hidden states in host memory: on, off, auto."""
 
+    distill_steps: int = 0
+    """Steps of distillation after that; `atom quantize` takes 100 where the GPU holds both models."""
+
     device: str = "auto"
     """cpu or cuda."""
 
@@ -68,38 +76,67 @@ def main(options: Options) -> None:
         window_length=options.window_length,
         batch_tokens=options.batch_tokens,
         offload=options.offload,  # type: ignore[arg-type]
-        device=options.device,
+        distill_steps=options.distill_steps,
+        device=str(choose_device(options.device)),
     )
+    torch.set_float32_matmul_precision(config.matmul_precision)
     with tempfile.TemporaryDirectory() as folder:
-        source = build(Path(folder) / "model", options.shape)
+        source = open_directory(
+            build(Path(folder) / "model", options.shape), {"source": options.shape, "kind": "random weights"}
+        )
         vocabulary = SHAPES[options.shape]["vocab_size"]
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(vocabulary, (options.windows, options.window_length), generator=generator)
         windows = Windows(tokens, "random tokens", hash_tokens(tokens))
-        report = quantize_source(
-            open_directory(source, {"source": options.shape, "kind": "random weights"}),
-            get_scheme(options.scheme),
-            Path(folder) / "out",
-            config,
-            windows,
-        )
-    totals = report.totals
-    row = {
-        "scheme": options.scheme,
-        "shape": options.shape,
-        "seconds": round(totals["seconds"], 1),
-        "peak_gpu_gb": round(totals["peak_gpu_bytes"] / 1e9, 2),
-        "peak_host_gb": round(totals["peak_host_bytes"] / 1e9, 2),
-        "windows": options.windows,
-        "window": options.window_length,
-        "layers": SHAPES[options.shape]["num_hidden_layers"],
-        **{f"seconds:{phase}": round(s, 1) for phase, s in totals["seconds_by_phase"].items()},
+        rounded = Path(folder) / "rounded"
+        totals = quantize_source(source, get_scheme(options.scheme), rounded, config, windows).totals
+        row: Row = {
+            "scheme": options.scheme,
+            "shape": options.shape,
+            "distill_steps": 0,
+            "seconds": round(totals["seconds"], 1),
+            "peak_gpu_gb": round(totals["peak_gpu_bytes"] / 1e9, 2),
+            "peak_host_gb": round(totals["peak_host_bytes"] / 1e9, 2),
+            "windows": options.windows,
+            "window": options.window_length,
+            "layers": SHAPES[options.shape]["num_hidden_layers"],
+            **{f"seconds:{phase}": round(s, 1) for phase, s in totals["seconds_by_phase"].items()},
+        }
+        rows = [row]
+        write(rows, options)
+        if options.distill_steps:
+            rows.append(row | distilled(source, rounded, config, tokens, totals))
+            write(rows, options)
+
+
+def distilled(
+    source: Source, rounded: Path, config: CalibrationConfig, tokens: torch.Tensor, totals: dict[str, Any]
+) -> Row:
+    """Train the checkpoint in `rounded`; what its row has otherwise than that of rounding, whose totals are given."""
+    started = time.perf_counter()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    held_back = max(1, len(tokens) // 16)
+    text = DistillText(tokens[:-held_back], tokens[-held_back:])
+    found = distill_checkpoint(source, rounded, rounded.with_name("out"), text, config)
+    seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {
+        "distill_steps": found.steps,
+        "seconds": round(totals["seconds"] + seconds, 1),
+        "peak_gpu_gb": round(max(totals["peak_gpu_bytes"], peak) / 1e9, 2),
+        "seconds:distill": round(seconds, 1),
+        "seconds:distill_steps": round(found.seconds, 1),
     }
-    Console().print_json(json.dumps(row))
+
+
+def write(rows: list[Row], options: Options) -> None:
+    """Show the last row; write the record, or the rows with their circumstances where a file was asked for."""
+    Console().print_json(json.dumps(rows[-1]))
     if options.output is not None:
-        options.output.write_text(json.dumps({"calibration-8b": [row], "where": circumstances(options.machine)}))
+        options.output.write_text(json.dumps({"calibration-8b": rows, "where": circumstances(options.machine)}))
     else:
-        print("wrote", write_record("calibration-8b", [row], options.machine))
+        print("wrote", write_record("calibration-8b", rows, options.machine))
 
 
 def build(folder: Path, shape: str) -> Path:
