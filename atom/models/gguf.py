@@ -17,6 +17,7 @@ import shutil
 import struct
 from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,7 @@ def _write(path: Path, header: GgufHeader, out: Path) -> None:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         family_of({"architectures": config.architectures or [_causal_name(config)]})  # refuse before the long part
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        refuse_unigram(path, tokenizer)
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
     except (ValueError, KeyError, NotImplementedError, ImportError) as error:
         raise UnsupportedError(
@@ -205,6 +207,18 @@ def _write(path: Path, header: GgufHeader, out: Path) -> None:
     if header.adds_bos:
         begin_with_bos_(tokenizer)
     tokenizer.save_pretrained(out)
+
+
+def refuse_unigram(path: Path, tokenizer: Any) -> None:
+    """UnsupportedError if text would be split otherwise than the model learned it.
+
+    Seen: transformers 5.17 makes a unigram model of Gemma's vocabulary, whose pieces are merged by rank, as 5.23 does.
+    """
+    if type(tokenizer.backend_tokenizer.model).__name__ == "Unigram":
+        raise UnsupportedError(
+            f"transformers {version('transformers')} misreads the tokenizer of {path}: it chooses pieces by score "
+            "where the model merges them by rank; install transformers 5.23 or newer, or use the model's safetensors."
+        )
 
 
 def begin_with_bos_(tokenizer: Any) -> None:

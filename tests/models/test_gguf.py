@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from atom.errors import CheckpointError, UnsupportedError
 from atom.models.gguf import convert, file_sha256, read_header
@@ -142,6 +144,16 @@ def test_quantized_tensors_are_dequantized(tmp_path: Path) -> None:
             parameter.data = values.half().float()
     converted = load_model(convert(path, tmp_path / "cache"))
     torch.testing.assert_close(logits(converted), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_a_tokenizer_that_was_misread_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = tokenizers.Tokenizer(tokenizers.models.Unigram([("A", -1.0), ("B", -2.0)], 0))
+    misread = transformers.PreTrainedTokenizerFast(tokenizer_object=pieces)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: misread)
+    path = write_gguf(half_model(LLAMA), tmp_path / "tiny.gguf", "llama")
+    with pytest.raises(UnsupportedError, match=r"misreads the tokenizer of .*tiny\.gguf.*install transformers 5\.23"):
+        convert(path, tmp_path / "cache")
+    assert not any((tmp_path / "cache" / "gguf").iterdir())
 
 
 def test_conversion_happens_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
