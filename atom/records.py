@@ -109,7 +109,8 @@ SCHEMAS: dict[str, RecordSchema] = {
     ),
     "lm-eval-agreement": RecordSchema(("model", "task", "metric", "atom", "hf", "documents", "max_difference")),
     "calibration-8b": RecordSchema(
-        ("scheme", "seconds", "peak_gpu_gb", "peak_host_gb"), ("windows", "window", "layers", "seconds:", "shape")
+        ("scheme", "seconds", "peak_gpu_gb", "peak_host_gb"),
+        ("windows", "window", "layers", "seconds:", "shape", "distill_steps"),
     ),
     "gemm": RecordSchema(
         ("model", "scheme", "shape", "M", "N", "K", "us", "sol_us", "bf16_us", "fp8_us", "peer_us"),

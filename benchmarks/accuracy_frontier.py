@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import torch
 import tyro
-from measured import Join, MeasureOptions, Perplexities, Tasks, effective_bits
+from measured import Join, MeasureOptions, Perplexities, Tasks, effective_bits, fill_in_full_precision
 from parts import Part, join_parts, scratch
 
 from atom.calibration.config import CalibrationConfig
@@ -32,7 +32,6 @@ from atom.eval.load import Loaded, load
 from atom.models.source import load_tokenizer, open_source
 from atom.quant.presets import get_scheme, kv_name
 from atom.quant.schemes import Scheme
-from atom.records import Row
 
 RECORD = "accuracy-frontier"
 COMPARED = ("fp", "atom", "ours")  # on all texts
@@ -215,13 +214,6 @@ def in_turn(names: Sequence[str], schemes: Sequence[Bits]) -> list[tuple[str, Bi
 
 def join(options: Join) -> None:
     join_parts(options.parts, [RECORD], options.commit, fill_in_full_precision)
-
-
-def fill_in_full_precision(rows: list[Row]) -> None:
-    """Write full precision's perplexity beside every other one on the same text; it may stand in another part."""
-    full = {(row["model"], row["text"], row["windows"]): row["ppl"] for row in rows if row["method"] == "fp"}
-    for row in rows:
-        row["ppl_fp"] = full[row["model"], row["text"], row["windows"]]
 
 
 if __name__ == "__main__":

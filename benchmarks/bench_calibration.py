@@ -18,7 +18,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from atom.calibration.config import CalibrationConfig
+from atom.calibration.config import CalibrationConfig, Offload
 from atom.calibration.data import Windows, hash_tokens
 from atom.calibration.distill import DistillText, distill_checkpoint
 from atom.calibration.stream import quantize_source
@@ -53,7 +53,7 @@ class Options:
     batch_tokens: int = 8192
     """Tokens that run through a layer at once."""
 
-    offload: str = "auto"
+    offload: Offload = "auto"
     """Hidden states in host memory: on, off, auto."""
 
     distill_steps: int = 0
@@ -75,7 +75,7 @@ def main(options: Options) -> None:
         windows=options.windows,
         window_length=options.window_length,
         batch_tokens=options.batch_tokens,
-        offload=options.offload,  # type: ignore[arg-type]
+        offload=options.offload,
         distill_steps=options.distill_steps,
         device=str(choose_device(options.device)),
     )
@@ -89,7 +89,8 @@ def main(options: Options) -> None:
         tokens = torch.randint(vocabulary, (options.windows, options.window_length), generator=generator)
         windows = Windows(tokens, "random tokens", hash_tokens(tokens))
         rounded = Path(folder) / "rounded"
-        totals = quantize_source(source, get_scheme(options.scheme), rounded, config, windows).totals
+        report = quantize_source(source, get_scheme(options.scheme), rounded, config, windows)
+        totals, clips = report.totals, report.clips or {}
         row: Row = {
             "scheme": options.scheme,
             "shape": options.shape,
@@ -100,6 +101,7 @@ def main(options: Options) -> None:
             "windows": options.windows,
             "window": options.window_length,
             "layers": SHAPES[options.shape]["num_hidden_layers"],
+            "seconds:clips": round(clips.get("seconds", 0.0), 1),
             **{f"seconds:{phase}": round(s, 1) for phase, s in totals["seconds_by_phase"].items()},
         }
         rows = [row]
@@ -172,7 +174,7 @@ def build(folder: Path, shape: str) -> Path:
         "mlp.up_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn),
     }
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index in range(sizes["num_hidden_layers"]):
         tensors = {f"model.layers.{index}.{n}.weight": _random(*s) for n, s in layer.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):

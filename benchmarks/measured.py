@@ -15,6 +15,7 @@ from atom.models.model import Model
 from atom.models.source import Source
 from atom.models.tokens import Tokenizer
 from atom.quant.schemes import Scheme
+from atom.records import Row
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,22 @@ class Tasks:
             found[name] = round(metric.value, 4)
             found[f"{name}:stderr"] = None if metric.stderr is None else round(metric.stderr, 4)
         return found
+
+
+def fill_in_full_precision(rows: Sequence[Row]) -> None:
+    """Write full precision's perplexity beside every other one on the same text; it may stand in another part.
+
+    Raises KeyError if a model's full precision was not measured on the same windows.
+    """
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return row["model"], row["text"], row["windows"]
+
+    full = {key(row): row["ppl"] for row in rows if _is_full_precision(row)}
+    for row in rows:
+        row["ppl_fp"] = full[key(row)]
+
+
+def _is_full_precision(row: Row) -> bool:
+    """It is what the others lose against, by method or, where schemes are compared, by scheme and cache."""
+    return row["method"] == "fp" if "method" in row else (row["scheme"], row["kv"]) == ("bf16", "bf16")

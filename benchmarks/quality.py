@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import tyro
-from measured import Join, Perplexities, Tasks, effective_bits
+from measured import Join, Perplexities, Tasks, effective_bits, fill_in_full_precision
 from parts import Part, join_parts, scratch
 from quality_plan import Configuration, Measure, Rounding, configurations
 
@@ -220,20 +220,8 @@ def measure(options: Measure) -> None:
 
 
 def join(options: Join) -> None:
-    names = ("quality-ladder", "quality-variants", "quality-presets", "kv-rope")
-    join_parts(options.parts, names, options.commit, fill_in_full_precision)
-
-
-def fill_in_full_precision(rows: list[Row]) -> None:
-    """Write full precision's perplexity beside every other one on the same text; it may stand in another part."""
-
-    def key(row: Row) -> tuple[Any, ...]:
-        return row["model"], row["text"], row["windows"]
-
-    full = {key(row): row["ppl"] for row in rows if (row.get("scheme"), row.get("kv")) == ("bf16", "bf16")}
-    for row in rows:
-        if "ppl_fp" in row:
-            row["ppl_fp"] = full.get(key(row))
+    join_parts(options.parts, ("quality-ladder", "quality-variants", "kv-rope"), options.commit)
+    join_parts(options.parts, ("quality-presets",), options.commit, fill_in_full_precision)
 
 
 if __name__ == "__main__":
