@@ -126,9 +126,10 @@ SCHEMAS: dict[str, RecordSchema] = {
         {"op": ("decode", "prefill", "rope_append", "plan"), **_KV},
     ),
     "attention-perplexity": RecordSchema(
-        # kernels and reference over the same windows; `change` is the first's perplexity over the second's, less 1
+        # kernels and reference over the same windows; `change` is the first's perplexity over the second's, less 1, and
+        # `change_se` its standard error, from the differences of whole windows
         ("model", "text", "kv", "op", "windows", "window", "tokens", "ppl", "ppl_reference", "change"),
-        (),
+        ("calibrated", "change_se"),
         {"op": ("decode", "prefill", "both"), **_KV},
     ),
     "engine-latency": RecordSchema(

@@ -83,38 +83,40 @@ def plan_balanced(
     firsts, ends = block_ranges(seqlens_k, block_size, window)
     if skipped is not None:
         firsts = np.maximum(firsts, skipped)
-    counts = ends - firsts  # [B], of each of a sequence's rows
-    active = counts > 0
-    are_active = active.all()
-    costs = counts + (overhead if are_active else overhead * active)
-    ticks = np.zeros(len(counts) + 1, dtype=np.int64)  # of sequences in the line of all rows' costs
-    (num_kv_heads * costs).cumsum(out=ticks[1:])
-    blocks = num_kv_heads * int(counts.sum())
-    few = min(blocks // (2 * grain), MOST_PARTS * num_kv_heads * int(np.count_nonzero(active)))
+    from_start = window is None and skipped is None
+    counts = ends if from_start else ends - firsts  # [B], of each of a sequence's rows
+    num_seqs, num_active = len(counts), int(np.count_nonzero(counts))
+    active = None if num_active == num_seqs else counts > 0
+    costs = counts + (overhead if active is None else overhead * active)
+    done = costs.cumsum() * num_kv_heads  # where each sequence ends in the line of all rows' costs
+    total = int(done[-1]) if num_seqs else 0
+    blocks = total - num_kv_heads * overhead * num_active
+    few = min(blocks // (2 * grain), MOST_PARTS * num_kv_heads * num_active)
     used = max(1, min(ctas, max(few, blocks // least)))
-    targets = _numbers(used)[1:] * ticks[-1] // used
-    seqs = ticks.searchsorted(targets, side="right") - 1  # of each cut
-    heads, cuts = np.divmod(targets - ticks[seqs], costs[seqs])
+    targets = _numbers(used) * total // used
+    seqs = done.searchsorted(targets, side="right")  # of each cut
+    cost = costs[seqs]
+    heads, cuts = np.divmod(targets - done[seqs] + num_kv_heads * cost, cost)
     most = counts[seqs]
     cuts = np.minimum(np.maximum(cuts - (overhead - grain // 2), 0) & -grain, most)  # within its row
     rows = num_kv_heads * seqs + heads
     inner = (cuts > 0) & (cuts < most)
-    inner[1:] &= (rows[1:] != rows[:-1]) | (cuts[1:] != cuts[:-1])  # two targets may round to one cut
-    before = rows if are_active else num_kv_heads * (active.cumsum() - active)[seqs] + heads  # that are read
+    places = (rows << 32) + cuts
+    inner[1:] &= places[1:] != places[:-1]  # two targets may round to one cut
+    before = rows if active is None else num_kv_heads * (active.cumsum() - active)[seqs] + heads  # that are read
     # the segment that a cut opens: inner cuts one of their own, others their row's first or the next row's
     opened = before + inner.cumsum() + (cuts == most)
-    parts = active.astype(np.int64).repeat(num_kv_heads)
-    np.add.at(parts, rows[inner], 1)
+    parts = np.bincount(rows[inner], minlength=num_seqs * num_kv_heads)
+    parts += 1 if active is None else active.repeat(num_kv_heads)
     segments = _split_rows(firsts, ends, parts, num_kv_heads, shared)
     work = np.empty(ctas + 1, dtype=np.int32)
     work[0] = 0
-    work[1:used] = opened
+    work[1:used] = opened  # a CTA whose cut was another's has no segment
     work[used:] = len(segments)
-    np.maximum.accumulate(work, out=work)  # a CTA whose cut was another's has no segment
-    begins = firsts[seqs[inner]] + cuts[inner]
+    begins = cuts[inner] if from_start else firsts[seqs[inner]] + cuts[inner]
     flat, where = segments.reshape(-1), SEGMENT_FIELDS * opened[inner]
-    flat[where + 2] = begins
-    flat[where + (3 - SEGMENT_FIELDS)] = begins
+    flat.put(where + 2, begins)
+    flat.put(where + (3 - SEGMENT_FIELDS), begins)
     return AttentionPlan(work, segments)
 
 
@@ -145,8 +147,10 @@ def _split_rows(firsts: Ints, ends: Ints, parts: NDArray[Any], heads: int, share
     """Segments of rows in parts [B * heads], each with all of its row's blocks."""
     rows = _rows(len(firsts), heads).copy()
     pairs = rows.view(np.int64)  # (sequence, head), blocks, (first, parts), (shared slot, ahead)
-    pairs[:, 1] = (firsts + (ends << 32)).repeat(heads)
-    pairs[:, 2] = parts.cumsum() - parts + (parts << 32)
+    pairs.reshape(-1, heads, 4)[..., 1] = (firsts + (ends << 32))[:, None]
+    starts = parts.cumsum()
+    starts += parts * ((1 << 32) - 1)
+    pairs[:, 2] = starts
     if shared is not None:
         rows[:, 5] += shared[..., 1].reshape(-1) << 16
         rows[:, 6] = shared[..., 0].reshape(-1)
@@ -163,7 +167,8 @@ def _zeros(count: int) -> NDArray[np.int64]:
 
 @lru_cache
 def _numbers(count: int) -> NDArray[np.int64]:
-    return np.arange(count)
+    """1 ... count - 1."""
+    return np.arange(1, count)
 
 
 @lru_cache

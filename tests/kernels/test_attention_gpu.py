@@ -1,8 +1,6 @@
-"""The attention kernels on a GPU: against float64, against themselves, in a poisoned pool, in a graph, end to end."""
+"""The attention kernels on a GPU: against float64, against themselves, in a poisoned pool, in a graph."""
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,8 +26,6 @@ from .test_paged_attention import Case, expected, make_case
 from .test_rope_append_sm90 import inputs, offset_for
 
 pytestmark = pytest.mark.gpu
-ROOT = os.environ.get("ATOM_TEST_MODELS", "")
-MODELS = sorted(p for p in Path(ROOT).iterdir() if p.suffix == ".gguf" or (p / "config.json").exists()) if ROOT else []
 SPECS: dict[str, TensorSpec | None] = {"int4": KV4, "int8": KV8, "fp8": KVFP8, "bf16": None}
 
 
@@ -351,43 +347,3 @@ def test_a_chunk_is_the_same_alone_and_in_a_batch_where_splits_are_fixed() -> No
             step.block_tables[part],
         )  # fmt: skip
         assert torch.equal(attend(case.q[tokens], case.layer, alone, spec), together[tokens])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not MODELS, reason="ATOM_TEST_MODELS names no directory with models")
-@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
-@pytest.mark.parametrize("kv", ["kv4", "kv8", "kvfp8", "kv4 turned"])
-def test_perplexity_equals_the_reference_s(path: Path, kv: str) -> None:
-    """Teacher-forced, token by token after a prefill, on the same windows: within 0.2 % on a text (ATOM_TEST_TEXT).
-
-    On tokens drawn by a formula within 1 %: bfloat16 alone moves their perplexity by 0.5 % (SmolLM2 with a 4-bit cache,
-    the reference on a CPU: 11.246 nats in float32, 11.251 in bfloat16).
-    """
-    from atom.models.loader import load_model, load_tokenizer
-    from atom.quant.presets import get_scheme
-
-    from ..serving.test_kv_pool import Cache
-
-    model = load_model(path, device="cuda", dtype=torch.bfloat16)
-    if model.scheme is not None and model.scheme.is_quantized:
-        pytest.skip("is an Atom checkpoint: its cache is its own")
-    model.scheme = get_scheme(f"bf16+{kv.split()[0]}")
-    if "turned" in kv:
-        model.scheme = replace(model.scheme, kv_offset="none", kv_rotation="hadamard")
-    ids = [[(31 * row + 7 * i + i * i) % 4000 + 100 for i in range(160)] for row in range(16)]
-    file = os.environ.get("ATOM_TEST_TEXT")
-    if file is not None:
-        tokens = load_tokenizer(path).encode(Path(file).read_text())
-        ids = [list(tokens[160 * row : 160 * (row + 1)]) for row in range(16)]
-    losses = []
-    for kernels in ("reference", "auto"):
-        cache = Cache(model, num_blocks=200, device="cuda", kernels=kernels)
-        with torch.inference_mode():
-            cache.run([(row, text[:32]) for row, text in enumerate(ids)])
-            total = 0.0
-            for at in range(32, 159):
-                logits = torch.cat(cache.run([(row, [text[at]]) for row, text in enumerate(ids)]))
-                targets = torch.tensor([text[at + 1] for text in ids], device="cuda")
-                total += float(torch.nn.functional.cross_entropy(logits.float(), targets))
-        losses.append(total / 127)
-    assert abs(np.exp(losses[1] - losses[0]) - 1) < (1e-2 if file is None else 2e-3)
