@@ -41,14 +41,24 @@ def run(case: Case, spec: AttentionSpec, split_tokens: int | None = None) -> Ten
 
 
 def check(case: Case, spec: AttentionSpec, split_tokens: int | None = None) -> None:
-    """At most twice the error of torch's attention in bfloat16 on the same keys and values."""
-    found = run(case, spec, split_tokens).double()
+    found = run(case, spec, split_tokens)
     exact = expected(case, spec)
-    in_torch = run_reference(case, spec)
     assert not found.isnan().any()
-    bound = 2 * (in_torch - exact).abs().max() + 2**-8 * exact.abs().max()
-    errors = (found - exact).abs().flatten(1).amax(1)
-    assert errors.max() <= bound, f"tokens {errors.gt(bound).nonzero()[:, 0].tolist()[:9]} by {float(errors.max()):.2e}"
+    within(found, exact, torch_error(exact, case, spec))
+
+
+def torch_error(exact: Tensor, case: Case, spec: AttentionSpec) -> float:
+    """The largest error of torch's attention in bfloat16 on the same keys and values."""
+    in_torch = PagedAttentionReference(case.layout)(case.q, case.layer, case.step, spec)
+    return float((in_torch.double() - exact).abs().max())
+
+
+def within(found: Tensor, exact: Tensor, torch_s: float) -> None:
+    """At most twice torch's error, or one rounding to bfloat16 where torch has none: of a single key's value."""
+    errors = (found.cpu().double() - exact).abs().flatten(1).amax(1)
+    bound = max(2 * torch_s, 2**-9 * float(exact.abs().max()))
+    wrong = errors.gt(bound).nonzero()[:, 0].tolist()
+    assert not wrong, f"tokens {wrong[:9]} by {float(errors.max()):.2e}, torch {torch_s:.2e}, allowed {bound:.2e}"
 
 
 @pytest.mark.parametrize("kv", SPECS)
@@ -115,10 +125,7 @@ def test_prefixes_are_read_together(kv: str, heads: int, kv_heads: int, dim: int
     torch.cuda.synchronize()
     assert torch.equal(again, found)
     exact = expected(case, spec)
-    in_torch = PagedAttentionReference(case.layout)(case.q, case.layer, case.step, spec).double()
-    bound = 2 * (in_torch - exact).abs().max() + 2**-8 * exact.abs().max()
-    errors = (found.cpu().double() - exact).abs().flatten(1).amax(1)
-    assert errors.max() <= bound, f"tokens {errors.gt(bound).nonzero()[:, 0].tolist()[:9]} by {float(errors.max()):.2e}"
+    within(found, exact, torch_error(exact, case, spec))
 
 
 def test_two_hundred_runs_are_bit_identical_and_alone_as_in_a_batch() -> None:
@@ -233,16 +240,12 @@ def test_rows_see_what_their_own_step_appends(kv: str) -> None:
     with torch.cuda.graph(graph):
         found = run()
     exact = expected(case, spec)
-    bound = 2 * float((run_reference(case, spec) - exact).abs().max()) + 2**-8 * float(exact.abs().max())
+    torch_s = torch_error(exact, case, spec)
     for _ in range(20):
         storage.copy_(old)
         graph.replay()
         for out in found:
-            assert float((out.cpu().double() - exact).abs().max()) <= bound
-
-
-def run_reference(case: Case, spec: AttentionSpec) -> Tensor:
-    return PagedAttentionReference(case.layout)(case.q, case.layer, case.step, spec).double()
+            within(out, exact, torch_s)
 
 
 @pytest.mark.parametrize("kv", ["int4", "int8", "fp8"])
