@@ -18,7 +18,16 @@ from typing import Any, get_args
 
 import torch
 import tyro
-from measured import Join, MeasureOptions, Perplexities, Tasks, effective_bits, fill_in_full_precision
+from measured import (
+    Join,
+    MeasureOptions,
+    Perplexities,
+    Tasks,
+    effective_bits,
+    fill_in_full_precision,
+    recovery_keys,
+    task_keys,
+)
 from parts import Part, join_parts, scratch
 
 from atom.calibration.config import CalibrationConfig
@@ -29,6 +38,7 @@ from atom.calibration.methods import Bits, Method, methods, with_cache
 from atom.calibration.stream import quantize_and_distill, quantize_source
 from atom.errors import AtomError, UnsupportedError
 from atom.eval.load import Loaded, load
+from atom.eval.results import TaskResult
 from atom.models.source import load_tokenizer, open_source
 from atom.quant.presets import get_scheme, kv_name
 from atom.quant.schemes import Scheme
@@ -45,7 +55,7 @@ class Measure(MeasureOptions):
     """Test texts; the first is for every method, the others for `fp`, `atom` and `ours`."""
 
     tasks: tuple[str, ...] = ()
-    """lm-eval tasks for `fp` and `ours`."""
+    """lm-eval tasks for `fp` and `ours`, and what `ours` keeps of full precision's mean over them."""
 
     schemes: tuple[Bits, ...] = get_args(Bits)
     """w4a4, w4a8, and kv4: the cache alone."""
@@ -63,7 +73,7 @@ class Measure(MeasureOptions):
     """Measure the divergence of predictions from full precision too, beside perplexity on the first text."""
 
     batch_tokens: int = 4096
-    """Tokens that run at once in calibration, and make a step of distillation."""
+    """Tokens that run at once in calibration."""
 
     distill_calib: tuple[str, ...] = ()
     """Texts that `ours` is distilled on, in equal shares; default: the calibration text."""
@@ -73,6 +83,12 @@ class Measure(MeasureOptions):
 
     distill_seconds: float = 600.0
     """At most so long for it."""
+
+    distill_tokens: int = 4096
+    """Tokens of a step of it."""
+
+    distill_rate: float = 0.003
+    """Its learning rate."""
 
     distill_codes: bool = False
     """Codes learn as well."""
@@ -96,6 +112,8 @@ class Runner:
             distill_calib=options.distill_calib,
             distill_seconds=options.distill_seconds,
             distill_codes=options.distill_codes,
+            distill_tokens=options.distill_tokens,
+            distill_rate=options.distill_rate,
             batch_tokens=options.batch_tokens,
         )
         tokenizer = load_tokenizer(self.source.path)
@@ -141,8 +159,15 @@ class Runner:
     def add_tasks(self, loaded: Loaded, key: dict[str, Any]) -> None:
         """Add the tasks to the row that `key` finds."""
         row = next(r for r in self.part.rows[RECORD] if all(r[name] == value for name, value in key.items()))
-        row.update(self.tasks.measure(loaded))
+        full = self.full_tasks
+        found = full if loaded is self.full else self.tasks.run(loaded)
+        row.update(task_keys(found) | ({} if found is full else recovery_keys(full, found)))
         self.part.write(RECORD, row)
+
+    @cached_property
+    def full_tasks(self) -> tuple[TaskResult, ...]:
+        """What the full-precision model scores, document by document."""
+        return self.tasks.run(self.full)
 
     def add_kernels_row(self, checkpoint: Path, row: dict[str, Any]) -> None:
         """The same checkpoint and text in bfloat16, through the kernels, if they run here."""
@@ -189,7 +214,7 @@ class Runner:
         how = f"{o.windows} x {o.window_length} of {Path(o.calib).name}"
         if self.distilled:
             texts = " and ".join(Path(name).name for name in o.distill_calib or (o.calib,))
-            how += f", distilled on {self.distilled} x {o.batch_tokens} tokens of {texts}"
+            how += f", distilled on {self.distilled} x {o.distill_tokens} tokens of {texts}"
         return {"calibration": how, "distill_steps": self.distilled}
 
 

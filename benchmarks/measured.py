@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from atom.eval.compare import average_recovery
 from atom.eval.load import Loaded
 from atom.eval.perplexity import Bos, Windows, make_windows, measure_perplexity
+from atom.eval.results import TaskResult
 from atom.eval.texts import Text, load_text
 from atom.models.family import model_config
 from atom.models.model import Model
@@ -135,20 +137,39 @@ class Tasks:
 
     def measure(self, loaded: Loaded) -> dict[str, Any]:
         """Keys of a row: each task's own metric and its standard error."""
+        return task_keys(self.run(loaded))
+
+    def run(self, loaded: Loaded) -> tuple[TaskResult, ...]:
+        """All tasks on one model, document by document."""
         if not self.names:
-            return {}
+            return ()
         from atom.eval.lm import AtomLM
         from atom.eval.tasks import prepare_tasks, run_tasks
 
         if self._prepared is None:
             self._prepared = prepare_tasks(self.names, self.include_path)
-        found: dict[str, Any] = {}
-        for task in run_tasks(AtomLM(loaded), self._prepared, limit=self.limit):
-            _, metric = task.primary
-            name = f"task:{task.task.removesuffix('_local')}"
-            found[name] = round(metric.value, 4)
-            found[f"{name}:stderr"] = None if metric.stderr is None else round(metric.stderr, 4)
-        return found
+        return run_tasks(AtomLM(loaded), self._prepared, limit=self.limit)
+
+
+def task_keys(results: Sequence[TaskResult]) -> dict[str, Any]:
+    """Keys of a row: each task's own metric and its standard error."""
+    found: dict[str, Any] = {}
+    for task in results:
+        _, metric = task.primary
+        name = f"task:{task.task.removesuffix('_local')}"
+        found[name] = round(metric.value, 4)
+        found[f"{name}:stderr"] = None if metric.stderr is None else round(metric.stderr, 4)
+    return found
+
+
+def recovery_keys(full: Sequence[TaskResult], found: Sequence[TaskResult]) -> dict[str, Any]:
+    """Keys of a row: what is kept of full precision's mean over tasks, and half of its 95 % interval, in percent."""
+    recovery, half = average_recovery(full, found)
+    return {
+        "recovery": round(recovery, 2),
+        "recovery:95": None if half is None else round(half, 2),
+        "documents": sum(task.samples for task in full),
+    }
 
 
 def fill_in_full_precision(rows: Sequence[Row]) -> None:

@@ -74,6 +74,17 @@ def _quarot(bits: Bits) -> Method:
     return Method("quarot", scheme, {"clip": "constant", "rotate": "residual"})
 
 
+def _quarot_token(bits: Bits) -> Method:
+    """The same rotations under one scale a weight row and token, to be read beside `rtn` and `flatquant`."""
+    weight, activation = (
+        TensorSpec("int4", Channel(), clip="mse", scale_rule="range"),
+        TensorSpec("int4", Token(), dynamic=True),
+    )
+    activation = replace(activation, clip=PAPER_ACTIVATION_CLIP)
+    scheme = rotated_online(Scheme(bits, weight, _activation(bits, activation)), RotationSpec("hadamard"))
+    return Method("quarot-token", scheme, {"clip": "constant", "rotate": "residual"})
+
+
 def _flatquant(bits: Bits) -> Method:
     """FlatQuant in small (flatquant.py): learned transforms and clips, one scale a weight row and token."""
     weight, activation = TensorSpec("int4", Channel()), TensorSpec("int4", Token(), dynamic=True)
@@ -118,6 +129,7 @@ _MAKERS: tuple[Callable[[Bits], Method | None], ...] = (
     _rtn,
     _atom,
     _quarot,
+    _quarot_token,
     _flatquant,
     _nvfp4_rtn,
     _nvfp4_gptq,

@@ -108,6 +108,26 @@ def _unpaired(a: Metric, b: Metric) -> float | None:
     return 100 * Z95 * (b.value / a.value) * relative
 
 
+def average_recovery(a: Sequence[TaskResult], b: Sequence[TaskResult]) -> tuple[float, float | None]:
+    """100 times B's mean over tasks by A's, and half of its 95 % interval from the paired documents (None: unknown).
+
+    Raises ValueError if the two are not of the same tasks, documents and metrics.
+    """
+    if [task.fingerprint for task in a] != [task.fingerprint for task in b] or not a:
+        raise ValueError("an average compares only over the same documents of the same tasks")
+    pairs = [(t.primary[1], u.metrics[t.primary[0]]) for t, u in zip(a, b, strict=True)]
+    mean_a, mean_b = (statistics.fmean(pair[side].value for pair in pairs) for side in (0, 1))
+    if mean_a == 0:
+        raise ValueError("nothing is kept of an average of 0")
+    ratio, variance = mean_b / mean_a, 0.0
+    for x, y in pairs:
+        if x.per_sample is None or y.per_sample is None or len(x.per_sample) < 2:
+            return 100 * ratio, None
+        residuals = [q - ratio * p for p, q in zip(x.per_sample, y.per_sample, strict=True)]
+        variance += statistics.variance(residuals) / len(residuals) / len(pairs) ** 2
+    return 100 * ratio, 100 * Z95 * math.sqrt(variance) / mean_a
+
+
 def to_dict(a: EvalResult, b: EvalResult, rows: Sequence[Comparison]) -> dict[str, Any]:
     """The comparison for programs."""
     return {

@@ -33,6 +33,7 @@ def test_rows_of_a_tiny_model(tiny: Tiny, text_file: Path, tmp_path: Path) -> No
         windows=4,
         window_length=32,
         batch_tokens=64,
+        distill_tokens=64,
         distill_steps=3,
         eval_window=32,
         limit=2,

@@ -21,6 +21,7 @@ WEIGHT_BITS = {
     "rtn": 4.004,
     "atom": 4.25,
     "quarot": 4.125,
+    "quarot-token": 4.004,
     "flatquant": 4.004,
     "nvfp4-rtn": 4.5,
     "nvfp4-gptq": 4.5,
