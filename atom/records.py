@@ -99,7 +99,8 @@ SCHEMAS: dict[str, RecordSchema] = {
     ),
     "accuracy-frontier": RecordSchema(
         ("model", "text", "method", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
-        ("scheme", "task:", *PERPLEXITY_EXTRAS),
+        # what is kept of the mean over tasks in percent, half of its 95 % interval, and over how many documents
+        ("scheme", "task:", "recovery", "recovery:95", "documents", "retrieval:", *PERPLEXITY_EXTRAS),
         {"path": PATHS, "scheme": ("w4a4", "w4a8", "kv4"), **_KV},
     ),
     "kv-rope": RecordSchema(

@@ -37,8 +37,10 @@ from atom.calibration.flatquant import FlatConfig, flatten_model
 from atom.calibration.methods import Bits, Method, methods, with_cache
 from atom.calibration.stream import quantize_and_distill, quantize_source
 from atom.errors import AtomError, UnsupportedError
+from atom.eval.engine import EngineGenerator
 from atom.eval.load import Loaded, load
 from atom.eval.results import TaskResult
+from atom.eval.retrieval import measure_retrieval
 from atom.models.source import load_tokenizer, open_source
 from atom.quant.presets import get_scheme, kv_name
 from atom.quant.schemes import Scheme
@@ -56,6 +58,12 @@ class Measure(MeasureOptions):
 
     tasks: tuple[str, ...] = ()
     """lm-eval tasks for `fp` and `ours`, and what `ours` keeps of full precision's mean over them."""
+
+    generative: tuple[str, ...] = ()
+    """lm-eval tasks for `fp` and `ours` in bfloat16, through the kernels, generated on the engine that serves."""
+
+    retrieval: tuple[int, ...] = ()
+    """Contexts of long-context retrieval, in tokens, for `fp`, `atom` and `ours`."""
 
     schemes: tuple[Bits, ...] = get_args(Bits)
     """w4a4, w4a8, and kv4: the cache alone."""
@@ -122,6 +130,8 @@ class Runner:
         self.windows = load_windows(options.calib, tokenizer, options.windows, options.window_length, self.base.seed)
         self.tokenizer = tokenizer
         self.full = load(str(self.source.path), options.device, "float32", "reference")
+        self.generative = Tasks(options.generative, options.include_path, options.task_limit)
+        self.full_generative: tuple[TaskResult, ...] = ()  # full precision's, once they ran
         self.distilled = 0  # steps of the method at work
 
     @cached_property
@@ -145,24 +155,37 @@ class Runner:
             row |= {} if method.name == "fp" else self.calibration()
             if method.learned:
                 row["note"] = "run in memory: its transforms have no place in a checkpoint"
-            is_compared = method.name in COMPARED
-            for number in range(len(self.texts.texts) if is_compared else 1):
-                has_kl = self.options.divergence and number == 0 and method.name != "fp"
-                full = self.full.model if has_kl else None
-                self.part.add(RECORD, row | self.texts.measure(loaded, number, full))
+            is_compared, is_full = method.name in COMPARED, method.name == "fp"
+            full = self.full.model if self.options.divergence and not is_full else None
+            first = row | self.texts.measure(loaded, 0, full)
+            self.part.add(RECORD, first)
+            for number in range(1, len(self.texts.texts) if is_compared else 1):
+                self.part.add(RECORD, row | self.texts.measure(loaded, number))
+            if is_compared and self.options.retrieval:
+                self.extend(first, self.retrieval(loaded))
             if method.name in ("fp", "ours") and self.tasks.names:
-                self.add_tasks(loaded, key if method.name == "fp" else {**key, "scheme": bits})
+                found = self.full_tasks if is_full else self.tasks.run(loaded)
+                self.extend(first, task_keys(found) | ({} if is_full else recovery_keys(self.full_tasks, found)))
             del loaded
-            if self.options.kernels and method.name == "ours" and scheme.weight is not None:
+            is_ours = method.name == "ours" and scheme.weight is not None
+            if self.options.kernels and is_ours:
                 self.add_kernels_row(folder / "checkpoint", row)
+            if self.generative.names and (is_full or is_ours):
+                self.add_generative_row(folder / "checkpoint" if is_ours else self.source.path, row)
 
-    def add_tasks(self, loaded: Loaded, key: dict[str, Any]) -> None:
-        """Add the tasks to the row that `key` finds."""
-        row = next(r for r in self.part.rows[RECORD] if all(r[name] == value for name, value in key.items()))
-        full = self.full_tasks
-        found = full if loaded is self.full else self.tasks.run(loaded)
-        row.update(task_keys(found) | ({} if found is full else recovery_keys(full, found)))
+    def extend(self, row: dict[str, Any], keys: dict[str, Any]) -> None:
+        """Add keys to a row of the part."""
+        row.update(keys)
         self.part.write(RECORD, row)
+
+    def retrieval(self, loaded: Loaded) -> dict[str, Any]:
+        """Keys of a row: the shares of numbers found in long contexts, and their standard errors."""
+        keys: dict[str, Any] = {}
+        for length in self.options.retrieval:
+            _, found = measure_retrieval(loaded.model, loaded.tokenizer, length).primary
+            keys |= {f"retrieval:{length}": round(found.value, 4)}
+            keys |= {f"retrieval:{length}:stderr": None if found.stderr is None else round(found.stderr, 4)}
+        return keys
 
     @cached_property
     def full_tasks(self) -> tuple[TaskResult, ...]:
@@ -171,12 +194,28 @@ class Runner:
 
     def add_kernels_row(self, checkpoint: Path, row: dict[str, Any]) -> None:
         """The same checkpoint and text in bfloat16, through the kernels, if they run here."""
+        if (loaded := self.kernels(checkpoint, row)) is not None:
+            self.part.add(RECORD, row | self.texts.measure(loaded))
+
+    def add_generative_row(self, where: Path, row: dict[str, Any]) -> None:
+        """The first text, and tasks generated on the engine, in bfloat16 through the kernels."""
+        if (loaded := self.kernels(where, row)) is None:
+            return
+        first = row | self.texts.measure(loaded)
+        with EngineGenerator(str(where), device=self.options.device, kv_cache_bytes="8GiB") as engine:
+            found = self.generative.run(loaded, engine)
+        is_full = row["method"] == "fp"
+        self.full_generative = found if is_full else self.full_generative
+        keys = {} if is_full or not self.full_generative else recovery_keys(self.full_generative, found)
+        self.part.add(RECORD, first | task_keys(found) | keys)
+
+    def kernels(self, where: Path, row: dict[str, Any]) -> Loaded | None:
+        """The model as it is served, in bfloat16; None where the kernels do not run it."""
         try:
-            loaded = load(str(checkpoint), self.options.device, "bfloat16", "auto")
+            return load(str(where), self.options.device, "bfloat16", "auto")
         except UnsupportedError as error:
             print(f"{row['scheme']}: not through the kernels: {error}", flush=True)
-            return
-        self.part.add(RECORD, row | self.texts.measure(loaded))
+            return None
 
     def loaded(self, method: Method, scheme: Scheme, folder: Path) -> Loaded:
         """The model as `method` quantizes it."""
@@ -238,7 +277,17 @@ def in_turn(names: Sequence[str], schemes: Sequence[Bits]) -> list[tuple[str, Bi
 
 
 def join(options: Join) -> None:
-    join_parts(options.parts, [RECORD], options.commit, fill_in_full_precision)
+    join_parts(options.parts, [RECORD], options.commit, finish)
+
+
+def finish(rows: list[Row]) -> None:
+    """Keep the first of several rows of one measurement, and write full precision's perplexity beside every other."""
+    first: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        scheme = None if row["method"] == "fp" else row["scheme"]
+        first.setdefault((*(row[k] for k in ("model", "text", "method", "path", "dtype")), scheme), row)
+    rows[:] = first.values()
+    fill_in_full_precision(rows)
 
 
 if __name__ == "__main__":

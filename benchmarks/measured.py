@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -18,6 +18,9 @@ from atom.models.source import Source
 from atom.models.tokens import Tokenizer
 from atom.quant.schemes import Scheme
 from atom.records import Row
+
+if TYPE_CHECKING:
+    from atom.eval.engine import EngineGenerator
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,8 @@ class Tasks:
         """Keys of a row: each task's own metric and its standard error."""
         return task_keys(self.run(loaded))
 
-    def run(self, loaded: Loaded) -> tuple[TaskResult, ...]:
-        """All tasks on one model, document by document."""
+    def run(self, loaded: Loaded, engine: "EngineGenerator | None" = None) -> tuple[TaskResult, ...]:
+        """All tasks on one model, document by document; `engine` generates, if given."""
         if not self.names:
             return ()
         from atom.eval.lm import AtomLM
@@ -148,7 +151,7 @@ class Tasks:
 
         if self._prepared is None:
             self._prepared = prepare_tasks(self.names, self.include_path)
-        return run_tasks(AtomLM(loaded), self._prepared, limit=self.limit)
+        return run_tasks(AtomLM(loaded, engine=engine), self._prepared, limit=self.limit)
 
 
 def task_keys(results: Sequence[TaskResult]) -> dict[str, Any]:
@@ -181,7 +184,8 @@ def fill_in_full_precision(rows: Sequence[Row]) -> None:
     def key(row: Row) -> tuple[Any, ...]:
         return row["model"], row["text"], row["windows"]
 
-    full = {key(row): row["ppl"] for row in rows if _is_full_precision(row)}
+    own = [row for row in rows if _is_full_precision(row) and row.get("dtype", "float32") == "float32"]
+    full = {key(row): row["ppl"] for row in own}
     for row in rows:
         row["ppl_fp"] = full[key(row)]
 

@@ -1,8 +1,8 @@
 """Loss against bits: what the accuracy records say of every model and scheme, as a table and a plot.
 
-Recovery is full precision's perplexity over the scheme's, and for tasks the mean over tasks of the scheme's score over
-full precision's. Tasks of a record have standard errors but no documents, so that the 95 % interval of their mean is
-that of independent runs: too wide, never too narrow.
+Recovery is full precision's perplexity over the scheme's, and for tasks that of their mean, as the row says it, or
+else the mean over tasks of the scheme's score over full precision's. In the second case the 95 % interval is that of
+independent runs, since a record holds standard errors and no documents: too wide, never too narrow.
 """
 
 import math
@@ -28,7 +28,7 @@ class Point:
     bits      mean of weights' and activations' effective bits
     loss      nats a token beyond full precision, of the same text
     recovery  of perplexity, in percent
-    tasks     mean recovery of task scores in percent and its 95 % interval (low, high), or None
+    tasks     recovery of task scores in percent and its 95 % interval (low, high), or None
     """
 
     model: str
@@ -49,6 +49,7 @@ def read_points(paths: Iterable[Path]) -> list[Point]:
     for path in paths:
         record = read_record(path.stem, path.absolute().parent.name, path.absolute().parent.parent)
         rows = [row for row in record.rows if row["path"] == "reference" and row.get("ppl_fp")]
+        rows = [row for row in rows if row.get("dtype") in (None, "float32")]
         first: dict[str, str] = {}
         for row in rows:
             first.setdefault(row["model"], row["text"])
@@ -128,7 +129,14 @@ def _point(row: Row, full: Row | None) -> Point:
 
 
 def task_recovery(row: Row, full: Row) -> tuple[float, float, float] | None:
-    """Mean of score / full score over the tasks that both rows hold, in percent, with its 95 % interval."""
+    """What is kept of full precision's task scores, in percent, with its 95 % interval; None where no task ran.
+
+    The row's own recovery, of the mean over tasks with the interval of paired documents; of rows without it the mean of
+    score / full score over the tasks that both hold, with the interval of independent runs.
+    """
+    if row.get("recovery") is not None:
+        spread = row.get("recovery:95") or 0.0
+        return row["recovery"], row["recovery"] - spread, row["recovery"] + spread
     names = [key for key in row if key.startswith("task:") and not key.endswith(":stderr") and full.get(key)]
     if not names:
         return None

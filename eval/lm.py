@@ -27,6 +27,8 @@ from .load import Loaded, load
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
+    from .engine import EngineGenerator
+
 log = logging.getLogger(__name__)
 
 Scored = tuple[float, bool]  # log likelihood of a continuation, and whether greedy decoding finds it
@@ -48,6 +50,7 @@ class AtomLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     add_bos_token    whether texts begin with BOS; default as the tokenizer does
     prefix_token_id  what an empty context is; default BOS, or EOS where there is none
     enable_thinking, chat_template_args, think_end_token   as for lm-eval's `hf`
+    engine           generates, if given, instead of the model alone
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class AtomLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         enable_thinking: bool | None = None,
         think_end_token: str | None = None,
         seed: int = 1234,
+        engine: "EngineGenerator | None" = None,
     ) -> None:
         super().__init__()
         if device == LM_EVAL_DEVICE and not torch.cuda.is_available():
@@ -85,6 +89,7 @@ class AtomLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         self.chat_template_args = {**(chat_template_args or {}), **thinking}
         self.think_end_token = think_end_token
         self.seed = seed
+        self.engine = engine
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
                 "the tokenizer has no EOS token; lm-eval ends texts with it: set eos_token in tokenizer_config.json"
@@ -214,10 +219,9 @@ class AtomLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         # Requests of one kind run together, prompts of like length in one batch.
         jobs.sort(key=lambda job: (repr(job[:3]), -len(job[3]), job[4]))
         for _, kind in groupby(jobs, key=lambda job: repr(job[:3])):
-            for batch in self._prompt_batches(list(kind)):
+            for batch in [list(kind)] if self.engine is not None else self._prompt_batches(list(kind)):
                 stop, max_new, sampling = batch[0][:3]
-                finished = functools.partial(self._is_finished, stop)
-                outputs = generate(self.model, [job[3] for job in batch], max_new, finished, sampling)
+                outputs = self._continue([job[3] for job in batch], max_new, stop, sampling)
                 for (*_, index), output in zip(batch, outputs, strict=True):
                     text = self.tokenizer.decode(output, skip_special_tokens=True)
                     results[index] = postprocess_generated_text(text, stop, self.think_end_token)
@@ -225,6 +229,11 @@ class AtomLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                 bar.update(len(batch))
         bar.close()
         return results
+
+    def _continue(self, prompts: list[list[int]], max_new: int, stop: list[str], sampling: Sampling) -> list[list[int]]:
+        if self.engine is not None:
+            return self.engine.generate(prompts, max_new, stop, sampling)
+        return generate(self.model, prompts, max_new, functools.partial(self._is_finished, stop), sampling)
 
     def _read_options(self, options: dict[str, Any]) -> tuple[list[str], int, Sampling]:
         known = dict(normalize_gen_kwargs(options, self.max_gen_toks))

@@ -1,5 +1,6 @@
 """The function behind `atom eval`: load once, measure texts and tasks, return what was found."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -18,9 +19,11 @@ from atom.records import command_line, current_commit, machine_facts, package_ve
 from .load import Loaded, load
 from .perplexity import Bos, Perplexity, measure_perplexity
 from .results import EvalResult, TaskResult
+from .retrieval import measure_retrieval
 from .texts import load_text
 
 if TYPE_CHECKING:
+    from .engine import EngineGenerator
     from .tasks import Prepared
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,12 @@ class EvalConfig:
 
     tasks: tuple[str, ...] = ()
     """lm-eval tasks and groups, or suites: zero-shot, zero-shot-more, generative, long-context. Commas separate too."""
+
+    retrieval: tuple[int, ...] = ()
+    """Contexts in tokens, 4096 16384 say: the share of numbers hidden in so long a text that are found again."""
+
+    generate_on: Literal["model", "engine"] = "model"
+    """Who continues the prompts of generative tasks: the model alone, or an engine like the one that serves."""
 
     limit: int | None = None
     """Only the first so many windows of each text and documents of each task."""
@@ -89,8 +98,8 @@ class EvalConfig:
     """Write the full result as JSON to this file, for atom report eval A.json B.json."""
 
     def __post_init__(self) -> None:
-        if not self.ppl and not self.tasks:
-            raise ValueError("nothing to measure; give --ppl wikitext2 (or a file), --tasks piqa,..., or both")
+        if not self.ppl and not self.tasks and not self.retrieval:
+            raise ValueError("nothing to measure; give --ppl wikitext2 (or a file), --tasks piqa,..., --retrieval 4096")
         for name in ("limit", "window", "batch_size", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -143,7 +152,10 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> EvalResult
         versions=package_versions(),
         config=json.loads(json.dumps(dataclasses.asdict(config))),
         perplexity=tuple(found),
-        tasks=() if prepared is None else _run_tasks(config, loaded, prepared),
+        tasks=(
+            *(measure_retrieval(loaded.model, loaded.tokenizer, length) for length in config.retrieval),
+            *(() if prepared is None else _run_tasks(config, loaded, prepared)),
+        ),
         seconds=round(time.perf_counter() - began, 3),
     )
     if config.output is not None:
@@ -169,11 +181,28 @@ def _run_tasks(config: EvalConfig, loaded: Loaded, prepared: "Prepared") -> tupl
     from .lm import AtomLM
     from .tasks import run_tasks
 
-    return run_tasks(
-        AtomLM(loaded, batch_size=config.batch_size or "auto", max_length=config.max_length, seed=config.seed),
-        prepared,
-        limit=config.limit,
-        num_fewshot=config.num_fewshot,
-        seed=config.seed,
-        apply_chat_template=config.apply_chat_template,
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(_engine(config)) if config.generate_on == "engine" else None
+        lm = AtomLM(
+            loaded,
+            batch_size=config.batch_size or "auto",
+            max_length=config.max_length,
+            seed=config.seed,
+            engine=engine,
+        )
+        return run_tasks(
+            lm,
+            prepared,
+            limit=config.limit,
+            num_fewshot=config.num_fewshot,
+            seed=config.seed,
+            apply_chat_template=config.apply_chat_template,
+        )
+
+
+def _engine(config: EvalConfig) -> "EngineGenerator":
+    from .engine import EngineGenerator
+
+    return EngineGenerator(
+        config.model, device=config.device, dtype=config.dtype, kernels=config.kernels, head=config.head
     )

@@ -11,7 +11,7 @@ import pytest
 from atom.records import CHECKOUT, check_rows
 
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
-from accuracy_frontier import RECORD, Measure, fill_in_full_precision, in_turn, measure
+from accuracy_frontier import RECORD, Measure, fill_in_full_precision, finish, in_turn, measure
 
 Tiny = Callable[[str], Path]
 
@@ -74,3 +74,16 @@ def test_what_a_stopped_run_needs_most_comes_first() -> None:
 def test_a_model_without_full_precision_is_an_error() -> None:
     with pytest.raises(KeyError):
         fill_in_full_precision([{"model": "m", "text": "t", "windows": 1, "method": "ours"}])
+
+
+def test_the_first_of_several_rows_of_one_measurement_stays() -> None:
+    row = {"model": "m", "text": "t", "windows": 1, "method": "fp", "scheme": "w4a4", "path": "reference"}
+    row |= {"dtype": "float32", "ppl": 10.0}
+    rows = [
+        row,
+        {**row, "scheme": "w4a8"},
+        {**row, "method": "ours", "ppl": 12.0},
+        {**row, "method": "ours", "ppl": 13.0},
+    ]
+    finish(rows)
+    assert [(row["method"], row["ppl"], row["ppl_fp"]) for row in rows] == [("fp", 10.0, 10.0), ("ours", 12.0, 10.0)]

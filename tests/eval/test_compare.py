@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from atom.eval.compare import compare, compare_table, mean_recovery, to_dict
+from atom.eval.compare import average_recovery, compare, compare_table, mean_recovery, to_dict
 from atom.eval.perplexity import Perplexity
 from atom.eval.results import EvalResult, Metric, TaskResult
 
@@ -130,3 +130,20 @@ def test_unlike_protocols_are_refused() -> None:
         compare(a, result(task([1.0, 0.0, 1.0])))
     with pytest.raises(ValueError, match="have no text or task in common"):
         compare(a, result(perplexity([1.0], text="c4")))
+
+
+def test_recovery_of_the_mean_over_tasks() -> None:
+    def result(task: str, values: tuple[float, ...]) -> TaskResult:
+        metric = Metric(sum(values) / len(values), None, True, values)
+        return TaskResult(task, "1", 0, len(values), task, {"acc": metric})
+
+    full = [result("piqa", (1.0, 1.0, 0.0, 0.0)), result("boolq", (1.0, 1.0))]
+    found = [result("piqa", (1.0, 0.0, 0.0, 0.0)), result("boolq", (1.0, 1.0))]
+    recovery, half = average_recovery(full, found)
+    ratio = (0.25 + 1.0) / (0.5 + 1.0)
+    assert recovery == pytest.approx(100 * ratio)
+    residuals = [1 - ratio, 0 - ratio, 0.0, 0.0]
+    variance = statistics.variance(residuals) / 4 / 4  # of boolq, whose answers all agree, none
+    assert half == pytest.approx(100 * 1.959964 * math.sqrt(variance) / 0.75)
+    with pytest.raises(ValueError, match="same documents"):
+        average_recovery(full, found[:1])

@@ -42,6 +42,7 @@ def test_recovery_of_tasks_has_an_interval() -> None:
     spread = 1.959964 * 0.95 * math.sqrt(2 * 0.025**2) / 2  # of a's ratio 0.95, half of the mean
     assert (low, high) == (pytest.approx(97.5 - 100 * spread), pytest.approx(97.5 + 100 * spread))
     assert task_recovery({"ppl": 3.0}, full) is None
+    assert task_recovery({"task:a": 0.7, "recovery": 98.0, "recovery:95": 1.5}, full) == (98.0, 96.5, 99.5)
 
 
 def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from atom.errors import UnsupportedError
+from atom.eval.engine import EngineGenerator
 from atom.eval.generate import generate
 from atom.eval.lm import AtomLM
 from atom.eval.load import Loaded
@@ -79,6 +80,14 @@ def test_generate_until(pair: tuple[AtomLM, Any]) -> None:
     assert ours == theirs
     assert all("e" not in text and "\n" not in text for text in ours[: len(SENTENCES) * 3])
     assert any(ours)
+
+
+def test_the_engine_continues_as_the_model_does(loaded: Loaded, model_dir: Path) -> None:
+    prompts = [(sentence[:cut], {"until": ["e"], "max_gen_toks": 12}) for sentence in SENTENCES for cut in (9, 12, 30)]
+    alone = AtomLM(loaded).generate_until(instances("generate_until", prompts), disable_tqdm=True)
+    with EngineGenerator(str(model_dir), device="cpu", kv_cache_bytes="1MiB") as engine:
+        served = AtomLM(loaded, engine=engine).generate_until(instances("generate_until", prompts), disable_tqdm=True)
+    assert served == alone and any(served)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, "auto"])
