@@ -44,6 +44,7 @@ from atom.eval.retrieval import measure_retrieval
 from atom.models.source import load_tokenizer, open_source
 from atom.quant.presets import get_scheme, kv_name
 from atom.quant.schemes import Scheme
+from atom.records import Row
 
 RECORD = "accuracy-frontier"
 COMPARED = ("fp", "atom", "ours")  # on all texts
