@@ -37,5 +37,5 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt $(VENV)/base.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass-dsl==4.8.1
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass-dsl==4.8.1 flashinfer-bench==0.1.2
 	touch $@

@@ -1,9 +1,12 @@
 """The FlashInfer-Trace files: against its schema, and each definition's reference against our own ops."""
 
 import ast
+import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -261,6 +264,29 @@ def test_attention_s_files_follow_the_schema(tmp_path: Path) -> None:
                     stored = load_file(tmp_path / given.path)[given.tensor_key]
                     sizes = [trace.workload.axes[axis] for axis in made.inputs[name].shape or ()]
                     assert list(stored.shape) == sizes and str(stored.dtype) == f"torch.{made.inputs[name].dtype}"
+
+
+BENCH = importlib.util.find_spec("flashinfer_bench")
+
+
+@pytest.mark.skipif(BENCH is None, reason="flashinfer-bench is not installed; pip install --no-deps flashinfer-bench")
+def test_flashinfer_bench_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own data model takes every file, and finds each solution's definition."""
+    assert BENCH is not None
+    package = ModuleType("flashinfer_bench")  # without its __init__, which imports what runs on GPUs
+    package.__path__ = list(BENCH.submodule_search_locations or ())
+    monkeypatch.setitem(sys.modules, "flashinfer_bench", package)
+    data = importlib.import_module("flashinfer_bench.data")
+    rows = bench_kernels(KernelsConfig(scheme=LOW_BIT, tokens=(1, 64)))
+    for row in rows[::2]:
+        row |= {"us": 2.0, "gbps": 1.0}
+    write_trace(tmp_path, rows + bench_kernels(KernelsConfig(op="paged_attention")))
+    found = data.TraceSet.from_path(str(tmp_path))
+    assert len(found.definitions) == len(found.solutions) == len(LOW_BIT) * 8 + 28
+    assert sum(map(len, found.traces.values())) == len(rows[::2])
+    for path in (tmp_path / "workloads").rglob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            assert data.Trace.model_validate_json(line).definition in found.definitions
 
 
 @pytest.mark.parametrize("kv", FORMATS)

@@ -170,12 +170,15 @@ KERNELS = [
 
 @pytest.mark.slow
 @needs_dsl
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("module,arch,group_size,instruction,opcode", KERNELS)
-def test_machine_code(module: str, arch: str, group_size: int, instruction: str, opcode: str, tmp_path: Path) -> None:
+def test_machine_code(
+    module: str, arch: str, group_size: int, instruction: str, opcode: str, bias: bool, tmp_path: Path
+) -> None:
     """The tensor core multiplies by the scales itself; no register is spilled."""
     from .test_gemm_sm90 import disassemble
 
-    text = ptx(module, arch, Fp4Config(group_size, token_scaled=group_size == 16, bias=True), tmp_path)
+    text = ptx(module, arch, Fp4Config(group_size, token_scaled=group_size == 16, bias=bias), tmp_path)
     assert re.search(instruction, text)
     sass = disassemble((tmp_path / "kernel.cubin").read_bytes(), tmp_path)
     assert re.search(opcode, sass)

@@ -15,6 +15,7 @@ from atom.kernels.cache import compile_together
 from atom.kernels.flashinfer_solution import dequantized
 from atom.kernels.gated import gated_activation
 from atom.kernels.norm import rms_norm
+from atom.kernels.producer_config import ProducerConfig
 from atom.kernels.producers import AddingProducer, QuantizingProducer, producer_kernel
 from atom.kernels.refusals_sm90 import refuses_producer
 from atom.kernels.registry import Problem
@@ -31,18 +32,7 @@ HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find
 FACTORS, GROUPS = "w4a4", "w4a4-bf16"
 TURNED = tuple(name for name, scheme in PRESETS.items() if scheme.rotation is not None)
 SCHEMES = (*(name for name in PRESETS if name not in ("bf16", *TURNED)), GROUPS, "w4a4-g32")
-# every source, and every way of rounding
-COMPILED = [(name, s) for name in (FACTORS, GROUPS) for s in ("norm", "add_norm", "silu", "gelu_tanh", "plain")] + [
-    ("w4a8", "plain"),
-    ("fp8", "plain"),
-    ("w4a16", "norm"),
-    ("nvfp4", "add_norm"),
-    ("mxfp4", "plain"),
-    ("nvint4", "gelu_tanh"),
-    ("w4a4-g32-rotated", "norm"),
-    ("w4a4-hadamard", "norm"),
-    ("w4a8-hadamard", "plain"),
-]
+EVERY_SOURCE = ("norm", "add_norm", "silu", "gelu_tanh", "plain")
 
 
 def linear(name: str) -> LinearScheme:
@@ -77,26 +67,58 @@ def test_rows_it_cannot_hold_are_refused(K: int, reason: str) -> None:
     assert reason in (refuses_producer(Problem("sm_90", linear("w4a4"), K=K)) or "")
 
 
+def compiled_configs() -> list[ProducerConfig]:
+    """Every kernel of a model in the shape of Llama-3-8B in every scheme, and some that only other shapes meet."""
+    found: dict[ProducerConfig, None] = {}
+    for name in (*SCHEMES, *TURNED):
+        for source in EVERY_SOURCE:
+            K, strided = (14336, source == "silu") if source in ("silu", "gelu_tanh") else (4096, False)
+            run = producer(source, name, K)
+            found |= dict.fromkeys(run.config(torch.bfloat16, K, strided, tokens) for tokens in (1, 8192))
+    odd = producer("norm", "w4a4-g32-rotated", 4096), producer("norm", "w4a4", 576), producer("silu", "w4a8", 576)
+    for run, K in zip(odd, (4096, 576, 576), strict=True):
+        found |= dict.fromkeys(run.configs(torch.bfloat16, K))
+    found |= dict.fromkeys(producer("plain", "w4a8", 4096).configs(torch.float16, 4096))
+    return list(found)
+
+
+def name_of(config: ProducerConfig) -> str:
+    turned = f"-h{config.rotation}" if config.rotation else ""
+    layout = f"{config.columns}-{config.threads}x{config.chunks}x{config.parts}-{config.ctas_per_sm}"
+    return f"{config.source}-{config.format}-{config.rounding}{config.group_size}{turned}-{config.dtype}-{layout}"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
-@pytest.mark.parametrize("tokens", [1, 256, 8192])
-@pytest.mark.parametrize("name,source", COMPILED)
-@pytest.mark.usefixtures("unverified")
-def test_machine_code(name: str, source: str, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiles for sm_90a without a GPU, reads 16 bytes at a time, spills nothing."""
+@pytest.mark.parametrize("config", compiled_configs(), ids=name_of)
+def test_machine_code(config: ProducerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles for sm_90a without a GPU into the instructions that were meant, and spills nothing."""
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.producers_sm90 import compile_producer
 
     from .test_gemm_sm90 import disassemble
 
-    config = producer(source, name, 4096).config(torch.bfloat16, 4096, source == "gelu_tanh", tokens)
     compiled = compile_producer(config, f"--keep-cubin --dump-dir {tmp_path}")
     sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]
-    assert "LDG.E.128" in sass or ("UBLKCP" in sass and "LDS.128" in sass)
-    assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spilled"
-    if source == "plain" and config.rounding != "none":
+    found = set(re.findall(r"\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", sass))
+    has = {name: any(op.startswith(name) for op in found) for name in INTENDED}
+    assert not has["LDL"] and not has["STL"], "registers spilled"
+    assert has["ACQBULK"] and has["PREEXIT"], "launches that overlap"
+    stays = config.ctas_per_sm > 0
+    assert has["UBLKCP"] == stays, "rows come by bulk copy where CTAs stay"
+    assert has["LDG.E.128"] or (stays and has["LDS.128"]), "16 bytes at a time"
+    assert has["STG.E.128" if config.writes_bf16 or (stays and config.chunks > 1 and config.run > 1) else "STG.E.64"]
+    assert has["MUFU.RSQ"] == config.is_norm and has["MUFU.EX2"] == config.is_gated
+    assert has["STAS"] == config.clustered, "what is told to a cluster"
+    assert has["REDUX"] == config.needs_row_max, "a warp's largest value in one instruction"
+    assert has["F2FP.SATFINITE.E4M3"] == (config.format == "fp8_e4m3" or config.scale_format == "e4m3")
+    if config.source == "plain" and config.rounding != "none":
         apart = len(re.findall(r"\bFMUL\b", sass))
         assert apart >= 8 * config.chunks, "products were not rounded before they were added to"
+
+
+INTENDED = ("LDL", "STL", "ACQBULK", "PREEXIT", "UBLKCP", "LDG.E.128", "LDS.128", "STG.E.128", "STG.E.64", "MUFU.RSQ",
+            "MUFU.EX2", "STAS", "REDUX", "F2FP.SATFINITE.E4M3")  # fmt: skip
 
 
 @pytest.fixture
