@@ -55,7 +55,6 @@ class Shards:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._open: dict[Path, Any] = {}
         self._entries: dict[str, Entry] = {}
         for file, header in _headers(path).items():
             for name, entry in header.items():
@@ -81,9 +80,8 @@ class Shards:
 
         file = self._entry(name).file
         try:
-            if file not in self._open:
-                self._open[file] = safe_open(file, "pt")
-            tensor: Tensor = self._open[file].get_tensor(name)
+            with safe_open(file, "pt") as opened:  # each tensor has its own mapping, which goes with it
+                tensor: Tensor = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}; it must be whole; download it again.") from error
         return tensor

@@ -136,3 +136,20 @@ def test_other_layouts_beside_the_model_are_left_alone(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path / "consolidated.safetensors")
     assert torch.equal(Shards(tmp_path).get("a"), torch.zeros(2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc")
+def test_what_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
+    """Calibration reads layer by layer; a checkpoint must not add up to its size."""
+    sixteen = {f"layer.{index}": torch.full((1024, 1024), float(index)) for index in range(16)}  # of 4 MiB
+    save_file(sixteen, tmp_path / "model.safetensors")
+    shards = Shards(tmp_path)
+    before = resident_bytes()
+    for index in range(16):
+        assert shards.get(f"layer.{index}").sum() == index * 2**20
+    assert resident_bytes() - before < 16 * 2**20
+
+
+def resident_bytes() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024
