@@ -240,9 +240,9 @@ class AtomLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         stop = handle_stop_sequences(known.pop("until", None), eos)
         max_new = known.pop("max_gen_toks")
-        is_drawn = known.pop("do_sample")
+        is_drawn, temperature = known.pop("do_sample"), float(known.pop("temperature", 0.0) or 0.0)
         sampling = Sampling(
-            temperature=float(known.pop("temperature", 0.0)) if is_drawn else 0.0,
+            temperature=temperature if is_drawn else 0.0,
             top_k=int(known.pop("top_k", 0) or 0),
             top_p=float(known.pop("top_p", 1.0) or 1.0),
             seed=self.seed,

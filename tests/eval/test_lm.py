@@ -118,6 +118,16 @@ def test_sampling_repeats_for_a_seed(loaded: Loaded) -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_a_temperature_without_sampling_is_greedy(loaded: Loaded) -> None:
+    lm = AtomLM(loaded)
+
+    def continued(**options: object) -> list[str]:
+        requests = instances("generate_until", [("The quick", {"until": [], "max_gen_toks": 8, **options})])
+        return lm.generate_until(requests, disable_tqdm=True)
+
+    assert continued(do_sample=False, temperature=0.0) == continued(do_sample=False, temperature=0.7) == continued()
+
+
 def test_chat_template(bos_model_dir: Path) -> None:
     lm = AtomLM(str(bos_model_dir), device="cpu")
     lm.tokenizer.chat_template = (
