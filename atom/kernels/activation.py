@@ -17,7 +17,7 @@ from .refusals_sm90 import refuses_producer
 from .registry import Implementation, Op
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)  # not frozen: one is made at every launch, and that would double what it costs
 class QuantizedActivation:
     """Codes and scales of T tokens, in the order a low-bit GEMM reads them.
 

@@ -176,6 +176,11 @@ class ProducerConfig:
     def slots(self) -> int:
         return self.outlier_slot + -(-self.outliers // 64) * 8
 
+    @property
+    def width(self) -> int:
+        """Columns of a row as it is written."""
+        return (self.slots - self.outlier_slot + self.filled_chunks) * CHUNK
+
     def slot_columns(self) -> list[int]:
         """The column (behind the permutation) that each place of the slots holds, `columns` where it holds none."""
         found = [self.columns] * (self.slots * CHUNK)

@@ -17,38 +17,32 @@ from ..quant.schemes import LinearScheme
 from .activation import Activation, QuantizedActivation
 from .cache import kernel_key, kernel_path, load_kernel
 from .gather_order import gather_orders, selector
-from .gemm import ARCH, activation_columns, takes_bf16, token_scales
+from .gemm import ARCH, activation_columns, token_scales
 from .producer_config import CHUNK, FEW_TOKENS, ProducerConfig, producer_config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What one launch of a producer needs to know, found out once for a dtype, a width and a range of token counts.
 
-    words    32-bit words of a row of codes
-    dtype    of the codes as the GEMM takes them
-    scales   "group", "token" or "none", see gemm.token_scales
-    units    along K
+    width    columns of a row of codes
+    like     anything of their dtype, on their device: `new_empty` of it takes half of torch.empty's time
+    rows     of the scales
+    pads     whether their rows are filled up to a multiple of 16 tokens, else whether there is one for each token
     gain     of the norm in the order of the kernel's slots (producer_config.py), or anything
     columns  that the slots hold, behind the permutation, or anything
     limit    CTAs that fit the GPU at a time
-    outliers whether a scale of them follows that of the token
     """
 
     kernel: Any
-    words: int
-    dtype: torch.dtype
-    scales: str
-    units: int
+    width: int
+    like: Tensor
+    rows: int
+    pads: bool
+    has_scales: bool
     gain: Tensor
     columns: Tensor
     limit: int
-    outliers: bool
-
-    def scales_shape(self, tokens: int) -> tuple[int, int]:
-        if self.scales == "group":
-            return self.units, -(-tokens // 16) * 16
-        return (1 + self.outliers, tokens) if self.scales == "token" else (1, 1)
 
 
 class QuantizingProducer:
@@ -81,7 +75,7 @@ class QuantizingProducer:
 
     def run(self, x: Tensor, other: Tensor | None, total: Tensor | None) -> QuantizedActivation:
         """What __call__ returns; `other` may also be the residual, and `total` [T, K] then takes the sum."""
-        strided = not (x.is_contiguous() and (other is None or other.is_contiguous()))
+        strided = not x.is_contiguous() or (other is not None and not other.is_contiguous())
         if strided and self.source not in ("silu", "gelu_tanh"):
             x, other, strided = x.contiguous(), None if other is None else other.contiguous(), False
         tokens, K = x.shape
@@ -89,29 +83,30 @@ class QuantizingProducer:
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self.plan(x.dtype, K, strided, tokens, x.device)
-        words = torch.empty((tokens, plan.words), dtype=torch.int32, device=x.device)
-        scales = torch.empty(plan.scales_shape(tokens), dtype=torch.float32, device=x.device)
+        codes = plan.like.new_empty(tokens, plan.width)
+        columns = -(-tokens // 16) * 16 if plan.pads else tokens if plan.has_scales else 1
+        scales = plan.gain.new_empty(plan.rows, columns)
         if tokens:
             other, total = x if other is None else other, x if total is None else total
-            plan.kernel(x, other, total, plan.gain, plan.columns, words, scales, self.eps, plan.limit)
-        return QuantizedActivation(words.view(plan.dtype), scales)
+            plan.kernel(x, other, total, plan.gain, plan.columns, codes, scales, self.eps, plan.limit)
+        return QuantizedActivation(codes, scales)
 
     def plan(self, dtype: torch.dtype, K: int, strided: bool, tokens: int, device: torch.device) -> Plan:
-        width, _, units = activation_columns(self.linear, K)
-        is_bf16 = self.linear.weight is None or takes_bf16(self.linear)
+        _, _, units = activation_columns(self.linear, K)
         config = self.config(dtype, K, strided, tokens)
         gain, columns = self.in_slots(config, device)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        scales = token_scales(self.linear)
         return Plan(
             kernel=producer_kernel(config),
-            words=K // 2 if is_bf16 else width // 4,
-            dtype=torch.bfloat16 if is_bf16 else torch.int8,
-            scales=token_scales(self.linear),
-            units=units,
+            width=config.width,
+            like=torch.empty(1, dtype=torch.bfloat16 if config.writes_bf16 else torch.int8, device=device),
+            rows=units if scales == "group" else 1 + (scales == "token" and config.outliers > 0),
+            pads=scales == "group",
+            has_scales=scales != "none",
             gain=gain,
             columns=columns,
             limit=multiprocessors * config.ctas_per_sm,
-            outliers=config.outliers > 0,
         )
 
     def in_slots(self, config: ProducerConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -120,7 +115,7 @@ class QuantizingProducer:
         Where the kernel reorders, the words that put each chunk's codes back in place follow the columns.
         """
         K = config.columns
-        gain, columns = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+        gain, columns = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32))
         if self.gain is None and self.perm is None:
             return gain, columns
         held = torch.tensor(config.slot_columns(), device=device)
@@ -169,7 +164,7 @@ class AddingProducer:
     producer: QuantizingProducer
 
     def __call__(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Activation]:
-        total = torch.empty_like(residual, memory_format=torch.contiguous_format)
+        total = residual.new_empty(*residual.shape)
         return total, self.producer.run(update, residual, total)
 
 

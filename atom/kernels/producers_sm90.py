@@ -12,7 +12,7 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils as utils
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint32, cute
+from cutlass import BFloat16, Float16, Float32, Int8, Int32, Int64, Uint32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from .dsl.arguments import row_major
@@ -58,7 +58,7 @@ class Producer(ProducerRows, ProducerWrite):
         mT: cute.Tensor,  # [M, K] their sum where the source adds, else as mX
         mG: cute.Tensor,  # [slots x 8] float32 gain of the norm in the order of slots, zero where there is no column
         mP: cute.Tensor,  # int32 [slots x 8] columns in that order, K where none is, then [slots] to put codes back
-        mQ: cute.Tensor,  # [M, words] int32: codes, four to a word, or bfloat16, two to a word
+        mQ: cute.Tensor,  # [M, width] int8 codes, or bfloat16
         mS: cute.Tensor,  # float32 [units, padded M] (group), [1, M] (token, or small under an outer scale), else any
         eps: Float32,
         limit: Int32,  # CTAs that fit the GPU at a time, where they stay
@@ -313,7 +313,6 @@ def compile_producer(config: ProducerConfig, options: str = "") -> object:
         x = row_major(dtype, (m, k), 16)
         up = row_major(dtype, (cute.sym_int(), k), 16)
     total = row_major(dtype, (cute.sym_int(), k), 16)
-    words = cute.sym_int(divisibility=4 if config.writes_bf16 else 16)
     return cute.compile(
         Producer(config),
         x,
@@ -321,7 +320,7 @@ def compile_producer(config: ProducerConfig, options: str = "") -> object:
         total if config.source == "add_norm" else x,
         row_major(Float32, (gains,), 4),
         row_major(Int32, (perms,), 4),
-        row_major(Int32, (m, words), 16),
+        row_major(BFloat16 if config.writes_bf16 else Int8, (m, config.width), 16),
         row_major(Float32, (cute.sym_int(), padded), 4),
         Float32(1.0),
         Int32(1),

@@ -139,10 +139,10 @@ class EmulatedGpu:
         linear = producer.linear
 
         def launch(
-            x: Any, other: Any, total: Any, gain: Any, columns: Any, words: Any, scales: Any, *rest: Any
+            x: Any, other: Any, total: Any, gain: Any, columns: Any, codes: Any, scales: Any, *rest: Any
         ) -> None:
             self.launches.append(producer.source)
-            words.fill_(0x7F7F7F7F)
+            codes.view(torch.int8).fill_(0x7F)
             scales.fill_(float("nan"))
             if producer.source == "add_norm":
                 x = total.copy_(x + other)
@@ -154,7 +154,7 @@ class EmulatedGpu:
                 values = values[:, producer.perm.long()]
             spec, normal = linear.activation, x.shape[1] - linear.outliers.count
             if spec is None:
-                words.view(torch.bfloat16).copy_(values)
+                codes.copy_(values)
                 return
             turned = values[:, :normal]
             if linear.rotation is not None:
@@ -162,11 +162,10 @@ class EmulatedGpu:
             found, tokens = quantize(turned, spec), x.shape[0]
             if spec.scale_format in ("e4m3", "e8m0"):  # code x scale as bfloat16
                 expanded = found.scale.scale.repeat_interleave(spec.group_size, 1)[:, : x.shape[1]]
-                words.view(torch.bfloat16).copy_(code_values(found.codes, get_format(spec.format)) * expanded)
+                codes.copy_(code_values(found.codes, get_format(spec.format)) * expanded)
                 if found.scale.outer is not None:
                     scales[0] = found.scale.outer[:, 0]
                 return
-            codes = words.view(torch.int8)
             codes.zero_()
             codes[:, :normal] = found.codes.view(torch.int8)
             groups = -(-normal // 128)

@@ -270,7 +270,7 @@ def check_producer(
             Argument(sums, (1,)) if source == "add_norm" else first,
             Argument(as_array(held_gain)),
             Argument(as_array(held_columns)),
-            Argument(words),
+            Argument(words, (1,)),
             Argument(scales),
             1e-5,
         ],
