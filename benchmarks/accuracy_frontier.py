@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import tyro
@@ -48,6 +48,7 @@ from atom.records import Row
 
 RECORD = "accuracy-frontier"
 COMPARED = ("fp", "atom", "ours")  # on all texts
+SCHEMES: tuple[Bits, ...] = ("w4a4", "w4a8", "kv4")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Measure(MeasureOptions):
     retrieval: tuple[int, ...] = ()
     """Contexts of long-context retrieval, in tokens, for `fp`, `atom` and `ours`."""
 
-    schemes: tuple[Bits, ...] = get_args(Bits)
+    schemes: tuple[Bits, ...] = SCHEMES
     """w4a4, w4a8, and kv4: the cache alone."""
 
     methods: tuple[str, ...] = tuple(methods("w4a4"))
@@ -282,12 +283,24 @@ def join(options: Join) -> None:
 
 
 def finish(rows: list[Row]) -> None:
-    """Keep the first of several rows of one measurement, and write full precision's perplexity beside every other."""
+    """Keep the first of several rows of one measurement, and sort them; full precision stands beside every scheme."""
     first: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         scheme = None if row["method"] == "fp" else row["scheme"]
         first.setdefault((*(row[k] for k in ("model", "text", "method", "path", "dtype")), scheme), row)
-    rows[:] = first.values()
+    known = {(row["model"], row["text"], row["scheme"]) for row in rows}
+    full = [row for row in first.values() if row["method"] == "fp"]
+    beside = [{**row, "scheme": scheme} for row in full for scheme in SCHEMES]
+    others = [row for row in first.values() if row["method"] != "fp"]
+    ways, models = tuple(methods("w4a4")), list(dict.fromkeys(row["model"] for row in rows))
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+
+    def place(row: Row) -> tuple[Any, ...]:
+        where = models.index(row["model"]), texts.index(row["text"]), SCHEMES.index(row["scheme"])
+        return (*where, ways.index(row["method"]), row["path"] != "reference")
+
+    kept = [row for row in beside if (row["model"], row["text"], row["scheme"]) in known]
+    rows[:] = sorted([*kept, *others], key=place)
     fill_in_full_precision(rows)
 
 

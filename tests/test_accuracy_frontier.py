@@ -76,14 +76,17 @@ def test_a_model_without_full_precision_is_an_error() -> None:
         fill_in_full_precision([{"model": "m", "text": "t", "windows": 1, "method": "ours"}])
 
 
-def test_the_first_of_several_rows_of_one_measurement_stays() -> None:
+def test_the_first_of_several_rows_stays_and_full_precision_stands_beside_every_scheme() -> None:
     row = {"model": "m", "text": "t", "windows": 1, "method": "fp", "scheme": "w4a4", "path": "reference"}
     row |= {"dtype": "float32", "ppl": 10.0}
-    rows = [
-        row,
-        {**row, "scheme": "w4a8"},
-        {**row, "method": "ours", "ppl": 12.0},
-        {**row, "method": "ours", "ppl": 13.0},
-    ]
+    ours = {**row, "method": "ours", "ppl": 12.0}
+    rows = [{**ours, "scheme": "kv4"}, row, {**row, "scheme": "w4a8"}, ours, {**ours, "ppl": 13.0}]
     finish(rows)
-    assert [(row["method"], row["ppl"], row["ppl_fp"]) for row in rows] == [("fp", 10.0, 10.0), ("ours", 12.0, 10.0)]
+    found = [(row["scheme"], row["method"], row["ppl"], row["ppl_fp"]) for row in rows]
+    assert found == [
+        ("w4a4", "fp", 10.0, 10.0),
+        ("w4a4", "ours", 12.0, 10.0),
+        ("w4a8", "fp", 10.0, 10.0),
+        ("kv4", "fp", 10.0, 10.0),
+        ("kv4", "ours", 12.0, 10.0),
+    ]

@@ -39,8 +39,8 @@ def refuses_scheme(linear: LinearScheme) -> str | None:
         return "it multiplies nvfp4 or mxfp4 weights and activations"
     if weight.group_size != activation.group_size:
         return f"weights and activations need groups of one size, got {weight.group_size} and {activation.group_size}"
-    if linear.outliers.count or linear.rotation is not None:
-        return "outliers and rotations have no kernel here yet"
+    if linear.outliers.count or linear.rotation is not None or linear.residual:
+        return "outliers, rotations and residual channels have no kernel here yet"
     if activation.clip == "mse":
         return "a searched clip is too slow at run time"
     return None

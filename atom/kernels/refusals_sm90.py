@@ -62,6 +62,8 @@ def refuses_scheme(linear: LinearScheme) -> str | None:
     weight, activation, outliers = linear.weight, linear.activation, linear.outliers
     if weight is None:
         return "weights are not quantized"
+    if linear.residual:
+        return "residual channels have no kernel yet"
     rotation = linear.rotation
     if rotation is not None and (rotation.kind != "block_hadamard" or rotation.block > LARGEST_ROTATION):
         return f"a rotation must be a block_hadamard of at most {LARGEST_ROTATION} columns, got {rotation}"

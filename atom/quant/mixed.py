@@ -65,6 +65,10 @@ def fake_quantize_activation(x: Tensor, linear: LinearScheme) -> Tensor:
     if linear.rotation is not None:
         columns = rotate(columns, linear.rotation)
     rounded = columns.float() if linear.activation is None else fake_quantize(columns, linear.activation)
+    if linear.residual and linear.activation is not None:  # its two terms meet the same weights: they may be added here
+        loud = slice(max(0, normal - linear.residual), normal)
+        left = fake_quantize(columns[..., loud].float() - rounded[..., loud], linear.activation)
+        rounded = torch.cat((rounded[..., : loud.start], rounded[..., loud] + left), -1)
     if not outliers:
         return rounded
     spec = linear.outliers.spec(Token(), dynamic=True) if linear.activation is not None else None

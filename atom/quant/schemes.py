@@ -184,12 +184,20 @@ class LinearScheme:
     outliers: OutlierSpec = field(default_factory=OutlierSpec)
     rotation: RotationSpec | None = None
     reorder: bool = False
+    residual: int = 0
 
     def __post_init__(self) -> None:
         if self.weight is None and (self.activation is not None or self.outliers.count or self.rotation is not None):
             raise ValueError("quantized activations, outliers or a rotation need a quantized weight; give `weight`")
         if self.outliers.count and not self.reorder:
             raise ValueError("outlier channels are the last after the permutation; set reorder=True")
+        if self.residual < 0 or self.residual % 16:
+            raise ValueError(f"residual channels are a multiple of 16 from 0, got {self.residual}; try 64")
+        if self.residual and (self.activation is None or not self.reorder or self.rotation is not None):
+            raise ValueError(
+                "residual channels are the last normal ones after the permutation, of activations that are rounded and "
+                "not rotated; set reorder=True, or residual=0"
+            )
 
     def split(self, K: int) -> tuple[int, int]:
         """(normal columns, outlier columns) of a linear with K inputs."""
@@ -211,6 +219,8 @@ class Scheme:
     """How a whole model is quantized. None for weight, activation or kv means full precision (16 bits).
 
     reorder        sort the input channels of every linear by energy, ascending; the last are the outliers
+    residual       of so many of the last normal channels, what rounding leaves of an activation is rounded again in the
+                   same format, and multiplied with the same weights: so many columns more in the product (ARCQuant)
     kv_pre_rope    keys are rounded before RoPE and rotated when read
     kv_offset      what keys are rounded less of: "none"; "centre", a constant after RoPE, measured in calibration, that
                    nobody needs back, since softmax does not see what all scores of a query have in common; or what is
@@ -232,6 +242,7 @@ class Scheme:
     kv_offset: KeyOffset = "bias"
     kv_rotation: KeyRotation = "none"
     overrides: tuple[Override, ...] = ()
+    residual: int = 0
 
     def __post_init__(self) -> None:
         self.default_linear  # noqa: B018  its checks are ours too
@@ -252,7 +263,7 @@ class Scheme:
 
     @property
     def default_linear(self) -> LinearScheme:
-        return LinearScheme(self.weight, self.activation, self.outliers, self.rotation, self.reorder)
+        return LinearScheme(self.weight, self.activation, self.outliers, self.rotation, self.reorder, self.residual)
 
     def for_linear(self, name: str) -> LinearScheme:
         """What the linear called `name` runs (model.layers.3.mlp.down_proj, say)."""
@@ -285,8 +296,11 @@ class Scheme:
         return _mixed_bits(self.weight, self.default_linear, K)
 
     def activation_bits(self, K: int) -> float:
-        """Effective bits of an activation of a token of K channels."""
-        return _mixed_bits(self.activation, self.default_linear, K)
+        """Effective bits of an activation of a token of K channels; those that are rounded twice count twice."""
+        bits = _mixed_bits(self.activation, self.default_linear, K)
+        if self.activation is None or not self.residual:
+            return bits
+        return bits + self.residual * self.activation.bits_per_value(K) / K
 
     def kv_bits(self, head_dim: int) -> float:
         """Effective bits of a cached key or value element."""
@@ -296,7 +310,7 @@ class Scheme:
         return replace(self, kv=kv)
 
     def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        data = _without_idle({f.name: _plain(getattr(self, f.name)) for f in fields(self)})
         data["overrides"] = [{"pattern": o.pattern, **_linear_dict(o.linear)} for o in self.overrides]
         return data
 
@@ -336,7 +350,12 @@ def _parse_parts(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _linear_dict(linear: LinearScheme) -> dict[str, Any]:
-    return {f.name: _plain(getattr(linear, f.name)) for f in fields(linear)}
+    return _without_idle({f.name: _plain(getattr(linear, f.name)) for f in fields(linear)})
+
+
+def _without_idle(data: dict[str, Any]) -> dict[str, Any]:
+    """Without what only some schemes have, so that the others' checkpoints read as they did before it was there."""
+    return {key: value for key, value in data.items() if key != "residual" or value}
 
 
 def _parse_override(data: dict[str, Any]) -> Override:

@@ -20,6 +20,10 @@ class Switches:
     outlier_format: Literal["int8", "fp8_e4m3", "bf16"] | None = None
     """What the outlier channels are kept in."""
 
+    residual: int | None = None
+    """Of so many of the loudest channels, round again what rounding leaves of an activation: a multiple of 16; needs
+    the reordering, and runs on the reference path."""
+
     group_size: int | None = None
     """Columns under one scale, for weights and activations; 0 gives one scale a channel and token."""
 
@@ -76,7 +80,8 @@ class Switches:
         if self.outliers is not None or self.outlier_format is not None:
             count = outliers.count if self.outliers is None else self.outliers
             outliers = OutlierSpec(count, self.outlier_format or outliers.format)
-        reorder = bool(outliers.count) or scheme.reorder if self.reorder is None else self.reorder
+        residual = scheme.residual if self.residual is None else self.residual
+        reorder = bool(outliers.count or residual) or scheme.reorder if self.reorder is None else self.reorder
         rotation = scheme.rotation if self.rotation is None else RotationSpec(self.rotation, self.rotation_block)
         return replace(
             scheme,
@@ -85,6 +90,7 @@ class Switches:
             outliers=outliers,
             reorder=reorder,
             rotation=rotation,
+            residual=residual,
             **self._keys(scheme),
         )
 
@@ -108,6 +114,7 @@ class Switches:
             "scale_rule": ("quantized weights", scheme.weight),
             "outliers": ("quantized weights", scheme.weight),
             "outlier_format": ("quantized weights", scheme.weight),
+            "residual": ("quantized activations", scheme.activation),
             "rotation": ("quantized weights", scheme.weight),
             "kv_pre_rope": ("a quantized cache", scheme.kv),
             "kv_offset": ("a quantized cache", scheme.kv),
