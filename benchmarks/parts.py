@@ -70,7 +70,7 @@ def join_parts(
             differs = {} if own == commits[0] else {"commit": own}
             gpu = part["where"]["machine"].get("gpu")
             differs |= {} if gpu == parts[0]["where"]["machine"].get("gpu") else {"gpu": gpu}
-            rows += [{**row, **differs} for row in part.get(name, [])]
+            rows += [{**differs, **row} for row in part.get(name, [])]
         if rows:
             finish(rows)
             where = dict(parts[0]["where"])
