@@ -283,7 +283,7 @@ def join(options: Join) -> None:
 
 
 def finish(rows: list[Row]) -> None:
-    """Keep the first of several rows of one measurement, and sort them; full precision stands beside every scheme."""
+    """Keep the first of several rows of one measurement, sorted; full precision stands beside every scheme."""
     first: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         scheme = None if row["method"] == "fp" else row["scheme"]
@@ -292,15 +292,15 @@ def finish(rows: list[Row]) -> None:
     full = [row for row in first.values() if row["method"] == "fp"]
     beside = [{**row, "scheme": scheme} for row in full for scheme in SCHEMES]
     others = [row for row in first.values() if row["method"] != "fp"]
-    ways, models = tuple(methods("w4a4")), list(dict.fromkeys(row["model"] for row in rows))
-    texts = list(dict.fromkeys(row["text"] for row in rows))
-
-    def place(row: Row) -> tuple[Any, ...]:
-        where = models.index(row["model"]), texts.index(row["text"]), SCHEMES.index(row["scheme"])
-        return (*where, ways.index(row["method"]), row["path"] != "reference")
-
+    orders = {
+        "scheme": list(SCHEMES),
+        "text": list(dict.fromkeys(row["text"] for row in rows)),
+        "method": list(methods("w4a4")),
+        "model": list(dict.fromkeys(row["model"] for row in rows)),
+        "path": ["reference", "kernels"],
+    }
     kept = [row for row in beside if (row["model"], row["text"], row["scheme"]) in known]
-    rows[:] = sorted([*kept, *others], key=place)
+    rows[:] = sorted([*kept, *others], key=lambda row: [order.index(row[key]) for key, order in orders.items()])
     fill_in_full_precision(rows)
 
 
