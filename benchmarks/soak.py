@@ -118,6 +118,7 @@ def soak(
         max_num_seqs=clients,
         max_num_batched_tokens=max(64, clients),
         max_waiting_requests=max(2, clients // 2),
+        growth_blocks=0,  # preemptions are wanted
     )
     ready = start_up(model, config)
     runner = FaultyRunner(ready.engine._runner, fault_rate, seed)

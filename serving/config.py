@@ -28,6 +28,8 @@ class SchedulerConfig:
     """Keep the blocks of finished sequences and reuse them for equal prefixes."""
     watermark: float = 0.01
     """Share of the blocks that stays free when a sequence is admitted beside others, for those to grow into."""
+    growth_blocks: int = 2
+    """Blocks that stay free then for each of the others, where that is more."""
     admission_interval: int = 1
     """Steps from one that begins prompts to the next while a crowd decodes, so that several prompts share one."""
     admission_crowd: int = 32
@@ -50,7 +52,7 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "num_speculative_tokens" else 1
+            least = 0 if field.name in ("num_speculative_tokens", "growth_blocks") else 1
             if field.type is int and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{field.name} must be an integer of at least {least}, got {value!r}; raise it.")
         if not 0 <= self.watermark < 1:
@@ -79,3 +81,7 @@ class SchedulerConfig:
     @property
     def watermark_blocks(self) -> int:
         return int(self.num_blocks * self.watermark)
+
+    def reserve_blocks(self, running: int) -> int:
+        """Blocks that stay free when a sequence is admitted beside `running` others; alone it may have all."""
+        return max(self.watermark_blocks, self.growth_blocks * running) if running else 0

@@ -69,6 +69,9 @@ class EngineConfig:
     watermark: float = 0.01
     """Share of the KV blocks that an admission leaves free for running sequences to grow into."""
 
+    growth_blocks: int = 2
+    """KV blocks that it leaves free for each of them, where that is more."""
+
     admission_interval: int = 8
     """Steps from one that begins long prompts to the next, while 32 sequences or more decode and few could begin: a
     step with a prompt of more than 256 tokens is slower, several share one. 1: none waits, first tokens come up to 7
@@ -156,6 +159,7 @@ class EngineConfig:
             max_num_batched_tokens=self.step_tokens(is_cpu),
             prefix_cache=self.enable_prefix_caching,
             watermark=self.watermark,
+            growth_blocks=self.growth_blocks,
             admission_interval=self.admission_interval,
             admission_few=1 if self.enforce_eager or self.attention_split_tokens is not None else MOST_TOKENS,
             patience_steps=self.patience_steps,

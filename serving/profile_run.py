@@ -46,6 +46,7 @@ def run_largest_step(model: Model, scheme: Scheme | None, options: EngineConfig)
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
         watermark=0.0,
+        growth_blocks=0,
         max_waiting_requests=seqs,
         max_waiting_tokens=tokens,
         prefix_cache=False,

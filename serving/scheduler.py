@@ -282,7 +282,11 @@ class Scheduler:
         config = self.config
         if num_decodes < config.admission_crowd or self._steps - self._last_admission >= config.admission_interval:
             return False
-        lanes, blocks, tokens = self._lanes.num_free, self.blocks.num_free - config.watermark_blocks, 0
+        lanes, blocks, tokens = (
+            self._lanes.num_free,
+            self.blocks.num_free - config.reserve_blocks(len(self._running)),
+            0,
+        )
         for sequence in self._waiting:
             lanes, blocks = lanes - 1, blocks - self.blocks.blocks_for(sequence.length)
             if lanes < 0 or blocks < 0:
@@ -304,7 +308,7 @@ class Scheduler:
         if sequence.pending:  # preempted while its next token is being sampled: wait for that
             return False
         size, config = self.config.block_size, self.config
-        reserve = config.watermark_blocks if self._running else 0
+        reserve = config.reserve_blocks(len(self._running))
         digests = self._prefixes.digests(sequence)
         # full blocks that all samples of a request have in common
         shared = 0 if sequence.computes_prompt else (sequence.num_prompt - 1) // size

@@ -56,7 +56,7 @@ def _latency(
     chunks = -(-batch * context // limits.max_num_batched_tokens)
     output = config.steps + 2 * chunks + 4  # the first sequences decode while the last are prefilled
     blocks = batch * -(-(context + output) // limits.block_size)
-    if blocks > limits.num_blocks - limits.watermark_blocks or context + output > limits.max_sequence_tokens:
+    if blocks > limits.num_blocks - limits.reserve_blocks(batch - 1) or context + output > limits.max_sequence_tokens:
         raise UnsupportedError(
             f"{batch} sequences of {context + output} tokens take {blocks} KV blocks, the engine has "
             f"{limits.num_blocks} and sequences of {limits.max_sequence_tokens} tokens; give it more memory, or less "

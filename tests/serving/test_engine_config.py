@@ -41,6 +41,7 @@ def test_what_is_no_amount(amount: Any) -> None:
         ({"max_num_seqs": 0, "max_num_batched_tokens": 8}, "max_num_seqs must be an integer of at least 1"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "at least max_num_seqs = 64"),
         ({"watermark": 1.0}, "watermark must be at least 0 and below 1"),
+        ({"growth_blocks": -1}, "growth_blocks must be an integer of at least 0"),
         ({"num_speculative_tokens": -1}, "num_speculative_tokens must be an integer of at least 0"),
         ({"prompt_lookup_min": 5}, "at most prompt_lookup_max = 4, got 5"),
         ({"block_size": 0}, "block_size must be an integer of at least 1"),

@@ -71,7 +71,10 @@ def test_every_scheme(scheme: str) -> None:
         ({"enable_prefix_caching": False}, "nothing"),
         ({"max_num_seqs": 2, "max_num_batched_tokens": 3}, "nothing"),
         # 13 blocks of 4 hold one sequence of 52 tokens; all of them need 40
-        ({"max_model_len": 53, "kv_cache_bytes": 13 * 4 * 3 * 2 * 2 * 32 * 4, "watermark": 0.0}, "preemption"),
+        (
+            {"max_model_len": 53, "kv_cache_bytes": 13 * 4 * 3 * 2 * 2 * 32 * 4, "watermark": 0.0, "growth_blocks": 0},
+            "preemption",
+        ),
     ],
 )
 def test_limits_change_no_token(tiny: Tiny, limits: dict[str, Any], happens: str) -> None:

@@ -59,7 +59,9 @@ def test_greedy_equals_transformers(path: Path) -> None:
     for limits in ({}, {"enable_prefix_caching": False, "max_num_batched_tokens": 16}, {"max_model_len": longest}):
         options: dict[str, Any] = {"max_num_seqs": 8, "kv_cache_bytes": "256MiB", **limits}
         if "max_model_len" in limits:
-            options.update(kv_cache_bytes=_blocks_for(path, longest) * _block_bytes(path), watermark=0.0)
+            options.update(
+                kv_cache_bytes=_blocks_for(path, longest) * _block_bytes(path), watermark=0.0, growth_blocks=0
+            )
         with LLM(str(path), dtype="float32", device="cpu", **options) as llm:
             together = [list(completion.token_ids) for completion in llm.generate(prompts, params)]
             alone = [list(llm.generate(prompt, params)[0].token_ids) for prompt in prompts] if not limits else wanted

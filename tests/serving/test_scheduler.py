@@ -16,6 +16,7 @@ from .fake_runner import VOCAB, FakeEngine, expected_output
 
 def engine(depth: int = 1, **limits: Any) -> FakeEngine:
     config = {"max_model_len": 64, "num_blocks": 32, "block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16}
+    config["growth_blocks"] = 0
     return FakeEngine(Scheduler(SchedulerConfig(VOCAB, **{**config, **limits})), depth)
 
 
@@ -210,6 +211,16 @@ def test_watermark_leaves_room_to_grow_but_never_blocks_the_only_one() -> None:
     run.add(request("b", length=1, max_tokens=1))
     assert names(run) == ["a"]
     run.finish()
+    run.assert_idle()
+
+
+def test_every_running_sequence_has_blocks_to_grow_into_before_another_is_admitted() -> None:
+    run = engine(num_blocks=6, watermark=0.0, growth_blocks=2)
+    for name in "abc":
+        run.add(request(name, length=4, max_tokens=4))
+    assert names(run) == ["a", "b"], "c's prompt would leave 3 blocks, and two sequences are to have 4"
+    run.finish()
+    assert run.scheduler.stats().num_preemptions == 0
     run.assert_idle()
 
 

@@ -19,7 +19,7 @@ SIZE = 2
 prompts = st.builds(lambda a, b: (1,) * a + (2,) * b, st.integers(1, 10), st.integers(0, 4))  # many common prefixes
 picks = st.integers(0, 31)
 configs = st.builds(
-    lambda blocks, seqs, tokens, cache, watermark, drafts, interval, crowd: SchedulerConfig(
+    lambda blocks, seqs, tokens, cache, watermark, growth, drafts, interval, crowd: SchedulerConfig(
         vocab_size=VOCAB,
         max_model_len=24,
         num_blocks=blocks,
@@ -28,6 +28,7 @@ configs = st.builds(
         max_num_batched_tokens=seqs + tokens,
         prefix_cache=cache,
         watermark=watermark,
+        growth_blocks=growth,
         admission_interval=interval,
         admission_crowd=crowd,
         patience_steps=4,
@@ -41,6 +42,7 @@ configs = st.builds(
     st.integers(0, 9),
     st.booleans(),
     st.sampled_from([0.0, 0.2]),
+    st.integers(0, 2),
     st.sampled_from([0, 0, 1, 4]),
     st.integers(1, 4),
     st.integers(1, 3),
