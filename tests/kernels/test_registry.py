@@ -5,11 +5,24 @@ import pytest
 from atom.errors import UnsupportedError
 from atom.kernels.activation import PERMUTE_QUANTIZE
 from atom.kernels.gated import GATED_QUANTIZE
+from atom.kernels.greedy import GREEDY
 from atom.kernels.linear import LINEAR, LINEAR_ADD
-from atom.kernels.norm import RMS_NORM_QUANTIZE
+from atom.kernels.norm import ADD_RMS_NORM_QUANTIZE, RMS_NORM_QUANTIZE
+from atom.kernels.paged_attention import PAGED_ATTENTION
 from atom.kernels.registry import Implementation, Op, Problem, device_arch
+from atom.kernels.rope_append import ROPE_APPEND_KV
 
-OPS = (LINEAR, LINEAR_ADD, RMS_NORM_QUANTIZE, PERMUTE_QUANTIZE, GATED_QUANTIZE)
+OPS = (
+    LINEAR,
+    LINEAR_ADD,
+    RMS_NORM_QUANTIZE,
+    ADD_RMS_NORM_QUANTIZE,
+    PERMUTE_QUANTIZE,
+    GATED_QUANTIZE,
+    ROPE_APPEND_KV,
+    PAGED_ATTENTION,
+    GREEDY,
+)
 
 
 def reference() -> str:
