@@ -118,7 +118,8 @@ SCHEMAS: dict[str, RecordSchema] = {
         ("peer",),
         {"shape": ("qkv", "o", "gate_up", "down", "sum")},
     ),
-    "producers": RecordSchema(("op", "scheme", "M", "hidden", "us", "gbps"), ("sol_us",)),
+    # l2_us: of few tokens, with inputs that still lie in L2 as behind the GEMM that writes them
+    "producers": RecordSchema(("op", "scheme", "M", "hidden", "us", "gbps"), ("sol_us", "l2_us")),
     "attention": RecordSchema(
         ("op", "kv", "batch", "context", "heads", "kv_heads", "head_dim", "window", "us", "sol_us", "bf16_sdpa_us"),
         # a key offset is added back while keys are read; new tokens of a prefill's chunk; tokens that all sequences

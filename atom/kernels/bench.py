@@ -106,6 +106,7 @@ def _producer_row(
         us = producer_us(op, linear, M, K)
         score = sol_score(us["ours"], sol, us["torch"])
         row |= {"us": us["ours"], "gbps": moved / us["ours"] / 1e3, "torch_us": us["torch"], "score": score}
+        row |= {"l2_us": us.get("l2")}
     return row
 
 
@@ -132,8 +133,8 @@ def records(rows: list[Row]) -> dict[str, list[Row]]:
             for key in keys[5:]:
                 total[key] = None if any(row[key] is None for row in four) else _short(sum(row[key] for row in four))
             gemm.append(total)
-    own = ("op", "scheme", "M", "hidden", "us", "gbps", "sol_us")
-    producers = [{k: _short(row[k]) for k in own} for row in ran if row["op"] in OPS and row["op"] != "linear"]
+    own = ("op", "scheme", "M", "hidden", "us", "l2_us", "gbps", "sol_us")
+    producers = [{k: _short(row.get(k)) for k in own} for row in ran if row["op"] in OPS and row["op"] != "linear"]
     return {"gemm": gemm, "producers": producers}
 
 
