@@ -169,6 +169,19 @@ def test_a_needle_in_128k_tokens(kv: str) -> None:
     assert exact > 0.5 and abs(float(found) - float(exact)) < 1e-2
 
 
+@pytest.mark.parametrize("kv", SPECS)
+def test_lengths_from_1_to_128k_in_one_batch(kv: str) -> None:
+    """Each row against torch's error in that row: the longest has the smallest values."""
+    case, spec = (
+        make_case(SPECS[kv], (1, 131072, 40, 3000), (1,) * 4, 4, 1, 64, dtype=torch.bfloat16),
+        AttentionSpec(0.3),
+    )
+    found, exact = run(case, spec), expected(case, spec)
+    in_torch = PagedAttentionReference(case.layout)(case.q, case.layer, case.step, spec).double()
+    for row in range(4):
+        within(found[row : row + 1], exact[row : row + 1], float((in_torch[row] - exact[row]).abs().max()))
+
+
 @pytest.mark.parametrize("kv", ["int4", "bf16"])
 def test_a_graph_replays_other_steps(kv: str) -> None:
     """Buffers keep their places: what was captured over one step computes the next after `prepare`."""
