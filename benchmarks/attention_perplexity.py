@@ -5,8 +5,9 @@
     python -m benchmarks.attention_perplexity --record F1 F2 ...                        the record attention-perplexity
 
 Weights are in bfloat16 and everything but the cache is the same torch code both times, so that what differs is
-appending, prefill and decode. Windows are prefilled in one chunk each but for their last tokens, which are decoded one
-by one with all windows in a batch.
+appending, prefill and decode. Through the kernels the first half of a window is prefilled in one chunk, and the tokens
+of the second are decoded one by one with all windows in a batch. The reference takes each window in one chunk: a token
+attends over the same rounded keys and values in a chunk or alone, its own included, and chunks are far faster there.
 
 A code at half a step falls to either side of a rounding, and all that follows it in its window differs a little: the
 change of a few tokens is chance. So each row has its standard error, from the differences of whole windows.
@@ -65,7 +66,10 @@ def batch_of(tables: np.ndarray, windows: np.ndarray, starts: int, tokens: np.nd
 
 @torch.inference_mode()
 def losses(model: Model, ids: Tensor, decoded: int, kernels: Kernels) -> dict[str, NDArray[np.float64]]:
-    """Nats [windows], summed over the tokens that were predicted in prefill, and over those that were in decode."""
+    """Nats [windows], summed over the tokens before the last `decoded` of each, and over those.
+
+    The last ones are predicted in decode where the kernels are not the reference.
+    """
     count, length = ids.shape
     blocks = -(-length // BLOCK)
     tables = np.random.default_rng(0).permutation(count * blocks).astype(np.int32).reshape(count, blocks)
@@ -74,24 +78,26 @@ def losses(model: Model, ids: Tensor, decoded: int, kernels: Kernels) -> dict[st
     tokens = ids.numpy()
 
     def run(windows: NDArray[np.int64], start: int, stop: int) -> NDArray[np.float64]:
-        """The sums over the predictions that tokens start ... stop - 1 of each window make."""
+        """[windows, stop - start]: the predictions that tokens start ... stop - 1 of each window make."""
         batch = batch_of(tables, windows, start, tokens[windows, start:stop])
         kv.begin(batch)
         on_device = [torch.from_numpy(x).long().to(model.device) for x in (batch.token_ids, batch.positions)]
         logits = model.logits(model(*on_device, kv))
         targets = torch.from_numpy(tokens[windows, start + 1 : stop + 1]).reshape(-1).to(model.device)
         found = cross_entropy(logits.float(), targets, reduction="none").double()
-        return np.asarray(found.unflatten(0, (len(windows), -1)).sum(1).cpu(), dtype=np.float64)
+        return np.asarray(found.unflatten(0, (len(windows), -1)).cpu(), dtype=np.float64)
 
-    first = length - 1 - decoded
-    total = {mode: np.zeros(count) for mode in MODES}
-    at_once = max(1, AT_ONCE // first)
+    last = length - 1
+    first = last - decoded
+    chunk = last if kernels == "reference" else first
+    nats = np.zeros((count, last))
+    at_once = max(1, AT_ONCE // chunk)
     for start in range(0, count, at_once):
         some = np.arange(start, min(count, start + at_once))
-        total["prefill"][some] = run(some, 0, first)
-    for at in range(first, length - 1):
-        total["decode"] += run(np.arange(count), at, at + 1)
-    return total
+        nats[some, :chunk] = run(some, 0, chunk)
+    for at in range(chunk, last):
+        nats[:, at : at + 1] = run(np.arange(count), at, at + 1)
+    return {"prefill": nats[:, :first].sum(1), "decode": nats[:, first:].sum(1)}
 
 
 def rows(
@@ -139,7 +145,7 @@ def main() -> None:
     parser.add_argument("--kv", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--decoded", type=int, default=96, help="last tokens of each window that are decoded")
+    parser.add_argument("--decoded", type=int, default=512, help="last tokens of each window that are decoded")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("-o", "--out", help="where rows and circumstances go, configuration by configuration")
     parser.add_argument("--record", nargs="+", metavar="FILE", help="write the record from what -o wrote")

@@ -18,7 +18,7 @@ from benchmarks.attention_perplexity import losses
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 ROOT = os.environ.get("ATOM_TEST_MODELS", "")
 MODELS = sorted(p for p in Path(ROOT).iterdir() if p.suffix == ".gguf" or (p / "config.json").exists()) if ROOT else []
-WINDOWS, LENGTH, DECODED = 64, 512, 64
+WINDOWS, LENGTH, DECODED = 64, 513, 256
 
 
 def text() -> str:
@@ -34,7 +34,7 @@ def test_perplexity_equals_the_reference_s(path: Path, kv: str) -> None:
     """Within 0.2 % as far as so few tokens can tell: as far again as two standard errors of windows' differences.
 
     A code at half a step falls to either side; with a 4-bit cache that alone moves a token's loss by 0.37 nats and the
-    mean of these windows by 0.2 %. The error is bounded too, so that kernels that are wrong here and there cannot
+    mean of 16,384 tokens by 0.3 %. The error is bounded too, so that kernels that are wrong here and there cannot
     hide behind it. benchmarks/attention_perplexity.py has the tokens that tell 0.2 %.
     """
     model = load_model(path, device="cuda", dtype=torch.bfloat16, kernels="reference")
@@ -47,6 +47,6 @@ def test_perplexity_equals_the_reference_s(path: Path, kv: str) -> None:
     for mode, count in (("prefill", LENGTH - 1 - DECODED), ("decode", DECODED)):
         changes = (found[mode] - wanted[mode]) / count
         error = changes.std(ddof=1) / WINDOWS**0.5
-        most = {"prefill": 0.004, "decode": 0.01}[mode] / (1 if kv == "kv4" else 3)
+        most = 0.006 if kv == "kv4" else 0.003
         assert abs(np.expm1(changes.mean())) <= 0.002 + 2 * error, f"{mode}: {changes.mean():+.3%} +- {error:.3%}"
         assert error <= most, f"{mode}: {changes.mean():+.3%} +- {error:.3%}"
