@@ -57,7 +57,7 @@ def _run(name: str, arguments: list[str], as_json: bool) -> int:
             description=(command.__doc__ or "") + "\n\n--json ends the output with one line of JSON.",
             args=arguments,
         )
-    except ValueError as error:  # an option's value was refused by its dataclass
+    except (AtomError, ValueError) as error:  # an option's value was refused by its dataclass
         print(f"atom {name}: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:

@@ -53,6 +53,8 @@ def test_wrong_usage_is_2(atom: Atom) -> None:
     assert code == 2 and "unknown command 'serv'; use one of quantize" in err
     code, _, err = atom("quantize", "x", "--scheme", "w5a5")
     assert code == 2 and "unknown scheme 'w5a5'" in err.replace("\n", " ")
+    code, _, err = atom("quantize", "x", "--scheme", "auto", "--gpu", "b200")
+    assert code == 2 and err.startswith("atom quantize: nothing was measured that would recommend a scheme for b200")
     assert atom("quantize", "x", "--no-such-option")[0] == 2
     assert atom("check", "x", "--gpu", "tpu")[0] == 2
 
