@@ -147,9 +147,8 @@ def _point(
     if window_s is not None:
         held = max(1, int(ready.limits.cache_tokens / mix.context))
         under_way = min(concurrency or ready.limits.max_num_seqs, held)
-        concurrency = min(
-            concurrency, held
-        )  # more would fit for as long as new ones are short, which is no steady state
+        # more would fit for as long as new ones are short, which is no steady state
+        concurrency = min(concurrency, held)
         window_s = window_of_prompts(window_s, floor, mix, under_way)
         fresh = items[: max(64, int(FRESH_TOKENS * len(items) / sum(item.total_tokens for item in items)))]
         items = mid_life(items, under_way, config.seed) + fresh
