@@ -17,7 +17,7 @@ from ..quant.mixed import MixedWeight
 from ..quant.rounding import Quantized
 from ..quant.schemes import LinearScheme
 from .activation import Activation, QuantizedActivation
-from .cache import kernel_key, kernel_path, load_kernel
+from .cache import kept_argument, kernel_key, kernel_path, load_kernel
 from .gemm_choice import choose_config
 from .gemm_config import COUNTER_WORDS, GemmConfig
 from .gemm_kinds import KINDS
@@ -30,6 +30,9 @@ from .gemm_pack import (
 )
 from .gemm_pack_bf16 import pack_group_of_16, pack_group_of_32, pack_row_scaled
 from .refusals_sm90 import weight_kind
+
+Launch = tuple[Any, Any, Any, Any, Any, int, int]
+"""Kernel, weights, channel scales, bias, scratch memory, INT4 units, most CTAs."""
 
 ARCH = "sm_90a"
 SCRATCH_WORDS = (
@@ -133,8 +136,8 @@ class Gemm:
         self.channel = weight.channel_scale if weight.channel_scale.numel() else torch.empty(1, device=device)
         self.ctas = 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
         self.device = device
-        self.buckets: dict[int, tuple[Any, Tensor, int]] = {}  # see launch_of
-        self.chosen: dict[int, tuple[Any, Tensor, int]] = {}  # the same, by tokens
+        self.buckets: dict[int, Launch] = {}
+        self.chosen: dict[int, Launch] = {}  # the same, by tokens
 
     def config(self, tokens: int) -> GemmConfig:
         """What runs with so many tokens."""
@@ -164,22 +167,24 @@ class Gemm:
             added = (self.residual_of(tokens, residual),)
         y = out
         if y is None:
-            y = torch.empty((tokens, self.weight.features), dtype=torch.bfloat16, device=self.device)
+            y = torch.empty(tokens, self.weight.features, dtype=torch.bfloat16, device=self.device)
         if tokens == 0:
             return y
         launch = self.chosen.get(tokens)
         if launch is None:
             launch = self.chosen[tokens] = self.launch_of(token_bucket(tokens))
-        kernel, scratch, limit = launch
-        kernel(self.units, codes, scales, self.channel, self.bias, y, *added, scratch, self.weight.int4_units, limit)
+        kernel, units, channel, bias, scratch, int4_units, limit = launch
+        kernel(units, codes, scales, channel, bias, y, *added, scratch, int4_units, limit)
         return y
 
-    def launch_of(self, bucket: int) -> tuple[Any, Tensor, int]:
-        """Kernel, scratch memory and most CTAs of a launch with so many tokens."""
+    def launch_of(self, bucket: int) -> Launch:
+        """What a launch with so many tokens takes, but for what changes from call to call."""
         if bucket not in self.buckets:
             config = self.config(bucket)
+            kept = (self.units, self.channel, self.bias, scratch_words(self.device))
+            units, channel, bias, scratch = (kept_argument(tensor) for tensor in kept)
             most = config.most_ctas(self.ctas)
-            self.buckets[bucket] = (gemm_kernel(config), scratch_words(self.device), most)
+            self.buckets[bucket] = (gemm_kernel(config), units, channel, bias, scratch, self.weight.int4_units, most)
         return self.buckets[bucket]
 
     def residual_of(self, tokens: int, residual: Tensor | None) -> Tensor:
