@@ -37,7 +37,7 @@ def choose_config(
             pairs = kind.promoted
         elif units >= 64 and kind.operand != "bf16":  # down
             warpgroups, split, clustered, pairs = 2, _split(-(-features // 128), sms), False, True
-            two_fit = not int8_units
+            two_fit = not (int8_units and kind.promoted)
         elif kind.operand == "bf16" or kind.promoted:
             warpgroups, split = 4, 5 if units >= 64 else 4
             pairs = not kind.promoted or token_scales == "group"  # else a register too many
@@ -53,6 +53,8 @@ def choose_config(
     elif tokens <= 256:
         gate_up = features >= 16384 and kind.operand == "int8" and not kind.promoted
         tile_m = 256 if gate_up and tokens > 128 else 128
+        if 128 < tokens <= 192:  # the same tiles, three quarters of them
+            tile_m = tile_m * 3 // 4
         warpgroups = 4 if gate_up and tokens <= 128 else 2
         split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), sms)
         clustered = split <= 2
@@ -86,7 +88,7 @@ def choose_config(
         aligned=features % 8 == 0,
         ctas_per_sm=2 if warpgroups == 2 and two_fit else 1,
         bounded=warpgroups == 2 and two_fit and (split == 1 or (tokens <= 32 and clustered and split == 4)),
-        pairs=pairs or (weight == "e4m3" and tile_m == 128),
+        pairs=pairs or (weight == "e4m3" and tile_m in (96, 128)),
         clustered=clustered or split == 1,
         ways=ways,
     ).with_most_stages()

@@ -1,6 +1,7 @@
 """The compile-time choices of one GEMM kernel and the shared memory they take: arithmetic alone, no GPU, no cutlass."""
 
 import dataclasses
+import math
 
 from .gemm_kinds import KINDS, UNIT_ROWS, WeightKind
 
@@ -97,7 +98,7 @@ class GemmConfig:
     @property
     def chunk_tokens(self) -> int:
         """Tokens that a warpgroup transposes at a time in the epilogue."""
-        return min(self.tile_m, 64)
+        return math.gcd(self.tile_m, 64)
 
     @property
     def staging_bytes(self) -> int:
@@ -125,8 +126,16 @@ class GemmConfig:
         return self.ring_bytes + self.stagings_bytes + self.warpgroups * self.scale_bytes + self.merge_bytes
 
     @property
+    def merges_in_ring(self) -> bool:
+        """Warpgroups that share rows leave a thread's sums where its codes were, in the first stage of the ring.
+
+        So there is room for one stage more. A CTA then has one tile only: nothing is loaded for a next one.
+        """
+        return self.ways > 1 and self.split == 1 and self.tile_m == 16 and not self.kind.is_verbatim
+
+    @property
     def merge_bytes(self) -> int:
-        return (self.ways - 1) * 4 * UNIT_ROWS * self.tile_m
+        return 0 if self.merges_in_ring else (self.ways - 1) * 4 * UNIT_ROWS * self.tile_m
 
     def with_most_stages(self) -> "GemmConfig":
         """As many stages as fit, at most 16."""

@@ -1,6 +1,7 @@
 # ruff: noqa: SIM102  (an `if` of the compiler inside or around one of the GPU is not one condition)
 """The consumers of the sm_90a GEMM: packed codes to registers, wgmma, promotion to float32. See gemm_sm90.py."""
 
+import math
 from typing import Any
 
 import cutlass
@@ -158,7 +159,7 @@ class GemmMainloop:
     def outlier_tokens(self) -> int:
         """Tokens whose outlier sums are added at a time: their INT32 sums stand beside those of the whole tile."""
         tight = self.tile_m == 256 or self.config.bounded or self.config.registers == 112
-        return min(self.tile_m, 32 if tight else 64)
+        return math.gcd(self.tile_m, 32 if tight else 64)
 
     def outlier_mma(self) -> cute.TiledMma:
         shape, major = (64, self.outlier_tokens), OperandMajorMode.K

@@ -142,7 +142,7 @@ def test_schemes_that_it_refuses_with_a_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("features,units", [(576, 5), (4096, 33), (28672, 33), (4096, 112), (896, 70), (64, 1)])
-@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 128, 256, 1024, 4096])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 128, 192, 256, 1024, 4096])
 @pytest.mark.parametrize("weight", KINDS)
 def test_configs_fit_the_machine(weight: str, tokens: int, features: int, units: int) -> None:
     config = choose_config(weight, "token", tokens, features, units)
@@ -172,6 +172,7 @@ def chosen() -> list[GemmConfig]:
         GemmConfig("int4", "group", 16, 4, split=4, pairs=True),
         GemmConfig("int4_uint4", "token", 16, 4, split=8, clustered=False, int8_units=True),
         GemmConfig("int4_uint4", "token", 16, 4, int8_units=True, ways=4),
+        GemmConfig("int4_uint4", "token", 96, 2, int8_units=True),
         GemmConfig("int4_uint4", "token", 192, 2, int8_units=True),
         GemmConfig("int4_uint4", "token", 64, 4, split=8, clustered=False, int8_units=True),
         GemmConfig("int4_uint4", "token", 16, 4, split=4, int8_units=True),
