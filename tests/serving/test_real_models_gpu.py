@@ -1,10 +1,11 @@
-"""The engine through the GPU's kernels on real models, against the torch reference and against `atom eval`.
+"""The engine through the GPU's kernels on real models, against the torch reference, transformers and `atom eval`.
 
 ATOM_TEST_MODELS names a directory whose sub-directories are models or Atom checkpoints; ATOM_TEST_TEXT a text file for
 perplexity (the prompts below otherwise). What was found is printed: run with -s.
 """
 
 import gc
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from atom.serving.sampling_params import SamplingParams
 
 from .test_real_models import MODELS, PROMPTS
 
+DEVICE = "cuda"
 NEW = 200
 VARIANTS = 8  # runs of the reference that are rounded otherwise
 TIE = 5.0  # standard deviations of its own rounding within which the reference has not decided
@@ -69,27 +71,75 @@ class Agreement:
         )
 
 
+class Reference:
+    """Our model on torch alone."""
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        self.model: Any = load_model(path, DEVICE, dtype, kernels="reference")
+        self.layers = self.model.model.decoder_layers()
+
+    def logits(self, ids: Tensor, count: int) -> Tensor:
+        """Those of the last `count` tokens, [count, vocab_size]."""
+        kv = scheme_cache(self.model)
+        hidden = self.model(ids, kv.positions(len(ids)), kv)
+        found: Tensor = self.model.logits(hidden[-count:])
+        return found
+
+
+class Transformers:
+    """The model as transformers computes it."""
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(DEVICE).eval()
+        self.layers = self.model.model.layers
+
+    def logits(self, ids: Tensor, count: int) -> Tensor:
+        """Those of the last `count` tokens, [count, vocab_size]."""
+        found: Tensor = self.model(ids[None], logits_to_keep=count).logits[0]
+        return found
+
+
+Definition = type[Reference] | type[Transformers]
+
+
+def is_quantized(path: Path) -> bool:
+    return "quantization_config" in json.loads((path / "config.json").read_text())
+
+
+DEFINED: list[tuple[Path, Definition]] = [
+    (path, definition)
+    for path in MODELS
+    for definition in (Reference, Transformers)
+    if definition is Reference or not is_quantized(path)
+]
+each_definition = pytest.mark.parametrize(
+    ("path", "definition"), DEFINED, ids=[f"{path.name}-{kind.__name__.lower()}" for path, kind in DEFINED]
+)
+
+
 @torch.inference_mode()
-def score(model: Any, prompt: list[int], answer: list[int]) -> Tensor:
+def score(model: Reference | Transformers, prompt: list[int], answer: list[int]) -> Tensor:
     """The logits [len(answer), vocab_size] from which a model would have chosen an answer's tokens."""
-    ids = torch.tensor([*prompt, *answer[:-1]], device=model.device)
-    kv = scheme_cache(model)
-    hidden = model(ids, kv.positions(len(ids)), kv)
-    return model.logits(hidden[len(prompt) - 1 :]).float().cpu()
+    ids = torch.tensor([*prompt, *answer[:-1]], device=DEVICE)
+    return model.logits(ids, len(answer)).float().cpu()
 
 
-def round_otherwise(model: Any, seed: int) -> list[Any]:
+def round_otherwise(layers: Any, seed: int) -> list[Any]:
     """Have a bfloat16 model round as another order of its sums might: what a half layer adds moves by up to one step.
 
     Returns the hooks, to be removed.
     """
-    draw = torch.Generator(model.device).manual_seed(seed)
+    draw = torch.Generator(DEVICE).manual_seed(seed)
 
-    def move(module: Any, inputs: Any, out: Tensor) -> Tensor:
+    def move(module: Any, inputs: Any, out: Any) -> Any:
+        if isinstance(out, tuple):  # transformers' attention tells its weights too
+            return (move(module, inputs, out[0]), *out[1:])
         steps = torch.rand(out.shape, generator=draw, device=out.device) * 2 - 1
         return (out.float() * (1 + 2**-8 * steps)).to(out.dtype)
 
-    halves = [half for layer in model.model.decoder_layers() for half in (layer.self_attn, layer.mlp)]
+    halves = [half for layer in layers for half in (layer.self_attn, layer.mlp)]
     return [half.register_forward_hook(move) for half in halves]
 
 
@@ -99,8 +149,8 @@ def leads(logits: Tensor, choices: Tensor, others: Tensor) -> Tensor:
     return found
 
 
-@each_model
-def test_greedy_text_is_the_references(path: Path) -> None:
+@each_definition
+def test_greedy_text_is_the_references(path: Path, definition: Definition) -> None:
     """For 200 tokens on ten prompts, or the first difference is a tie.
 
     Engine and reference are compared token by token on the engine's own texts. A tie is where the reference's lead of
@@ -111,7 +161,7 @@ def test_greedy_text_is_the_references(path: Path) -> None:
     tokenizer = load_tokenizer(path)
     prompts = [tokenizer.encode(text) for text in (*PROMPTS, *MORE)]
     params = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True, logprobs=0)
-    with LLM(str(path), device="cuda", max_model_len=2048, kv_cache_bytes="1GiB", max_num_seqs=16) as llm:
+    with LLM(str(path), device=DEVICE, max_model_len=2048, kv_cache_bytes="1GiB", max_num_seqs=16) as llm:
         answers = [completion.samples[0] for completion in llm.generate(prompts, params)]
         print(f"\n{path.name}: {llm.ready.facts['kernels']}")
         assert llm.engine.stats().used_blocks == 0
@@ -121,16 +171,16 @@ def test_greedy_text_is_the_references(path: Path) -> None:
     tokens = torch.tensor([token for text in texts for token in text])
     others = []  # the variants' leads
     for dtype in (torch.bfloat16, torch.float32):
-        model = load_model(path, "cuda", dtype, kernels="reference")
+        model = definition(path, dtype)
 
-        def run(model: Any = model) -> Tensor:
+        def run(model: Reference | Transformers = model) -> Tensor:
             return torch.cat([score(model, prompt, text) for prompt, text in zip(prompts, texts, strict=True)])
 
         logits[dtype] = run()
         if dtype == torch.bfloat16:
             choices = logits[dtype].argmax(-1)
             for seed in range(VARIANTS):
-                hooks = round_otherwise(model, seed)
+                hooks = round_otherwise(model.layers, seed)
                 others.append(leads(run(), choices, tokens))
                 for hook in hooks:
                     hook.remove()
@@ -140,7 +190,7 @@ def test_greedy_text_is_the_references(path: Path) -> None:
     lead = leads(reference, choices, tokens)
     step = 2.0 ** (reference.max(-1).values.abs().log2().floor() - 7)  # of bfloat16, in which logits are
     noise = (torch.stack(others).var(0) + step**2 / 6).sqrt()
-    firsts = []
+    firsts, name = [], f"{path.name}, {definition.__name__}"
     for index in range(len(prompts)):
         (places,) = (choices != tokens)[NEW * index : NEW * (index + 1)].nonzero(as_tuple=True)
         what = f"equal for {NEW} tokens"
@@ -148,20 +198,20 @@ def test_greedy_text_is_the_references(path: Path) -> None:
             first = NEW * index + int(places[0])
             firsts.append(float(lead[first] / noise[first]))
             what = f"first differs at {int(places[0])}: a lead of {lead[first]:.4f}, its rounding {noise[first]:.4f}"
-        print(f"{path.name}, prompt {index}: {what}")
+        print(f"{name}, prompt {index}: {what}")
     differs = choices != tokens
     ratios = (lead / noise)[differs]
     if len(ratios):
         print(
-            f"{path.name}: leads of all differences over their rounding: median {ratios.median():.2f}, "
+            f"{name}: leads of all differences over their rounding: median {ratios.median():.2f}, "
             f"most {ratios.max():.2f}, beyond {TIE}: {int((ratios > TIE).sum())} of {len(ratios)}"
         )
     said = torch.tensor([token.logprob for answer in answers for token in answer.logprobs or ()])
     other = logits[torch.float32]
     engine = Agreement.of(tokens, said, reference, tokens)
     itself = Agreement.of(other.argmax(-1), other.log_softmax(-1).gather(1, tokens[:, None])[:, 0], reference, tokens)
-    print(f"{path.name}, engine and reference: {engine}")
-    print(f"{path.name}, reference in float32 and in bfloat16: {itself}")
+    print(f"{name}, engine and reference: {engine}")
+    print(f"{name}, reference in float32 and in bfloat16: {itself}")
     assert all(ratio <= TIE for ratio in firsts), f"no tie: {firsts}"
     assert engine.changes.mean() <= 1.5 * itself.changes.mean() + 1e-3
     assert engine.differs.sum() <= 1.5 * itself.differs.sum() + 5
@@ -177,14 +227,14 @@ def test_perplexity_is_evaluations(path: Path) -> None:
     windows = make_windows(tokenizer, text, window=WINDOW, limit=WINDOWS).tokens.tolist()
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
     options: dict[str, Any] = {"max_num_seqs": 64, "max_num_batched_tokens": 1000, "kv_cache_bytes": "1GiB"}
-    with LLM(str(path), device="cuda", max_model_len=2048, **options) as llm:
+    with LLM(str(path), device=DEVICE, max_model_len=2048, **options) as llm:
         scored = llm.generate(windows, params)
     nll = [-each.logprob for completion in scored for each in completion.prompt_logprobs or ()]
     engine = sum(nll) / len(nll)
     release()
     found = {}
     for kernels in ("auto", "reference"):
-        model = load_model(path, "cuda", torch.bfloat16, kernels=kernels)  # type: ignore[arg-type]
+        model = load_model(path, DEVICE, torch.bfloat16, kernels=kernels)  # type: ignore[arg-type]
         measured = measure_perplexity(model, tokenizer, text, window=WINDOW, limit=WINDOWS)
         assert measured.tokens == len(nll)
         found[kernels] = measured.nll
@@ -199,3 +249,27 @@ def test_perplexity_is_evaluations(path: Path) -> None:
 def release() -> None:
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@each_model
+def test_a_text_is_the_same_alone_and_batched(path: Path) -> None:
+    """With attention in fixed parts, greedy; and with the prefix cache as without it, while all others come twice."""
+    tokenizer = load_tokenizer(path)
+    prompts = [tokenizer.encode(text) for text in (*PROMPTS, *MORE)]
+    params = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)
+    options: dict[str, Any] = {"max_num_seqs": 16, "attention_split_tokens": 256, "kv_cache_bytes": "512MiB"}
+    found = []
+    for caches in (True, False):
+        with LLM(str(path), device=DEVICE, max_model_len=1024, enable_prefix_caching=caches, **options) as llm:
+
+            def texts(asked: list[list[int]], llm: LLM = llm) -> list[list[int]]:
+                return [list(completion.token_ids) for completion in llm.generate(asked, params)]
+
+            together, alone = texts(prompts), [text for prompt in prompts for text in texts([prompt])]
+            hits = llm.engine.stats().num_prefix_hits
+        release()
+        print(f"\n{path.name}, prefix cache {caches}: {hits} hits; tokens equal alone and batched: ", end="")
+        print([sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(together, alone, strict=True)])
+        assert (hits > 0) == caches
+        found += [together, alone]
+    assert all(texts == found[0] for texts in found)
