@@ -6,7 +6,7 @@ start from the request's `cache_salt`, so that requests with different salts sha
 
 import hashlib
 import os
-from array import array
+import struct
 
 from .block_manager import BlockManager
 from .sequence import Sequence
@@ -19,18 +19,22 @@ class PrefixHasher:
 
     def __init__(self, block_size: int, key: bytes | None = None) -> None:
         self.block_size = block_size
-        self._keyed = hashlib.blake2b(digest_size=DIGEST_BYTES, key=os.urandom(32) if key is None else key)
+        self._new = hashlib.blake2b(digest_size=DIGEST_BYTES, key=os.urandom(32) if key is None else key).copy
+        self._pack = struct.Struct(f"{block_size}i").pack
 
     def extend(self, digests: list[bytes], token_ids: list[int], salt: str | None = None) -> None:
         """Append to `digests` those of the full blocks of token_ids beyond len(digests) blocks."""
-        size = self.block_size
-        root = b"root" if salt is None else b"salt" + salt.encode("utf-8", "surrogatepass")
-        for block in range(len(digests), len(token_ids) // size):
-            parent = digests[-1] if digests else root
-            tokens = array("q", token_ids[block * size : (block + 1) * size]).tobytes()
-            digest = self._keyed.copy()
-            digest.update(parent + len(parent).to_bytes(8, "little") + tokens)
-            digests.append(digest.digest())
+        size, begun = self.block_size, len(digests)
+        if begun:
+            parent = digests[-1]
+        else:
+            root = b"root" if salt is None else b"salt" + salt.encode("utf-8", "surrogatepass")
+            parent = root + len(root).to_bytes(8, "little")
+        for start in range(begun * size, len(token_ids) // size * size, size):
+            state = self._new()
+            state.update(parent + self._pack(*token_ids[start : start + size]))
+            parent = state.digest()
+            digests.append(parent)
 
 
 class Prefixes:
