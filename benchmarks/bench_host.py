@@ -1,4 +1,4 @@
-"""Processor time of the engine's thread a decode step, by part, on any machine: all of it but the calls of a GPU.
+"""Time of the engine's thread a decode step, by part, on any machine: all of it but the calls of a GPU.
 
     python -m benchmarks.bench_host                       the record engine-host
     python -m benchmarks.bench_host --profile --batches 256   where Python spends it
@@ -12,7 +12,6 @@ import cProfile
 import json
 import pstats
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     batches, contexts = (tuple(int(part) for part in text.split(",")) for text in (args.batches, args.contexts))
     if args.profile:
-        profiler = cProfile.Profile(time.thread_time)
+        profiler = cProfile.Profile()
         measure(batches[0], contexts[0], 1.0, profiler)
         pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
         return

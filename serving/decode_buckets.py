@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atom.kernels.leading import Leading
 from atom.kernels.paged_step import Share
 from atom.kernels.registry import Kernels
 from atom.models.model import Model
@@ -61,7 +62,9 @@ class DecodeBuckets:
         self.most_samples = largest if most_samples is None else min(most_samples, largest)
         self._max_blocks = max_blocks
         self._inputs = decode_inputs(model, last_tokens, largest, max_blocks, kv.pool.block_size, depth, kernels)
-        self._logits = torch.zeros(self.most_samples, model.config.vocab_size, dtype=model.dtype, device=device)
+        self._logits = Leading(
+            torch.zeros(self.most_samples, model.config.vocab_size, dtype=model.dtype, device=device)
+        )
         self._replays: dict[tuple[int, bool], Replay] = {}  # by size, and whether sequences read prefixes together
         self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
@@ -91,7 +94,7 @@ class DecodeBuckets:
             self._prepare(size, shares)
             lanes, _ = self._load(padded)
         self._replays[size, shares]()
-        return self._logits[: len(batch.sample_rows)], lanes
+        return self._logits(len(batch.sample_rows)), lanes
 
     def _load(self, padded: Batch, share: Share = "auto") -> tuple[Tensor, bool]:
         """Fill the buffers; returns the lanes that sample, and PagedKV.begin's answer."""
@@ -101,7 +104,7 @@ class DecodeBuckets:
     def _compute(self, size: int) -> None:
         hidden = self.model.model.run(*self._inputs.start(size), self.kv)
         rows = min(size, self.most_samples)
-        self.model.logits(hidden[:rows], self._logits[:rows])
+        self.model.logits(hidden[:rows], self._logits(rows))
 
     def _prepare(self, size: int, shares: bool = False) -> None:
         """Run a bucket once with long sequences, so that whatever grows with lengths has grown; then capture it.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atom.kernels.begin import Begin, refuses_begin
 from atom.kernels.begin_config import BLOCKS, LANE, POSITION, RECORD_WORDS, SLOT, SOURCE, TOKEN
+from atom.kernels.leading import Leading
 from atom.kernels.registry import Kernels, Problem, device_arch
 from atom.models.model import Model
 from atom.models.rope import RopeConfig, Rotation
@@ -103,6 +104,9 @@ class KernelInputs:
             max_blocks,
             depth + 1,
         )
+        self._lanes, self._slots, self._tables = (
+            Leading(whole) for whole in (self._begin.lanes, self._begin.slots, self._begin.tables)
+        )
 
     def load(self, padded: Batch) -> Tensor:
         """See DecodeInputs."""
@@ -114,12 +118,11 @@ class KernelInputs:
         records[: len(padded.sample_lanes), LANE] = padded.sample_lanes
         records[:, BLOCKS] = -(-padded.seqlens_k // self._block_size)
         self._begin(records, padded.block_tables)
-        lanes: Tensor = self._begin.lanes[: len(padded.sample_lanes)]
-        return lanes
+        return self._lanes(len(padded.sample_lanes))
 
     def arrays(self, size: int) -> DeviceArrays:
         """See DecodeInputs."""
-        return DeviceArrays(self._begin.slots[:size], self._begin.tables[:size])
+        return DeviceArrays(self._slots(size), self._tables(size))
 
     def start(self, size: int) -> tuple[Tensor, Rotations]:
         """See DecodeInputs."""

@@ -271,7 +271,7 @@ class Engine:
         self._runner.reset()
 
     def _publish(self) -> None:
-        self._stats = self._scheduler.stats()._replace(num_failures=self._num_failures)
+        self._stats = self._scheduler.stats(self._num_failures)
 
     def _emit(self, outputs: list[Output]) -> None:
         with self._changed:

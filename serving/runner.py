@@ -196,7 +196,7 @@ class Launched:
         self._prompt = None if prompt is None else _to_host(prompt.packed)
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
-            self._event = torch.cuda.Event(blocking=True)
+            self._event = torch.cuda.Event()  # waiting for it spins: a thread that slept finds its caches cold
             self._event.record()
 
     def result(self) -> StepResult:

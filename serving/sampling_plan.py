@@ -134,9 +134,11 @@ class LaneParams:
         return features
 
     def plan(self, lanes: NDArray[np.int32], masks_stop: NDArray[np.bool_], mask: Tensor | None, to: "Upload") -> Plan:
-        """What the lanes' next token needs; their output index moves on."""
+        """What the lanes' next token needs; the output index of those that draw moves on."""
         each = self._features[lanes]
         features = Feature(int(np.bitwise_or.reduce(each, initial=0)))
+        if not features and not masks_stop.any():  # all are greedy, and ask for nothing else: what runs most often
+            return Plan(features, None, mask, {}, 0, 0, 0, self._num_logprobs[lanes])
         masked, stop_width = masks_stop, 0
         if masks_stop.any():
             masked = masks_stop & (self._stop_widths[lanes] > 0)
@@ -147,7 +149,8 @@ class LaneParams:
             columns[Word.KEY] = step_keys(self._seeds[lanes], self._indices[lanes]).view(np.int64)
             columns.view(np.float64)[Word.STOP] = np.where(masked, -np.inf, 0.0)
             words = to.of_step(columns)
-        self._indices[lanes] += np.uint64(1)
+        if Feature.RANDOM in features:
+            self._indices[lanes] += np.uint64(1)
         rows = {}
         for feature in (Feature.TOP_K, Feature.SORT, Feature.LOGPROBS):
             if feature in features:
@@ -186,9 +189,9 @@ class Upload:
         """The same for one of a step's few arrays, on whose way the GPU need not stand still."""
         if self.device.type == "cpu":
             return self(array)
-        host = self._ring.take(-(-array.nbytes // 16) * 16)
-        host.numpy()[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        words = torch.empty(len(host) // 4, dtype=torch.int32, device=self.device)
+        host = self._ring.take(-(-array.nbytes // 16) * 2)
+        host.numpy().view(np.uint8)[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        words = torch.empty(2 * len(host), dtype=torch.int32, device=self.device)
         bring(host.view(torch.int32), words)
         dtype = torch.from_numpy(array[:0]).dtype
         return words.view(torch.uint8)[: array.nbytes].view(dtype).view(array.shape)

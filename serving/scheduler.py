@@ -179,7 +179,8 @@ class Scheduler:
         assert self._in_flight.popleft() is step, "steps must be updated in the order in which they were scheduled"
         return self._taking.take(step, result)
 
-    def stats(self) -> Stats:
+    def stats(self, num_failures: int = 0) -> Stats:
+        """How it stands; the scheduler does not know of failed steps."""
         return Stats(
             waiting=len(self._waiting),
             waiting_tokens=self._new_tokens,
@@ -199,6 +200,7 @@ class Scheduler:
             waiting_new=self._new_seqs,
             num_draft_tokens=self._drafting.proposed,
             num_accepted_tokens=self._drafting.accepted,
+            num_failures=num_failures,
         )
 
     def check(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .begin_config import RECORD_WORDS
 from .cache import load_kernel
+from .leading import Leading
 from .refusals_sm90 import refuses_rows
 from .registry import Problem
 
@@ -62,7 +63,9 @@ class Begin:
         size = most * (RECORD_WORDS + max_blocks)
         pinned = device.type == "cuda"
         self.host = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(steps)]
+        self.words = [(copy.numpy(), copy.data_ptr()) for copy in self.host]
         self.turn = 0
+        self.first_hidden = Leading(self.hidden)
 
     def write(self, records: Int32, tables: Int32) -> tuple[int, int]:
         """Put a step where the kernel reads it; returns the addresses of records and tables.
@@ -70,18 +73,17 @@ class Begin:
         records  [B, RECORD_WORDS], see begin_config.py; tables  [B, width]
         """
         self.turn = (self.turn + 1) % len(self.host)
-        host = self.host[self.turn]
-        words = host.numpy()
+        words, address = self.words[self.turn]
         words[: records.size] = records.reshape(-1)
         words[records.size : records.size + tables.size] = tables.reshape(-1)
-        return host.data_ptr(), host.data_ptr() + records.nbytes
+        return address, address + records.nbytes
 
     def __call__(self, records: Int32, tables: Int32) -> None:
         """Fill the first rows of the buffers, on the current stream; does not wait."""
         at, tables_at = self.write(records, tables)
         begin_kernel()(
             at, tables_at, tables.shape[1], self.last_tokens, self.embedding, self.scale, self.frequencies,
-            self.factors, self.hidden[: len(records)], self.turns, self.ids, self.tables,
+            self.factors, self.first_hidden(len(records)), self.turns, self.ids, self.tables,
         )  # fmt: skip
 
 

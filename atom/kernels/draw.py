@@ -27,7 +27,7 @@ def draw(logits: Tensor, words: Tensor, counters: Tensor, lanes: Tensor, last_to
     lanes        int64 [S]
     last_tokens  int64 [num_lanes]: at `lanes` it becomes the rows' tokens
     """
-    tokens, told = torch.empty_like(lanes), _ring.take(8 * len(lanes)).view(torch.int64)
+    tokens, told = torch.empty_like(lanes), _ring.take(len(lanes))
     if len(logits):
         draw_kernel()(logits, words, counters, lanes, last_tokens, tokens, told.data_ptr())
     return tokens, told

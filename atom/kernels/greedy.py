@@ -45,7 +45,7 @@ def build_greedy_sm90() -> Greedy:
     ring = HostRing()
 
     def run(logits: Tensor, lanes: Tensor, last_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, told = torch.empty_like(lanes), ring.take(8 * len(lanes)).view(torch.int64)
+        tokens, told = torch.empty_like(lanes), ring.take(len(lanes))
         if len(logits):
             greedy_kernel()(logits, lanes, last_tokens, tokens, told.data_ptr())
         return tokens, told

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from .begin import bring_kernel
+from .leading import Leading
 from .registry import device_arch
 
 STEPS_KEPT = 16  # steps after which the memory of one may be used again; fewer are ever under way
@@ -19,17 +20,17 @@ class HostRing:
     """Memory that is handed out in turn: what was taken stays as it is until `slots` further ones were taken."""
 
     def __init__(self, slots: int = STEPS_KEPT) -> None:
-        self._slots: list[Tensor | None] = [None] * slots
+        self._slots: list[Leading | None] = [None] * slots
         self._turn = 0
 
-    def take(self, size: int) -> Tensor:
-        """uint8 [size], page-locked, at a multiple of 16 bytes."""
+    def take(self, count: int) -> Tensor:
+        """int64 [count], page-locked, at a multiple of 16 bytes."""
         self._turn = (self._turn + 1) % len(self._slots)
         memory = self._slots[self._turn]
-        if memory is None or len(memory) < size:
-            memory = torch.empty(1 << max(12, (size - 1).bit_length()), dtype=torch.uint8, pin_memory=True)
-            self._slots[self._turn] = memory
-        return memory[:size]
+        if memory is None or len(memory.whole) < count:
+            whole = torch.empty(1 << max(9, (count - 1).bit_length()), dtype=torch.int64, pin_memory=True)
+            memory = self._slots[self._turn] = Leading(whole)
+        return memory(count)
 
 
 def bring(host: Tensor, words: Tensor) -> None:

@@ -10,6 +10,7 @@ from .attention_config import DecodeConfig
 from .attention_plan import SEGMENT_FIELDS, AttentionPlan
 from .cascade_plan import PrefixPlan
 from .host_memory import bring
+from .leading import Leading
 
 PINNED_COPIES = 4  # steps that may be under way before a host buffer is written again
 REPLAN_AFTER = 32  # steps that one plan serves while sequences only grow
@@ -23,20 +24,21 @@ class PlacedArrays:
         starts = [0, *ends[:-1].tolist()]
         self.places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
         is_cuda = torch.device(device).type == "cuda"
-        self.host = [torch.zeros(int(ends[-1]), dtype=torch.int32, pin_memory=is_cuda) for _ in range(PINNED_COPIES)]
+        whole = [torch.zeros(int(ends[-1]), dtype=torch.int32, pin_memory=is_cuda) for _ in range(PINNED_COPIES)]
+        self.host = [Leading(copy) for copy in whole]
+        self.words = [copy.numpy() for copy in whole]
         self.turn = 0
-        self.device = torch.zeros(int(ends[-1]), dtype=torch.int32, device=device)
-        self.parts = [self.device[place] for place in self.places]
+        self.device = Leading(torch.zeros(int(ends[-1]), dtype=torch.int32, device=device))
+        self.parts = [self.device.whole[place] for place in self.places]
 
     def fill(self, *arrays: np.ndarray) -> None:
         """The first arrays, or all; what they leave of their room keeps what it had."""
         self.turn = (self.turn + 1) % PINNED_COPIES
-        host = self.host[self.turn]
-        words = host.numpy()
+        words = self.words[self.turn]
         for place, array in zip(self.places, arrays, strict=False):
             words[place.start : place.start + array.size] = array.reshape(-1)
-        end = len(host) if len(arrays) == len(self.places) else self.places[len(arrays)].start
-        bring(host[:end], self.device[:end])
+        end = len(words) if len(arrays) == len(self.places) else self.places[len(arrays)].start
+        bring(self.host[self.turn](end), self.device(end))
 
 
 class Scratch:
