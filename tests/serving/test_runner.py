@@ -38,7 +38,7 @@ PROMPTS = [[DRAW.randrange(256) for _ in range(length)] for length in (1, 3, 4, 
 
 def engine_on(folder: Path, depth: int, buckets: tuple[int, ...], pieces: tuple[int, ...] = ()) -> LLM:
     model = load_model(folder)
-    limits = SchedulerConfig(model.config.vocab_size, 128, 26, 4, 8, 24, patience_steps=8)
+    limits = SchedulerConfig(model.config.vocab_size, 128, 26, 4, 8, 24, patience_steps=8, growth_blocks=0)
     pool = KVPool(model.config, model.scheme, limits.num_blocks + 1, limits.block_size)
     sampler = Sampler(limits.max_num_seqs, limits.vocab_size, "cpu", seed=3)
     runner = Runner(
