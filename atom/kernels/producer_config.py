@@ -86,7 +86,17 @@ class ProducerConfig:
     @property
     def is_exact(self) -> bool:
         """Whether codes are atom/quant's bit for bit: no sum or exponential before them leaves a last bit open."""
-        return self.source == "plain"
+        return self.source == "plain" and not self.rotation
+
+    @property
+    def turns_all(self) -> bool:
+        """Whether the rotation turns every column."""
+        return self.rotation > 0 and self.rotated == self.slots * CHUNK
+
+    @property
+    def lacks_factor(self) -> bool:
+        """Whether values lack a factor until they are rounded: the norm's, the rotation's where it is one for all."""
+        return self.is_norm or self.turns_all
 
     @property
     def reads_two(self) -> bool:
@@ -246,8 +256,8 @@ def with_layout(config: ProducerConfig, tokens: int) -> ProducerConfig:
         return lay_out(config, threads, 2, 1)
     if config.permuted:
         return lay_out(config, threads, 2, 1, 768 if config.is_norm else 1024)  # registers: indices, and gains too
-    if config.is_norm and config.rotation and not config.writes_bf16:
-        return lay_out(config, threads // 2, 4, 1, 512)
+    if config.rotation and not config.writes_bf16:
+        return lay_out(config, threads // 2, 4, 1, 512 if config.is_norm else 0)
     return lay_out(config, threads, 2, 1, 1024 if config.is_norm and not config.writes_bf16 else 0)
 
 

@@ -97,9 +97,9 @@ class ProducerEncode:
         return found
 
     @cute.jit
-    def with_norm(self, inverse, factor):
-        """The reciprocal of a scale times the norm's factor, which the values lack; times zero it must be zero."""
-        if cutlass.const_expr(self.config.is_norm):
+    def with_factor(self, inverse, factor):
+        """The reciprocal of a scale times the factor that the values lack; times zero it must be zero."""
+        if cutlass.const_expr(self.config.lacks_factor):
             inverse = cute.arch.fmin(inverse * factor, Float32(LARGEST_FLOAT))
         return inverse
 

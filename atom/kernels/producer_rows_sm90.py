@@ -226,7 +226,10 @@ class ProducerRows:
 
     @cute.jit
     def rotate(self, value, slot):
-        """Blocks of normal columns times Sylvester's Hadamard matrix; what is left of a last block stays."""
+        """Blocks of normal columns times Sylvester's Hadamard matrix; what is left of a last block stays.
+
+        Where nothing is left, its factor is left to the rounding.
+        """
         config = self.config
         block = config.rotation
         turned = [value[e] for e in range(CHUNK)]
@@ -238,9 +241,9 @@ class ProducerRows:
                 sign = Float32(-1.0)
             turned = [cute.arch.shuffle_sync_bfly(t, offset=lanes) + sign * t for t in turned]
         scale = Float32(1.0 / sqrt(block))
-        if cutlass.const_expr(config.rotated == config.slots * CHUNK):
+        if cutlass.const_expr(config.turns_all):
             for e in cutlass.range_constexpr(CHUNK):
-                value[e] = turned[e] * scale
+                value[e] = turned[e]
         else:
             if slot * CHUNK < config.rotated:
                 for e in cutlass.range_constexpr(CHUNK):

@@ -24,7 +24,7 @@ class ProducerWrite(ProducerEncode):
     def write(self, mQ, mS, run, back, raw, of_row, factor, token, slot):
         """Round a run of chunks and store it, and its scale where it is the first under it; `slot` is its first.
 
-        factor       of the norm, which the values lack
+        factor       which the values lack: of the norm, of the rotation
         raw, of_row  the scale before it is rounded and the row's maximum, as they are with it
         """
         config = self.config
@@ -36,7 +36,7 @@ class ProducerWrite(ProducerEncode):
             self.round_factored(mS, run, raw, of_row, factor, words, token, slot)
         elif cutlass.const_expr(config.rounding == "token"):
             scale = self.scale(self.raw(of_row, config.ratio), config.scale_format == "bf16")
-            inverse = self.with_norm(self.inverse(scale), factor)
+            inverse = self.with_factor(self.inverse(scale), factor)
             for c in cutlass.range_constexpr(config.run):
                 if cutlass.const_expr(config.format == "fp8_e4m3"):
                     self.encode_e4m3(run[c], inverse, words[None, c])
@@ -51,10 +51,10 @@ class ProducerWrite(ProducerEncode):
                 if slot == 0:
                     mS[0, token] = outer
             scale = self.small_scale(raw, reciprocal_of_normal(outer))
-            self.round_small(run[0], scale, self.with_norm(self.inverse(scale * outer), factor))
+            self.round_small(run[0], scale, self.with_factor(self.inverse(scale * outer), factor))
             self.encode_bf16(run[0], words[None, 0])
         else:
-            for e in cutlass.range_constexpr(CHUNK if config.is_norm else 0):
+            for e in cutlass.range_constexpr(CHUNK if config.lacks_factor else 0):
                 run[0][e] = run[0][e] * factor
             self.encode_bf16(run[0], words[None, 0])
         if cutlass.const_expr(config.reorders):
@@ -94,14 +94,14 @@ class ProducerWrite(ProducerEncode):
                 unit = config.units + ((slot - config.outlier_slot) >> 3)
                 begins = (slot & 7) == 0 and slot < config.slots
         scale = self.scale(raw, config.scale_format == "bf16")
-        inverse = self.with_norm(self.inverse(scale), factor)
+        inverse = self.with_factor(self.inverse(scale), factor)
         for c in cutlass.range_constexpr(config.run):
             self.encode(run[c], inverse, qmin, qmax, words[None, c])
         if begins:
             mS[unit, token] = scale
 
     @cute.jit
-    def round_factored(self, mS, run, raw, of_row, of_norm, words, token, slot):
+    def round_factored(self, mS, run, raw, of_row, lacking, words, token, slot):
         """Chunks under their group's factor and the token's scale, or under the scale of the outliers."""
         config = self.config
         outer = self.outer_scale(of_row)
@@ -116,7 +116,7 @@ class ProducerWrite(ProducerEncode):
                 effective = self.scale(raw, True)
                 if slot == config.outlier_slot:
                     mS[1, token] = effective
-        inverse = self.with_norm(self.inverse(effective), of_norm)
+        inverse = self.with_factor(self.inverse(effective), lacking)
         for c in cutlass.range_constexpr(config.run):
             self.encode_factored(run[c], factor, inverse, qmin, qmax, words[None, c])
 

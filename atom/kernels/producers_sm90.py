@@ -7,6 +7,7 @@ happens to a row before it is rounded stands in producer_rows_sm90.py, from valu
 producer_write_sm90.py, the rounding itself in producer_encode_sm90.py.
 """
 
+from math import sqrt
 from typing import Any
 
 import cuda.bindings.driver as cuda
@@ -242,14 +243,17 @@ class Producer(ProducerRows, ProducerWrite):
                 total = heard[0]
         if cutlass.const_expr(self.stays):
             self.fetch(mX, sV, full, stage, token + ahead, tid)
-        factor = Float32(1.0)  # of the norm, which the values lack until they are rounded
+        factor = Float32(1.0)  # of the norm and the rotation, which the values lack until they are rounded
         if cutlass.const_expr(config.is_norm):
             factor = reciprocal_root(total / Float32(config.columns) + eps)
+        if cutlass.const_expr(config.turns_all):
+            factor = factor * Float32(1.0 / sqrt(config.rotation))
+        if cutlass.const_expr(config.lacks_factor):
             of_row = of_row * factor
         for i in cutlass.range_constexpr(self.runs):
             run = values[i * config.run : (i + 1) * config.run]
             back = [rO[j] for j in range(i * config.run, (i + 1) * config.run)]
-            if cutlass.const_expr(config.is_norm):
+            if cutlass.const_expr(config.lacks_factor):
                 raw[i] = raw[i] * factor
             self.write(mQ, mS, run, back, raw[i], of_row, factor, token, self.first_slot(i, tid, rank))
 

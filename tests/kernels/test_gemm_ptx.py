@@ -219,6 +219,14 @@ def test_producer_of_turned_groups(source: str, name: str, size: int, tmp_path: 
     check_producer(source, linear, {}, tmp_path, is_exact=False)
 
 
+@pytest.mark.parametrize("source,name", [("norm", "w4a4-hadamard"), ("plain", "w4a4-hadamard"),
+                                         ("add_norm", "w4a8-hadamard"), ("silu", "w4a8-hadamard")])  # fmt: skip
+def test_producer_of_rows_that_turn_whole(source: str, name: str, tmp_path: Path) -> None:
+    """The rotation's factor then waits for the rounding, with the norm's."""
+    linear = get_scheme(name).for_linear("x")
+    check_producer(source, linear, {}, tmp_path, K=512)
+
+
 @pytest.mark.parametrize("size,count,layout", [(32, 0, "one"), (64, 0, "parts"), (32, 16, "stay in runs of 4"),
                                                (64, 208, "one"), (64, 144, "stay in runs of 4")])  # fmt: skip
 def test_producer_of_groups_under_factors(size: int, count: int, layout: str, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_machine_code(config: ProducerConfig, tmp_path: Path, monkeypatch: pytes
     assert has["STAS"] == config.clustered, "what is told to a cluster"
     assert has["REDUX"] == config.needs_row_max, "a warp's largest value in one instruction"
     assert has["F2FP.SATFINITE.E4M3"] == (config.format == "fp8_e4m3" or config.scale_format == "e4m3")
-    if config.source == "plain" and config.rounding != "none":
+    if config.is_exact and config.rounding != "none":
         apart = len(re.findall(r"\bFMUL\b", sass))
         assert apart >= 8 * config.chunks, "products were not rounded before they were added to"
 
