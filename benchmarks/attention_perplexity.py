@@ -152,10 +152,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.record:
         parts = [json.loads(Path(file).read_text()) for file in args.record]
-        together = [row for part in parts for row in part["rows"]]
-        print(
-            write_record("attention-perplexity", together, "h200", where=parts[0]["where"], commit=parts[0]["commit"])
-        )
+        where, commit = parts[0]["where"], parts[0]["commit"]
+        together: list[Row] = []
+        for part in parts:
+            differs = {} if part["commit"] == commit else {"commit": part["commit"]}
+            together += [{**differs, **row} for row in part["rows"]]
+        print(write_record("attention-perplexity", together, where["machine"]["name"], where=where, commit=commit))
         return
     if not args.model:
         parser.error("which model?")
