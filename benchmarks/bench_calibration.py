@@ -62,6 +62,9 @@ class Options:
     device: str = "auto"
     """cpu or cuda."""
 
+    weights: Path | None = None
+    """Where the random model lies; built there if it does not exist. Default: built anew, and removed again."""
+
     machine: str = "cpu"
     """What the record calls the machine: h200 or cpu."""
 
@@ -81,9 +84,10 @@ def main(options: Options) -> None:
     )
     torch.set_float32_matmul_precision(config.matmul_precision)
     with tempfile.TemporaryDirectory() as folder:
-        source = open_directory(
-            build(Path(folder) / "model", options.shape), {"source": options.shape, "kind": "random weights"}
-        )
+        weights = options.weights or Path(folder) / "model"
+        if not weights.exists():
+            build(weights, options.shape)
+        source = open_directory(weights, {"source": options.shape, "kind": "random weights"})
         vocabulary = SHAPES[options.shape]["vocab_size"]
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(vocabulary, (options.windows, options.window_length), generator=generator)
