@@ -35,7 +35,7 @@ from atom.quant.switches import Switches
 from .timing import keep, save, time_calls
 
 LAYER = SHAPES["llama-3-8b"]
-TOKENS = (1, 16, 64, 128, 256, 1024, 8192)
+TOKENS = (1, 16, 64, 128, 192, 256, 1024, 8192)
 # what competes for few tokens, by shape: fields of GemmConfig
 MEETING = {"clustered": False}
 FEW: dict[str, tuple[dict[str, Any], ...]] = {
@@ -90,6 +90,11 @@ def candidates(linear: LinearScheme, shape: str, M: int) -> Iterator[GemmConfig]
                     yield make(tile, pairs=True, **choice)
         return
     if M <= 256:
+        if 128 < M <= 192:
+            yield make(96, 2)
+            yield make(96, 2, split=2)
+            if sums_once and not is_bf16:
+                yield make(192, 2)
         tiles = -(-LAYER[shape][0] // 128) * -(-M // 128)
         for split in {max(1, min(4, 132 // tiles)), max(1, min(8, 132 // tiles))}:
             yield make(128, 2, split=split)
