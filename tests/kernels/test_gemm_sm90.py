@@ -54,7 +54,7 @@ def schemes() -> dict[str, LinearScheme]:
 
 # a tail row tile, a tail unit, one unit more; an odd N; SmolLM2's 576 with outliers is 3.5 groups
 SHAPES = ((576, 576), (999, 512), (2048, 2048))
-TOKENS = (0, 1, 3, 16, 63, 64, 65, 129, 300, 1000, 2100)
+TOKENS = (0, 1, 3, 16, 63, 64, 65, 129, 250, 300, 1000, 2100, 8192)
 ADDED_TOKENS = (3, 64, 129, 1000)
 
 
@@ -325,7 +325,7 @@ def test_random_operands_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int]
     N, K = shape
     weight = random_weight(scheme, N, K, "cuda")
     gemm = Gemm(pack_weight(scheme, weight), token_scales(scheme))
-    for M in (1, 16, 37, 64, 129, 2100):
+    for M in (1, 16, 37, 64, 129, 250, 300, 2100, 16384):
         x = random_activation(scheme, M, K, "cuda")
         assert fault(gemm, x.codes, x.scales, product(x, weight, scheme), tolerance(scheme), 20) is None, f"M={M}"
 
