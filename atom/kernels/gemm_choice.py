@@ -41,6 +41,7 @@ def choose_config(
         elif kind.operand == "bf16" or kind.promoted:
             warpgroups, split = 4, 5 if units >= 64 else 4
             pairs = not kind.promoted or token_scales == "group"  # else a register too many
+            clustered = weight != "e2m1_g16" or split == 4 or tile_m == 16  # else one too many as well
         else:  # o
             warpgroups, split = 2, _split(-(-features // 128), sms)
         pairs = pairs and tokens <= 16 and kind.bits == 4 and kind.operand == "int8"

@@ -203,6 +203,10 @@ def name_of(config: GemmConfig) -> str:
 @pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
 @pytest.mark.parametrize("config", chosen(), ids=name_of)
 def test_machine_code(config: GemmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_machine_code(config, tmp_path, monkeypatch)
+
+
+def check_machine_code(config: GemmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles for sm_90a without a GPU; uses its wgmma and bulk copies, spills nothing, serializes no wgmma."""
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.gemm_sm90 import compile_gemm
