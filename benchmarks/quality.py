@@ -149,7 +149,7 @@ class Runner:
         if configuration.distilled and self.rounded is not None:
             rounded = self.rounded[1]
             if all(rounded != checkpoint for _, checkpoint in self.kept):
-                shutil.rmtree(rounded.parent, ignore_errors=True)
+                shutil.rmtree(rounded if rounded.parent == folder else rounded.parent, ignore_errors=True)
 
     def run_kernels(self) -> None:
         """The presets' last checkpoints in bfloat16, on the reference path and through kernels, where they run here."""

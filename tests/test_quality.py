@@ -8,8 +8,8 @@ from pathlib import Path
 from atom.records import CHECKOUT, check_rows
 
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
-from quality import fill_in_full_precision, measure
-from quality_plan import Measure
+from quality import Runner, fill_in_full_precision, measure
+from quality_plan import Measure, configurations
 
 Tiny = Callable[[str], Path]
 
@@ -44,3 +44,33 @@ def test_rows_of_a_tiny_model(tiny: Tiny, text_file: Path, tmp_path: Path) -> No
         if name == "quality-presets":
             fill_in_full_precision(rows)
         check_rows(name, rows)
+
+
+def test_a_distilled_checkpoint_lies_there_until_it_was_used(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    """It is made beside the rounded one where that was not measured before it."""
+    options = Measure(
+        str(tiny("llama")),
+        "tiny",
+        tmp_path / "part.json",
+        calib=str(text_file),
+        text=(str(text_file),),
+        what=("ladder", "presets"),
+        steps=("distill",),
+        schemes=("w4a4",),
+        distilled=(),
+        windows=4,
+        window_length=32,
+        eval_window=32,
+        limit=2,
+        distill_steps=2,
+        distill_tokens=128,
+        scratch=tmp_path / "scratch",
+    )
+    runner = Runner(options)
+    distil = configurations(options)[0]
+    runner.run(distil)
+    (_, checkpoint), *more = runner.kept
+    assert not more and isinstance(checkpoint, Path) and (checkpoint / "config.json").is_file()
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint"]
+    runner.forget()
+    assert not list((tmp_path / "scratch").iterdir())
