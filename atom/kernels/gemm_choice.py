@@ -55,7 +55,7 @@ def choose_config(
         gate_up = features >= 16384 and kind.operand == "int8" and not kind.promoted
         tile_m = 256 if gate_up and tokens > 128 else 128
         if 128 < tokens <= 192:  # the same tiles, three quarters of them
-            tile_m = tile_m * 3 // 4
+            tile_m = 192 if weight == "int4_uint4" and units >= 64 else tile_m * 3 // 4
         warpgroups = 4 if gate_up and tokens <= 128 else 2
         split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), sms)
         clustered = split <= 2

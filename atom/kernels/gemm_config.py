@@ -126,16 +126,8 @@ class GemmConfig:
         return self.ring_bytes + self.stagings_bytes + self.warpgroups * self.scale_bytes + self.merge_bytes
 
     @property
-    def merges_in_ring(self) -> bool:
-        """Warpgroups that share rows leave a thread's sums where its codes were, in the first stage of the ring.
-
-        So there is room for one stage more. A CTA then has one tile only: nothing is loaded for a next one.
-        """
-        return self.ways > 1 and self.split == 1 and self.tile_m == 16 and not self.kind.is_verbatim
-
-    @property
     def merge_bytes(self) -> int:
-        return 0 if self.merges_in_ring else (self.ways - 1) * 4 * UNIT_ROWS * self.tile_m
+        return (self.ways - 1) * 4 * UNIT_ROWS * self.tile_m
 
     def with_most_stages(self) -> "GemmConfig":
         """As many stages as fit, at most 16."""

@@ -9,7 +9,7 @@ from typing import Any
 import cutlass
 from cutlass import BFloat16, Float32, Uint8, Uint32, cute
 
-from .dsl.arithmetic import multiply_add_bf16x2, multiply_bf16x2, multiply_high_add, select_bytes
+from .dsl.arithmetic import multiply_add_bf16x2, multiply_bf16x2, select_bytes
 from .dsl.memory import load_u32x2, load_u32x4
 from .gemm_kinds import KINDS
 
@@ -68,11 +68,11 @@ class Int4Uint4:
         factor = cute.recast_tensor(scale, Uint32)
         centre0 = Uint32(0x80808080) - factor[0] * Uint32(0x08080808)
         centre1 = Uint32(0x80808080) - factor[1] * Uint32(0x08080808)
-        lifted = factor[1] << 28  # a product's upper half is that of the high nibbles moved down
         for j in cutlass.range_constexpr(8):
-            low, high = raw[j] & Uint32(0x0F0F0F0F), raw[j] & Uint32(0xF0F0F0F0)
+            low = raw[j] & Uint32(0x0F0F0F0F)
+            high = (raw[j] >> 4) & Uint32(0x0F0F0F0F)
             words[2 * j] = (low * factor[0] + centre0) ^ Uint32(0x80808080)
-            words[2 * j + 1] = multiply_high_add(high, lifted, centre1) ^ Uint32(0x80808080)
+            words[2 * j + 1] = (high * factor[1] + centre1) ^ Uint32(0x80808080)
 
 
 class Int4Uint4By32:

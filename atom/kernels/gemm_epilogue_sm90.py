@@ -24,7 +24,6 @@ class GemmEpilogue:
     consumers: int
     sharers: int
     tile_m: int
-    unit_words: int
     cluster_sync: Any
 
     @cute.jit
@@ -144,15 +143,12 @@ class GemmEpilogue:
             row[e] = BFloat16(Float32(row[e]) + Float32(other[e]))
 
     @cute.jit
-    def merge(self, pool, sW, sums, thread, group):
+    def merge(self, pool, sums, thread, group):
         """Add the sums of the warpgroups that share rows, in their order, into those of the first."""
         config = self.config
         place = pool + (config.ring_bytes + config.stagings_bytes + config.warpgroups * config.scale_bytes)
         size = cute.size(sums)
         layout = cute.make_layout((128, size, config.ways - 1))
-        if cutlass.const_expr(config.merges_in_ring):  # two times 16 bytes, which no other thread has read
-            place = sW.iterator + self.unit_words
-            layout = cute.make_layout((128, (4, size // 4), config.ways - 1), stride=(4, (1, 4 * 128), self.unit_words))
         others = cute.make_tensor(cute.recast_ptr(place, dtype=sums.element_type), layout)
         if group > 0:
             for i in cutlass.range_constexpr(size):

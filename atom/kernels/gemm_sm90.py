@@ -86,7 +86,7 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
         row_groups = cute.ceil_div(mY.shape[1], self.rows * config.multicast)
         token_tiles = cute.ceil_div(mY.shape[0], self.tile_m)
         clusters = row_groups * token_tiles
-        if cutlass.const_expr(config.split == 1 and not config.merges_in_ring):
+        if cutlass.const_expr(config.split == 1):
             clusters = cutlass.min(clusters, max_ctas // config.multicast)
         self.kernel(x_atom, x_tensor, x_layout, mW, mS, mC, mB, mY, mR, mE, int4_units, row_groups, token_tiles).launch(
             grid=(clusters * config.multicast * config.split, 1, 1),
@@ -183,8 +183,6 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
             if cutlass.const_expr(config.registers):
                 cute.arch.setmaxregister_increase(config.registers)
             thread = tid % 128
-            if cutlass.const_expr(self.tile_m == 64):
-                thread = self.kept(tid, cute.arch.lane_idx()) & 127
             group = cute.arch.make_warp_uniform(tid // 128)
             acc_shape = self.tiled_mma().partition_shape_C((64, self.tile_m))
             acc = cute.make_rmem_tensor(acc_shape, self.sum_type)
@@ -217,8 +215,6 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
                     self.fetch_token_scales(mS, token_values, thread, token0, mY.shape[0])
                 (out if cutlass.const_expr(self.kind.promoted) else acc).fill(0)
                 own_units, own_int4 = self.units_of(group, begin, end, int4_units)
-                if cutlass.const_expr(self.tile_m == 64):
-                    own_int4 = self.kept(own_int4, 0)
                 if cutlass.const_expr(self.kind.is_verbatim):
                     consume = self.consume_alternating if config.pairs else self.consume_verbatim
                     stage, phase = consume(sXm, sA, acc, out, full, empty, thread, group, own_units, stage, phase)
@@ -232,7 +228,7 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
                         cute.arch.mbarrier_wait(full + stage, phase)
                         self.release(empty, stage)
                         stage, phase = self.advance(stage, phase)
-                    self.merge(pool, sW, sums, thread, group)
+                    self.merge(pool, sums, thread, group)
                 if cutlass.const_expr(not config.scaled_early):
                     self.share_scales(sT, mS, mC, mB, mY, row_values, token_values, thread, group, row0, token0)
                 place = (row0, token0, split_rank, item, met)
@@ -254,11 +250,6 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
             low = token0 + rank * share
             high = cutlass.min(low + share, high)
         self.store(staging, sums, sT, row_values, mY, mR, thread, group, row0, token0, low, high)
-
-    @cute.jit
-    def kept(self, value, lane):
-        """The value of a lane, in a register: what ptxas can form again, it may form in every round of a loop."""
-        return cute.arch.shuffle_sync(value, lane)
 
     @cute.jit
     def units_of(self, group, begin, end, int4_units):

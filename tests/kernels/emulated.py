@@ -54,11 +54,6 @@ def multiply_add(a: Words, b: Words, c: Words | None = None) -> Words:
     return as_words(*pairs)
 
 
-def multiply_high_add(a: Words, b: Words, c: Words) -> Words:
-    wide, factor = np.asarray(a, np.uint64), np.asarray(b, np.uint64)
-    return (wide * factor >> np.uint64(32)).astype(np.uint32) + np.asarray(c, np.uint32)
-
-
 def select_bytes(word: Words, selector: int) -> Words:
     picked = np.zeros_like(word)
     for place in range(4):
@@ -70,14 +65,8 @@ def select_bytes(word: Words, selector: int) -> Words:
 
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """decoder(kind) of gemm_decode_sm90.py, whose `decode` runs on numpy words."""
-    instructions = (multiply_high_add, select_bytes)
-    found: Callable[[str], Any] = uncompiled(
-        "gemm_decode_sm90",
-        monkeypatch,
-        multiply_bf16x2=multiply_add,
-        multiply_add_bf16x2=multiply_add,
-        **{function.__name__: function for function in instructions},
-    ).decoder
+    instructions = {"multiply_bf16x2": multiply_add, "multiply_add_bf16x2": multiply_add, "select_bytes": select_bytes}
+    found: Callable[[str], Any] = uncompiled("gemm_decode_sm90", monkeypatch, **instructions).decoder
     return found
 
 

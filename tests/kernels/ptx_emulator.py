@@ -475,9 +475,7 @@ def _wide(warp: Warp, op: str, args: list[Any]) -> None:
 def _high(warp: Warp, op: str, args: list[Any]) -> None:
     narrow, wide = WIDER[op.split(".")[-1]]
     product = warp.read(args[1], narrow).astype(wide) * warp.read(args[2], narrow).astype(wide)
-    upper = (product >> wide(8 * np.dtype(narrow).itemsize)).astype(narrow)
-    with np.errstate(all="ignore"):
-        warp.write(args[0], upper + warp.read(args[3], narrow) if op.startswith("mad") else upper)
+    warp.write(args[0], (product >> wide(8 * np.dtype(narrow).itemsize)).astype(narrow))
 
 
 def _mad(warp: Warp, op: str, args: list[Any]) -> None:
@@ -786,7 +784,7 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
     (r"(ld|st)\..*", _memory_op), (r"atom\..*", _atomic),
-    (r"mul\.wide.*|mad\.wide.*", _wide), (r"(mul|mad)\.hi\..*", _high), (r"mad\.lo.*", _mad), (r"fma\..*", _fma),
+    (r"mul\.wide.*|mad\.wide.*", _wide), (r"mul\.hi\..*", _high), (r"mad\.lo.*", _mad), (r"fma\..*", _fma),
     (r"(add|sub|mul)\.rn\.bf16x2|(min|max)\.bf16x2", _bf16x2), (r"add\.(rn\.)?bf16", _add_bf16),
     (r"(min|max)\.s16x2", _s16x2),
     (r"add\.(?!bf16).*", _binary(lambda a, b: a + b)), (r"sub\.(?!bf16).*", _binary(lambda a, b: a - b)),

@@ -80,7 +80,7 @@ SHARED = {
     "split without clusters": GemmConfig("", "", 16, 2, split=3, clustered=False),
     "multicast": GemmConfig("", "", 32, 2, multicast=2),
     "warpgroups share rows": GemmConfig("", "", 16, 2, ways=2),
-    "four of them": GemmConfig("", "", 16, 4, ways=4),
+    "four of them, several tiles a CTA": GemmConfig("", "", 16, 4, ways=4),
     "shared rows of many tokens": GemmConfig("", "", 128, 2, ways=2, split=2, clustered=False),
     "shared rows and a split": GemmConfig("", "", 16, 2, ways=2, split=2, clustered=False, pairs=True),
     "residual": GemmConfig("", "", 16, 2, residual=True),
@@ -104,7 +104,7 @@ SHARED = {
         ("nvfp4", "multicast"),
         ("w4a4", "warpgroups share rows"),
         ("w8a8", "warpgroups share rows"),
-        ("w4a4", "four of them"),
+        ("w4a4", "four of them, several tiles a CTA"),
         ("w4a4", "shared rows of many tokens"),
         ("w4a8", "shared rows and a split"),
         ("w4a4", "residual"),
@@ -136,7 +136,7 @@ def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: Ge
     )
     row_tiles = -(-N // (64 * config.warpgroups // config.ways * config.multicast))
     token_tiles = -(-M // config.tile_m)
-    if config.split > 1 or config.merges_in_ring:
+    if config.split > 1:
         grid = row_tiles * token_tiles * config.split  # one tile each
     offset = torch.randn(N).bfloat16()
     residual = 30 * torch.randn(M, N).bfloat16()

@@ -133,14 +133,6 @@ def multiply_add_bf16x2(a: Any, b: Any, c: Any):
 
 
 @cute.jit
-def multiply_high_add(a: Any, b: Any, c: Any):
-    """The upper 32 bits of the unsigned product a * b, plus c."""
-    return cute.arch.inline_ptx(
-        "mad.hi.u32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Uint32], read_only_args=[a, b, c]
-    )
-
-
-@cute.jit
 def select_bytes(word: Any, selector: Any):
     """prmt: each nibble of `selector`, the lowest first, names a byte of `word`, or 4 for a zero byte."""
     return cute.arch.inline_ptx(
