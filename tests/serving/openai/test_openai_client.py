@@ -85,7 +85,8 @@ def served(request: pytest.FixtureRequest, tiny: Callable[[str], Path], tmp_path
     server = ServerConfig(served_model_name=("m",), chat_template=template, generation_config="none")
     service = make_service(str(path), start_up(str(path), engine), engine, server)
     with serve_app(build_app(service)) as url:
-        knows = request.param[0] is not None and "quantization_config" not in (path / "config.json").read_text()
+        is_whole = request.param[0] is not None and "quantization_config" not in (path / "config.json").read_text()
+        knows = is_whole and device == "cpu"  # float32: SmolLM2's "The" leads "L" by less than a step of bfloat16
         made = Served(url, Path(path), service.frontend, knows, device)
         yield made
         made.client.close()
