@@ -9,9 +9,9 @@ A table stands between two comments and is rewritten by `python -m atom.record_t
     <!-- /record -->
 
 The first form lists rows; `key=Title` renames a column, and a key whose `key:stderr` is in the row shows both.
-The second crosses two keys; `rows=scheme+kv` names its lines by two. Markers start at the first column: indented
-ones, as here, are examples. `where` keeps rows (key=value,key=value; a value that ends in ":" is a beginning), `digits`
-rounds, `machine` defaults to cpu.
+The second crosses two keys, numbers across in order; `rows=scheme+kv` names its lines by two. Markers start at the
+first column: indented ones, as here, are examples. `where` keeps rows (key=value,key=value; a value that ends in ":"
+is a beginning), `digits` rounds, `machine` defaults to cpu.
 """
 
 import re
@@ -108,6 +108,8 @@ def _cross(spec: TableSpec, rows: Sequence[Row]) -> list[list[str]]:
         raise ValueError(f"record:{spec.name}: a cross table has one key in columns=, got {len(spec.columns)}")
     across = spec.columns[0][0]
     heads, tops = ([*dict.fromkeys(_name(row, key) for row in rows)] for key in (spec.rows, across))
+    if all(isinstance(row.get(across), int) for row in rows):
+        tops.sort(key=int)
     cells: dict[tuple[str, str], str] = {}
     for row in rows:
         place = _name(row, spec.rows), _name(row, across)

@@ -43,6 +43,12 @@ def test_cross(results: Path) -> None:
     assert lines[:4] == expected
 
 
+def test_columns_that_are_numbers_stand_in_order(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "windows": windows} for windows in (24, 8, 192)]
+    write_record("quality-ladder", rows, command="x", commit="abc", results=tmp_path)
+    assert draw("rows=model columns=windows value=ppl", tmp_path)[0] == "| model | 8 | 24 | 192 |"
+
+
 def test_lines_named_by_two_keys(results: Path) -> None:
     lines = draw("rows=model+text columns=step value=ppl digits=1", results)
     assert lines[0] == "| model+text | fp | rtn |" and lines[2] == "| small wikitext2 | 9.5 | 1234.5 |"
