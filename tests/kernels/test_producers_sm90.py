@@ -77,8 +77,8 @@ def compiled_configs() -> list[ProducerConfig]:
             found |= dict.fromkeys(run.config(torch.bfloat16, K, strided, tokens) for tokens in (1, 8192))
     odd = producer("norm", "w4a4-g32-rotated", 4096), producer("norm", "w4a4", 576), producer("silu", "w4a8", 576)
     for run, K in zip(odd, (4096, 576, 576), strict=True):
-        found |= dict.fromkeys(run.configs(torch.bfloat16, K))
-    found |= dict.fromkeys(producer("plain", "w4a8", 4096).configs(torch.float16, 4096))
+        found |= dict.fromkeys(sorted(run.configs(torch.bfloat16, K), key=name_of))
+    found |= dict.fromkeys(sorted(producer("plain", "w4a8", 4096).configs(torch.float16, 4096), key=name_of))
     return list(found)
 
 
