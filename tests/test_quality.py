@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from atom.records import CHECKOUT, check_rows
 
@@ -14,15 +15,14 @@ from quality_plan import Measure, configurations
 Tiny = Callable[[str], Path]
 
 
-def test_rows_of_a_tiny_model(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
-    options = Measure(
+def tiny_measure(tiny: Tiny, text_file: Path, tmp_path: Path, **more: Any) -> Measure:
+    return Measure(
         str(tiny("llama")),
         "tiny",
         tmp_path / "part.json",
         calib=str(text_file),
         text=(str(text_file),),
         what=("ladder", "presets"),
-        steps=("fp", "kv4", "distill"),
         schemes=("w4a4",),
         windows=4,
         window_length=32,
@@ -31,7 +31,12 @@ def test_rows_of_a_tiny_model(tiny: Tiny, text_file: Path, tmp_path: Path) -> No
         distill_steps=2,
         distill_tokens=128,
         scratch=tmp_path / "scratch",
+        **more,
     )
+
+
+def test_rows_of_a_tiny_model(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    options = tiny_measure(tiny, text_file, tmp_path, steps=("fp", "kv4", "distill"))
     measure(options)
     part = json.loads(options.output.read_text())
     assert [row["step"] for row in part["quality-ladder"]] == ["fp", "kv4", "distill"]
@@ -48,24 +53,7 @@ def test_rows_of_a_tiny_model(tiny: Tiny, text_file: Path, tmp_path: Path) -> No
 
 def test_a_distilled_checkpoint_lies_there_until_it_was_used(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
     """It is made beside the rounded one where that was not measured before it."""
-    options = Measure(
-        str(tiny("llama")),
-        "tiny",
-        tmp_path / "part.json",
-        calib=str(text_file),
-        text=(str(text_file),),
-        what=("ladder", "presets"),
-        steps=("distill",),
-        schemes=("w4a4",),
-        distilled=(),
-        windows=4,
-        window_length=32,
-        eval_window=32,
-        limit=2,
-        distill_steps=2,
-        distill_tokens=128,
-        scratch=tmp_path / "scratch",
-    )
+    options = tiny_measure(tiny, text_file, tmp_path, steps=("distill",), distilled=())
     runner = Runner(options)
     distil = configurations(options)[0]
     runner.run(distil)
