@@ -1,5 +1,6 @@
 """The attention kernels on a GPU: against float64, against themselves, in a poisoned pool, in a graph."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +27,10 @@ from .test_paged_attention import Case, expected, make_case
 from .test_rope_append_sm90 import inputs, offset_for
 
 pytestmark = pytest.mark.gpu
+captures = pytest.mark.skipif(
+    os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") is not None,
+    reason="without torch's caching allocator every tensor is a cudaMalloc, which a graph cannot capture",
+)
 SPECS: dict[str, TensorSpec | None] = {"int4": KV4, "int8": KV8, "fp8": KVFP8, "bf16": None}
 
 
@@ -104,28 +109,45 @@ def test_shared_blocks() -> None:
     check(case, AttentionSpec(0.09))
 
 
+def prefixed(kv: str, heads: int, kv_heads: int, dim: int, block_size: int) -> Case:
+    """Decodes: two groups that share prefixes, and what shares nothing."""
+    lengths = [700, 720, 690, 665, 40, 1200, 1049, 5, 1100, 1060, *range(710, 730)]
+    case = make_case(SPECS[kv], tuple(lengths), (1,) * 30, heads, kv_heads, dim, block_size, dtype=torch.bfloat16)
+    share(case, {0: ((1, 2, 3, *range(10, 30)), 640 // block_size), 5: ((6, 8, 9), 1024 // block_size)}, block_size)
+    return case
+
+
 @pytest.mark.parametrize("kv", SPECS)
 @pytest.mark.parametrize("heads,kv_heads,dim", [(8, 2, 128), (4, 4, 64), (16, 1, 128), (14, 2, 80), (4, 1, 256)])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_prefixes_are_read_together(kv: str, heads: int, kv_heads: int, dim: int, block_size: int) -> None:
-    """As right as each sequence alone, the same on every run, in a graph too; two groups and what shares nothing."""
-    lengths = [700, 720, 690, 665, 40, 1200, 1049, 5, 1100, 1060, *range(710, 730)]
-    case = make_case(SPECS[kv], tuple(lengths), (1,) * 30, heads, kv_heads, dim, block_size, dtype=torch.bfloat16)
-    share(case, {0: ((1, 2, 3, *range(10, 30)), 640 // block_size), 5: ((6, 8, 9), 1024 // block_size)}, block_size)
-    spec, moved, queries = AttentionSpec(dim**-0.5), to_gpu(case), heads // kv_heads
+    """As right as each sequence alone, and the same on every run."""
+    case = prefixed(kv, heads, kv_heads, dim, block_size)
+    spec, moved = AttentionSpec(dim**-0.5), to_gpu(case)
     attend = PagedAttentionSm90(case.layout)
-    assert attend.prepare(moved.step, [None], queries, "always")
+    assert attend.prepare(moved.step, [None], heads // kv_heads, "always")
     found = attend(moved.q, moved.layer, moved.step, spec)
     for _ in range(200):
         assert torch.equal(attend(moved.q, moved.layer, moved.step, spec), found)
+    exact = expected(case, spec)
+    within(found, exact, torch_error(exact, case, spec))
+
+
+@captures
+@pytest.mark.parametrize("kv", SPECS)
+@pytest.mark.parametrize("heads,kv_heads,dim", [(8, 2, 128), (4, 1, 256)])
+def test_a_graph_reads_prefixes_together(kv: str, heads: int, kv_heads: int, dim: int) -> None:
+    case = prefixed(kv, heads, kv_heads, dim, 16)
+    spec, moved = AttentionSpec(dim**-0.5), to_gpu(case)
+    attend = PagedAttentionSm90(case.layout)
+    assert attend.prepare(moved.step, [None], heads // kv_heads, "always")
+    found = attend(moved.q, moved.layer, moved.step, spec)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         again = attend(moved.q, moved.layer, moved.step, spec)
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(again, found)
-    exact = expected(case, spec)
-    within(found, exact, torch_error(exact, case, spec))
 
 
 def test_two_hundred_runs_are_bit_identical_and_alone_as_in_a_batch() -> None:
@@ -182,6 +204,7 @@ def test_lengths_from_1_to_128k_in_one_batch(kv: str) -> None:
         within(found[row : row + 1], exact[row : row + 1], float((in_torch[row] - exact[row]).abs().max()))
 
 
+@captures
 @pytest.mark.parametrize("kv", ["int4", "bf16"])
 def test_a_graph_replays_other_steps(kv: str) -> None:
     """Buffers keep their places: what was captured over one step computes the next after `prepare`."""
@@ -213,6 +236,7 @@ def test_a_graph_replays_other_steps(kv: str) -> None:
         assert torch.equal(out, PagedAttentionSm90(case.layout)(case.q, case.layer, case.step, spec))
 
 
+@captures
 @pytest.mark.parametrize("kv", SPECS)
 def test_rows_see_what_their_own_step_appends(kv: str) -> None:
     """Chunks as rows of one token each, in a graph of append and attention by turns: none reads a tile too soon."""
