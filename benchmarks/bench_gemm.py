@@ -9,7 +9,6 @@ A config that does not match float64 in this run, or not bit for bit over 200 re
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from atom.kernels.bench import SHAPES, records
-from atom.kernels.bench_linear import baselines, copies_of, fault, tolerance
+from atom.kernels.bench_linear import baseline_us, copies_of, fault, tolerance
 from atom.kernels.bench_operands import product, random_activation, random_weight
 from atom.kernels.bounds import GPUS, linear_bound_us
 from atom.kernels.cache import compile_together
@@ -171,11 +170,8 @@ def measure(names: list[str], tokens: list[int], cells: Cells) -> list[dict[str,
     for shape, (N, K) in LAYER.items():
         base: dict[int, dict[str, float]] = {}
         for M in tokens:
-            try:
-                base[M] = time_calls(baselines(M, N, K))
-            except RuntimeError as error:
-                print(f"baseline {shape} M={M}: {error}", file=sys.stderr)
-                base[M] = {}
+            base[M] = baseline_us(M, N, K)
+            print(f"torch       {shape:8} M={M:<5}", {name: round(us, 2) for name, us in base[M].items()}, flush=True)
         for name in names:
             linear = schemes()[name]
             weights = copies_of(pack_weight(linear, random_weight(linear, N, K, "cuda")))
@@ -183,7 +179,7 @@ def measure(names: list[str], tokens: list[int], cells: Cells) -> list[dict[str,
                 row = best(name, linear, shape, M, weights, verdicts, cells)
                 if row is None:
                     continue
-                row |= {"bf16_us": base[M].get("bf16"), "fp8_us": base[M].get("fp8"), "peer_us": None}
+                row |= {"bf16_us": base[M].get("bf16"), "fp8_us": base[M].get("fp8"), "peer_us": base[M].get("peer")}
                 rows.append(row)
                 print("{scheme:11} {shape:8} M={M:<5}{us:9.2f} us  floor {sol_us:8.2f}  bf16 {bf16_us}  fp8 {fp8_us}  "
                       "{note}".format(**row), flush=True)  # fmt: skip

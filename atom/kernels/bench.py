@@ -85,7 +85,7 @@ def _linear_row(config: KernelsConfig, op: str, name: str, linear: LinearScheme,
         if found := linear_fault(linear, min(M, 300), N, min(K, 4096)):
             raise WrongResultError(f"linear {name} M={M} N={N}: {found}; run pytest -m gpu tests/kernels")
         us = linear_us(linear, M, N, K)
-        row |= {"us": us["ours"], "bf16_us": us.get("bf16"), "fp8_us": us.get("fp8")}
+        row |= {"us": us["ours"], "bf16_us": us.get("bf16"), "fp8_us": us.get("fp8"), "peer_us": us.get("peer")}
         moved = sol_bytes(linear, M, N, K)
         row |= {"tflops": 2e-6 * M * N * K / us["ours"], "gbps": moved / us["ours"] / 1e3}
         if us.get("bf16"):

@@ -23,7 +23,7 @@ def copies_of(weight: PackedWeight) -> list[PackedWeight]:
 
 
 def linear_us(linear: LinearScheme, M: int, N: int, K: int) -> dict[str, float]:
-    """Median microseconds: "ours", "bf16" and "fp8" (per-row scales, without quantization; where torch has it)."""
+    """Median microseconds: "ours", and those of baseline_us."""
     weights = copies_of(pack_weight(linear, random_weight(linear, N, K, "cuda")))
     gemms = [Gemm(weight, token_scales(linear)) for weight in weights]
     x = random_activation(linear, M, K, "cuda")
@@ -31,17 +31,36 @@ def linear_us(linear: LinearScheme, M: int, N: int, K: int) -> dict[str, float]:
     contest: dict[str, list[Callable[[], Any]]] = {
         "ours": [partial(gemms[i % len(gemms)], x.codes, x.scales) for i in range(count)]
     }
-    found = time_calls(contest)
-    for name, calls in baselines(M, N, K).items():
-        try:
-            found |= time_calls({name: calls})
-        except RuntimeError:  # this torch or GPU has no such product
-            continue
-    return found
+    return time_calls(contest) | baseline_us(M, N, K)
+
+
+def baseline_us(M: int, N: int, K: int) -> dict[str, float]:
+    """Median microseconds of torch's products (see baselines), where this torch and GPU have them.
+
+    And "peer", the least of those of 8 bits.
+    """
+    found = time_calls({name: calls for name, calls in baselines(M, N, K).items() if _runs(calls[0])})
+    eight = [us for name, us in found.items() if name != "bf16"]
+    return found | ({"peer": min(eight)} if eight else {})
+
+
+def _runs(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except RuntimeError:
+        return False
+    return True
 
 
 def baselines(M: int, N: int, K: int) -> dict[str, list[Callable[[], Any]]]:
-    """bf16 cuBLAS and FP8 `_scaled_mm` (per-row scales, no quantization) over cold weights."""
+    """Calls of torch's products over cold weights; none quantizes, none but "bf16" takes more than 8 bits.
+
+    bf16         cuBLAS
+    fp8          `_scaled_mm` with a scale for each token and channel, exact accumulation
+    fp8_fast     the same with fast accumulation
+    fp8_tensor   `_scaled_mm` with one scale an operand, fast accumulation
+    int8         `_int_mm`: INT32 sums without scales, more than 16 tokens
+    """
     x = torch.randn(M, K, device="cuda").bfloat16()
     copies = max(2, -(-COLD_BYTES // (2 * N * K)))
     weights = [torch.randn(N, K, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
@@ -50,14 +69,23 @@ def baselines(M: int, N: int, K: int) -> dict[str, list[Callable[[], Any]]]:
         partial(torch.mm, x, weights[i % copies].t(), out=y) for i in range(calls_in_graph(M, copies))
     ]
     copies = max(2, -(-COLD_BYTES // (N * K)))
-    x8 = torch.randn(M, K, device="cuda").to(torch.float8_e4m3fn)
     eight = [torch.randn(N, K, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies)]
+    codes = [w.view(torch.int8) for w in eight]
+    x8, one = torch.randn(M, K, device="cuda").to(torch.float8_e4m3fn), torch.ones((), device="cuda")
     a, b = torch.ones(M, 1, device="cuda"), torch.ones(1, N, device="cuda")
+    sums = torch.empty(M, N, dtype=torch.int32, device="cuda")
     multiply = partial(torch._scaled_mm, out_dtype=torch.bfloat16)
-    narrow: list[Callable[[], Any]] = [
-        partial(multiply, x8, eight[i % copies].t(), a, b) for i in range(calls_in_graph(M, copies))
-    ]
-    return {"bf16": wide, "fp8": narrow}
+
+    def rotate(call: Callable[[int], Any]) -> list[Callable[[], Any]]:
+        return [partial(call, i % copies) for i in range(calls_in_graph(M, copies))]
+
+    return {
+        "bf16": wide,
+        "fp8": rotate(lambda i: multiply(x8, eight[i].t(), a, b)),
+        "fp8_fast": rotate(lambda i: multiply(x8, eight[i].t(), a, b, use_fast_accum=True)),
+        "fp8_tensor": rotate(lambda i: multiply(x8, eight[i].t(), one, one, use_fast_accum=True)),
+        "int8": rotate(lambda i: torch._int_mm(x8.view(torch.int8), codes[i].t(), out=sums)),
+    }
 
 
 def linear_fault(linear: LinearScheme, M: int, N: int, K: int, repetitions: int = 200) -> str | None:
