@@ -27,9 +27,9 @@ from atom.models.rope import Rope, RopeConfig
 from atom.quant.presets import KV4, KV8, KVFP8
 from atom.quant.schemes import TensorSpec
 
+from .machine_code import disassemble
 from .ptx_emulator import Kernel
 from .ptx_emulator import Tensor as Argument
-from .test_gemm_sm90 import disassemble
 from .test_paged_attention import Case, expected, make_case
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None

@@ -14,8 +14,8 @@ from atom.kernels.attention_sm90 import PagedAttentionSm90
 from atom.kernels.cascade_plan import Costs
 from atom.kernels.dense_attention import AttentionSpec
 
+from .machine_code import disassemble
 from .test_attention_sm90 import SPECS, needs_dsl
-from .test_gemm_sm90 import disassemble
 from .test_paged_attention import Case, expected, make_case
 
 KV_FORMATS = ("int4", "int8", "fp8_e4m3", "bf16")

@@ -18,10 +18,10 @@ from atom.serving.sampling_params import SamplingParams
 from atom.serving.sampling_plan import Feature, Plan, Word
 from atom.serving.sequence import Sequence
 
+from .machine_code import disassemble
 from .ptx_emulator import Address
 from .ptx_emulator import Tensor as Argument
 from .test_attention_sm90 import needs_dsl, ptx
-from .test_gemm_sm90 import disassemble
 
 VOCABULARY = 8 * 1024 + 8 * 9  # a second vector for few threads, and a tile that is not full
 PARAMS = [

@@ -1,6 +1,6 @@
 """The machine code of every GEMM that a preset runs with in Llama 3 8B's shapes, at any batch size: four minutes.
 
-With ATOM_EVERY_KERNEL=1; test_gemm_sm90.py looks at one of each tile. (Every producer is always looked at.)
+With ATOM_EVERY_KERNEL=1; test_gemm_machine_code.py looks at one of each tile. (Every producer is always looked at.)
 """
 
 import os
@@ -16,13 +16,14 @@ from atom.kernels.refusals_sm90 import weight_kind
 from atom.kernels.warm import DEFAULT_TOKENS
 from atom.quant.presets import PRESETS, get_scheme
 
-from .test_gemm_sm90 import HAS_DSL, check_machine_code, chosen, name_of
+from .machine_code import HAS_DSL
+from .test_gemm_machine_code import check_machine_code, chosen, name_of
 
 UNIT, OUTLIER_UNIT = 128, 64  # columns
 
 
 def others() -> list[GemmConfig]:
-    """What the presets choose, less what test_gemm_sm90.py compiles."""
+    """What the presets choose, less what test_gemm_machine_code.py compiles."""
     found: dict[GemmConfig, None] = {}
     for name in PRESETS:
         linear = get_scheme(name).for_linear("x")

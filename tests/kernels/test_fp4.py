@@ -176,7 +176,7 @@ def test_machine_code(
     module: str, arch: str, group_size: int, instruction: str, opcode: str, bias: bool, tmp_path: Path
 ) -> None:
     """The tensor core multiplies by the scales itself; no register is spilled."""
-    from .test_gemm_sm90 import disassemble
+    from .machine_code import disassemble
 
     text = ptx(module, arch, Fp4Config(group_size, token_scaled=group_size == 16, bias=bias), tmp_path)
     assert re.search(instruction, text)

@@ -12,10 +12,10 @@ from atom.kernels.draw_config import FAULTY
 from atom.kernels.greedy import build_greedy_sm90, greedy_reference, refuses_greedy
 from atom.kernels.registry import Problem
 
+from .machine_code import disassemble
 from .ptx_emulator import Address
 from .ptx_emulator import Tensor as Argument
 from .test_attention_sm90 import needs_dsl, ptx
-from .test_gemm_sm90 import disassemble
 
 VOCABULARY = 8 * 1024 + 24  # some threads have a second vector, most have one
 

@@ -96,7 +96,7 @@ def test_machine_code(config: ProducerConfig, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.producers_sm90 import compile_producer
 
-    from .test_gemm_sm90 import disassemble
+    from .machine_code import disassemble
 
     compiled = compile_producer(config, f"--keep-cubin --dump-dir {tmp_path}")
     sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]

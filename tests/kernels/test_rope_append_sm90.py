@@ -16,10 +16,10 @@ from atom.kernels.rope_append import rope_append_kv_reference
 from atom.quant.formats import get_format
 from atom.quant.rounding import largest_scale
 
+from .machine_code import disassemble
 from .ptx_emulator import Part
 from .ptx_emulator import Tensor as Argument
 from .test_attention_sm90 import SPECS, needs_dsl, ptx
-from .test_gemm_sm90 import disassemble
 
 # kv, head_dim, query heads, KV heads, block size, offset, tasks a warp
 APPENDS = [

@@ -1,0 +1,77 @@
+"""What the sm_90a GEMM claims and refuses, and whether the config of every problem fits the machine."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from atom.kernels.bench_operands import random_activation, random_weight
+from atom.kernels.gemm import Gemm, pack_weight, token_scales
+from atom.kernels.gemm_choice import choose_config
+from atom.kernels.gemm_config import SHARED_BYTES
+from atom.kernels.gemm_kinds import KINDS
+from atom.kernels.refusals_sm90 import refuses_linear, refuses_scheme
+from atom.kernels.registry import Problem
+from atom.quant.granularity import Group
+from atom.quant.presets import get_scheme
+from atom.quant.schemes import LinearScheme, OutlierSpec, RotationSpec
+
+from .linear_schemes import gemm_schemes, linear_scheme
+
+
+@pytest.mark.parametrize("name", gemm_schemes())
+def test_presets_that_the_kernel_claims(name: str) -> None:
+    assert refuses_scheme(gemm_schemes()[name]) is None
+
+
+@pytest.mark.parametrize("name", gemm_schemes())
+def test_presets_run_unasked(name: str) -> None:
+    assert refuses_linear(Problem("sm_90", gemm_schemes()[name], 512, 512)) is None
+
+
+def refused() -> dict[str, tuple[LinearScheme, str]]:
+    nvfp4, w4a4, fp8 = (get_scheme(name).for_linear("x") for name in ("nvfp4", "w4a4", "fp8"))
+    assert w4a4.activation is not None and nvfp4.weight is not None and fp8.weight is not None
+    return {
+        "full precision": (LinearScheme(), "not quantized"),
+        "rotated": (replace(nvfp4, rotation=RotationSpec("block_hadamard", 512)), "at most 256"),
+        "fp8 weights, bf16 activations": (LinearScheme(fp8.weight), "fp8_e4m3 activations"),
+        "fp8 outliers": (replace(w4a4, outliers=OutlierSpec(128, "fp8_e4m3")), "INT8 columns"),
+        "nvfp4 with outliers": (replace(nvfp4, outliers=OutlierSpec(16), reorder=True), "INT4 activations"),
+        "groups of 32 under e4m3": (LinearScheme(replace(nvfp4.weight, granularity=Group(32))), "no kernel yet"),
+        "e2m1 in groups of 128": (LinearScheme(replace(nvfp4.weight, granularity=Group(128))), "no kernel yet"),
+        "small weight groups, INT4 tokens": (LinearScheme(nvfp4.weight, w4a4.activation), "no kernel yet"),
+    }
+
+
+@pytest.mark.parametrize("name", refused())
+def test_schemes_that_it_refuses_with_a_reason(name: str) -> None:
+    linear, reason = refused()[name]
+    assert reason in str(refuses_scheme(linear))
+
+
+@pytest.mark.parametrize("features,units", [(576, 5), (4096, 33), (28672, 33), (4096, 112), (896, 70), (64, 1)])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 128, 192, 256, 1024, 4096])
+@pytest.mark.parametrize("weight", KINDS)
+def test_configs_fit_the_machine(weight: str, tokens: int, features: int, units: int) -> None:
+    config = choose_config(weight, "token", tokens, features, units)
+    assert 2 <= config.stages <= 16
+    assert config.ctas_per_sm * (config.pool_bytes + 2048) <= SHARED_BYTES + 2048
+    assert config.split <= min(8, units), "a portable cluster, and a unit for every CTA of it"
+    tiles = -(-features // (64 * config.warpgroups)) * -(-tokens // config.tile_m)
+    assert config.clustered or tiles * config.split <= 132, "CTAs that wait for each other are all resident"
+
+
+def test_residuals_that_do_not_fit_are_refused() -> None:
+    scheme = linear_scheme("w4a8")
+    packed = pack_weight(scheme, random_weight(scheme, 64, 128, "cpu"))
+    x = random_activation(scheme, 3, 128, "cpu")
+    adding = Gemm(packed, token_scales(scheme), adds=True)
+    with pytest.raises(ValueError, match="got none; use op linear"):
+        adding(x.codes, x.scales)
+    with pytest.raises(ValueError, match=r"must be bfloat16 \[3, 64\], got torch.float32"):
+        adding(x.codes, x.scales, residual=torch.zeros(3, 64))
+    with pytest.raises(ValueError, match=r"contiguous, got strides \(128, 1\)"):
+        adding(x.codes, x.scales, residual=torch.zeros(3, 128, dtype=torch.bfloat16)[:, :64])
+    with pytest.raises(ValueError, match="build it by op linear_add"):
+        Gemm(packed, token_scales(scheme))(x.codes, x.scales, residual=torch.zeros(3, 64, dtype=torch.bfloat16))
