@@ -58,9 +58,8 @@ def test_all_is_the_three_experiments_with_few_engines(tmp_path: Path) -> None:
         for scheme in sweep.schemes
         for work in sweep.workload
     }
-    left_out = {run for run in wanted - runs if run[3] != "steady:20000/2000"}
-    assert runs <= wanted and {(run[0], run[2]) for run in left_out} == {("llama-2-7b", 0.0), ("llama-3-8b", 24.0)}
-    assert ("llama-3-8b", "w4a8", 0.0, "steady:20000/2000") in runs and ("llama-3-8b", "bf16", 24.0, "512/256") in runs
+    left_out = wanted - runs
+    assert runs <= wanted and {(run[0], run[2]) for run in left_out} == {("llama-2-7b", 0.0)}
     assert len({sweep.output for sweep in found}) == len(found), "a folder each"
     halves = [sweeps(Run("all", tmp_path, shapes=(shape,), data=tmp_path)) for shape in ("llama-3-8b", "llama-2-7b")]
     assert sorted(str(x.output) for half in halves for x in half) == sorted(str(x.output) for x in found)
