@@ -129,6 +129,7 @@ class Gemm:
         self.weight = weight
         self.adds = adds
         self.token_scales = token_scales
+        self.features = weight.features
         self.units = weight.units.view(torch.int32).view(torch.uint32)
         device = self.units.device
         self.bias = torch.empty(1, dtype=torch.bfloat16, device=device) if bias is None else bias
@@ -162,19 +163,19 @@ class Gemm:
         Raises ValueError where a residual is not a contiguous bfloat16 [T, N], or there is none where it adds one.
         """
         tokens = codes.shape[0]
-        added: tuple[Tensor, ...] = ()
+        y = self.bias.new_empty(tokens, self.features) if out is None else out  # half of torch.empty's time
         if self.adds or residual is not None:
-            added = (self.residual_of(tokens, residual),)
-        y = out
-        if y is None:
-            y = torch.empty(tokens, self.weight.features, dtype=torch.bfloat16, device=self.device)
+            self.check_residual(tokens, residual)
         if tokens == 0:
             return y
         launch = self.chosen.get(tokens)
         if launch is None:
             launch = self.chosen[tokens] = self.launch_of(token_bucket(tokens))
         kernel, units, channel, bias, scratch, int4_units, limit = launch
-        kernel(units, codes, scales, channel, bias, y, *added, scratch, int4_units, limit)
+        if residual is None:
+            kernel(units, codes, scales, channel, bias, y, scratch, int4_units, limit)
+        else:
+            kernel(units, codes, scales, channel, bias, y, residual, scratch, int4_units, limit)
         return y
 
     def launch_of(self, bucket: int) -> Launch:
@@ -187,11 +188,11 @@ class Gemm:
             self.buckets[bucket] = (gemm_kernel(config), units, channel, bias, scratch, self.weight.int4_units, most)
         return self.buckets[bucket]
 
-    def residual_of(self, tokens: int, residual: Tensor | None) -> Tensor:
-        """The residual of a call, if it fits the kernel."""
+    def check_residual(self, tokens: int, residual: Tensor | None) -> None:
+        """Raise ValueError if a call's residual does not fit the kernel."""
         if not self.adds:
             raise ValueError("this GEMM adds no residual, but got one; build it by op linear_add")
-        shape = (tokens, self.weight.features)
+        shape = (tokens, self.features)
         if residual is None or residual.shape != shape or residual.dtype != torch.bfloat16:
             got = "none" if residual is None else f"{residual.dtype} {list(residual.shape)}"
             raise ValueError(
@@ -199,7 +200,6 @@ class Gemm:
             )
         if not residual.is_contiguous():
             raise ValueError(f"a residual must be contiguous, got strides {residual.stride()}; call contiguous()")
-        return residual
 
 
 def token_bucket(tokens: int) -> int:
