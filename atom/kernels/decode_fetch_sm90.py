@@ -56,10 +56,7 @@ class DecodeFetch:
             begun = cutlass.min(old // ahead, Int32(config.stages))
             for i in cutlass.range(begun, unroll=1):
                 self.fetch(origin, stride, full, empty, ring, entry, ahead * i, Int32(32), slot, phase)
-                slot += 1
-                if slot == config.stages:
-                    slot = Int32(0)
-                    phase = phase ^ 1
+                slot, phase = self.advance(slot, phase)
         cute.arch.griddepcontrol_wait()
         for index in cutlass.range(first, last, unroll=1):
             sequence, head, begin, end = (mSegment[index, i] for i in range(4))
@@ -95,10 +92,7 @@ class DecodeFetch:
                 entry = mTable[row, cutlass.min(column, mTable.shape[1] - 1)]  # for the next chunk
                 for i in cutlass.range(begun, (here + ahead - 1) // ahead, unroll=1):
                     self.fetch(origin, stride, full, empty, ring, now, ahead * i, here, slot, phase)
-                    slot += 1
-                    if slot == config.stages:
-                        slot = Int32(0)
-                        phase = phase ^ 1
+                    slot, phase = self.advance(slot, phase)
                 begun = Int32(0)
 
     @cute.jit

@@ -21,18 +21,18 @@ rule. Queries enter under a power of two that brings their largest into float16'
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils as utils
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, cute
-from cutlass.cute.runtime import make_fake_stream
+from cutlass import BFloat16, Float32, Int32, Uint32, cute
 
 from .attention_config import DecodeConfig
 from .decode_fetch_sm90 import META, DecodeFetch
+from .decode_frame_sm90 import DecodeFrame, compile_frame, part_arguments, ring_arguments
 from .decode_merge_sm90 import DecodeMerge
 from .decode_queries_sm90 import DecodeQueries
 from .decode_stage_sm90 import LOG2_E, DecodeStage
 from .dsl.arguments import row_major
 
 
-class PagedDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
+class PagedDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
     """The compile-time choices of one kernel; see DecodeConfig for their meaning."""
 
     @cute.jit
@@ -62,14 +62,7 @@ class PagedDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
         self.kernel(
             mQ, mKV, mTable, mLength, mRow, mWork, mSegment, mO, mPartial, mLse, mCounter, mOffset, mCos, mSin,
             mTurn, scale, cap, window, is_early,
-        ).launch(
-            grid=(mWork.shape[0] - 1, 1, 1),
-            block=(self.config.threads, 1, 1),
-            stream=stream,
-            min_blocks_per_mp=self.config.ctas_per_sm,
-            preferred_smem_carveout=100,  # given, so that compiling asks no driver for the device
-            use_pdl=True,
-        )  # fmt: skip
+        ).launch(**self.launch_options(mWork, stream))  # fmt: skip
 
     @cute.kernel
     def kernel(
@@ -84,13 +77,8 @@ class PagedDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
         warp = cute.arch.make_warp_uniform(tid // 32)
         lane = tid % 32
         smem = utils.SmemAllocator()
-        full = smem.allocate_array(Int64, config.stages)
-        empty = smem.allocate_array(Int64, config.stages)
-        ready = smem.allocate_array(Int64, 2)  # of a segment's queries
-        taken = smem.allocate_array(Int64, 2)
-        ring = smem.allocate(config.stages * config.stage_bytes, 128)
+        full, empty, ready, taken, ring, queries = self.allocate_ring(smem)
         columns = 8 * config.column_tiles
-        queries = smem.allocate(2 * config.query_bytes, 128)
         sMeta = smem.allocate_tensor(Int32, cute.make_layout((META, 2)), byte_alignment=16)
         sPart = smem.allocate_tensor(Int32, cute.make_layout((6, 32)), byte_alignment=16)
         sO = smem.allocate(4 * config.warps * config.queries * config.out_row, 16)
@@ -103,14 +91,7 @@ class PagedDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
             sTurn = smem.allocate_tensor(Uint32, cute.make_layout(config.turn_bytes // 4), byte_alignment=16)
             self.load_turns(mTurn, sTurn, tid)
             turns = sTurn.iterator.toint()
-        first = Int32(0)
-        last = Int32(0)
-        if warp == config.warps:
-            if is_early == 0:
-                cute.arch.griddepcontrol_wait()
-            first = mWork[cta]
-            last = mWork[cta + 1]
-        cute.arch.sync_threads()
+        first, last = self.work_to_fetch(mWork, cta, is_early, warp)
         if warp == config.warps:
             self.produce(
                 mQ, mKV, mTable, mLength, mRow, mSegment, full, empty, ready, taken, ring, queries, sMeta, first, last,
@@ -118,10 +99,7 @@ class PagedDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
             )  # fmt: skip
             self.announce(mRow, mSegment, mCounter, sPart, first, last, lane)
         else:
-            cute.arch.griddepcontrol_wait()
-            cute.arch.griddepcontrol_launch_dependents()  # after the wait: the next kernel may rely on it, as this one
-            first = mWork[cta]
-            last = mWork[cta + 1]
+            first, last = self.work_to_compute(mWork, cta)
             count = Int32(0)  # stages so far: the ring's position
             for index in cutlass.range(first, last, unroll=1):
                 count = self.consume(
@@ -141,13 +119,7 @@ class PagedDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
         buffer = turn % 2
         cute.arch.mbarrier_wait(ready + buffer, turn // 2 % 2)
         head, begin, end, place, length, token = (cute.arch.make_warp_uniform(sMeta[i, buffer]) for i in range(6))
-        pairs = config.key_words * config.codes_per_word // 2
-        rQ = cute.make_rmem_tensor((pairs, columns), Uint32)
-        rSum = cute.make_rmem_tensor((2, columns), Float32)  # of the channels of this lane's two query heads
-        rM = cute.make_rmem_tensor((2, columns), Float32)
-        rL = cute.make_rmem_tensor((2, columns), Float32)
-        rZ = cute.make_rmem_tensor((2, columns), Float32)  # what zero points add to the outputs
-        rO = cute.make_rmem_tensor((4, config.channel_tiles, columns), Float32)
+        rQ, rSum, rM, rL, rZ, rO = self.registers()
         unit = self.load_queries((queries + buffer * config.query_bytes).toint(), rQ, rSum, lane)
         rB = None  # the key offset's part: what a stage multiplies, and the factor of the sums
         rN = None
@@ -159,13 +131,9 @@ class PagedDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
             rB.fill(0)
             factor = scale if cutlass.const_expr(config.has_cap) else scale * Float32(LOG2_E)
             self.load_offsets(mQ, mOffset, rU, rN, token, head, lane, factor)
-        unit = unit * scale
-        if cutlass.const_expr(not config.has_cap):
-            unit = unit * Float32(LOG2_E)
-        rM.fill(0.0)
-        rL.fill(0.0)
-        rZ.fill(0.0)
-        rO.fill(0.0)
+        unit = self.score_unit(unit, scale)
+        for rX in (rM, rL, rZ, rO):
+            rX.fill(0.0)
         lowest = Int32(0)
         if cutlass.const_expr(config.has_window):
             lowest = cutlass.max(length - window, Int32(0))
@@ -195,10 +163,7 @@ class PagedDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
                 )  # fmt: skip
                 held = slot
                 j += config.warps
-                slot += config.warps
-                if slot >= config.stages:
-                    slot -= config.stages
-                    phase = phase ^ 1
+                slot, phase = self.advance_own(slot, phase)
         while j < stages:
             self.release(empty, held)
             self.attend(
@@ -207,10 +172,7 @@ class PagedDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
             )  # fmt: skip
             held = slot
             j += config.warps
-            slot += config.warps
-            if slot >= config.stages:
-                slot -= config.stages
-                phase = phase ^ 1
+            slot, phase = self.advance_own(slot, phase)
         self.release(empty, held)
         cute.arch.sync_warp()
         with cute.arch.elect_one():
@@ -223,21 +185,16 @@ class PagedDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
 
 def compile_decode(config: DecodeConfig, options: str = "") -> object:
     """Compile one kernel for sm_90a; needs no GPU. Arguments as in PagedDecode.__call__, on the current stream."""
-    tokens, heads, blocks, kv_heads, seqs, widest, slots = (cute.sym_int() for _ in range(7))
-    dim, queries = config.head_dim, config.queries
+    dim = config.head_dim
 
-    return cute.compile(
-        PagedDecode(config),
-        row_major(Uint32, (tokens, heads, dim // 2), 16),
-        row_major(Uint8, (blocks, kv_heads, config.tile_bytes), 128),
-        row_major(Int32, (seqs, widest), 4),
+    arguments = (
+        *ring_arguments(config),
         row_major(Int32, (cute.sym_int(),), 4),
         row_major(Int32, (cute.sym_int(),), 4),
         row_major(Int32, (cute.sym_int(),), 4),
         row_major(Int32, (cute.sym_int(), 8), 16),
         row_major(BFloat16, (cute.sym_int(), cute.sym_int(), dim), 16),
-        row_major(Float32, (slots, queries, dim), 16),
-        row_major(Float32, (cute.sym_int(), queries), 4),
+        *part_arguments(config),
         row_major(Int32, (cute.sym_int(),), 4),
         row_major(Uint32, (cute.sym_int(), dim // 2), 4),
         row_major(Float32, (cute.sym_int(), dim // 2), 16),
@@ -247,6 +204,5 @@ def compile_decode(config: DecodeConfig, options: str = "") -> object:
         Float32(1.0),
         Int32(0),
         Int32(0),
-        make_fake_stream(use_tvm_ffi_env_stream=True),
-        options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",
     )
+    return compile_frame(PagedDecode(config), arguments, options)

@@ -12,14 +12,14 @@ the kernel that appends has ended; only queries wait for it.
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils as utils
-from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
-from cutlass.cute.runtime import make_fake_stream
+from cutlass import Float32, Int32, Int64, cute
 
 from .attention_config import DecodeConfig
 from .decode_fetch_sm90 import DecodeFetch
+from .decode_frame_sm90 import DecodeFrame, compile_frame, part_arguments, ring_arguments
 from .decode_merge_sm90 import DecodeMerge
 from .decode_queries_sm90 import DecodeQueries
-from .decode_stage_sm90 import LOG2_E, DecodeStage
+from .decode_stage_sm90 import DecodeStage
 from .dsl.arguments import row_major
 from .dsl.memory import bulk_load, load_f32x4
 from .dsl.tensor_core import log2
@@ -27,7 +27,7 @@ from .dsl.tensor_core import log2
 META = 4  # int32s of a segment that the fetching warp hands on: begin, end, first slot, parts of the row
 
 
-class PrefixDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
+class PrefixDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
     """The compile-time choices of one kernel; see DecodeConfig for their meaning."""
 
     def __init__(self, config: DecodeConfig) -> None:
@@ -51,12 +51,7 @@ class PrefixDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
         stream: cuda.CUstream,
     ):
         self.kernel(mQ, mKV, mTable, mMember, mWork, mSegment, mPartial, mLse, scale, cap, is_early).launch(
-            grid=(mWork.shape[0] - 1, 1, 1),
-            block=(self.config.threads, 1, 1),
-            stream=stream,
-            min_blocks_per_mp=self.config.ctas_per_sm,
-            preferred_smem_carveout=100,  # given, so that compiling asks no driver for the device
-            use_pdl=True,
+            **self.launch_options(mWork, stream)
         )
 
     @cute.kernel
@@ -70,34 +65,19 @@ class PrefixDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
         warp = cute.arch.make_warp_uniform(tid // 32)
         lane = tid % 32
         smem = utils.SmemAllocator()
-        full = smem.allocate_array(Int64, config.stages)
-        empty = smem.allocate_array(Int64, config.stages)
-        ready = smem.allocate_array(Int64, 2)  # of a segment's queries
-        taken = smem.allocate_array(Int64, 2)
-        ring = smem.allocate(config.stages * config.stage_bytes, 128)
-        queries = smem.allocate(2 * config.query_bytes, 128)
+        full, empty, ready, taken, ring, queries = self.allocate_ring(smem)
         sMeta = smem.allocate_tensor(Int32, cute.make_layout((META, 2)), byte_alignment=16)
         sO = smem.allocate(4 * config.warps * config.queries * config.out_row, 16)
         sL = smem.allocate_tensor(Float32, cute.make_layout((16, config.warps)), byte_alignment=16)
         if warp == 0:
             self.start_ring(full, empty, ready, taken, config.warps)
-        first = Int32(0)
-        last = Int32(0)
-        if warp == config.warps:
-            if is_early == 0:
-                cute.arch.griddepcontrol_wait()
-            first = mWork[cta]
-            last = mWork[cta + 1]
-        cute.arch.sync_threads()
+        first, last = self.work_to_fetch(mWork, cta, is_early, warp)
         if warp == config.warps:
             self.produce_shared(
                 mQ, mKV, mTable, mMember, mSegment, full, empty, ready, taken, ring, queries, sMeta, first, last, lane
             )
         else:
-            cute.arch.griddepcontrol_wait()
-            cute.arch.griddepcontrol_launch_dependents()  # after the wait: the next kernel may rely on it, as this one
-            first = mWork[cta]
-            last = mWork[cta + 1]
+            first, last = self.work_to_compute(mWork, cta)
             count = Int32(0)  # stages so far: the ring's position
             for index in cutlass.range(first, last, unroll=1):
                 count = self.consume_shared(
@@ -139,10 +119,7 @@ class PrefixDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
                         self.ask(mQ, mMember, ready, queries, head, row, buffer, lane)
                         is_asked = Int32(1)
                     self.fetch(origin, stride, full, empty, ring, entry, ahead * i, here, slot, phase)
-                    slot += 1
-                    if slot == config.stages:
-                        slot = Int32(0)
-                        phase = phase ^ 1
+                    slot, phase = self.advance(slot, phase)
             if has_waited == 0:
                 cute.arch.griddepcontrol_wait()
                 has_waited = Int32(1)
@@ -175,21 +152,12 @@ class PrefixDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
     ):  # fmt: skip
         """One of the computing warps: its sequences' part of a segment, to memory."""
         config = self.config
-        columns = config.column_tiles
         buffer = turn % 2
         cute.arch.mbarrier_wait(ready + buffer, turn // 2 % 2)
         begin, end, place, parts = (cute.arch.make_warp_uniform(sMeta[i, buffer]) for i in range(META))
-        pairs = config.key_words * config.codes_per_word // 2
-        rQ = cute.make_rmem_tensor((pairs, columns), Uint32)
-        rSum = cute.make_rmem_tensor((2, columns), Float32)  # of the channels of this lane's two query heads
-        rM = cute.make_rmem_tensor((2, columns), Float32)
-        rL = cute.make_rmem_tensor((2, columns), Float32)
-        rZ = cute.make_rmem_tensor((2, columns), Float32)  # what zero points add to the outputs
-        rO = cute.make_rmem_tensor((4, config.channel_tiles, columns), Float32)
+        rQ, rSum, rM, rL, rZ, rO = self.registers()
         own = (queries + buffer * config.query_bytes + warp * (config.query_bytes // config.warps)).toint()
-        unit = self.load_queries(own, rQ, rSum, lane) * scale
-        if cutlass.const_expr(not config.has_cap):
-            unit = unit * Float32(LOG2_E)
+        unit = self.score_unit(self.load_queries(own, rQ, rSum, lane), scale)
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(taken + buffer)
@@ -215,10 +183,7 @@ class PrefixDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
                     cap, start, Int32(0), limit, j, j == 0, slot, phase, lane,
                 )  # fmt: skip
             held = slot
-            slot += 1
-            if slot == config.stages:
-                slot = Int32(0)
-                phase = phase ^ 1
+            slot, phase = self.advance(slot, phase)
         self.release(empty, held)
         self.leave(mPartial, mLse, sO, sL, rM, rL, rZ, rO, place, parts, warp, lane)
         return count + stages
@@ -263,22 +228,14 @@ class PrefixDecode(DecodeFetch, DecodeQueries, DecodeStage, DecodeMerge):
 
 def compile_prefix(config: DecodeConfig, options: str = "") -> object:
     """Compile one kernel for sm_90a; needs no GPU. Arguments as in PrefixDecode.__call__, on the current stream."""
-    tokens, heads, blocks, kv_heads, seqs, widest, slots = (cute.sym_int() for _ in range(7))
-    dim, queries = config.head_dim, config.own_queries
-
-    return cute.compile(
-        PrefixDecode(config),
-        row_major(Uint32, (tokens, heads, dim // 2), 16),
-        row_major(Uint8, (blocks, kv_heads, config.tile_bytes), 128),
-        row_major(Int32, (seqs, widest), 4),
+    arguments = (
+        *ring_arguments(config),
         row_major(Int32, (cute.sym_int(), config.members), 4),
         row_major(Int32, (cute.sym_int(),), 4),
         row_major(Int32, (cute.sym_int(), 8), 16),
-        row_major(Float32, (slots, queries, dim), 16),
-        row_major(Float32, (cute.sym_int(), queries), 4),
+        *part_arguments(config),
         Float32(1.0),
         Float32(1.0),
         Int32(0),
-        make_fake_stream(use_tvm_ffi_env_stream=True),
-        options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",
     )
+    return compile_frame(PrefixDecode(config), arguments, options)
