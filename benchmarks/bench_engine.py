@@ -114,14 +114,16 @@ def prompts(batch: int, context: int, vocabulary: int, seed: int) -> list[tuple[
 
 def fill_cache(pool: KVPool) -> None:
     """Random keys and values of a normal distribution everywhere, the same in every layer and every FILL blocks."""
-    first, count = pool.layer(0), min(FILL, pool.num_blocks)
+    count = min(FILL, pool.num_blocks)
     slots = torch.arange(count * pool.block_size, device=pool.device)
     shape = (len(slots), pool.config.num_kv_heads, pool.config.head_dim)
-    for part in (0, 1):
-        pool.layout.write(first, slots, part, torch.randn(shape, dtype=pool.dtype, device=pool.device))
-    for start in range(0, pool.num_blocks, count):
-        room = min(count, pool.num_blocks - start)
-        pool.storage[:, start : start + room] = first[:room].clone()
+    both = [torch.randn(shape, dtype=pool.dtype, device=pool.device) for _ in range(2)]
+    for index, layout in enumerate(pool.layouts):
+        layer = pool.layer(index)
+        for part, values in enumerate(both):
+            layout.write(layer, slots, part, values)
+        for start in range(count, pool.num_blocks, count):
+            layer[start : start + count] = layer[: min(count, pool.num_blocks - start)]
 
 
 def find_prompts(scheduler: Scheduler) -> None:

@@ -72,7 +72,7 @@ def hollow_runner(batch: int, context: int, tokens: int, pool_blocks: int) -> Ru
     found = torch.zeros(batch, dtype=torch.int64)
     model.forward = lambda t, p, kv: hidden[: len(t)]  # type: ignore[method-assign]
     model.logits = lambda h: logits[: len(h)]  # type: ignore[method-assign]
-    runner.kv._attend = PlanOnly()  # type: ignore[assignment]
+    runner.kv._ops[0].attend = PlanOnly()
     buckets._inputs = KernelInputs(model, sampler.last_tokens, batch, max_blocks, 16, 2)
     buckets._compute = lambda size: None  # type: ignore[method-assign]
     sampler.run = (  # type: ignore[method-assign]

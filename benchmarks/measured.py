@@ -90,7 +90,7 @@ def effective_bits(source: Source, scheme: Scheme) -> dict[str, float]:
     return {
         "bits_weight": round(scheme.weight_bits(config.hidden_size), 3),
         "bits_activation": round(scheme.activation_bits(config.hidden_size), 3),
-        "bits_kv": round(scheme.kv_bits(config.head_dim), 3),
+        "bits_kv": round(scheme.kv_bits(config.head_dim, config.num_layers), 3),
     }
 
 

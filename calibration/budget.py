@@ -1,11 +1,13 @@
-"""Bits where they matter: for each input of each layer one of several formats, so that a budget is spent best.
+"""Bits where they matter: for each input and cache of each layer one of several formats, so that a budget goes far.
 
-The cost of a choice is the mean bits of an operand: every multiplication reads a weight and an activation, and the bits
-of both, scales and outliers included, are averaged over all multiplications. The loss of a choice is measured: the
+The cost of a choice is the mean bits of an operand: every multiplication of a linear reads a weight and an activation,
+and the bits of both, scales and outliers included, are averaged over all multiplications; a token reads every cached
+key and value of its context once, and their bits are averaged along. The loss of a choice is measured: the
 divergence KL(full || rounded) of the next token on calibration text when this input and its linears alone are rounded
-(to nearest, its channels in order of energy) and everything else is exact. Losses of different places are taken to add
-up, which is right while they are small; then the best choice under a budget is a knapsack with one item a place, solved
-exactly on a grid of costs by dynamic programming.
+(to nearest, its channels in order of energy), or this layer's cache (keys less their centre, factors left out), and
+everything else is exact. Losses of different places are taken to add up, which is right while they are small; then the
+best choice under a budget is a knapsack with one item a place, solved exactly on a grid of costs by dynamic
+programming.
 
 Additive sensitivities for mixed precision: HAWQ (arXiv:1905.03696) and its successors; here measured, not estimated.
 """
@@ -19,17 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atom.kernels.dense_attention import AttentionSpec
 from atom.models.family import InputGroup
 from atom.models.kv import DenseKV
 from atom.models.layers import DecoderLayer
 from atom.models.layout import layer_prefix
 from atom.models.loader import load_source
 from atom.models.model import Model
+from atom.models.rope import Rotation
 from atom.models.source import Source
 from atom.quant.mixed import dequantize_weight, fake_quantize_activation, quantize_weight
 from atom.quant.permutation import energy_order, invert
-from atom.quant.presets import get_scheme
-from atom.quant.schemes import LinearScheme, OutlierSpec, Override, Scheme
+from atom.quant.presets import KV_SUFFIXES, get_scheme
+from atom.quant.schemes import CacheOverride, LinearScheme, OutlierSpec, Override, Scheme, TensorSpec
 
 from .observe import hooked
 from .plan import unrotate_input
@@ -37,8 +41,11 @@ from .plan import unrotate_input
 GRID = 20000  # steps of cost between the cheapest and the dearest choice
 FRONTIER = 9  # points that are printed
 OUTLIERS = (0, 64, 128, 256)
+CACHES = ("kv4", "kv8")
+CONTEXT = 2048  # tokens whose keys and values a token reads
 
-Losses = dict[str, dict[str, float]]  # place ("3.mlp_input") -> choice -> nats a token
+Losses = dict[str, dict[str, float]]  # place ("3.mlp_input", "3.cache") -> choice -> nats a token
+Choices = Mapping[str, Mapping[str, LinearScheme | TensorSpec]]  # place -> choice -> what runs
 
 
 def default_choices(columns: int) -> dict[str, LinearScheme]:
@@ -54,20 +61,21 @@ def default_choices(columns: int) -> dict[str, LinearScheme]:
 
 @dataclass(frozen=True)
 class Place:
-    """One input of one layer, and what is known of its choices.
+    """One input of one layer, or its cache, and what is known of its choices.
 
-    macs    multiplications a token, in all linears that read it
+    group   None for the cache
+    macs    multiplications a token, in all linears that read it; of a cache, keys and values that a token reads
     bits    mean bits of an operand under each choice
     """
 
     layer: int
-    group: InputGroup
+    group: InputGroup | None
     macs: int
     bits: dict[str, float]
 
     @property
     def name(self) -> str:
-        return f"{self.layer}.{self.group.name}"
+        return f"{self.layer}.{'cache' if self.group is None else self.group.name}"
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,17 @@ class Plan:
     loss: float
 
 
-def find_places(model: Model) -> tuple[list[Place], dict[str, dict[str, LinearScheme]]]:
-    """All places of a model (which may be on the meta device), and the choices of each by its name."""
-    places, choices = [], {}
+def find_places(model: Model, base: Scheme, context: int = CONTEXT) -> tuple[list[Place], Choices]:
+    """All places of a model (which may be on the meta device), and the choices of each by its name.
+
+    base     whose cache, where it has one of few bits, is chosen layer by layer
+    context  tokens whose keys and values a token reads; 0 leaves the cache as it is
+    """
+    places: list[Place] = []
+    choices: dict[str, Mapping[str, LinearScheme | TensorSpec]] = {}
+    config = model.config
+    cached = 2 * config.num_kv_heads * config.head_dim
+    caches = {name: spec for name in CACHES if (spec := KV_SUFFIXES[name]) is not None}
     for index, layer in enumerate(model.model.decoder_layers()):
         for group in model.family.groups:
             shapes = [layer.get_parameter(f"{name}.weight").shape for name in group.linears]
@@ -91,6 +107,11 @@ def find_places(model: Model) -> tuple[list[Place], dict[str, dict[str, LinearSc
             place = Place(index, group, sum(n * k for n, k in shapes), bits)
             places.append(place)
             choices[place.name] = known
+        if base.kv is not None and context:
+            seen = min(context, config.windows[index] or context)
+            bits = {name: spec.bits_per_value(config.head_dim) for name, spec in caches.items()}
+            places.append(Place(index, None, cached * seen, bits))
+            choices[places[-1].name] = caches
     return places, choices
 
 
@@ -157,27 +178,30 @@ def frontier(places: list[Place], losses: Losses) -> list[Plan]:
     return [solve(places, losses, low + (high - low) * i / (FRONTIER - 1) + 1e-9) for i in range(FRONTIER)]
 
 
-def build_scheme(
-    base: Scheme, plan: Plan, places: list[Place], choices: Mapping[str, Mapping[str, LinearScheme]]
-) -> Scheme:
-    """`base` with the plan's choices as overrides of every linear that they change; its cache stays."""
-    overrides = []
+def build_scheme(base: Scheme, plan: Plan, places: list[Place], choices: Choices) -> Scheme:
+    """`base` with the plan's choices as overrides of every linear and every layer's cache that they change."""
+    overrides: list[Override] = []
+    caches: list[CacheOverride] = []
     for place in places:
-        linear = choices[place.name][plan.chosen[place.name]]
-        if linear != base.default_linear:
-            overrides += [Override(f"{layer_prefix(place.layer)}.{name}", linear) for name in place.group.linears]
-    return replace(base, overrides=(*base.overrides, *overrides))
+        chosen = choices[place.name][plan.chosen[place.name]]
+        if isinstance(chosen, TensorSpec):
+            caches += [] if chosen == base.kv else [CacheOverride(place.layer, chosen)]
+        elif place.group is not None and chosen != base.default_linear:
+            overrides += [Override(f"{layer_prefix(place.layer)}.{name}", chosen) for name in place.group.linears]
+    return replace(base, overrides=(*base.overrides, *overrides), kv_overrides=(*base.kv_overrides, *caches))
 
 
 class Sensitivity:
     """Measures what every choice at every place loses; what is measured is kept in a file and not measured again.
 
     model   in full precision, on the device
+    base    how its cache treats keys
     tokens  [windows, length] of calibration text
     """
 
-    def __init__(self, model: Model, tokens: Tensor, file: Path) -> None:
+    def __init__(self, model: Model, base: Scheme, tokens: Tensor, file: Path) -> None:
         self.model = model
+        self.base = base
         self.tokens = tokens.to(model.device)
         self.file = file
         self.losses: Losses = json.loads(file.read_text()) if file.exists() else {}
@@ -187,7 +211,7 @@ class Sensitivity:
     def measure(
         self,
         places: list[Place],
-        choices: Mapping[str, Mapping[str, LinearScheme]],
+        choices: Choices,
         progress: Callable[[int, int], None] | None = None,
     ) -> Losses:
         """The losses of all choices; `progress` is told (places done, places in all)."""
@@ -197,8 +221,8 @@ class Sensitivity:
             if place.name not in self.losses:
                 hidden = inputs[place.layer]
                 found = {
-                    name: max(self._loss(place, linear, hidden, final), 0.0)
-                    for name, linear in choices[place.name].items()
+                    name: max(self._loss(place, choice, hidden, final), 0.0)
+                    for name, choice in choices[place.name].items()
                 }
                 self.losses[place.name] = found
                 partial = self.file.with_suffix(".partial")
@@ -216,17 +240,27 @@ class Sensitivity:
             hidden = self._run(layer, hidden)
         yield hidden
 
-    def _run(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
-        kv = DenseKV(self.config, self.tokens.shape[0], device=self.model.device)
+    def _run(self, layer: DecoderLayer, hidden: Tensor, scheme: Scheme | None = None) -> Tensor:
+        kv = _CentredKV.for_scheme(self.config, scheme, self.tokens.shape[0], self.model.device)
         out: Tensor = layer(hidden, layer.rope(kv.positions(self.tokens.shape[1])), kv)
         return out
 
-    def _loss(self, place: Place, linear: LinearScheme, hidden: Tensor, final: Tensor) -> float:
-        """Mean KL(full || rounded) of the next token with `linear` at `place` alone."""
+    def _loss(self, place: Place, choice: LinearScheme | TensorSpec, hidden: Tensor, final: Tensor) -> float:
+        """Mean KL(full || rounded) of the next token with `choice` at `place` alone."""
         layers = list(self.model.model.decoder_layers())
-        layer = layers[place.layer]
-        modules = [layer.get_submodule(name) for name in place.group.linears]
-        weights = [layer.get_parameter(f"{name}.weight") for name in place.group.linears]
+        if isinstance(choice, TensorSpec):
+            hidden = self._run(layers[place.layer], hidden, replace(get_scheme("bf16"), **_cache(self.base, choice)))
+        else:
+            assert place.group is not None
+            hidden = self._run_rounded(layers[place.layer], place.group, choice, hidden)
+        for later in layers[place.layer + 1 :]:
+            hidden = self._run(later, hidden)
+        return self._divergence(hidden, final) / self.tokens.numel()
+
+    def _run_rounded(self, layer: DecoderLayer, group: InputGroup, linear: LinearScheme, hidden: Tensor) -> Tensor:
+        """What `layer` makes of `hidden` with the inputs of `group` and its linears rounded."""
+        modules = [layer.get_submodule(name) for name in group.linears]
+        weights = [layer.get_parameter(f"{name}.weight") for name in group.linears]
         perm: Tensor | None = None
 
         def round_input(module: nn.Module, args: Any, x: Tensor) -> Tensor:
@@ -243,14 +277,11 @@ class Sensitivity:
             if not linear.reorder:
                 for module, weight in zip(modules, weights, strict=True):
                     module.weight = _rounded(weight, linear, None)
-            with hooked({place.group.producer: round_input}, layer):
-                hidden = self._run(layer, hidden)
+            with hooked({group.producer: round_input}, layer):
+                return self._run(layer, hidden)
         finally:
             for module, weight in zip(modules, weights, strict=True):
                 module.weight = weight
-        for later in layers[place.layer + 1 :]:
-            hidden = self._run(later, hidden)
-        return self._divergence(hidden, final) / self.tokens.numel()
 
     def _divergence(self, found: Tensor, exact: Tensor) -> float:
         norm, total = self.model.model.norm, 0.0
@@ -270,24 +301,41 @@ def choose_by_budget(
     budget: float | None = None,
     max_loss: float | None = None,
     progress: Callable[[int, int], None] | None = None,
+    context: int = CONTEXT,
 ) -> tuple[Scheme, Plan, list[Plan]]:
     """The scheme for a budget in bits, or for a largest loss in nats a token; the plan, and the whole frontier.
 
     tokens  [windows, length] of calibration text
     file    keeps what is measured: a stopped run goes on from there
+    context see find_places
     Raises ValueError if neither or both limits are given, or the one that is cannot be met.
     """
     if (budget is None) == (max_loss is None):
         raise ValueError(f"give a budget in bits or a largest loss, one of them; got {budget} and {max_loss}")
     model = load_source(source, device, torch.float32)
-    places, choices = find_places(model)
-    losses = Sensitivity(model, tokens, file).measure(places, choices, progress)
+    places, choices = find_places(model, base, context)
+    losses = Sensitivity(model, base, tokens, file).measure(places, choices, progress)
     if budget is not None:
         plan = solve(places, losses, budget)
     else:
         assert max_loss is not None
         plan = solve_for_loss(places, losses, max_loss)
     return build_scheme(base, plan, places, choices), plan, frontier(places, losses)
+
+
+class _CentredKV(DenseKV):
+    """The dense cache, whose keys' centre is their mean in the very call."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
+        if self.centred:
+            spec = replace(spec, key_centre=rotation.apply(k.float()).mean(0))
+        return super().attend(layer, q, k, v, rotation, spec)
+
+
+def _cache(base: Scheme, kv: TensorSpec) -> dict[str, Any]:
+    """Fields of a scheme whose cache is `kv` and treats keys as that of `base`."""
+    keys = {"kv_pre_rope": base.kv_pre_rope, "kv_offset": base.kv_offset, "kv_rotation": base.kv_rotation}
+    return {"kv": kv, **keys}
 
 
 def _rounded(weight: Tensor, linear: LinearScheme, perm: Tensor | None) -> nn.Parameter:

@@ -112,8 +112,9 @@ def _scale_gain_(norm: RMSNorm, scale: Tensor) -> None:
     norm.weight = nn.Parameter(norm.gain() * scale - norm.offset, requires_grad=False)
 
 
-def centre_on_sink(centre: Tensor, first: Tensor, scheme: Scheme) -> Tensor:
-    """The centre [num_kv_heads, head_dim] moved so that the `first` key of sequences, after RoPE, is on the grid."""
-    assert scheme.kv is not None
-    rounded = fake_quantize(prepare_keys(first, centre, scheme.rotates_keys), scheme.kv)
+def centre_on_sink(centre: Tensor, first: Tensor, scheme: Scheme, layer: int) -> Tensor:
+    """The centre [num_kv_heads, head_dim] of a layer moved so that the `first` key of sequences is on the grid."""
+    kv = scheme.kv_of(layer)
+    assert kv is not None
+    rounded = fake_quantize(prepare_keys(first, centre, scheme.rotates_keys), kv)
     return first - (rotate_head(rounded) if scheme.rotates_keys else rounded)

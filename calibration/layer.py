@@ -116,7 +116,7 @@ class LayerQuantizer:
         centre = layer.self_attn.key_centre
         if centre is None:
             return
-        centre = centre_on_sink(centre, first_keys(layer, hidden, self.runner), self.scheme)
+        centre = centre_on_sink(centre, first_keys(layer, hidden, self.runner), self.scheme, index)
         layer.self_attn.key_centre = tensors[f"{layer_prefix(index)}.{KEY_CENTRE}"] = centre
 
     def load(self, index: int) -> DecoderLayer:

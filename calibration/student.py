@@ -170,11 +170,11 @@ class TrainingKV(DenseKV):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
         if self.moves_centres is not None and spec.key_centre is not None:
             first = rotation.apply(k.float()).mean(0)
-            spec.key_centre.copy_(centre_on_sink(spec.key_centre, first, self.moves_centres))
+            spec.key_centre.copy_(centre_on_sink(spec.key_centre, first, self.moves_centres, layer))
         return super().attend(layer, q, k, v, rotation, spec)
 
-    def _round(self, x: Tensor) -> Tensor:
-        return straight_through(x, super()._round(x))
+    def _round(self, x: Tensor, kv: TensorSpec | None) -> Tensor:
+        return straight_through(x, super()._round(x, kv))
 
     def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         repeats = self.config.num_heads // self.config.num_kv_heads

@@ -6,6 +6,7 @@ takes a step's batch, then the model runs once. A layer's keys and values of the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from atom.kernels.dense_attention import AttentionSpec
 from atom.kernels.kv_layout import KVLayout
 from atom.kernels.paged_attention import PAGED_ATTENTION, RopeTable
 from atom.kernels.paged_step import PagedStep, Share
-from atom.kernels.registry import Kernels, Problem, device_arch
+from atom.kernels.registry import Choice, Kernels, Problem, device_arch
 from atom.kernels.rope_append import ROPE_APPEND_KV
 from atom.models.config import ModelConfig
 from atom.models.kv import SOFT_CAP
@@ -25,15 +26,16 @@ from atom.quant.schemes import Scheme
 from .batch import Batch
 
 
-def kv_layout(config: ModelConfig, scheme: Scheme | None, dtype: torch.dtype, block_size: int) -> KVLayout:
-    """The layout of one layer's cache. Raises UnsupportedError for a cache format that cannot be paged."""
-    spec = None if scheme is None else scheme.kv
-    return KVLayout(spec, dtype, config.num_kv_heads, config.head_dim, block_size)
+def kv_layouts(config: ModelConfig, scheme: Scheme | None, dtype: torch.dtype, block_size: int) -> list[KVLayout]:
+    """The layout of each layer's cache. Raises UnsupportedError for a cache format that cannot be paged."""
+    specs = [None if scheme is None else scheme.kv_of(layer) for layer in range(config.num_layers)]
+    made = {spec: KVLayout(spec, dtype, config.num_kv_heads, config.head_dim, block_size) for spec in set(specs)}
+    return [made[spec] for spec in specs]
 
 
 def bytes_per_block(config: ModelConfig, scheme: Scheme | None, dtype: torch.dtype, block_size: int) -> int:
     """Bytes of one block in all layers, scales and filling included: what a pool of one block takes."""
-    return config.num_layers * kv_layout(config, scheme, dtype, block_size).block_bytes
+    return sum(layout.block_bytes for layout in kv_layouts(config, scheme, dtype, block_size))
 
 
 def _has_key_offset(config: ModelConfig, scheme: Scheme | None) -> bool:
@@ -46,7 +48,7 @@ def _has_key_offset(config: ModelConfig, scheme: Scheme | None) -> bool:
 class KVPool:
     """The keys and values of all layers in `num_blocks` blocks of `block_size` tokens, in one allocation.
 
-    storage  uint8 [num_layers, *KVLayout.shape(num_blocks)], its contents undefined until written
+    layouts  of each layer; its contents are undefined until written
     dtype    of the model: keys and values come and go in it, and a cache in full precision keeps it
     """
 
@@ -63,27 +65,41 @@ class KVPool:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}; give the KV cache more memory.")
         self.config = config
         self.scheme = scheme
-        self.layout = kv_layout(config, scheme, dtype, block_size)
+        self.layouts = kv_layouts(config, scheme, dtype, block_size)
+        self.dtype = dtype
         self.num_blocks = num_blocks
         self.block_size = block_size
-        shape = (config.num_layers, *self.layout.shape(num_blocks))
-        self.storage = torch.empty(shape, dtype=torch.uint8, device=device)
+        sizes = [num_blocks * layout.block_bytes for layout in self.layouts]
+        self._memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        parts = self._memory.split(sizes)
+        self._layers: list[Tensor] = [
+            part.view(layout.shape(num_blocks)) for part, layout in zip(parts, self.layouts, strict=True)
+        ]
 
     @property
     def device(self) -> torch.device:
-        return self.storage.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layout.dtype
+        return self._memory.device
 
     @property
     def num_bytes(self) -> int:
-        return self.storage.numel()
+        return self._memory.numel()
+
+    @property
+    def token_bytes(self) -> float:
+        """Of a token in one layer, the mean over layers."""
+        return self.num_bytes / (self.num_blocks * self.block_size * len(self.layouts))
 
     def layer(self, index: int) -> Tensor:
         """uint8 [num_blocks, num_kv_heads, tile_bytes] of layer `index`."""
-        return self.storage[index]
+        return self._layers[index]
+
+
+@dataclass
+class _Ops:
+    """What stores keys and values of layers of one layout, and attends over them."""
+
+    append: Any
+    attend: Any
 
 
 @dataclass(frozen=True)
@@ -131,23 +147,30 @@ class PagedKV:
                 "a paged KV cache of keys before dynamic RoPE is not supported: the angles of stored keys would change "
                 "with the text's length; use a scheme with kv_pre_rope=False."
             )
-        problem = Problem(
-            device_arch(pool.device),
-            kv=pool.layout.spec,
-            head_dim=config.head_dim,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            block_size=pool.block_size,
-            kv_pre_rope=self.pre_rope,
-            kv_centred=self.centred,
-            kv_rotates=rotates,
-            dtype=str(pool.dtype).removeprefix("torch."),
-        )
-        self.choices = (ROPE_APPEND_KV.choose(problem, kernels), PAGED_ATTENTION.choose(problem, kernels))
-        self._append = self.choices[0].build(pool.layout, self.pre_rope, rotates)
         has_offset = self.offset_apart and _has_key_offset(config, scheme)
-        self._attend = self.choices[1].build(pool.layout, self.pre_rope, split_tokens, has_offset)
-        self._step: PagedStep | None = None
+        self.choices: tuple[Choice, ...] = ()
+        self._ops: list[_Ops] = []  # one for each layout
+        layouts = list(dict.fromkeys(pool.layouts))
+        self._kinds = [layouts.index(layout) for layout in pool.layouts]  # of each layer, its place in `_ops`
+        for layout in layouts:
+            problem = Problem(
+                device_arch(pool.device),
+                kv=layout.spec,
+                head_dim=config.head_dim,
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                block_size=pool.block_size,
+                kv_pre_rope=self.pre_rope,
+                kv_centred=self.centred,
+                kv_rotates=rotates,
+                dtype=str(pool.dtype).removeprefix("torch."),
+            )
+            chosen = (ROPE_APPEND_KV.choose(problem, kernels), PAGED_ATTENTION.choose(problem, kernels))
+            append = chosen[0].build(layout, self.pre_rope, rotates)
+            attend = chosen[1].build(layout, self.pre_rope, split_tokens, has_offset)
+            self._ops.append(_Ops(append, attend))
+            self.choices += chosen
+        self._steps: list[PagedStep] = []  # one for each layout: what is derived from a step is of one
         self._tables: dict[RopeConfig, RopeTable] = {}
 
     def begin(self, batch: Batch, arrays: DeviceArrays | None = None, share: Share = "auto") -> bool:
@@ -157,17 +180,22 @@ class PagedKV:
         that a graph captured over a step replays steps of its own kind only.
         """
         arrays = DeviceArrays.of(batch, self.pool.device) if arrays is None else arrays
-        self._step = PagedStep(
-            batch.cu_seqlens_q, batch.seqlens_k, batch.block_tables, arrays.slots, arrays.block_tables, batch.ahead
-        )
         config = self.pool.config
-        shares: bool = self._attend.prepare(self._step, config.windows, config.queries_per_kv, share)
-        return shares
+        self._steps = [
+            PagedStep(
+                batch.cu_seqlens_q, batch.seqlens_k, batch.block_tables, arrays.slots, arrays.block_tables, batch.ahead
+            )
+            for _ in self._ops
+        ]
+        prepared = [
+            ops.attend.prepare(step, config.windows, config.queries_per_kv, share)
+            for ops, step in zip(self._ops, self._steps, strict=True)
+        ]
+        return any(prepared)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
         """See KV.attend; the T tokens are those of the batch that `begin` took."""
-        step = self._step
-        assert step is not None, "begin comes before the model"
+        step = self._step(layer)
         assert q.shape[0] == step.num_tokens, f"{q.shape[0]} queries came for a batch of {step.num_tokens} tokens"
         if rotation.rope.config.kind == "dynamic":
             rotation = self._by_length(step, rotation)
@@ -179,18 +207,22 @@ class PagedKV:
         """The first half of `attend`: keys and values go to `slots` int64 [T]; returns the turned queries."""
         offset, centre = self._offset(rotation, spec), spec.key_centre if self.centred else None
         storage = self.pool.layer(layer)
-        turned: Tensor = self._append(q, k, v, rotation.cos, rotation.sin, slots, storage, offset, centre, spec.norms)
+        append = self._ops[self._kinds[layer]].append
+        turned: Tensor = append(q, k, v, rotation.cos, rotation.sin, slots, storage, offset, centre, spec.norms)
         return turned
 
     def attend_stored(self, layer: int, q: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
         """The second half: what the turned queries [T, num_heads, head_dim] find in the step's sequences."""
-        step = self._step
-        assert step is not None, "begin comes before the model"
+        step = self._step(layer)
         offset = self._offset(rotation, spec)
         table = self._table(step, rotation) if self.pre_rope or offset is not None else None
         rules = AttentionSpec(spec.scale, spec.window, spec.soft_cap, offset)
-        out: Tensor = self._attend(q, self.pool.layer(layer), step, rules, table)
+        out: Tensor = self._ops[self._kinds[layer]].attend(q, self.pool.layer(layer), step, rules, table)
         return out
+
+    def _step(self, layer: int) -> PagedStep:
+        assert self._steps, "begin comes before the model"
+        return self._steps[self._kinds[layer]]
 
     def _offset(self, rotation: Rotation, spec: AttentionSpec) -> Tensor | None:
         """Keys under dynamic RoPE stand at the angles of the length they were stored at, which nobody knows later."""

@@ -139,9 +139,7 @@ class Runner:
 
     def _is_rows(self, buckets: DecodeBuckets, batch: Batch) -> bool:
         """See rows.py."""
-        pool = self.kv.pool
-        token_bytes = pool.layout.block_bytes / pool.block_size
-        return self._takes_rows and fits_rows(batch, buckets.sizes[-1], buckets.most_samples, token_bytes)
+        return self._takes_rows and fits_rows(batch, buckets.sizes[-1], buckets.most_samples, self.kv.pool.token_bytes)
 
     def _forward_in_two(
         self, buckets: DecodeBuckets, batch: Batch, parts: list[PromptPart]

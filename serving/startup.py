@@ -4,7 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -141,7 +141,7 @@ def cache_scheme(scheme: Scheme | None, kv_cache_dtype: str) -> Scheme | None:
     if kv_cache_dtype == "auto":
         return scheme
     base = get_scheme("bf16") if scheme is None else scheme
-    return replace(base, kv=KV_SUFFIXES[kv_cache_dtype])
+    return base.with_kv(KV_SUFFIXES[kv_cache_dtype])
 
 
 def kernels_of(model: Model, runner: Runner) -> dict[str, str]:

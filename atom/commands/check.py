@@ -165,11 +165,11 @@ def _row(op: Op, where: str, problem: Problem) -> dict[str, Any]:
 def _size_table(
     model: Model, scheme: Scheme, size: Footprint, full: Footprint, cost: Estimate, options: Options
 ) -> Table:
-    K, head_dim = model.config.hidden_size, model.config.head_dim
+    K, kv_bits = model.config.hidden_size, scheme.kv_bits(model.config.head_dim, model.config.num_layers)
     table = Table("", "this scheme", "16 bits")
     table.add_row("effective bits: weights", f"{scheme.weight_bits(K):.2f}", "16")
     table.add_row("effective bits: activations", f"{scheme.activation_bits(K):.2f}", "16")
-    table.add_row(f"effective bits: KV ({kv_name(scheme)})", f"{scheme.kv_bits(head_dim):.2f}", "16")
+    table.add_row(f"effective bits: KV ({kv_name(scheme)})", f"{kv_bits:.2f}", "16")
     table.add_row("checkpoint on disk", _bytes(size.disk), _bytes(full.disk))
     table.add_row("weights in memory, packed for kernels", _bytes(size.packed), _bytes(full.packed))
     table.add_row("weights in memory, float32 reference", _bytes(size.dense), _bytes(full.dense))

@@ -35,13 +35,17 @@ class Options:
     """Directory to write; default MODEL-SCHEME here."""
 
     budget: float | None = None
-    """Choose formats and outlier counts input by input, at most so many bits an operand, of weights and activations."""
+    """Choose formats and outlier counts input by input, and the cache layer by layer, at most so many bits an operand:
+    of weights, activations and cached values."""
 
     max_loss: float | None = None
     """The same, with the fewest bits whose predicted divergence from full precision is at most so many nats a token."""
 
     budget_windows: int = 8
     """Calibration windows that the choice is measured on."""
+
+    budget_context: int = 2048
+    """Tokens whose cached values count, once each, beside the weights; 0 leaves the cache as the scheme has it."""
 
     resume: bool = False
     """Continue the run that was stopped, at the layer it was in."""
@@ -58,6 +62,8 @@ class Options:
         self.build_scheme()
         if self.budget is not None and self.max_loss is not None:
             raise ValueError("--budget and --max-loss exclude each other; give one of them")
+        if self.budget_context < 0:
+            raise ValueError(f"budget_context counts tokens from 0, got {self.budget_context}; leave it out for 2048")
         if self.budget_windows < 1:
             raise ValueError(f"budget_windows must be at least 1, got {self.budget_windows}; leave it out for 8")
 
@@ -143,8 +149,9 @@ def _choose_scheme(options: Options, base: Scheme) -> Scheme:
             options.budget,
             options.max_loss,
             lambda done, total: status.update(f"measuring what each choice loses: {done}/{total} inputs"),
+            options.budget_context,
         )
-    table = Table("bits an operand", "predicted loss, nats a token", "inputs by choice")
+    table = Table("bits an operand", "predicted loss, nats a token", "inputs and caches by choice")
     for point in [*points, plan]:
         counts = Counter(point.chosen.values()).most_common()
         name = f"{point.bits:.3f}" + (" (chosen)" if point is plan else "")

@@ -48,7 +48,7 @@ def measure_footprint(
         packed += prod(expected.shape) * (expected.dtype or dtype).itemsize
     config = model.config
     elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    kv_bits = scheme.kv_bits(config.head_dim)
+    kv_bits = scheme.kv_bits(config.head_dim, config.num_layers)
     return Footprint(parameters, disk, packed, _dense_bytes(model, scheme, dtype), elements * kv_bits / 8, elements * 2)
 
 

@@ -4,6 +4,7 @@ A model hands over queries, keys and values *before* RoPE. The cache owns the re
 attends over what it has stored, so that batch structure, storage format and the place of RoPE stay out of the model.
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -50,7 +51,8 @@ class DenseKV:
     call too) reads the rounded ones; `pre_rope` rounds keys before RoPE and turns them when they are read;
     `offset_apart` rounds keys less their offset, which is added back (turned) when they are read; `centred` rounds
     turned keys less their centre, which is not; `rotates` multiplies their heads, and those of queries, by a Hadamard
-    matrix. Storage grows as needed, or is allocated once with `max_len`. A layer that is never run takes no memory.
+    matrix. `overrides` are formats of single layers, where they differ. Storage grows as needed, or is allocated once
+    with `max_len`. A layer that is never run takes no memory.
     """
 
     takes_norms = False
@@ -67,6 +69,7 @@ class DenseKV:
         offset_apart: bool = False,
         centred: bool = False,
         rotates: bool = False,
+        overrides: Mapping[int, TensorSpec] | None = None,
     ) -> None:
         if centred and config.attention_soft_cap is not None:
             raise UnsupportedError(SOFT_CAP)
@@ -77,6 +80,7 @@ class DenseKV:
         self.offset_apart = offset_apart
         self.centred = centred
         self.rotates = rotates
+        self.overrides = overrides or {}
         self.device = torch.device(device)
         self.dtype = dtype
         self.max_len = max_len
@@ -108,6 +112,7 @@ class DenseKV:
             offset_apart=scheme.kv_offset in ("bias", "mean"),
             centred=scheme.stores_key_centre,
             rotates=scheme.rotates_keys,
+            overrides={override.layer: override.kv for override in scheme.kv_overrides},
         )
 
     @property
@@ -129,13 +134,14 @@ class DenseKV:
         q = rotation.apply(q)
         if self.rotates:
             q = rotate_head(q).to(q.dtype)
-        offset = spec.key_offset if self.offset_apart and self.scheme_kv is not None else None
+        kv = self.overrides.get(layer, self.scheme_kv)
+        offset = spec.key_offset if self.offset_apart and kv is not None else None
         centre = spec.key_centre if self.centred else None
         if centre is not None or self.rotates:
-            k = self._round(prepare_keys(rotation.apply(k), centre, self.rotates)).to(k.dtype)
+            k = self._round(prepare_keys(rotation.apply(k), centre, self.rotates), kv).to(k.dtype)
         else:
-            k = self._round_keys(k, offset, rotation)
-        keys, values = self._append(layer, self._by_sequence(k), self._by_sequence(self._round(v)))
+            k = self._round_keys(k, kv, offset, rotation)
+        keys, values = self._append(layer, self._by_sequence(k), self._by_sequence(self._round(v, kv)))
         if self.pre_rope:
             keys = self._rotate_stored(keys, rotation)
         out = attend_dense(self._by_sequence(q), keys.to(q.dtype), values.to(q.dtype), spec)
@@ -146,17 +152,17 @@ class DenseKV:
         split: Tensor = x.unflatten(0, (self.batch, x.shape[0] // self.batch))
         return split.transpose(1, 2)
 
-    def _round(self, x: Tensor) -> Tensor:
-        return x if self.scheme_kv is None else fake_quantize(x, self.scheme_kv).to(x.dtype)
+    def _round(self, x: Tensor, kv: TensorSpec | None) -> Tensor:
+        return x if kv is None else fake_quantize(x, kv).to(x.dtype)
 
-    def _round_keys(self, k: Tensor, offset: Tensor | None, rotation: Rotation) -> Tensor:
+    def _round_keys(self, k: Tensor, kv: TensorSpec | None, offset: Tensor | None, rotation: Rotation) -> Tensor:
         """Keys [T, num_kv_heads, head_dim] as they are read back, turned unless that is left to the reading."""
         if offset is None:
-            return self._round(k if self.pre_rope else rotation.apply(k))
+            return self._round(k if self.pre_rope else rotation.apply(k), kv)
         offset = offset.to(k.dtype).expand_as(k)
         if self.pre_rope:
-            return self._round(k - offset) + offset
-        return self._round(rotation.apply(k - offset)) + rotation.apply(offset)
+            return self._round(k - offset, kv) + offset
+        return self._round(rotation.apply(k - offset), kv) + rotation.apply(offset)
 
     def _rotate_stored(self, keys: Tensor, rotation: Rotation) -> Tensor:
         positions = torch.arange(keys.shape[2], device=keys.device)

@@ -215,6 +215,14 @@ class Override:
 
 
 @dataclass(frozen=True)
+class CacheOverride:
+    """Another format of the keys and values of one layer."""
+
+    layer: int
+    kv: TensorSpec
+
+
+@dataclass(frozen=True)
 class Scheme:
     """How a whole model is quantized. None for weight, activation or kv means full precision (16 bits).
 
@@ -229,6 +237,7 @@ class Scheme:
     kv_rotation    "hadamard" turns every head of keys, less their centre, and of queries after RoPE (keys.py);
                    their products stay the same
     overrides      first match wins
+    kv_overrides   layers whose cache has another format than `kv`; offset and rotation are the same
     """
 
     name: str
@@ -243,6 +252,7 @@ class Scheme:
     kv_rotation: KeyRotation = "none"
     overrides: tuple[Override, ...] = ()
     residual: int = 0
+    kv_overrides: tuple[CacheOverride, ...] = ()
 
     def __post_init__(self) -> None:
         self.default_linear  # noqa: B018  its checks are ours too
@@ -257,7 +267,10 @@ class Scheme:
                 f"kv_rotation goes with kv_offset 'centre' or 'none', not with {self.kv_offset!r}, which is added back "
                 "when keys are read; use 'centre'"
             )
-        for spec, what in ((self.activation, "activation"), (self.kv, "kv")):
+        if self.kv_overrides and self.kv is None:
+            raise ValueError("kv_overrides change single layers of a low-bit cache, and kv is None; give kv")
+        own = [(override.kv, f"kv of layer {override.layer}") for override in self.kv_overrides]
+        for spec, what in ((self.activation, "activation"), (self.kv, "kv"), *own):
             if spec is not None and not spec.dynamic:
                 raise ValueError(f"{what} scales are chosen at run time; set dynamic=True")
 
@@ -271,6 +284,10 @@ class Scheme:
             if fnmatchcase(name, override.pattern):
                 return override.linear
         return self.default_linear
+
+    def kv_of(self, layer: int) -> TensorSpec | None:
+        """How keys and values of layer `layer` are cached."""
+        return next((override.kv for override in self.kv_overrides if override.layer == layer), self.kv)
 
     @property
     def stores_key_offset(self) -> bool:
@@ -302,16 +319,20 @@ class Scheme:
             return bits
         return bits + self.residual * self.activation.bits_per_value(K) / K
 
-    def kv_bits(self, head_dim: int) -> float:
-        """Effective bits of a cached key or value element."""
-        return 16.0 if self.kv is None else self.kv.bits_per_value(head_dim)
+    def kv_bits(self, head_dim: int, layers: int = 1) -> float:
+        """Effective bits of a cached key or value element, the mean over the first `layers`."""
+        specs = [self.kv_of(layer) for layer in range(layers)]
+        return sum(16.0 if spec is None else spec.bits_per_value(head_dim) for spec in specs) / layers
 
     def with_kv(self, kv: TensorSpec | None) -> "Scheme":
-        return replace(self, kv=kv)
+        """This with `kv` as the cache of all layers."""
+        return replace(self, kv=kv, kv_overrides=())
 
     def to_dict(self) -> dict[str, Any]:
         data = _without_idle({f.name: _plain(getattr(self, f.name)) for f in fields(self)})
         data["overrides"] = [{"pattern": o.pattern, **_linear_dict(o.linear)} for o in self.overrides]
+        if self.kv_overrides:
+            data["kv_overrides"] = [{"layer": o.layer, "kv": o.kv.to_dict()} for o in self.kv_overrides]
         return data
 
     @classmethod
@@ -320,6 +341,7 @@ class Scheme:
         _refuse_unknown(cls, data)
         values = _parse_parts(data)
         values["overrides"] = tuple(_parse_override(o) for o in data.get("overrides", ()))
+        values["kv_overrides"] = tuple(_parse_cache_override(o) for o in data.get("kv_overrides", ()))
         return cls(**values)
 
 
@@ -355,7 +377,7 @@ def _linear_dict(linear: LinearScheme) -> dict[str, Any]:
 
 def _without_idle(data: dict[str, Any]) -> dict[str, Any]:
     """Without what only some schemes have, so that the others' checkpoints read as they did before it was there."""
-    return {key: value for key, value in data.items() if key != "residual" or value}
+    return {key: value for key, value in data.items() if key not in ("residual", "kv_overrides") or value}
 
 
 def _parse_override(data: dict[str, Any]) -> Override:
@@ -363,6 +385,11 @@ def _parse_override(data: dict[str, Any]) -> Override:
     pattern = values.pop("pattern")
     _refuse_unknown(LinearScheme, values)
     return Override(pattern, LinearScheme(**_parse_parts(values)))
+
+
+def _parse_cache_override(data: dict[str, Any]) -> CacheOverride:
+    _refuse_unknown(CacheOverride, data)
+    return CacheOverride(data["layer"], TensorSpec.from_dict(data["kv"]))
 
 
 def _plain(value: Any) -> Any:

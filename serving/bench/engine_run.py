@@ -101,4 +101,7 @@ def known_gpu(device: torch.device) -> Gpu | None:
 def served_floor(ready: Ready, gpu: Gpu) -> ModelFloor:
     """The floor of what runs, with the cache format that runs."""
     weights, cache = ready.model.scheme or get_scheme("bf16"), ready.runner.kv.pool.scheme
-    return ModelFloor(ready.model.config, weights.with_kv(None if cache is None else cache.kv), gpu)
+    served = weights.with_kv(None)
+    if cache is not None:
+        served = replace(served, kv=cache.kv, kv_overrides=cache.kv_overrides)
+    return ModelFloor(ready.model.config, served, gpu)

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from atom.calibration.budget import (
     Place,
+    Plan,
     Sensitivity,
     build_scheme,
     choose_by_budget,
@@ -21,9 +23,11 @@ from atom.calibration.budget import (
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.stream import quantize_model
 from atom.models.family import input_groups
-from atom.models.loader import load_model
+from atom.models.loader import load_model, load_source
+from atom.models.model import build_model
 from atom.models.source import open_source
-from atom.quant.presets import get_scheme
+from atom.quant.presets import KV8, get_scheme
+from atom.quant.schemes import CacheOverride, Scheme
 
 Tiny = Callable[[str], Path]
 Close = Callable[[Path, Path], float]
@@ -77,19 +81,23 @@ def test_limits_from_both_sides() -> None:
 def test_measurement_resumes_and_leaves_the_model_alone(name: str, tiny: Tiny, tmp_path: Path) -> None:
     model = load_model(tiny(name))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    places, choices = find_places(model)
-    assert len(places) == 12 and "w4a4, 64 outliers" in choices["0.mlp_input"]
+    base = get_scheme("w4a4")
+    places, choices = find_places(model, base)
+    assert len(places) == 15 and "w4a4, 64 outliers" in choices["0.mlp_input"]
     assert "w4a4, 256 outliers" not in choices["0.mlp_input"]
     file = tmp_path / "sensitivity.json"
-    losses = Sensitivity(model, TOKENS, file).measure(places, choices)
+    losses = Sensitivity(model, base, TOKENS, file).measure(places, choices)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(losses[f"{layer}.cache"]["kv8"] < losses[f"{layer}.cache"]["kv4"] < 1.0 for layer in range(3))
     for place in places:
+        if place.group is None:
+            continue
         assert losses[place.name]["w8a8"] < losses[place.name]["w4a8"] < 1.0
         assert losses[place.name]["w8a8"] < losses[place.name]["w4a4, 0 outliers"]
     kept = json.loads(file.read_text())
     assert kept == losses
     file.write_text(json.dumps({**kept, "0.o_input": dict.fromkeys(kept["0.o_input"], 9.0)}))
-    again = Sensitivity(model, TOKENS, file).measure(places, choices)
+    again = Sensitivity(model, base, TOKENS, file).measure(places, choices)
     assert again["0.o_input"]["w8a8"] == 9.0 and again["1.o_input"] == losses["1.o_input"]
 
 
@@ -109,6 +117,31 @@ def test_a_mixed_scheme_quantizes_and_loses_what_lies_between(
     assert errors[8.5] < errors[6.5] < errors[4.6]
     with pytest.raises(ValueError, match="one of them"):
         choose_by_budget(source, base, TOKENS, tmp_path / "s.json", torch.device("cpu"))
+
+
+def test_caches_are_chosen_layer_by_layer(
+    tiny: Tiny, logit_error: Close, quick: CalibrationConfig, tmp_path: Path
+) -> None:
+    source, base = open_source(tiny("llama")), get_scheme("bf16+kv4")
+
+    def scheme_of(name: str, **limits: float) -> Scheme:
+        return choose_by_budget(source, base, TOKENS, tmp_path / name, torch.device("cpu"), **limits)[0]
+
+    dearest = scheme_of("s.json", budget=20.0)
+    assert [(o.layer, o.kv) for o in dearest.kv_overrides] == [(layer, KV8) for layer in range(3)]
+    cached = load_source(source).config
+    places, choices = find_places(build_model(cached), base)
+    chosen = {place.name: "w8a8" if place.group else "kv8" if place.layer == 1 else "kv4" for place in places}
+    mixed = build_scheme(base, Plan(chosen, 0.0, 0.0), places, choices)
+    assert mixed.kv_overrides == (CacheOverride(1, KV8),)
+    errors = []
+    for number, scheme in enumerate((base, replace(base, kv_overrides=mixed.kv_overrides), base.with_kv(KV8))):
+        out = tmp_path / str(number)
+        quantize_model(tiny("llama"), scheme, out, quick)
+        errors.append(logit_error(out, tiny("llama")))
+    assert errors[0] > errors[1] > errors[2]
+    without, _ = find_places(build_model(cached), base, context=0)
+    assert all(place.group is not None for place in without)
 
 
 def test_the_cheapest_plan_of_the_base_is_the_base() -> None:

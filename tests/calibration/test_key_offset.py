@@ -74,7 +74,7 @@ def test_the_first_key_of_a_sequence_is_on_the_grid() -> None:
     scheme = replace(get_scheme("bf16+kv4"), kv_offset="centre", kv_rotation="hadamard")
     generator = torch.Generator().manual_seed(0)
     first, centre = torch.randn(3, 64, generator=generator) * 9, torch.randn(3, 64, generator=generator)
-    moved = centre_on_sink(centre, first, scheme)
+    moved = centre_on_sink(centre, first, scheme, 0)
     assert scheme.kv is not None
     read = rotate_head(fake_quantize(prepare_keys(first, moved, True), scheme.kv)) + moved
     plain = rotate_head(fake_quantize(prepare_keys(first, centre, True), scheme.kv)) + centre

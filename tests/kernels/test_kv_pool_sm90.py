@@ -44,9 +44,10 @@ def test_a_model_with_the_kernels(emulator: None, name: str, scheme: str, split_
     steps = (((0, 40),), ((0, 1), (1, 3)), ((1, 1), (0, 1)))
     wanted = chunked(Cache(model, 16), steps)
     cache = Cache(model, 16)
-    cache.kv._append = RopeAppendSm90(cache.pool.layout, rotates="turned" in scheme)
     has_offset = name == "qwen2"  # its keys have a loud bias
-    cache.kv._attend = attention_sm90.PagedAttentionSm90(cache.pool.layout, False, split_tokens, has_offset)
+    for ops, layout in zip(cache.kv._ops, dict.fromkeys(cache.pool.layouts), strict=True):
+        ops.append = RopeAppendSm90(layout, rotates="turned" in scheme)
+        ops.attend = attention_sm90.PagedAttentionSm90(layout, False, split_tokens, has_offset)
     cache.rows = rows
     found = chunked(cache, steps)
     for sequence, logits in wanted.items():
@@ -54,7 +55,7 @@ def test_a_model_with_the_kernels(emulator: None, name: str, scheme: str, split_
         assert float(error.max()) < 0.1, f"sequence {sequence}"
     windows = len(set(model.config.windows))
     sizes = 3 if rows else 1  # of batches that decode: buffers keep their places
-    assert len(cache.kv._attend.buffers) == sizes * windows
+    assert all(len(ops.attend.buffers) == sizes * windows for ops in cache.kv._ops)
 
 
 def problem(**changes: Any) -> Problem:

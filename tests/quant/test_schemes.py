@@ -8,8 +8,8 @@ import pytest
 
 from atom.quant.formats import FORMATS, get_format
 from atom.quant.granularity import Channel, Group, Head, Tensor, Token, parse_granularity
-from atom.quant.presets import KV_SUFFIXES, PRESETS, get_scheme, kv_name
-from atom.quant.schemes import LinearScheme, OutlierSpec, Override, RotationSpec, Scheme, TensorSpec
+from atom.quant.presets import KV4, KV8, KV_SUFFIXES, PRESETS, get_scheme, kv_name
+from atom.quant.schemes import CacheOverride, LinearScheme, OutlierSpec, Override, RotationSpec, Scheme, TensorSpec
 from atom.quant.switches import Switches
 
 from .cases import LINEARS, SPECS
@@ -145,6 +145,18 @@ def test_effective_bits(name: str, weight: float, activation: float, kv: float) 
     scheme = PRESETS[name]
     found = (scheme.weight_bits(4096), scheme.activation_bits(4096), scheme.kv_bits(128))
     assert found == pytest.approx((weight, activation, kv))
+
+
+def test_single_layers_have_caches_of_their_own() -> None:
+    scheme = replace(PRESETS["w4a4"], kv_overrides=(CacheOverride(1, KV8),))
+    assert [scheme.kv_of(layer) for layer in range(3)] == [KV4, KV8, KV4]
+    assert scheme.kv_bits(128) == 4.25 and scheme.kv_bits(128, 2) == pytest.approx((4.25 + 8.25) / 2)
+    assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+    assert "kv_overrides" not in PRESETS["w4a4"].to_dict() and scheme.with_kv(KV4) == PRESETS["w4a4"]
+    with pytest.raises(ValueError, match="kv is None; give kv"):
+        replace(PRESETS["bf16"], kv_overrides=(CacheOverride(1, KV8),))
+    with pytest.raises(ValueError, match="kv of layer 1 scales are chosen at run time"):
+        replace(PRESETS["w4a4"], kv_overrides=(CacheOverride(1, replace(KV8, dynamic=False)),))
 
 
 @pytest.mark.parametrize("name", PRESETS)

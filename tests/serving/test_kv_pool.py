@@ -16,7 +16,7 @@ from atom.models.generate import scheme_cache
 from atom.models.model import Model, build_model
 from atom.quant.granularity import Group
 from atom.quant.presets import KV4, KV8, KVFP8, get_scheme
-from atom.quant.schemes import Scheme
+from atom.quant.schemes import CacheOverride, Scheme
 from atom.serving.batch import Batch, unsampled
 from atom.serving.kv_pool import KVPool, PagedKV, bytes_per_block
 from atom.serving.rows import as_rows
@@ -59,6 +59,7 @@ SCHEMES = {
     "int4 before RoPE": replace(get_scheme("bf16").with_kv(KV4), kv_pre_rope=True),
     "int4, offset inside": replace(get_scheme("bf16").with_kv(KV4), kv_offset="none"),
     "int4, centred and turned": get_scheme("bf16+kv4"),
+    "int4, one layer in int8": replace(get_scheme("bf16+kv4"), kv_overrides=(CacheOverride(1, KV8),)),
     "fp8, turned": replace(get_scheme("bf16+kvfp8"), kv_offset="none"),
 }
 LENGTHS = (37, 16, 5, 1)  # beyond two blocks, a whole one, a part, one token
@@ -99,7 +100,8 @@ class Cache:
         kernels: Kernels = "auto",
     ) -> None:
         self.pool = KVPool(model.config, model.scheme, num_blocks, block_size, model.dtype, device)
-        self.pool.storage.fill_(255)  # NaN in every float, bfloat16 words included
+        for layer in range(model.config.num_layers):
+            self.pool.layer(layer).fill_(255)  # NaN in every float, bfloat16 words included
         self.kv = PagedKV(self.pool, kernels)
         self.model = model
         self.free = np.random.default_rng(seed).permutation(num_blocks).tolist()
@@ -202,7 +204,7 @@ def test_what_is_stored_equals_the_dense_cache_bit_for_bit(scheme: str) -> None:
     model(torch.tensor(tokens), dense.positions(37), dense)
     blocks = torch.tensor(cache.tables[0])
     for part, stored in ((0, dense._keys[0]), (1, dense._values[0])):  # of layer 0: later ones carry rounding
-        rows = cache.pool.layout.read(cache.pool.layer(0)[blocks], part).transpose(0, 1).flatten(1, 2)
+        rows = cache.pool.layouts[0].read(cache.pool.layer(0)[blocks], part).transpose(0, 1).flatten(1, 2)
         assert torch.equal(rows[:, :37], stored[0])
 
 
@@ -244,7 +246,7 @@ def test_a_decode_is_the_same_alone_and_in_a_batch(scheme: str) -> None:
         rotation = rope(torch.from_numpy(one.positions).long())
         part = slice(row, row + 1)
         assert torch.equal(kv.attend(0, q[part], k[part], v[part], rotation, layer._spec()), together[part])
-    assert pool.num_bytes == pool.storage.numel()
+    assert pool.num_bytes == sum(pool.layer(i).numel() for i in range(model.config.num_layers))
 
 
 def test_shared_blocks_are_read_by_both() -> None:
@@ -265,9 +267,10 @@ def test_nothing_outside_the_slots_is_written() -> None:
     cache.run([(0, text(0, 17))])
     written = torch.zeros(64, dtype=torch.bool)
     written[cache.tables[0]] = True
-    assert bool((cache.pool.storage[:, ~written] == 255).all())
-    tail = cache.pool.storage[:, cache.tables[0][1]]
-    layout = cache.pool.layout
+    storage = torch.stack([cache.pool.layer(index) for index in range(model.config.num_layers)])
+    assert bool((storage[:, ~written] == 255).all())
+    tail = storage[:, cache.tables[0][1]]
+    layout = cache.pool.layouts[0]
     assert bool((layout.codes(tail, 0)[:, :, 1:] == 255).all() and layout.words(tail, 1)[:, :, 1:].isnan().all())
 
 
