@@ -11,13 +11,13 @@ import cutlass.pipeline as pipeline
 import cutlass.utils as utils
 import cutlass.utils.blackwell_helpers as blackwell
 import cutlass.utils.blockscaled_layout as blockscaled
-from cutlass import BFloat16, Float4E2M1FN, Float8E4M3FN, Float8E8M0FNU, Float32, Int16, Int32, Int64, Uint8, cute
+from cutlass import Float4E2M1FN, Float8E4M3FN, Float8E8M0FNU, Float32, Int16, Int32, Int64, Uint8, cute
 from cutlass.cute.nvgpu import cpasync, tcgen05
-from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import TmemAllocator
 
 from .dsl.arguments import row_major
 from .fp4_config import Fp4Config
+from .fp4_kernel import Fp4Output, compile_fp4
 from .fp4_layout import COLUMNS
 
 TILE = (128, 128, COLUMNS)  # features, tokens, columns of a stage
@@ -27,11 +27,11 @@ WRITERS, MULTIPLIER, LOADER = 4, 4, 5  # warps 0 ... 3 write
 THREADS = 192
 
 
-class BlockScaledGemm:
+class BlockScaledGemm(Fp4Output):
     """The compile-time choices of one kernel; see Fp4Config."""
 
     def __init__(self, config: Fp4Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.scale_dtype = Float8E4M3FN if config.group_size == 16 else Float8E8M0FNU
 
     @cute.jit
@@ -208,7 +208,6 @@ class BlockScaledGemm:
     @cute.jit
     def write(self, mC, mS, mB, mY, tAcc, sums_for, band, token_tile, tid):
         """Scale, add the bias; a thread has one feature and all tokens of the tile, 32 threads a line of each token."""
-        config = self.config
         tokens, features = mY.shape
         sums = sums_for.wait_and_advance()
         atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition.x32, tcgen05.Pack.NONE), Float32)
@@ -216,9 +215,7 @@ class BlockScaledGemm:
         factor = Float32(1.0)
         offset = Float32(0.0)
         if feature < features:
-            factor = mC[feature] if config.channel_scaled else mC[0]
-            if cutlass.const_expr(config.bias):
-                offset = Float32(mB[feature])
+            factor, offset = self.feature_values(mC, mB, feature)
         blocks = cute.flat_divide(tAcc[((None, None), 0, 0)], (TILE[0], 32))  # [128, 32, 1, tokens / 32]
         copy = tcgen05.make_tmem_copy(atom, blocks[None, None, 0, 0])
         mine = copy.get_slice(tid)
@@ -230,28 +227,13 @@ class BlockScaledGemm:
             for e in cutlass.range_constexpr(32):
                 token = token_tile * TILE[1] + 32 * block + e
                 if feature < features and token < tokens:
-                    value = values[e] * factor
-                    if cutlass.const_expr(config.token_scaled):
-                        value = value * mS[token]
-                    mY[token, feature] = BFloat16(value + offset)
+                    self.put(mS, mY, values[e], factor, offset, token, feature)
         sums.release()
 
 
 def compile_gemm(config: Fp4Config, options: str = "") -> object:
     """Compile one kernel for sm_100a; needs no GPU. Arguments as in BlockScaledGemm.__call__, on the current stream."""
-
-    t, n = cute.sym_int(), cute.sym_int()
-    row_bytes = cute.sym_int(divisibility=COLUMNS // 2)
-    return cute.compile(
-        BlockScaledGemm(config),
-        row_major(Uint8, (n, row_bytes), 128),
-        row_major(Uint8, (cute.sym_int(),), 128),
-        row_major(Uint8, (t, row_bytes), 128),
-        row_major(Uint8, (cute.sym_int(),), 128),
-        row_major(Float32, (cute.sym_int(),), 4),
-        row_major(Float32, (cute.sym_int(),), 4),
-        row_major(BFloat16, (cute.sym_int(),), 2),
-        row_major(BFloat16, (t, n), 2),
-        make_fake_stream(use_tvm_ffi_env_stream=True),
-        options=f"--enable-tvm-ffi --gpu-arch sm_100a {options}",
-    )
+    t, n, row_bytes = cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=COLUMNS // 2)
+    weight = row_major(Uint8, (n, row_bytes), 128), row_major(Uint8, (cute.sym_int(),), 128)
+    x = row_major(Uint8, (t, row_bytes), 128), row_major(Uint8, (cute.sym_int(),), 128)
+    return compile_fp4(BlockScaledGemm(config), weight, x, (t, n), f"--gpu-arch sm_100a {options}")

@@ -7,13 +7,13 @@ of mma's registers: 16 bytes a lane are one step of 64 columns, straight from gl
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import BFloat16, Float32, Int64, Uint32, cute
-from cutlass.cute.runtime import make_fake_stream
+from cutlass import Float32, Int64, Uint32, cute
 
 from .dsl.arguments import row_major
 from .dsl.block_scaled import mma_e2m1
 from .dsl.wide_access import load_words
 from .fp4_config import Fp4Config
+from .fp4_kernel import Fp4Output, compile_fp4
 from .fp4_layout import TILE_ROWS
 
 WARPS = 4
@@ -21,11 +21,8 @@ ROW_TILES = 2  # of 16 features, each warp
 TOKEN_TILES = 8  # of 8 tokens
 
 
-class BlockScaledGemm:
+class BlockScaledGemm(Fp4Output):
     """The compile-time choices of one kernel; see Fp4Config."""
-
-    def __init__(self, config: Fp4Config) -> None:
-        self.config = config
 
     @cute.jit
     def __call__(
@@ -97,39 +94,21 @@ class BlockScaledGemm:
     @cute.jit
     def store(self, mC, mS, mB, mY, sums, tile0, token0, lane):
         """Scale, add the bias; lane 4 g + q holds features g and g + 8 of tokens 2 q and 2 q + 1."""
-        config = self.config
         tokens, features = mY.shape
         for r in cutlass.range_constexpr(ROW_TILES):
             for e in cutlass.range_constexpr(4):
                 feature = 16 * (tile0 + r) + (lane >> 2) + 8 * (e // 2)
                 if feature < features:
-                    factor = mC[feature] if config.channel_scaled else mC[0]
-                    offset = Float32(0.0)
-                    if cutlass.const_expr(config.bias):
-                        offset = Float32(mB[feature])
+                    factor, offset = self.feature_values(mC, mB, feature)
                     for t in cutlass.range_constexpr(TOKEN_TILES):
                         token = token0 + 8 * t + 2 * (lane & 3) + e % 2
                         if token < tokens:
-                            value = sums[e, t, r] * factor
-                            if cutlass.const_expr(config.token_scaled):
-                                value = value * mS[token]
-                            mY[token, feature] = BFloat16(value + offset)
+                            self.put(mS, mY, sums[e, t, r], factor, offset, token, feature)
 
 
 def compile_gemm(config: Fp4Config, options: str = "") -> object:
     """Compile one kernel for sm_120a; needs no GPU. Arguments as in BlockScaledGemm.__call__, on the current stream."""
     t, n, k, steps = (cute.sym_int() for _ in range(4))
-
-    return cute.compile(
-        BlockScaledGemm(config),
-        row_major(Uint32, (cute.sym_int(), steps, 32, 4), 16),
-        row_major(Uint32, (cute.sym_int(),), 4),
-        row_major(Uint32, (t, k), 4),
-        row_major(Uint32, (cute.sym_int(),), 4),
-        row_major(Float32, (cute.sym_int(),), 4),
-        row_major(Float32, (cute.sym_int(),), 4),
-        row_major(BFloat16, (cute.sym_int(),), 2),
-        row_major(BFloat16, (t, n), 2),
-        make_fake_stream(use_tvm_ffi_env_stream=True),
-        options=f"--enable-tvm-ffi --gpu-arch sm_120a {options}",
-    )
+    weight = row_major(Uint32, (cute.sym_int(), steps, 32, 4), 16), row_major(Uint32, (cute.sym_int(),), 4)
+    x = row_major(Uint32, (t, k), 4), row_major(Uint32, (cute.sym_int(),), 4)
+    return compile_fp4(BlockScaledGemm(config), weight, x, (t, n), f"--gpu-arch sm_120a {options}")
