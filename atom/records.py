@@ -83,7 +83,8 @@ def _matches(name: str, allowed: Iterable[str]) -> bool:
 _KV = {"kv": KV_FORMATS}
 _PRESETS = RecordSchema(
     ("model", "text", "scheme", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
-    ("task:", *PERPLEXITY_EXTRAS),
+    # change: of the kernels' perplexity from the reference path's on the same windows, a fraction; its standard error
+    ("task:", "ppl_reference", "change", "change_se", *PERPLEXITY_EXTRAS),
     {"path": PATHS, **_KV},
 )
 

@@ -1,5 +1,7 @@
 """What both accuracy scripts are asked, and say of one model under one scheme: bits, perplexities, task scores."""
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,7 @@ import tyro
 
 from atom.eval.compare import average_recovery
 from atom.eval.load import Loaded
-from atom.eval.perplexity import Bos, Windows, make_windows, measure_perplexity
+from atom.eval.perplexity import Bos, Perplexity, Windows, make_windows, measure_perplexity
 from atom.eval.results import TaskResult
 from atom.eval.texts import Text, load_text
 from atom.models.family import model_config
@@ -118,15 +120,38 @@ class Perplexities:
 
         Raises ValueError where the loss is beyond all sense.
         """
+        return perplexity_keys(loaded, self.score(loaded, number, full))
+
+    def score(self, loaded: Loaded, number: int = 0, full: Model | None = None) -> Perplexity:
+        """What `measure` has its keys from."""
         text = self.texts[number]
         if number not in self._windows:
             self._windows[number] = make_windows(self.tokenizer, text, self.length, self.bos, self.limit)
-        found = measure_perplexity(
+        return measure_perplexity(
             loaded.model, self.tokenizer, text, window=self.length, windows=self._windows[number], reference=full
         )
-        size = {"windows": found.windows, "window": found.window}
-        row = {"text": text.name, "ppl": round(found.perplexity, 4), **size, "path": loaded.path, "dtype": loaded.dtype}
-        return row if found.kl is None else {**row, "kl": round(found.kl, 5)}
+
+
+def perplexity_keys(loaded: Loaded, found: Perplexity) -> dict[str, Any]:
+    """Keys of a row: a model's perplexity, and how it was measured."""
+    size = {"windows": found.windows, "window": found.window}
+    row = {"text": found.text, "ppl": round(found.perplexity, 4), **size, "path": loaded.path, "dtype": loaded.dtype}
+    return row if found.kl is None else {**row, "kl": round(found.kl, 5)}
+
+
+def change_keys(reference: Perplexity, found: Perplexity) -> dict[str, Any]:
+    """Keys of a row: by what part perplexity differs from the reference's on the same windows.
+
+    A code at half a step falls to either side of a rounding and all that follows it differs a little, so part of the
+    change is chance: its standard error comes from the differences of whole windows in nats (None: of one window).
+    """
+    nats = [a - b for a, b in zip(found.window_nll, reference.window_nll, strict=True)]
+    error = statistics.stdev(nats) / math.sqrt(len(nats)) if len(nats) > 1 else None
+    return {
+        "ppl_reference": round(reference.perplexity, 4),
+        "change": round(math.expm1(statistics.fmean(nats)), 6),
+        "change_se": None if error is None else round(error, 6),
+    }
 
 
 @dataclass

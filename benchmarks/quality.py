@@ -20,7 +20,15 @@ from typing import Any
 
 import torch
 import tyro
-from measured import Join, Perplexities, Tasks, effective_bits, fill_in_full_precision
+from measured import (
+    Join,
+    Perplexities,
+    Tasks,
+    change_keys,
+    effective_bits,
+    fill_in_full_precision,
+    perplexity_keys,
+)
 from parts import Part, join_parts, scratch
 from quality_plan import Configuration, Measure, Rounding, configurations
 
@@ -32,6 +40,7 @@ from atom.calibration.report import Report
 from atom.calibration.stream import is_calibrated, quantize_source
 from atom.errors import AtomError, UnsupportedError
 from atom.eval.load import Loaded, load
+from atom.eval.perplexity import Perplexity
 from atom.kernels.registry import Kernels
 from atom.models.source import load_tokenizer, open_source
 from atom.quant.presets import PRESETS, kv_name
@@ -152,20 +161,27 @@ class Runner:
                 shutil.rmtree(rounded if rounded.parent == folder else rounded.parent, ignore_errors=True)
 
     def run_kernels(self) -> None:
-        """The presets' last checkpoints in bfloat16, on the reference path and through kernels, where they run here."""
+        """The presets' last checkpoints in bfloat16, on the reference path and through kernels, where they run here.
+
+        The kernels' rows say how far they are from the reference.
+        """
         paths: tuple[Kernels, ...] = ("reference", "auto")
         wanted = self.options.kernel_schemes or tuple(PRESETS)
         last = {row["scheme"]: row for row, checkpoint in self.kept if isinstance(checkpoint, Path)}
         for row, checkpoint in self.kept:
             if row["scheme"] not in wanted or row is not last.get(row["scheme"]):
                 continue
+            reference: Perplexity | None = None
             for kernels in paths:
                 try:
                     loaded = load(str(checkpoint), self.options.device, "bfloat16", kernels)
                 except UnsupportedError as error:
                     print(f"{row['scheme']}: not through the kernels: {error}", flush=True)
                     continue
-                self.part.add("quality-presets", row | self.texts.measure(loaded))
+                found = self.texts.score(loaded)
+                change = {} if reference is None else change_keys(reference, found)
+                self.part.add("quality-presets", row | perplexity_keys(loaded, found) | change)
+                reference = reference or found
                 del loaded
 
     def run_tasks(self) -> None:

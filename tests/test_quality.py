@@ -1,14 +1,20 @@
 """The quality records, from a model to rows, on a tiny model: a rung that is a preset is made once for both."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from atom.eval.load import load
 from atom.records import CHECKOUT, check_rows
 
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
+from measured import change_keys
 from quality import Runner, fill_in_full_precision, measure
 from quality_plan import Measure, configurations
 
@@ -62,3 +68,15 @@ def test_a_distilled_checkpoint_lies_there_until_it_was_used(tiny: Tiny, text_fi
     assert [path.name for path in checkpoint.parent.iterdir()] == ["checkpoint"]
     runner.forget()
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_change_has_the_standard_error_of_its_windows(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    """Each window 1 % or 3 % worse than the reference: 2 % on average, and the error is of the pairs alone."""
+    runner = Runner(tiny_measure(tiny, text_file, tmp_path))
+    reference = runner.texts.score(load(str(tiny("llama")), "cpu", "float32", "reference"))
+    nats = tuple(nll + part for nll, part in zip(reference.window_nll, (0.01, 0.03), strict=True))
+    worse = replace(reference, window_nll=nats, perplexity=reference.perplexity * math.exp(0.02))
+    keys = change_keys(reference, worse)
+    assert keys["change"] == pytest.approx(math.expm1(0.02), abs=1e-6)
+    assert keys["change_se"] == pytest.approx(0.01, abs=1e-6)  # standard deviation 0.0141 of 2 windows
+    assert keys["ppl_reference"] == round(reference.perplexity, 4)
