@@ -43,6 +43,9 @@ class CalibrationConfig:
     scale_search: ScaleSearch = "rounding"
     """GPTQ, where weight clips are searched (mse): by a group's rounding error alone, or by what GPTQ makes of it."""
 
+    act_order: bool = False
+    """GPTQ: within each group, round the columns of the largest inputs first."""
+
     true_sequential: bool = False
     """GPTQ: o sees what rounded q, k and v give, gate and up what rounded o gives, down what all of them give."""
 

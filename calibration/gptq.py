@@ -1,8 +1,10 @@
 """GPTQ: round a weight column by column and let the columns not yet rounded make up for the error.
 
 A pure function of weights and one Hessian. Columns are taken in the order they stand in, which calibration has made
-ascending in energy: the error flows towards the outlier channels, which are rounded last and to a finer format, and
-the static order replaces GPTQ's act-order. All rounding is that of atom.quant; here is only the order of events.
+ascending in energy where a scheme reorders: the error flows towards the outlier channels, which are rounded last and to
+a finer format, and the static order replaces GPTQ's act-order. Where channels stay in their own order, `act_order`
+takes the loudest columns of each group first; what is stored does not change its order. All rounding is that of
+atom.quant; here is only the order of events.
 The weight is transposed, so that one column over all rows is contiguous.
 
 Source: Frantar et al., GPTQ, arXiv:2210.17323, algorithm 1; groups and outliers as in Atom, arXiv:2310.19102.
@@ -41,6 +43,7 @@ def gptq(
     name: str = "weight",
     rounder: ColumnRounder | None = None,
     scale_search: ScaleSearch = "rounding",
+    act_order: bool = False,
 ) -> list[MixedWeight]:
     """Quantize the weights of linears that share an input, their rows stacked.
 
@@ -50,6 +53,7 @@ def gptq(
     damping   share of the mean diagonal added to the diagonal, tenfold again whenever Cholesky fails
     rounder   keeps recorded column steps from call to call (CUDA graphs); made anew if None
     scale_search  where clips are searched: by rounding error, or by the loss of GPTQ's loop over the group
+    act_order     within every group of normal columns, those of the largest inputs first
     Raises ValueError on a weight that holds NaN or infinity, CalibrationError where no damping up to 10 helps.
     """
     assert linear.weight is not None
@@ -58,11 +62,16 @@ def gptq(
     normal, outliers = linear.split(W.shape[0])
     whole = _whole_scales(W[:normal], sizes, linear.weight)
     W[hessian.diagonal() == 0] = 0.0  # dead columns
+    order = loudest_first(hessian.diagonal(), normal, linear.weight.group_size) if act_order else None
+    if order is not None:
+        W, hessian = W[order], hessian[order][:, order]
     with exact_float32():
         factor, cost = inverse_factor(hessian, damping, name)
         run = _Run(W, factor, rounder or ColumnRounder(), cost if scale_search == "feedback" else None)
         codes, scale = run.round_normal(normal, linear.weight, whole, sizes)
         outlier_codes, outlier_scale = run.round_outliers(normal, linear) if outliers else (None, None)
+    if order is not None:
+        codes = codes[order[:normal].argsort()]
     parts = []
     for i, rows in enumerate(_row_slices(sizes)):
         own = _rows_of(scale, rows)
@@ -126,6 +135,14 @@ class _Run:
             scales += block.scales
             self.W[stop:].addmm_(self.R[start:stop, stop:].T, block.error, alpha=-1.0)
         return torch.cat(codes), _join(scales)
+
+
+def loudest_first(diagonal: Tensor, normal: int, size: int | None) -> Tensor:
+    """Columns int64 [K] in descending order of `diagonal` within each group of `size` normal ones; the rest behind."""
+    size = size or max(1, normal)
+    groups = [columns[diagonal[columns].argsort(descending=True, stable=True)] for columns in
+              torch.arange(normal, device=diagonal.device).split(size)]  # fmt: skip
+    return torch.cat([*groups, torch.arange(normal, len(diagonal), device=diagonal.device)])
 
 
 def blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:

@@ -233,7 +233,9 @@ class LayerQuantizer:
         if H is None:
             return [quantize_weight(w, linear, name) for w, name in zip(weights, names, strict=True)]
         config = self.config
-        return gptq(weights, H, linear, config.damping, ", ".join(names), self.rounder, config.scale_search)
+        return gptq(
+            weights, H, linear, config.damping, ", ".join(names), self.rounder, config.scale_search, config.act_order
+        )
 
 
 def permute_layer_(layer: DecoderLayer, plans: list[InputPlan]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from atom.calibration.gptq import blocks, gptq, inverse_factor
+from atom.calibration.gptq import blocks, gptq, inverse_factor, loudest_first
 from atom.calibration.stats import EnergyAccumulator, HessianAccumulator
 from atom.errors import CalibrationError
 from atom.quant.granularity import Channel, Group
@@ -218,6 +218,27 @@ def test_scales_searched_with_feedback_lose_less(name: str) -> None:
         losses = [loss(weight, dequantize_weight(found, linear), H, linear) for found in (plain, aware)]
         gains.append(losses[1] / losses[0])
     assert sum(gains) / len(gains) < 0.995
+
+
+@pytest.mark.parametrize("name", ["int4-mse", "int4-two-level", "int3-channel", "nvint4", "rotated", "int4-outliers"])
+def test_loud_columns_first_lose_less(name: str) -> None:
+    linear = SCHEMES[name]
+    gains = []
+    for seed in range(4):
+        weight, x = problem(rows=64, seed=seed)
+        x = x[:, torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(seed))]
+        H = hessian_of(x)
+        (plain,) = gptq([weight], H.clone(), linear)
+        (sorted_,) = gptq([weight], H.clone(), linear, act_order=True)
+        losses = [loss(weight, dequantize_weight(found, linear), H, linear) for found in (plain, sorted_)]
+        gains.append(losses[1] / losses[0])
+    assert sum(gains) / len(gains) < (1.0 if name == "rotated" else 0.985)
+
+
+def test_the_order_of_loud_columns_stays_in_groups() -> None:
+    diagonal = torch.tensor([1.0, 3.0, 2.0, 5.0, 4.0, 9.0, 8.0])
+    assert loudest_first(diagonal, 5, 3).tolist() == [1, 2, 0, 3, 4, 5, 6]
+    assert loudest_first(diagonal, 7, None).tolist() == [5, 6, 3, 4, 1, 2, 0]
 
 
 def test_nan_weight_is_named() -> None:
