@@ -106,6 +106,9 @@ class Measure(MeasureOptions):
     flat_steps: int = 60
     """Training steps of each layer for flatquant."""
 
+    flat_seconds: float = float("inf")
+    """At most so long for all of them."""
+
 
 class Runner:
     """Measures one method after another of one model."""
@@ -135,6 +138,7 @@ class Runner:
         self.generative = Tasks(options.generative, options.include_path, options.task_limit)
         self.full_generative: tuple[TaskResult, ...] = ()  # full precision's, once they ran
         self.distilled = 0  # steps of the method at work
+        self.flat_steps = 0  # of each layer, likewise
 
     @cached_property
     def distill_text(self) -> DistillText:
@@ -157,6 +161,7 @@ class Runner:
             row |= {} if method.name == "fp" else self.calibration()
             if method.learned:
                 row["note"] = "run in memory: its transforms have no place in a checkpoint"
+                row["flat_steps"] = self.flat_steps
             is_compared, is_full = method.name in COMPARED, method.name == "fp"
             full = self.full.model if self.options.divergence and not is_full else None
             first = row | self.texts.measure(loaded, 0, full)
@@ -246,8 +251,9 @@ class Runner:
             quantize_source(self.source, cached, folder / "cached", self.base, self.windows)
         loaded = load(where, device, "float32", "reference")
         bits = 8 if scheme.activation is None or scheme.activation.format == "int8" else 4
-        settings = FlatConfig(activation_bits=bits, steps=self.options.flat_steps)
-        flatten_model(loaded.model, self.windows.tokens[:64], cached, settings)
+        settings = FlatConfig(activation_bits=bits, steps=self.options.flat_steps, seconds=self.options.flat_seconds)
+        made = flatten_model(loaded.model, self.windows.tokens[:64], cached, settings)["steps"]
+        self.flat_steps = sum(made) // len(made)
         return loaded
 
     def calibration(self) -> dict[str, Any]:

@@ -10,8 +10,9 @@ L, R and c run online, which no kernel here does: the result is a model in memor
 Source: FlatQuant, arXiv:2410.09426, with shorter training; o's transform is one Kronecker product over heads and head.
 """
 
-from dataclasses import dataclass
-from math import isqrt
+import time
+from dataclasses import dataclass, replace
+from math import cos, isqrt, pi
 from typing import Any
 
 import torch
@@ -30,11 +31,16 @@ REACH = 4.0  # logit of the share that a grid reaches at first: 0.98
 
 @dataclass(frozen=True)
 class FlatConfig:
-    """How the transforms are learned, and to how many bits tokens and weight rows are rounded."""
+    """How the transforms are learned, and to how many bits tokens and weight rows are rounded.
+
+    seconds  at most so long for the whole model, in equal shares for its layers: fewer steps then, whose rates fall
+             to their end all the same
+    """
 
     weight_bits: int = 4
     activation_bits: int = 4
     steps: int = 60
+    seconds: float = float("inf")
     rate: float = 5e-3
     clip_rate: float = 5e-2
     seed: int = 0
@@ -98,22 +104,26 @@ def round_rows(x: Tensor, reach: Tensor, bits: int) -> Tensor:
 
 
 def flatten_model(model: Model, tokens: Tensor, scheme: Scheme, config: FlatConfig) -> dict[str, Any]:
-    """Learn transforms for every layer of `model` and round it, in place; the losses of each layer, first and last.
+    """Learn transforms for every layer of `model` and round it, in place; each layer's first and last loss, and steps.
 
     model   in full precision and float32; afterwards it runs rounded, its cache as `scheme` says
     tokens  [windows, length] of calibration text
     """
-    losses = []
+    losses, steps = [], []
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         hidden = torch.stack([model.model.embed(row.to(model.device)) for row in tokens])
-    for layer in model.model.decoder_layers():
+    layers = list(model.model.decoder_layers())
+    share = config.seconds / len(layers)
+    for layer in layers:
         with torch.no_grad():
             target = torch.cat([_run(layer, model, part, None) for part in hidden.split(4)])
-        losses.append(_learn(layer, model, hidden, target, scheme, config, generator))
+        first, last, done = _learn(layer, model, hidden, target, scheme, replace(config, seconds=share), generator)
+        losses.append((first, last))
+        steps.append(done)
         hidden = target
     model.scheme = scheme
-    return {"losses": losses}
+    return {"losses": losses, "steps": steps}
 
 
 def _learn(
@@ -124,7 +134,8 @@ def _learn(
     scheme: Scheme,
     config: FlatConfig,
     generator: torch.Generator,
-) -> tuple[float, float]:
+) -> tuple[float, float, int]:
+    """Learn the transforms of one layer and round it, in place; the first and the last loss, and the steps made."""
     inputs: list[FlatInput] = []
     linears: dict[str, FlatLinear] = {}
     for group in model.family.groups:
@@ -144,18 +155,22 @@ def _learn(
     optimizer = torch.optim.AdamW(
         [{"params": shapes, "lr": config.rate}, {"params": reaches, "lr": config.clip_rate}], weight_decay=0.0
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, eta_min=config.rate * 1e-3)
+    rates = [config.rate, config.clip_rate]
     size = float(target.square().mean())
     first = last = 0.0
-    for step in range(config.steps):
+    done, started = 0, time.perf_counter()
+    while done < config.steps and (late := (time.perf_counter() - started) / config.seconds) < 1:
+        falling = (1 + cos(pi * max(done / config.steps, late))) / 2
+        for parameters, rate in zip(optimizer.param_groups, rates, strict=True):
+            parameters["lr"] = rate * falling
         rows = torch.randint(0, len(hidden), (4,), generator=generator).to(hidden.device)
         loss = (_run(layer, model, hidden[rows], scheme) - target[rows]).square().mean() / size
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
         last = loss.item()
-        first = last if step == 0 else first
+        first = last if done == 0 else first
+        done += 1
     for parameter in (*shapes, *reaches):
         parameter.requires_grad_(False)
     for name, flat in linears.items():
@@ -164,7 +179,7 @@ def _learn(
         if flat.bias is not None:
             plain.register_parameter("bias", nn.Parameter(flat.bias, requires_grad=False))
         layer.set_submodule(name, plain)
-    return first, last
+    return first, last, done
 
 
 def _run(layer: DecoderLayer, model: Model, hidden: Tensor, scheme: Scheme | None) -> Tensor:

@@ -1,5 +1,6 @@
 """The transforms change nothing until something is rounded, and learning them brings the rounded model closer."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,14 @@ def test_rows_are_clipped_at_the_learned_reach() -> None:
     assert y.max().item() == pytest.approx(0.5)
     y.sum().backward()
     assert x.grad is not None and x.grad[0, 2] == 1 and reach.grad is not None and reach.grad.abs() > 0
+
+
+def test_time_is_shared_by_the_layers(tiny: Tiny) -> None:
+    model = load_model(tiny("llama"))
+    started = time.perf_counter()
+    found = flatten_model(model, TEXT, get_scheme("bf16"), replace(FlatConfig(), steps=10**6, seconds=1.0))
+    assert len(found["steps"]) == 3 and all(0 < steps < 10**6 for steps in found["steps"])
+    assert time.perf_counter() - started < 30  # a second, and what a busy machine adds
 
 
 def hidden(model: Model) -> Tensor:
