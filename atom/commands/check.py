@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.table import Table
+from rich.table import Column, Table
 
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.distill_plan import plan_distillation
@@ -180,8 +180,10 @@ def _size_table(
 
 
 def _ops_table(ops: list[dict[str, Any]], gpu: Gpu | None) -> Table:
-    bounds = ["bound us, M=1", "M=64", "M=2048"] if gpu else []
-    table = Table("op", "where", "runs on " + (gpu.name if gpu else "cpu"), *bounds)
+    bounds = ["M=1", "M=64", "M=2048"] if gpu else []
+    names = ("op", "where", "runs on " + (gpu.name if gpu else "cpu"))
+    table = Table(*(Column(name, overflow="fold") for name in names), *bounds, pad_edge=False)
+    table.caption = "M: the least microseconds that M tokens can take, from bytes and operations" if gpu else None
     for row in ops:
         runs = row["runs"] or f"refused ({row['why']})"
         bound = [str(v) for v in row.get("bound_us", {}).values()] or [""] * len(bounds)
