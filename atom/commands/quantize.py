@@ -26,7 +26,7 @@ class Options:
 
     scheme: str = "w4a4"
     """w4a4, w4a8, w4a4-hadamard, w4a8-hadamard, w4a16, w8a8, fp8, nvfp4, mxfp4, nvint4, w3a3, bf16, or auto: what
-    measurements recommend for the GPU; +kv4, +kv8, +kvfp8, +kv16 choose the cache."""
+    measurements recommend for the GPU; +kv4, +kv8, +kvfp8, +kv16 choose the cache, +kv3, +kv2 one without kernels."""
 
     gpu: str | None = None
     """The GPU that will serve the model, for --scheme auto: h100 or h200; default this machine's."""

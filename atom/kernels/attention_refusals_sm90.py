@@ -1,6 +1,6 @@
 """What the sm_90a attention kernels refuse, and why. Imports no kernel, so that the ops can name it."""
 
-from .attention_config import MOST_QUERIES
+from .attention_config import CODE_BITS, MOST_QUERIES
 from .registry import Problem
 
 
@@ -15,6 +15,8 @@ def refuses_attention(problem: Problem) -> str | None:
         return f"at most {MOST_QUERIES} query heads may share a KV head, got {queries}"
     if problem.kv is not None and problem.kv.format.startswith("int") and problem.kv.symmetric:
         return f"symmetric {problem.kv.format} keys and values have no kernel yet"
+    if problem.kv is not None and problem.kv.format not in CODE_BITS:
+        return f"{problem.kv.format} keys and values have no kernel; it reads {', '.join(CODE_BITS)}"
     if problem.kv_pre_rope:
         return "keys stored before RoPE have no kernel yet"
     if problem.dtype != "bfloat16":

@@ -4,7 +4,7 @@ One layer is uint8 [num_blocks, num_kv_heads, tile_bytes]. A *tile* holds the ke
 
     key words      block_size x 32 bits      scale (bfloat16, low half) and zero point (bfloat16, high half) of a token
     value words    block_size x 32 bits
-    key codes      block_size x row_bytes    row by row, packed as atom/quant/packing.py packs: low nibble first
+    key codes      block_size x row_bytes    row by row, packed as atom/quant/packing.py packs: lowest bits first
     value codes    block_size x row_bytes
     filling        to a multiple of 128 bytes
 
@@ -21,11 +21,11 @@ from ..errors import UnsupportedError
 from ..quant.formats import get_format
 from ..quant.granularity import Group
 from ..quant.granularity import Tensor as PerTensor
-from ..quant.packing import packed_columns
+from ..quant.packing import pack, packed_columns, unpack_bits
 from ..quant.rounding import choose_scale, encode
 from ..quant.schemes import TensorSpec
 
-FORMATS = ("int4", "int8", "fp8_e4m3")
+FORMATS = ("int2", "int3", "int4", "int8", "fp8_e4m3")
 LINE_BYTES = 128
 
 
@@ -51,7 +51,7 @@ class KVLayout:
         if spec.format not in FORMATS or spec.outer is not None or spec.scale_format != "bf16":
             raise UnsupportedError(
                 f"a paged KV cache in {spec} is not supported; it holds {', '.join(FORMATS)} under bf16 scales; "
-                "choose one of +kv4, +kv8, +kvfp8, +kv16."
+                "choose one of +kv2, +kv3, +kv4, +kv8, +kvfp8, +kv16."
             )
         if isinstance(spec.granularity, Group | PerTensor):
             raise UnsupportedError(
@@ -146,10 +146,8 @@ def encode_rows(x: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
         half = 1 << (fmt.bits - 1)
         codes, zero = (codes.to(torch.int16) + half).to(torch.uint8), zero + half
     codes = codes.view(torch.uint8)
-    if fmt.bits == 4:
-        if codes.shape[-1] % 2:
-            codes = torch.nn.functional.pad(codes, (0, 1))
-        codes = codes[..., ::2] | codes[..., 1::2] << 4
+    if fmt.bits < 8:
+        codes = pack(codes, fmt)
     return codes, torch.cat((scale.scale, zero), -1).to(torch.bfloat16)
 
 
@@ -158,6 +156,8 @@ def code_floats(rows: Tensor, spec: TensorSpec, columns: int) -> Tensor:
     fmt = get_format(spec.format)
     if fmt.bits == 8:
         return (rows if fmt.is_integer else rows.view(fmt.dtype)).float()
+    if fmt.bits < 4:
+        return unpack_bits(rows, fmt.bits, columns).float()
     values = torch.empty((*rows.shape, 2), dtype=torch.float32, device=rows.device)
     values[..., 0] = rows & 15
     values[..., 1] = rows >> 4

@@ -48,6 +48,7 @@ class Format:
         return 0, (1 << self.bits) - 1
 
 
+INT2 = Format("int2", 2, "int", 1, torch.int8)
 INT3 = Format("int3", 3, "int", 3, torch.int8)
 INT4 = Format("int4", 4, "int", 7, torch.int8)
 INT8 = Format("int8", 8, "int", 127, torch.int8)
@@ -59,7 +60,9 @@ BF16 = Format("bf16", 16, "float", torch.finfo(torch.bfloat16).max, torch.bfloat
 FP16 = Format("fp16", 16, "float", torch.finfo(torch.float16).max, torch.float16)
 FP32 = Format("fp32", 32, "float", torch.finfo(torch.float32).max, torch.float32)
 
-FORMATS: dict[str, Format] = {f.name: f for f in (INT3, INT4, INT8, FP8_E4M3, FP8_E5M2, E2M1, E8M0, BF16, FP16, FP32)}
+FORMATS: dict[str, Format] = {
+    f.name: f for f in (INT2, INT3, INT4, INT8, FP8_E4M3, FP8_E5M2, E2M1, E8M0, BF16, FP16, FP32)
+}
 
 
 def get_format(name: str) -> Format:

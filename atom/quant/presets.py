@@ -5,10 +5,19 @@ from dataclasses import replace
 from .granularity import Channel, Group, Head, Token
 from .schemes import OutlierSpec, RotationSpec, Scheme, TensorSpec
 
+KV2 = TensorSpec("int2", Head(), symmetric=False, dynamic=True)
+KV3 = TensorSpec("int3", Head(), symmetric=False, dynamic=True)
 KV4 = TensorSpec("int4", Head(), symmetric=False, dynamic=True)
 KV8 = TensorSpec("int8", Head(), symmetric=False, dynamic=True)
 KVFP8 = TensorSpec("fp8_e4m3", Head(), dynamic=True)
-KV_SUFFIXES: dict[str, TensorSpec | None] = {"kv4": KV4, "kv8": KV8, "kvfp8": KVFP8, "kv16": None}
+KV_SUFFIXES: dict[str, TensorSpec | None] = {
+    "kv2": KV2,
+    "kv3": KV3,
+    "kv4": KV4,
+    "kv8": KV8,
+    "kvfp8": KVFP8,
+    "kv16": None,
+}
 
 
 def _group_int(bits: int) -> tuple[TensorSpec, TensorSpec]:
@@ -94,5 +103,6 @@ def get_scheme(text: str) -> Scheme:
 
 
 def kv_name(scheme: Scheme) -> str:
-    """The cache format as records spell it: int4, int8, fp8 or bf16."""
-    return "bf16" if scheme.kv is None else scheme.kv.format.removesuffix("_e4m3")
+    """The cache format as records spell it: int2, int3, int4, int8, fp8 or bf16; of other layers' behind a plus."""
+    specs = (scheme.kv, *(override.kv for override in scheme.kv_overrides))
+    return "+".join(dict.fromkeys("bf16" if s is None else s.format.removesuffix("_e4m3") for s in specs))

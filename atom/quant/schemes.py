@@ -54,6 +54,8 @@ class TensorSpec:
             raise ValueError(f"unknown scale format {self.scale_format!r}; use one of {', '.join(SCALE_FORMATS)}")
         if not self.symmetric and not fmt.is_integer:
             raise ValueError(f"asymmetric {self.format} does not exist; use an integer format or symmetric=True")
+        if self.symmetric and fmt.is_integer and fmt.bits == 2:
+            raise ValueError(f"symmetric {self.format} would have one level above zero; use symmetric=False")
         if not self.symmetric and self.outer is not None:
             raise ValueError("an asymmetric tensor has no outer scale; use symmetric=True or outer=None")
         if self.scale_rule not in get_args(ScaleRule):

@@ -16,7 +16,7 @@ from atom.kernels.paged_attention import PAGED_ATTENTION
 from atom.kernels.registry import Problem
 from atom.kernels.rope_append import ROPE_APPEND_KV
 from atom.kernels.step_buffers_sm90 import REPLAN_AFTER, Scratch, StepBuffers
-from atom.quant.presets import KV4
+from atom.quant.presets import KV3, KV4
 from atom.serving.kv_pool import KVPool, PagedKV, _has_key_offset
 
 from ..serving.test_kv_pool import RAW, SCHEMES, Cache, chunked, small_model
@@ -78,6 +78,7 @@ def test_the_kernels_run_unasked() -> None:
         ({"kv_pre_rope": True}, "before RoPE"),
         ({"dtype": "float16"}, "must be bfloat16"),
         ({"block_size": 8}, "16, 32 or 64"),
+        ({"kv": KV3}, "int3 keys and values have no kernel; it reads int4, int8"),
     ],
 )
 def test_refusals_say_why(changes: dict[str, Any], reason: str) -> None:

@@ -52,7 +52,8 @@ def test_unknown_keys_are_refused(path: tuple[str | int, ...]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "int5"}, "unknown format 'int5'; use one of int3, int4"),
+        ({"format": "int5"}, "unknown format 'int5'; use one of int2, int3, int4"),
+        ({"format": "int2"}, "one level above zero; use symmetric=False"),
         ({"format": "e8m0"}, "holds scales, not values"),
         ({"scale_format": "fp12"}, "unknown scale format 'fp12'; use one of"),
         ({"format": "e2m1", "symmetric": False}, "asymmetric e2m1 does not exist"),
@@ -152,6 +153,7 @@ def test_single_layers_have_caches_of_their_own() -> None:
     assert [scheme.kv_of(layer) for layer in range(3)] == [KV4, KV8, KV4]
     assert scheme.kv_bits(128) == 4.25 and scheme.kv_bits(128, 2) == pytest.approx((4.25 + 8.25) / 2)
     assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+    assert kv_name(scheme) == "int4+int8"
     assert "kv_overrides" not in PRESETS["w4a4"].to_dict() and scheme.with_kv(KV4) == PRESETS["w4a4"]
     with pytest.raises(ValueError, match="kv is None; give kv"):
         replace(PRESETS["bf16"], kv_overrides=(CacheOverride(1, KV8),))
@@ -165,8 +167,8 @@ def test_names_users_type(name: str) -> None:
     for suffix, spec in KV_SUFFIXES.items():
         scheme = get_scheme(f"{name}+{suffix}")
         assert scheme.kv == spec and scheme.name == name and scheme.weight == PRESETS[name].weight
-    assert [kv_name(get_scheme(f"{name}+{s}")) for s in ("kv4", "kv8", "kvfp8", "kv16")] == [
-        *("int4", "int8", "fp8", "bf16")
+    assert [kv_name(get_scheme(f"{name}+{s}")) for s in KV_SUFFIXES] == [
+        *("int2", "int3", "int4", "int8", "fp8", "bf16")
     ]
 
 

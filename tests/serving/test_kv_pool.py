@@ -55,6 +55,8 @@ SCHEMES = {
     "int4": get_scheme("bf16").with_kv(KV4),
     "int8": get_scheme("bf16").with_kv(KV8),
     "fp8": get_scheme("bf16").with_kv(KVFP8),
+    "int3": get_scheme("bf16+kv3"),
+    "int2": get_scheme("bf16+kv2"),
     "int4 symmetric": get_scheme("bf16").with_kv(replace(KV4, symmetric=True)),
     "int4 before RoPE": replace(get_scheme("bf16").with_kv(KV4), kv_pre_rope=True),
     "int4, offset inside": replace(get_scheme("bf16").with_kv(KV4), kv_offset="none"),
@@ -313,7 +315,7 @@ def test_bytes_of_a_real_shape() -> None:
 def test_formats_without_a_layout_are_refused() -> None:
     config = model_config(LLAMA)
     for spec, reason in (
-        (replace(KV4, format="int3"), "int3.*choose one of"),
+        (replace(KV4, format="e2m1", symmetric=True), "e2m1.*choose one of"),
         (replace(KV4, scale_format="fp32"), "bf16 scales"),
         (replace(KV4, granularity=Group(8)), "one scale per token and head"),
     ):
