@@ -101,7 +101,7 @@ SCHEMAS: dict[str, RecordSchema] = {
     "accuracy-frontier": RecordSchema(
         ("model", "text", "method", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
         # what is kept of the mean over tasks in percent, half of its 95 % interval, and over how many documents
-        ("scheme", "task:", "recovery", "recovery:95", "documents", "retrieval:", *PERPLEXITY_EXTRAS),
+        ("scheme", "task:", "recovery", "recovery:95", "documents", "retrieval:", "flat_steps", *PERPLEXITY_EXTRAS),
         {"path": PATHS, "scheme": ("w4a4", "w4a8", "kv4"), **_KV},
     ),
     "kv-rope": RecordSchema(

@@ -35,8 +35,9 @@ from atom.quant.stored import load_weight, store_weight
 
 from .keys import centre_on_sink
 from .observe import Hook
+from .scaled_rows import ScaledRows, has_scaled_rows
 
-KEPT_HIDDEN, KEPT_INTERMEDIATE = 40, 16  # float32 values that a layer keeps for its gradients, in units of its sizes
+KEPT_HIDDEN, KEPT_INTERMEDIATE = 44, 19  # float32 values that a layer keeps for its gradients, in units of its sizes
 
 
 def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
@@ -89,6 +90,10 @@ class TrainableColumns(nn.Module):
         grouped: Tensor = codes.unflatten(1, (-1, size)) * effective.unsqueeze(2)
         return grouped.flatten(1)
 
+    def product(self, x: Tensor) -> Tensor:
+        """x [T, k] times what the columns stand for."""
+        return functional.linear(x, self.values())
+
     @torch.no_grad()
     def quantized(self) -> Quantized:
         """Codes and scales that dequantize to `values`."""
@@ -119,7 +124,10 @@ class TrainableColumns(nn.Module):
 
 
 class TrainableLinear(nn.Module):
-    """A quantized linear whose scales, bias and codes can learn. Outliers that keep bf16 stay as they are."""
+    """A quantized linear whose scales, bias and codes can learn. Outliers that keep bf16 stay as they are.
+
+    normal, outlier  each ScaledRows where its codes stay under one scale a row that learns
+    """
 
     kept: Tensor | None
 
@@ -129,13 +137,13 @@ class TrainableLinear(nn.Module):
         super().__init__()
         assert linear.weight is not None
         self.linear = linear
-        self.normal = TrainableColumns(weight.normal, linear.weight, learns_codes)
-        self.outlier: TrainableColumns | None = None
+        self.normal = _columns(weight.normal, linear.weight, learns_codes)
+        self.outlier: TrainableColumns | ScaledRows | None = None
         kept = None
         if isinstance(weight.outlier, Quantized):
             spec = linear.outliers.spec(Channel(), dynamic=False)
             assert spec is not None
-            self.outlier = TrainableColumns(weight.outlier, spec, learns_codes)
+            self.outlier = _columns(weight.outlier, spec, learns_codes)
         elif weight.outlier is not None:
             kept = weight.outlier
         self.register_buffer("kept", kept)
@@ -143,18 +151,25 @@ class TrainableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, K], permuted, rotated and rounded -> [T, N]."""
-        columns = [self.normal.values()]
+        normal, _ = self.linear.split(x.shape[1])
+        y = self.normal.product(x[:, :normal])
         if self.outlier is not None:
-            columns.append(self.outlier.values())
+            y = y + self.outlier.product(x[:, normal:])
         elif self.kept is not None:
-            columns.append(self.kept.float())
-        return functional.linear(x, torch.cat(columns, 1), self.bias)
+            y = y + functional.linear(x[:, normal:], self.kept.float())
+        return y if self.bias is None else y + self.bias
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint that hold this weight, and its bias in float32, by name without prefix."""
         outlier = self.kept if self.outlier is None else self.outlier.quantized()
         tensors = store_weight(MixedWeight(self.normal.quantized(), outlier), self.linear)
         return tensors if self.bias is None else {**tensors, "bias": self.bias.detach()}
+
+
+def _columns(columns: Quantized, spec: TensorSpec, learns_codes: bool) -> TrainableColumns | ScaledRows:
+    if not learns_codes and has_scaled_rows(columns, spec):
+        return ScaledRows(columns, spec)
+    return TrainableColumns(columns, spec, learns_codes)
 
 
 class TrainingKV(DenseKV):

@@ -12,6 +12,7 @@ from atom.calibration.config import CalibrationConfig
 from atom.calibration.data import load_windows
 from atom.calibration.distill import distill_checkpoint, load_distill_text
 from atom.calibration.report import Report
+from atom.calibration.scaled_rows import ScaledRows, has_scaled_rows
 from atom.calibration.stream import quantize_model
 from atom.calibration.student import Student, TrainableColumns
 from atom.checkpoint import read_scheme
@@ -79,6 +80,48 @@ def test_whole_factors_stay_and_the_scale_above_them_learns() -> None:
     assert torch.equal(after.scale.scale, rounded.scale.scale) and torch.equal(after.codes, rounded.codes)
     torch.testing.assert_close(columns.values(), before * torch.tensor(0.3).exp())
     torch.testing.assert_close(dequantize(after, spec), columns.values().detach())
+
+
+@pytest.mark.parametrize("name", ["int8-channel", "int4-two-level", "int3-two-level"])
+def test_rows_scaled_behind_the_product_learn_as_the_weight_does(name: str) -> None:
+    two_level = TensorSpec("int3", Group(32), scale_format="uint4", outer="channel", scale_rule="range")
+    spec = {**SPECS, "int3-two-level": two_level}[name]
+    assert spec is not None
+    draw = torch.Generator().manual_seed(0)
+    rounded, x = quantize(torch.randn(24, 80, generator=draw), spec), torch.randn(9, 80, generator=draw)
+    assert has_scaled_rows(rounded, spec)
+    found = []
+    for columns in (TrainableColumns(rounded, spec), ScaledRows(rounded, spec)):
+        with torch.no_grad():
+            columns.log_factor += 0.3 * torch.randn(columns.log_factor.shape, generator=draw.manual_seed(1))
+        own = x.clone().requires_grad_()
+        y = columns.product(own)
+        y.sin().sum().backward()
+        found.append((y.detach(), own.grad, columns.log_factor.grad, dequantize(columns.quantized(), spec)))
+    for plain, scaled in zip(*found, strict=True):
+        assert plain is not None and scaled is not None
+        torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8"])
+def test_a_student_whose_codes_stay_is_the_checkpoint(
+    scheme: str, tiny: Tiny, quick: CalibrationConfig, tmp_path: Path
+) -> None:
+    quantize_model(tiny("llama-biased"), get_scheme(scheme), tmp_path / "out", quick)
+    source = open_source(tmp_path / "out")
+    found = read_scheme(source.config)
+    assert found is not None
+    student = Student(source, found, torch.device("cpu"))
+    assert any(isinstance(module, ScaledRows) for module in student.model.modules())
+    loaded = load_model(tmp_path / "out")
+    tokens = torch.arange(60).view(20, 3)
+    with torch.no_grad():
+        kv = scheme_cache(loaded, 20)
+        expected = loaded(tokens.flatten(), kv.positions(3), kv)
+        error = (student.hidden(tokens) - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float((error < 1e-5).float().mean()) > 0.5 and float(error.max()) < 0.2  # where no code of an input fell
+    for name, tensor in student.tensors(1):  # to the other side
+        torch.testing.assert_close(tensor.float(), source.get(name).float())
 
 
 @pytest.mark.parametrize(
