@@ -19,6 +19,7 @@ from .compare import Z95
 from .table import format_table
 
 PLOT = "loss_against_bits.png"
+COLUMNS = 3  # of panels in the plot
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,21 @@ def recovery_table(points: Sequence[Point]) -> str:
 def draw_frontier(points: Sequence[Point], directory: Path) -> Path:
     """Write a plot of loss against bits, one panel a model, into `directory`; its path.
 
-    Raises UnsupportedError where matplotlib is not installed.
+    The cache alone has no place on this axis: it is left out. Raises UnsupportedError where matplotlib is not there.
     """
     load_matplotlib()
     from matplotlib import pyplot
 
+    points = [point for point in points if point.bits < 16] or list(points)
     models = list(dict.fromkeys(point.model for point in points))
     ways = list(dict.fromkeys(point.way for point in points))
-    figure, axes = pyplot.subplots(1, len(models), figsize=(4 * len(models) + 2, 4), squeeze=False, sharey=True)
-    for axis, model in zip(axes[0], models, strict=True):
+    columns = min(len(models), COLUMNS)
+    rows = -(-len(models) // columns)
+    size = (4 * columns + 2, 3.6 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
+    for axis in axes.flat[len(models) :]:
+        axis.set_axis_off()
+    for axis, model in zip(axes.flat, models, strict=False):
         for number, way in enumerate(ways):
             here = [point for point in points if point.model == model and point.way == way]
             marker = "osD^v<>PX*"[number // 10 % 10]
@@ -107,10 +114,12 @@ def draw_frontier(points: Sequence[Point], directory: Path) -> Path:
                 [p.bits for p in here], [max(p.loss, 1e-4) for p in here], label=way, c=f"C{number % 10}", marker=marker
             )
         axis.set(title=model, xlabel="bits, mean of weights and activations", yscale="log")
+        axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("loss beyond full precision, nats a token")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-    figure.tight_layout(rect=(0, 0, 1 - 2 / (4 * len(models) + 2), 1))
+    for row in axes:
+        row[0].set_ylabel("loss, nats a token")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper right", fontsize=7)
+    figure.tight_layout(rect=(0, 0, 1 - 2 / size[0], 1))
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / PLOT
     figure.savefig(path, dpi=120)
