@@ -13,7 +13,7 @@ from atom.kernels.attention_config import SHARED_BYTES, AppendConfig, DecodeConf
 from atom.kernels.attention_plan import SEGMENT_FIELDS
 
 from .ptx_emulator import Kernel
-from .ptx_emulator import Tensor as Argument
+from .ptx_memory import Tensor as Argument
 
 DECODE_STATIC = {0: (2,), 1: (2,), 7: (2,), 8: (1, 2)} | dict.fromkeys((6, 9, 11, 12, 13, 14), (1,))
 PREFIX_STATIC = {0: (2,), 1: (2,), 3: (1,), 5: (1,), 6: (1, 2), 7: (1,)}

@@ -1,12 +1,13 @@
-"""The emulator of ptx_emulator.py for Blackwell's warp-level product of E2M1 codes under block scales."""
+"""Blackwell's warp-level product of E2M1 codes under block scales, in the PTX emulator."""
 
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import ptx_emulator as base
-from .ptx_emulator import F32, LANES, U32, Warp
+from .ptx_memory import LANES
+from .ptx_numbers import F32, U32
+from .ptx_warp import Warp
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -24,7 +25,7 @@ def scale_values(words: np.ndarray, count: int, kind: str) -> np.ndarray:
     return np.exp2(found.astype(np.float64) - 127)
 
 
-def _mma(warp: Warp, op: str, args: list[Any]) -> None:
+def mma_block_scaled(warp: Warp, op: str, args: list[Any]) -> None:
     """m16n8k64: fragments and the lanes whose scales count (selectors 0) as in the PTX ISA."""
     warp.need_all(op)
     d, a, b, c, (scale_a,), select_a, (scale_b,), select_b = args
@@ -47,6 +48,3 @@ def _mma(warp: Warp, op: str, args: list[Any]) -> None:
     D = (A @ B.T + C).astype(F32)
     for i, name in enumerate(d):
         warp.write(name, D[g + 8 * (i // 2), 2 * q + i % 2])
-
-
-base.HANDLERS[:0] = [(r"mma\.sync\.aligned\.kind::mxf4nvf4\.block_scale\..*", _mma)]

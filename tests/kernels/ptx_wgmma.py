@@ -14,8 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import ptx_emulator as base
-from .ptx_emulator import LANES, SHARED_BASE, U32, U64, Cta, Kernel, Memory, Tensor, Warp
+from .ptx_arithmetic import mov, unary
+from .ptx_emulator import Kernel, run
+from .ptx_exchange import arrive, bar, memory_op, nothing
+from .ptx_instructions import HANDLERS
+from .ptx_memory import LANES, SHARED_BASE, Cta, Memory, Tensor, deliver, descriptor
+from .ptx_numbers import U32, U64, from_bf16
+from .ptx_warp import Warp
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class TensorCoreKernel(Kernel):
             elif isinstance(argument, Tensor):
                 address = memory.place(argument.array)
                 placed.append((address, argument.array))
-                data = base._descriptor(address, argument)
+                data = descriptor(address, argument)
             elif isinstance(argument, Columns):
                 at = memory.place(argument.array) + argument.start * argument.array.itemsize
                 sizes = np.array((argument.array.shape[0], argument.stop - argument.start), dtype=np.int32)
@@ -89,7 +94,7 @@ class TensorCoreKernel(Kernel):
         while any(not warp.is_done for warp in warps):
             before = sum(cta.events for cta in ctas)
             for at in draw.permutation(len(warps)):
-                warps[at].run()
+                run(warps[at])
             for cta in ctas:
                 self._deliver(cta, memory, draw)
             idle = 0 if sum(cta.events for cta in ctas) != before else idle + 1
@@ -101,7 +106,7 @@ class TensorCoreKernel(Kernel):
         tiles: list[Any] = [copy for copy in cta.copies if callable(copy)]
         cta.events += len(tiles)
         cta.copies = [copy for copy in cta.copies if not callable(copy)]
-        base._deliver(cta, memory, draw)
+        deliver(cta, memory, draw)
         for copy in tiles:
             if draw.random() < 0.4:
                 cta.copies.append(copy)
@@ -164,7 +169,7 @@ def _operand(warp: Warp, descriptor: str, rows: np.ndarray, kind: str) -> np.nda
 def numbers(data: np.ndarray, kind: str) -> np.ndarray:
     """Bytes [..., n] as float64."""
     if kind == "bf16":
-        return base.from_bf16(data.view(np.uint16)).astype(np.float64)
+        return from_bf16(data.view(np.uint16)).astype(np.float64)
     if kind == "e4m3":
         return torch.from_numpy(data.copy()).view(torch.float8_e4m3fn).double().numpy()
     return data.view(np.int8).astype(np.float64)
@@ -231,16 +236,16 @@ def _mov_64(warp: Warp, op: str, args: list[Any]) -> None:
         for name, part in zip(args[0], (word & U64(0xFFFFFFFF), word >> U64(32)), strict=True):
             warp.write(name, part.astype(U32))
     else:
-        base._mov(warp, op, args)
+        mov(warp, op, args)
 
 
 def _bar(warp: Warp, op: str, args: list[Any]) -> bool | None:
     """A barrier whose name or count stands in a register."""
-    return base._bar(warp, op, [str(int(warp.read(arg, U32)[0])) for arg in args])
+    return bar(warp, op, [str(int(warp.read(arg, U32)[0])) for arg in args])
 
 
 def _bar_arrive(warp: Warp, op: str, args: list[Any]) -> None:
-    base._arrive(warp, op, [str(int(warp.read(arg, U32)[0])) for arg in args])
+    arrive(warp, op, [str(int(warp.read(arg, U32)[0])) for arg in args])
 
 
 def _cluster_barrier(warp: Warp, op: str, args: list[Any]) -> bool | None:
@@ -290,7 +295,7 @@ def _arrive_at_peer(warp: Warp, op: str, args: list[Any]) -> None:
 
 
 def _load_acquire(warp: Warp, op: str, args: list[Any]) -> None:
-    base._memory_op(warp, "ld.global." + op.split(".")[-1], args)
+    memory_op(warp, "ld.global." + op.split(".")[-1], args)
     warp.yields = True  # it may be waiting for another CTA
 
 
@@ -315,7 +320,7 @@ def _increment(warp: Warp, op: str, args: list[Any]) -> None:
     warp.cta.events += 1
 
 
-base.HANDLERS[:0] = [
+HANDLERS[:0] = [
     (r"barrier\.cluster\..*", _cluster_barrier),
     (r"mapa\..*", _map_to_peer),
     (r"mbarrier\.arrive\.shared::cluster\.b64", _arrive_at_peer),
@@ -332,6 +337,6 @@ base.HANDLERS[:0] = [
     (r"stmatrix\..*", _stmatrix),
     (r"cvt\.rn\.f16x2\.e4m3x2", _widen),
     (r"cvt\.f32\.f16", _from_half),
-    (r"rsqrt\..*", base._unary(lambda x: np.float32(1.0) / np.sqrt(x))),
-    (r"wgmma\.(fence|commit_group|wait_group)\..*|setmaxnreg\..*", base._nothing),
+    (r"rsqrt\..*", unary(lambda x: np.float32(1.0) / np.sqrt(x))),
+    (r"wgmma\.(fence|commit_group|wait_group)\..*|setmaxnreg\..*", nothing),
 ]

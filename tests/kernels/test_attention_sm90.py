@@ -29,7 +29,7 @@ from atom.quant.schemes import TensorSpec
 
 from .machine_code import disassemble
 from .ptx_emulator import Kernel
-from .ptx_emulator import Tensor as Argument
+from .ptx_memory import Tensor as Argument
 from .test_paged_attention import Case, expected, make_case
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None

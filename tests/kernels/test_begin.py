@@ -12,8 +12,8 @@ from atom.kernels.begin_config import RECORD_WORDS
 from atom.kernels.host_memory import HostRing, bring
 from atom.kernels.registry import Problem
 
-from .ptx_emulator import Address
-from .ptx_emulator import Tensor as Argument
+from .ptx_memory import Address
+from .ptx_memory import Tensor as Argument
 from .test_attention_sm90 import needs_dsl, ptx
 
 HIDDEN, HALF, MOST, MAX_BLOCKS = 2 * 8 * 256 + 40, 24, 7, 300

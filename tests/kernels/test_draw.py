@@ -19,8 +19,8 @@ from atom.serving.sampling_plan import Feature, Plan, Word
 from atom.serving.sequence import Sequence
 
 from .machine_code import disassemble
-from .ptx_emulator import Address
-from .ptx_emulator import Tensor as Argument
+from .ptx_memory import Address
+from .ptx_memory import Tensor as Argument
 from .test_attention_sm90 import needs_dsl, ptx
 
 VOCABULARY = 8 * 1024 + 8 * 9  # a second vector for few threads, and a tile that is not full

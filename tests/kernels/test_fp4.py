@@ -1,6 +1,5 @@
 """Blackwell's block-scaled GEMMs: operand layouts, machine code for both architectures, sm_120a's PTX emulated."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -27,7 +26,10 @@ from atom.quant.mixed import fake_quantize_activation, quantize_weight
 from atom.quant.presets import get_scheme
 from atom.quant.rounding import code_values
 
-HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
+from .machine_code import HAS_DSL, disassemble
+from .ptx_emulator import Kernel
+from .ptx_memory import Tensor as Argument
+
 needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
 
 
@@ -86,27 +88,25 @@ def as_words(packed: Tensor) -> np.ndarray:
 )
 def test_sm120_in_the_emulator(group_size: int, M: int, N: int, K: int, bias: bool, tmp_path: Path) -> None:
     """Every element against float64, with features, tokens and columns that do not fill a tile."""
-    from .ptx_block_scaled import base
-
     torch.manual_seed(0)
     w_codes, w_scale, weight = random_operand(N, K, group_size)
     x_codes, x_scale, x = random_operand(M, K, group_size)
     outer, token, offset = torch.rand(1) + 0.5, torch.rand(M) + 0.5, torch.randn(N).bfloat16()
     config = Fp4Config(group_size, token_scaled=True, bias=bias)
     y = np.full((M, N), 0x7FFF, np.uint16)
-    kernel = base.Kernel(ptx("gemm_fp4_sm120", "sm_120a", config, tmp_path))
+    kernel = Kernel(ptx("gemm_fp4_sm120", "sm_120a", config, tmp_path))
     kernel.launch(
         (-(-N // 128), -(-M // 64)),
         128,
         [
-            base.Tensor(fp4_layout.fragment_order(fp4_layout.pack_codes(w_codes)).numpy().view(np.uint32), (2, 3)),
-            base.Tensor(as_words(fp4_layout.pack_scales(w_scale, K, group_size))),
-            base.Tensor(as_words(fp4_layout.pack_codes(x_codes))),
-            base.Tensor(as_words(fp4_layout.pack_scales(x_scale, K, group_size))),
-            base.Tensor(outer.numpy()),
-            base.Tensor(token.numpy()),
-            base.Tensor(offset.view(torch.int16).numpy().view(np.uint16)),
-            base.Tensor(y),
+            Argument(fp4_layout.fragment_order(fp4_layout.pack_codes(w_codes)).numpy().view(np.uint32), (2, 3)),
+            Argument(as_words(fp4_layout.pack_scales(w_scale, K, group_size))),
+            Argument(as_words(fp4_layout.pack_codes(x_codes))),
+            Argument(as_words(fp4_layout.pack_scales(x_scale, K, group_size))),
+            Argument(outer.numpy()),
+            Argument(token.numpy()),
+            Argument(offset.view(torch.int16).numpy().view(np.uint16)),
+            Argument(y),
         ],
     )
     wanted = x @ weight.T * token.double().unsqueeze(1) * outer.double() + (offset.double() if bias else 0)
@@ -120,15 +120,14 @@ def test_sm120_in_the_emulator(group_size: int, M: int, N: int, K: int, bias: bo
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
 def test_a_linear_from_weights_to_outputs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Producer, packing and launch as a model runs them on sm_120, against the reference linear."""
-    from .ptx_block_scaled import base
 
     def emulated(config: Fp4Config, arch: str) -> Any:
-        kernel = base.Kernel(ptx("gemm_fp4_sm120", "sm_120a", config, tmp_path))
+        kernel = Kernel(ptx("gemm_fp4_sm120", "sm_120a", config, tmp_path))
 
         def launch(codes: Tensor, *rest: Tensor) -> None:
             *operands, y = rest
             arrays = [t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in (*operands, y)]
-            found = [base.Tensor(codes.numpy(), (2, 3)), *(base.Tensor(t.numpy()) for t in arrays)]
+            found = [Argument(codes.numpy(), (2, 3)), *(Argument(t.numpy()) for t in arrays)]
             kernel.launch((-(-y.shape[1] // 128), -(-y.shape[0] // 64)), 128, found)
 
         return launch
@@ -176,8 +175,6 @@ def test_machine_code(
     module: str, arch: str, group_size: int, instruction: str, opcode: str, bias: bool, tmp_path: Path
 ) -> None:
     """The tensor core multiplies by the scales itself; no register is spilled."""
-    from .machine_code import disassemble
-
     text = ptx(module, arch, Fp4Config(group_size, token_scaled=group_size == 16, bias=bias), tmp_path)
     assert re.search(instruction, text)
     sass = disassemble((tmp_path / "kernel.cubin").read_bytes(), tmp_path)

@@ -4,7 +4,6 @@ The functions of gemm_decode_sm90.py are taken as they stand, without the compil
 replaced by numpy. Where a thread's values belong is taken from the DSL's description of wgmma, not from the packing.
 """
 
-import importlib.util
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from atom.quant.presets import get_scheme
 from atom.quant.rounding import code_values
 
 from .emulated import decoder, operand_matrix
+from .machine_code import HAS_DSL
 
-HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
 needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
 
 

@@ -3,7 +3,6 @@
 What this cannot see: what ptxas makes of the PTX, memory order, timing, and how coarsely FP8 wgmma adds up.
 """
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.schemes import LinearScheme, OutlierSpec, RotationSpec
 
 from .linear_schemes import linear_scheme
-from .ptx_emulator import Tensor as Argument
+from .machine_code import HAS_DSL
+from .ptx_memory import Tensor as Argument
 from .ptx_wgmma import Columns, Sizes, TensorCoreKernel, TensorMap
 
-HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]"),

@@ -13,8 +13,8 @@ from atom.kernels.greedy import build_greedy_sm90, greedy_reference, refuses_gre
 from atom.kernels.registry import Problem
 
 from .machine_code import disassemble
-from .ptx_emulator import Address
-from .ptx_emulator import Tensor as Argument
+from .ptx_memory import Address
+from .ptx_memory import Tensor as Argument
 from .test_attention_sm90 import needs_dsl, ptx
 
 VOCABULARY = 8 * 1024 + 24  # some threads have a second vector, most have one

@@ -11,7 +11,7 @@ from atom.kernels.attention_config import GatherConfig
 from atom.kernels.prefill_plan import plan_prefill
 
 from .machine_code import disassemble
-from .ptx_emulator import Tensor as Argument
+from .ptx_memory import Tensor as Argument
 from .test_attention_sm90 import SPECS, needs_dsl, ptx
 from .test_paged_attention import make_case
 

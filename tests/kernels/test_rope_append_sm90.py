@@ -17,8 +17,8 @@ from atom.quant.formats import get_format
 from atom.quant.rounding import largest_scale
 
 from .machine_code import disassemble
-from .ptx_emulator import Part
-from .ptx_emulator import Tensor as Argument
+from .ptx_memory import Part
+from .ptx_memory import Tensor as Argument
 from .test_attention_sm90 import SPECS, needs_dsl, ptx
 
 # kv, head_dim, query heads, KV heads, block size, offset, tasks a warp
