@@ -30,7 +30,7 @@ from measured import (
 )
 from parts import Part, join_parts, scratch
 
-from atom.calibration.config import CalibrationConfig
+from atom.calibration.config import CalibrationConfig, ScaleSearch
 from atom.calibration.data import load_windows
 from atom.calibration.distill import DistillText, load_distill_text
 from atom.calibration.flatquant import FlatConfig, flatten_model
@@ -103,6 +103,15 @@ class Measure(MeasureOptions):
     distill_codes: bool = False
     """Codes learn as well."""
 
+    true_sequential: bool = False
+    """GPTQ of `ours` sees what the rounded linears before it in a layer give."""
+
+    scale_search: ScaleSearch = "rounding"
+    """How the weights' scales of `ours` are searched."""
+
+    act_order: bool = False
+    """GPTQ of `ours` takes the loudest columns of each group first."""
+
     flat_steps: int = 60
     """Training steps of each layer for flatquant."""
 
@@ -124,7 +133,6 @@ class Runner:
             device=options.device,
             distill_calib=options.distill_calib,
             distill_seconds=options.distill_seconds,
-            distill_codes=options.distill_codes,
             distill_tokens=options.distill_tokens,
             distill_rate=options.distill_rate,
             batch_tokens=options.batch_tokens,
@@ -233,7 +241,7 @@ class Runner:
             return self.flattened(scheme, folder)
         config, out = method.config(self.base), folder / "checkpoint"
         if config.distill_steps:
-            config = replace(config, distill_steps=self.options.distill_steps)
+            config = self.as_ours(config)
             found = quantize_and_distill(self.source, scheme, out, config, self.windows, self.distill_text).distilled
             assert found is not None
             self.distilled = int(found["steps"])
@@ -241,6 +249,13 @@ class Runner:
         else:
             quantize_source(self.source, scheme, out, config, self.windows)
         return load(str(out), self.options.device, "float32", "reference")
+
+    def as_ours(self, config: CalibrationConfig) -> CalibrationConfig:
+        """`config` with what only `ours` may have."""
+        o = self.options
+        steps = {"distill_steps": o.distill_steps, "distill_codes": o.distill_codes}
+        gptq = {"true_sequential": o.true_sequential, "scale_search": o.scale_search, "act_order": o.act_order}
+        return replace(config, **steps, **gptq)  # type: ignore[arg-type]
 
     def flattened(self, scheme: Scheme, folder: Path) -> Loaded:
         """The model under learned transforms, in memory."""
@@ -262,6 +277,9 @@ class Runner:
         if self.distilled:
             texts = " and ".join(Path(name).name for name in o.distill_calib or (o.calib,))
             how += f", distilled on {self.distilled} x {o.distill_tokens} tokens of {texts}"
+            switches = {"codes too": o.distill_codes, "true-sequential": o.true_sequential, "act-order": o.act_order}
+            switches["scales searched with feedback"] = o.scale_search == "feedback"
+            how += "".join(f", {name}" for name, is_on in switches.items() if is_on)
         return {"calibration": how, "distill_steps": self.distilled}
 
 
