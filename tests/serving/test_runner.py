@@ -3,6 +3,7 @@
 import random
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from atom.kernels.cascade_plan import Costs
 from atom.kernels.paged_attention import PagedAttentionReference
 from atom.kernels.paged_step import PagedStep
 from atom.models.loader import load_model, load_tokenizer
+from atom.quant.presets import KV8, get_scheme
+from atom.quant.schemes import CacheOverride, Scheme
 from atom.serving.batch import Batch
 from atom.serving.config import SchedulerConfig
 from atom.serving.decode_buckets import bucket_sizes
@@ -184,12 +187,13 @@ def drive(
     pieces: tuple[int, ...] = (),
     prompts: list[list[int]] = PROMPTS,
     num_blocks: int = 12,
+    cache: Scheme | None = None,
 ) -> tuple[list[Any], Runner]:
     """Steps two deep, without the engine's thread: every run has the same batches. Tokens by sequence."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = load_model(folder, device=device, dtype=dtype)
     limits = SchedulerConfig(model.config.vocab_size, 128, num_blocks, 16, 8, 24)
-    pool = KVPool(model.config, model.scheme, limits.num_blocks + 1, limits.block_size, dtype, device)
+    pool = KVPool(model.config, cache or model.scheme, limits.num_blocks + 1, limits.block_size, dtype, device)
     sampler = Sampler(limits.max_num_seqs, limits.vocab_size, device, seed=3)
     runner = Runner(model, pool, sampler, limits.max_num_seqs, 2, buckets=buckets, max_blocks=8, piece_sizes=pieces)
     if not captures:
@@ -224,6 +228,26 @@ def test_driven_steps_are_the_engines(tiny: Tiny) -> None:
     assert drive(tiny("llama"), "cpu", (1, 2, 4, 8, 16, 24))[0] == plain
     assert drive(tiny("llama"), "cpu", (1, 2, 4, 8), pieces=(12, 24))[0] == plain
     assert [len(tokens) for tokens in plain] == [4 + 3 * index for index in range(len(PROMPTS))]
+
+
+MIXED = replace(get_scheme("bf16+kv4"), kv_overrides=(CacheOverride(1, KV8),))
+
+
+def test_a_cache_of_two_formats_takes_the_same_steps(tiny: Tiny) -> None:
+    plain, runner = drive(tiny("llama"), "cpu", (), cache=MIXED)
+    assert drive(tiny("llama"), "cpu", (1, 2, 4, 8), pieces=(12, 24), cache=MIXED)[0] == plain
+    assert len(runner.kv.choices) == 4 and len({layout.block_bytes for layout in runner.kv.pool.layouts}) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pieces", [(), (12, 24)])
+def test_graphs_over_a_cache_of_two_formats_change_no_token(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, pieces: tuple[int, ...]
+) -> None:
+    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
+    wanted, _ = drive(tiny("llama"), "cuda", (1, 2, 4, 8), False, pieces, cache=MIXED)
+    found, runner = drive(tiny("llama"), "cuda", (1, 2, 4, 8), True, pieces, cache=MIXED)
+    assert found == wanted and len(runner.kv.choices) == 4
 
 
 @pytest.mark.gpu
