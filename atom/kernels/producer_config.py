@@ -125,13 +125,21 @@ class ProducerConfig:
 
     @property
     def run(self) -> int:
-        """Neighbouring slots of one thread: all it has where it gathers them and they share a scale, else one.
+        """Neighbouring slots of one thread: all it has where it gathers or turns them and they share a scale, else one.
 
         Only of CTAs that stay: columns and gains of runs are loaded badly, which must be worth it.
         """
-        shares = self.permuted and self.ctas_per_sm > 0 and not self.rotation and not self.writes_bf16
-        shares = shares and (self.rounding == "token" or self.chunks <= self.group_chunks)
-        return self.chunks if shares and self.chunks in (2, 4, 8) else 1
+        if self.ctas_per_sm == 0 or self.writes_bf16:
+            return 1
+        shares = self.rounding == "token" or self.chunks <= self.group_chunks
+        gathers = self.permuted and not self.rotation and self.chunks in (2, 4, 8)
+        turns = not self.permuted and self.turns_all and self.rotation in (32, 64) and self.chunks == 4
+        return self.chunks if shares and (gathers or turns) else 1
+
+    @property
+    def turns_runs(self) -> bool:
+        """Whether a thread turns the 32 columns of a run by itself."""
+        return self.run > 1 and not self.permuted
 
     @property
     def reorders(self) -> bool:

@@ -17,7 +17,6 @@ from .dsl.arithmetic import (
     pack_e4m3x2,
     reciprocal_of_normal,
     round_to_e4m3,
-    round_to_whole,
 )
 from .dsl.memory import pack_bf16x2
 from .dsl.rounded_float import multiply_add, multiply_add_saturated, multiply_exactly
@@ -85,7 +84,8 @@ class ProducerEncode:
     @cute.jit
     def factor_scale(self, raw, inverse_outer):
         """The whole number from 1 to 15 that scales a group under the outer scale."""
-        return cute.arch.fmin(cute.arch.fmax(round_to_whole(raw * inverse_outer), Float32(1.0)), Float32(15.0))
+        whole = multiply_exactly(raw, inverse_outer) + Float32(TO_WHOLE) - Float32(TO_WHOLE)
+        return cute.arch.fmin(cute.arch.fmax(whole, Float32(1.0)), Float32(15.0))
 
     @cute.jit
     def inverse(self, scale):
@@ -128,22 +128,28 @@ class ProducerEncode:
 
     @cute.jit
     def encode_factored(self, value, factor, inverse, qmin, qmax, words):
-        """A chunk's values as whole numbers times their group's factor in bytes, four to a word."""
-        less = Float32(TO_WHOLE) - Float32(TO_WHOLE) * factor  # exact, and so is (TO_WHOLE + n) * factor + less
-        if cutlass.const_expr(not self.config.is_exact):
-            whole = self.to_whole(value, inverse, qmin, qmax)
-            self.pack([as_bits(multiply_add(whole[e], factor, less)) for e in range(CHUNK)], words)
-        else:
-            low = as_bits(multiply_add(Float32(TO_WHOLE) + Float32(qmin), factor, less))
-            high = as_bits(multiply_add(Float32(TO_WHOLE) + Float32(qmax), factor, less))
-            low, high = pick_bytes(low, low, Uint32(0x1010)), pick_bytes(high, high, Uint32(0x1010))
-            pairs = []
-            for e in cutlass.range_constexpr(0, CHUNK, 2):
-                a = as_bits(multiply_add(multiply_exactly(value[e], inverse) + Float32(TO_WHOLE), factor, less))
-                b = as_bits(multiply_add(multiply_exactly(value[e + 1], inverse) + Float32(TO_WHOLE), factor, less))
-                pairs.append(clamp_s16x2(pick_bytes(a, b, Uint32(0x5410)), low, high))
-            for w in cutlass.range_constexpr(2):
-                words[w] = Int32(pick_bytes(pairs[2 * w], pairs[2 * w + 1], Uint32(0x6420)))
+        """A chunk's values as whole numbers times their group's factor in bytes, four to a word.
+
+        Codes less the smallest lie in the low halves of words; two are clamped and multiplied at a time.
+        """
+        shift = Float32(TO_WHOLE) - Float32(qmin)
+        most = as_bits(Float32(TO_WHOLE) + (Float32(qmax) - Float32(qmin)))
+        most = pick_bytes(most, most, Uint32(0x1010))
+        times = as_bits(Float32(TO_WHOLE) + factor) & Uint32(0xFFFF)
+        least = as_bits(Float32(TO_WHOLE) - Float32(qmin)) & Uint32(0xFFFF)
+        less = Uint32(0x01000100) - times * least * Uint32(0x00010001)  # 256 each, so that neither half borrows
+        pairs = []
+        for e in cutlass.range_constexpr(0, CHUNK, 2):
+            two = []
+            for i in cutlass.range_constexpr(e, e + 2):
+                if cutlass.const_expr(self.config.is_exact):
+                    two.append(as_bits(multiply_exactly(value[i], inverse) + shift))
+                else:
+                    two.append(as_bits(multiply_add(value[i], inverse, shift)))
+            pair = clamp_s16x2(pick_bytes(two[0], two[1], Uint32(0x5410)), most)
+            pairs.append(pair * times + less)
+        for w in cutlass.range_constexpr(2):
+            words[w] = Int32(pick_bytes(pairs[2 * w], pairs[2 * w + 1], Uint32(0x6420)))
 
     @cute.jit
     def encode(self, value, inverse, qmin, qmax, words):

@@ -28,6 +28,25 @@ class ProducerRows:
     words: int
     is_full: bool
     room: int
+    runs: int
+
+    @cute.jit
+    def first_slot(self, i: cutlass.Constexpr, tid, rank):
+        """The first slot of this thread's i-th run."""
+        config = self.config
+        return ((rank * self.runs + i) * config.threads + tid) * config.run
+
+    @cute.jit
+    def slot_of(self, j: cutlass.Constexpr, tid, rank):
+        """The slot of this thread's j-th chunk before a rotation; behind it, chunks of a run stand in order.
+
+        Lanes that turn runs take the four chunks of theirs in four orders, so that eight lanes' lie in all banks.
+        """
+        config = self.config
+        place = j % config.run
+        if cutlass.const_expr(config.turns_runs):
+            place = Int32(place) ^ ((tid >> 1) & 3)
+        return self.first_slot(j // config.run, tid, rank) + place
 
     @cute.jit
     def source_chunk(self, slot):
@@ -49,7 +68,7 @@ class ProducerRows:
         chunk = Int32(j * config.threads) + tid
         there = chunk < config.columns // CHUNK
         if cutlass.const_expr(not config.permuted):
-            chunk, there = self.source_chunk((rank * config.chunks + j) * config.threads + tid)
+            chunk, there = self.source_chunk(self.slot_of(j, tid, rank))
         return chunk, there
 
     @cute.jit
@@ -248,6 +267,39 @@ class ProducerRows:
             if slot * CHUNK < config.rotated:
                 for e in cutlass.range_constexpr(CHUNK):
                     value[e] = turned[e] * scale
+
+    @cute.jit
+    def rotate_run(self, run, tid):
+        """The same of a run of four chunks, but for signs and its factor: 32 columns within the thread.
+
+        A chunk c was taken as c ^ k, so that sums over chunks lack the sign of the bits in c & k; see signs_of_run.
+        """
+        config = self.config
+        turned = []
+        for c in cutlass.range_constexpr(4):
+            part = [run[c][e] for e in range(CHUNK)]
+            for step in (1, 2, 4):
+                part = butterflies(part, step)
+            turned += part
+        for step in (8, 16):
+            turned = butterflies(turned, step)
+        if cutlass.const_expr(config.rotation == 64):  # over two lanes, whose chunks lack the same signs
+            sign = Float32(1.0)
+            if (tid & 1) != 0:
+                sign = Float32(-1.0)
+            turned = [cute.arch.shuffle_sync_bfly(t, offset=1) + sign * t for t in turned]
+        for i in cutlass.range_constexpr(4 * CHUNK):
+            run[i // CHUNK][i % CHUNK] = turned[i]
+
+    @cute.jit
+    def signs_of_run(self, tid):
+        """What a run's chunks lack after rotate_run."""
+        first, second = Float32(1.0), Float32(1.0)
+        if ((tid >> 1) & 1) != 0:
+            first = Float32(-1.0)
+        if ((tid >> 1) & 2) != 0:
+            second = Float32(-1.0)
+        return Float32(1.0), first, second, first * second
 
     @cute.jit
     def largest(self, value, found):

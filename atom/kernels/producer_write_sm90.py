@@ -4,6 +4,8 @@
 The rounding itself stands in producer_encode_sm90.py, the layout of the output in producers.py.
 """
 
+from typing import Any
+
 import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, cute
 
@@ -21,9 +23,11 @@ class ProducerWrite(ProducerEncode):
     fills: bool
 
     @cute.jit
-    def write(self, mQ, mS, run, back, raw, of_row, factor, token, slot):
+    def write(self, mQ, mS, run, back, signs, raw, of_row, factor, token, slot):
         """Round a run of chunks and store it, and its scale where it is the first under it; `slot` is its first.
 
+        back         what puts the codes of a chunk back in order, where it was taken in another
+        signs        of the chunks, which the values lack, or None
         factor       which the values lack: of the norm, of the rotation
         raw, of_row  the scale before it is rounded and the row's maximum, as they are with it
         """
@@ -31,17 +35,17 @@ class ProducerWrite(ProducerEncode):
         each = 4 if config.writes_bf16 else 2
         words = cute.make_rmem_tensor((each, config.run), Int32)
         if cutlass.const_expr(config.rounding == "group"):
-            self.round_group(mS, run, raw, factor, words, token, slot)
+            self.round_group(mS, run, signs, raw, factor, words, token, slot)
         elif cutlass.const_expr(config.rounding == "factor"):
-            self.round_factored(mS, run, raw, of_row, factor, words, token, slot)
+            self.round_factored(mS, run, signs, raw, of_row, factor, words, token, slot)
         elif cutlass.const_expr(config.rounding == "token"):
             scale = self.scale(self.raw(of_row, config.ratio), config.scale_format == "bf16")
             inverse = self.with_factor(self.inverse(scale), factor)
             for c in cutlass.range_constexpr(config.run):
                 if cutlass.const_expr(config.format == "fp8_e4m3"):
-                    self.encode_e4m3(run[c], inverse, words[None, c])
+                    self.encode_e4m3(run[c], signed(inverse, signs, c), words[None, c])
                 else:
-                    self.encode(run[c], inverse, *self.code_range(), words[None, c])
+                    self.encode(run[c], signed(inverse, signs, c), *self.code_range(), words[None, c])
             if slot == 0:
                 mS[0, token] = scale
         elif cutlass.const_expr(config.rounding == "small"):
@@ -83,7 +87,7 @@ class ProducerWrite(ProducerEncode):
             store_words(at + 4 * first, found[first : first + 4])
 
     @cute.jit
-    def round_group(self, mS, run, raw, factor, words, token, slot):
+    def round_group(self, mS, run, signs, raw, factor, words, token, slot):
         """Chunks under the scale of their group of 128, or of the outliers."""
         config = self.config
         qmin, qmax = self.unit_range(slot)
@@ -96,12 +100,12 @@ class ProducerWrite(ProducerEncode):
         scale = self.scale(raw, config.scale_format == "bf16")
         inverse = self.with_factor(self.inverse(scale), factor)
         for c in cutlass.range_constexpr(config.run):
-            self.encode(run[c], inverse, qmin, qmax, words[None, c])
+            self.encode(run[c], signed(inverse, signs, c), qmin, qmax, words[None, c])
         if begins:
             mS[unit, token] = scale
 
     @cute.jit
-    def round_factored(self, mS, run, raw, of_row, lacking, words, token, slot):
+    def round_factored(self, mS, run, signs, raw, of_row, lacking, words, token, slot):
         """Chunks under their group's factor and the token's scale, or under the scale of the outliers."""
         config = self.config
         outer = self.outer_scale(of_row)
@@ -118,7 +122,7 @@ class ProducerWrite(ProducerEncode):
                     mS[1, token] = effective
         inverse = self.with_factor(self.inverse(effective), lacking)
         for c in cutlass.range_constexpr(config.run):
-            self.encode_factored(run[c], factor, inverse, qmin, qmax, words[None, c])
+            self.encode_factored(run[c], factor, signed(inverse, signs, c), qmin, qmax, words[None, c])
 
     @cute.jit
     def unit_raw(self, largest, slot):
@@ -146,3 +150,8 @@ class ProducerWrite(ProducerEncode):
                 qmin = Float32(-128.0)
                 qmax = Float32(127.0)
         return qmin, qmax
+
+
+def signed(inverse: Any, signs: Any, c: int) -> Any:
+    """The reciprocal of a scale for the c-th chunk of a run."""
+    return inverse if signs is None or c == 0 else inverse * signs[c]

@@ -125,8 +125,7 @@ class Producer(ProducerRows, ProducerWrite):
         rI.fill(config.columns)
         rG.fill(0.0)
         for j in cutlass.range_constexpr(config.chunks):
-            slot = self.first_slot(j // config.run, tid, rank) + j % config.run
-            self.load_constants(mG, mP, sV, rI, rG, rO, j, slot)
+            self.load_constants(mG, mP, sV, rI, rG, rO, j, self.slot_of(j, tid, rank))
         if cutlass.const_expr(config.permuted):
             if tid < self.rows * CHUNK:
                 sV[tid // CHUNK * self.row + config.columns + tid % CHUNK] = dtype(0.0)
@@ -217,8 +216,11 @@ class Producer(ProducerRows, ProducerWrite):
                 if cutlass.const_expr(config.is_norm):
                     for e in cutlass.range_constexpr(CHUNK):
                         values[j][e] = values[j][e] * rG[e, j]
-                if cutlass.const_expr(config.rotation > 0):
+                if cutlass.const_expr(config.rotation > 0 and not config.turns_runs):
                     self.rotate(values[j], slot)
+            if cutlass.const_expr(config.turns_runs):
+                self.rotate_run(values[i * config.run : (i + 1) * config.run], tid)
+            for j in cutlass.range_constexpr(i * config.run, (i + 1) * config.run):
                 if cutlass.const_expr(config.rounding != "none"):
                     largest[i] = self.largest(values[j], largest[i])
             if cutlass.const_expr(config.outliers == 0):
@@ -253,15 +255,12 @@ class Producer(ProducerRows, ProducerWrite):
         for i in cutlass.range_constexpr(self.runs):
             run = values[i * config.run : (i + 1) * config.run]
             back = [rO[j] for j in range(i * config.run, (i + 1) * config.run)]
+            signs = None
+            if cutlass.const_expr(config.turns_runs):
+                signs = self.signs_of_run(tid)
             if cutlass.const_expr(config.lacks_factor):
                 raw[i] = raw[i] * factor
-            self.write(mQ, mS, run, back, raw[i], of_row, factor, token, self.first_slot(i, tid, rank))
-
-    @cute.jit
-    def first_slot(self, i: cutlass.Constexpr, tid, rank):
-        """The first slot of this thread's i-th run."""
-        config = self.config
-        return ((rank * self.runs + i) * config.threads + tid) * config.run
+            self.write(mQ, mS, run, back, signs, raw[i], of_row, factor, token, self.first_slot(i, tid, rank))
 
     @cute.jit
     def read(self, mX, mU, mT, sV, values, token, tid, rank):

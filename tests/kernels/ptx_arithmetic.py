@@ -183,6 +183,8 @@ def s16x2(warp: Warp, op: str, args: list[Any]) -> None:
         PAIRS[op.split(".")[0]](*(half(warp.read(x, U32)).astype(np.int16) for x in args[1:])).astype(np.uint16)
         for half in (lambda word: word & U32(0xFFFF), lambda word: word >> U32(16))
     )
+    if ".relu" in op:
+        low, high = (np.where(half >> 15, 0, half).astype(np.uint16) for half in (low, high))
     warp.write(args[0], low.astype(U32) | high.astype(U32) << U32(16))
 
 

@@ -49,7 +49,7 @@ HANDLERS: list[tuple[str, Callable[[Warp, str, list[Any]], Any]]] = [
     (r"(ld|st)\..*", memory_op), (r"atom\..*", atomic),
     (r"mul\.wide.*|mad\.wide.*", wide), (r"mul\.hi\..*", high), (r"mad\.lo.*", mad), (r"fma\..*", fma),
     (r"(add|sub|mul)\.rn\.bf16x2|(min|max)\.bf16x2", bf16x2), (r"add\.(rn\.)?bf16", add_bf16),
-    (r"(min|max)\.s16x2", s16x2),
+    (r"(min|max)(\.relu)?\.s16x2", s16x2),
     (r"add\.(?!bf16).*", binary(lambda a, b: a + b)), (r"sub\.(?!bf16).*", binary(lambda a, b: a - b)),
     (r"mul\.(?!bf16).*", binary(lambda a, b: a * b)),
     (r"div\..*", binary(divide)), (r"rem\..*", binary(lambda a, b: np.fmod(a, b))),

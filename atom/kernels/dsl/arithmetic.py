@@ -29,12 +29,10 @@ def reciprocal_root(x: Any):
 
 
 @cute.jit
-def clamp_s16x2(pair: Any, low: Any, high: Any):
-    """Two int16 in a word, each between those of two others."""
+def clamp_s16x2(pair: Any, high: Any):
+    """Two int16 in a word, each between 0 and that of another word: one instruction."""
     return cute.arch.inline_ptx(
-        "{ .reg .b32 t; min.s16x2 t, {$r0}, {$r2}; max.s16x2 {$w0}, t, {$r1}; }",
-        write_only_types=[Uint32],
-        read_only_args=[pair, low, high],
+        "min.relu.s16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[pair, high]
     )
 
 
@@ -52,12 +50,6 @@ def add_max(a: Any, b: Any, c: Any):
 def round_to_int(x: Any):
     """The nearest integer, ties to even, as the bits of an int32."""
     return cute.arch.inline_ptx("cvt.rni.s32.f32 {$w0}, {$r0};", write_only_types=[Uint32], read_only_args=[x])
-
-
-@cute.jit
-def round_to_whole(x: Any):
-    """The nearest whole number, ties to even, as float32."""
-    return cute.arch.inline_ptx("cvt.rni.f32.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
 
 
 @cute.jit
