@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..quant.schemes import LinearScheme
 from .activation import Activation, QuantizedActivation
-from .cache import kernel_key, kernel_path, load_kernel
+from .cache import kept_argument, kernel_key, kernel_path, load_kernel
 from .gather_order import gather_orders, selector
 from .gemm import ARCH, activation_columns, token_scales
 from .producer_config import CHUNK, FEW_TOKENS, ProducerConfig, producer_config
@@ -26,22 +26,26 @@ class Plan:
     """What one launch of a producer needs to know, found out once for a dtype, a width and a range of token counts.
 
     width    columns of a row of codes
-    like     anything of their dtype, on their device: `new_empty` of it takes half of torch.empty's time
+    codes    anything of their dtype, on their device: `new_empty` of it takes half of torch.empty's time
+    scales   the same for the scales
     rows     of the scales
     pads     whether their rows are filled up to a multiple of 16 tokens, else whether there is one for each token
     gain     of the norm in the order of the kernel's slots (producer_config.py), or anything
     columns  that the slots hold, behind the permutation, or anything
+    unused   for what the kernel does not read: a row of the input's dtype
     limit    CTAs that fit the GPU at a time
     """
 
     kernel: Any
     width: int
-    like: Tensor
+    codes: Tensor
+    scales: Tensor
     rows: int
     pads: bool
     has_scales: bool
-    gain: Tensor
-    columns: Tensor
+    gain: Any
+    columns: Any
+    unused: Any
     limit: int
 
 
@@ -83,11 +87,12 @@ class QuantizingProducer:
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self.plan(x.dtype, K, strided, tokens, x.device)
-        codes = plan.like.new_empty(tokens, plan.width)
+        codes = plan.codes.new_empty(tokens, plan.width)
         columns = -(-tokens // 16) * 16 if plan.pads else tokens if plan.has_scales else 1
-        scales = plan.gain.new_empty(plan.rows, columns)
+        scales = plan.scales.new_empty(plan.rows, columns)
         if tokens:
-            other, total = x if other is None else other, x if total is None else total
+            unused = plan.unused
+            other, total = unused if other is None else other, unused if total is None else total
             plan.kernel(x, other, total, plan.gain, plan.columns, codes, scales, self.eps, plan.limit)
         return QuantizedActivation(codes, scales)
 
@@ -100,12 +105,14 @@ class QuantizingProducer:
         return Plan(
             kernel=producer_kernel(config),
             width=config.width,
-            like=torch.empty(1, dtype=torch.bfloat16 if config.writes_bf16 else torch.int8, device=device),
+            codes=torch.empty(1, dtype=torch.bfloat16 if config.writes_bf16 else torch.int8, device=device),
+            scales=torch.empty(1, device=device),
             rows=units if scales == "group" else 1 + (scales == "token" and config.outliers > 0),
             pads=scales == "group",
             has_scales=scales != "none",
-            gain=gain,
-            columns=columns,
+            gain=kept_argument(gain),
+            columns=kept_argument(columns),
+            unused=kept_argument(torch.empty(1, K, dtype=dtype, device=device)),
             limit=multiprocessors * config.ctas_per_sm,
         )
 

@@ -56,7 +56,7 @@ class Producer(ProducerRows, ProducerWrite):
         self,
         mX: cute.Tensor,  # [M, K] input, or the gate, or what is added to the residual
         mU: cute.Tensor,  # [M, K] up where the source is gated, the residual where it adds, else any
-        mT: cute.Tensor,  # [M, K] their sum where the source adds, else as mX
+        mT: cute.Tensor,  # [M, K] their sum where the source adds, else any
         mG: cute.Tensor,  # [slots x 8] float32 gain of the norm in the order of slots, zero where there is no column
         mP: cute.Tensor,  # int32 [slots x 8] columns in that order, K where none is, then [slots] to put codes back
         mQ: cute.Tensor,  # [M, width] int8 codes, or bfloat16
@@ -315,12 +315,11 @@ def compile_producer(config: ProducerConfig, options: str = "") -> object:
     else:
         x = row_major(dtype, (m, k), 16)
         up = row_major(dtype, (cute.sym_int(), k), 16)
-    total = row_major(dtype, (cute.sym_int(), k), 16)
     return cute.compile(
         Producer(config),
         x,
         up,
-        total if config.source == "add_norm" else x,
+        row_major(dtype, (cute.sym_int(), k), 16),
         row_major(Float32, (gains,), 4),
         row_major(Int32, (perms,), 4),
         row_major(BFloat16 if config.writes_bf16 else Int8, (m, config.width), 16),

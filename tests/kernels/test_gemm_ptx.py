@@ -286,7 +286,7 @@ def check_producer(
         [
             first,
             Columns(both, K, 2 * K) if is_gated else Argument(as_array(other), (1,)),
-            Argument(sums, (1,)) if source == "add_norm" else first,
+            Argument(sums, (1,)),
             Argument(as_array(held_gain)),
             Argument(as_array(held_columns)),
             Argument(words, (1,)),
