@@ -72,28 +72,40 @@ class ProducerRows:
         return chunk, there
 
     @cute.jit
-    def load(self, mX, mU, rX, rU, token, tid, rank):
-        """What this thread reads of a row, into registers; zeros where there is nothing."""
+    def places(self, mX, mU, token, tid, rank):
+        """Where this thread's chunks of a row lie: addresses in x, those in the second input, whether there is one."""
         config = self.config
+        found = []
         for j in cutlass.range_constexpr(self.reads):
             chunk, there = self.place_of_read(j, tid, rank)
-            at = Int64(token) * config.columns + chunk * CHUNK
+            at = Int64(token * (config.columns // CHUNK) + chunk) * (CHUNK * self.size)  # chunks are counted in 32 bits
             if cutlass.const_expr(config.strided):
-                at = Int64(token) * mX.stride[0] + chunk * CHUNK
-            if cutlass.const_expr(self.is_full):
-                self.load_chunk(mX, mU, rX, rU, j, at)
-            else:
-                if there:
-                    self.load_chunk(mX, mU, rX, rU, j, at)
+                at = (Int64(token) * (mX.stride[0] // CHUNK) + chunk) * (CHUNK * self.size)
+            second = None
+            if cutlass.const_expr(config.reads_two):
+                second = mU.iterator.toint() + at
+            found.append((mX.iterator.toint() + at, second, there))
+        return found
 
     @cute.jit
-    def load_chunk(self, mX, mU, rX, rU, j: cutlass.Constexpr, at):
+    def load(self, places, rX, rU):
+        """What this thread reads of a row, into registers; zeros where there is nothing."""
+        for j in cutlass.range_constexpr(self.reads):
+            first, second, there = places[j]
+            if cutlass.const_expr(self.is_full):
+                self.load_chunk(first, second, rX, rU, j)
+            else:
+                if there:
+                    self.load_chunk(first, second, rX, rU, j)
+
+    @cute.jit
+    def load_chunk(self, first, second, rX, rU, j: cutlass.Constexpr):
         for q in cutlass.range_constexpr(self.words // 4):
-            words = load_words(mX.iterator.toint() + (at * self.size + 16 * q))
+            words = load_words(first + 16 * q)
             for w in cutlass.range_constexpr(4):
                 rX[4 * q + w, j] = words[w]
             if cutlass.const_expr(self.config.reads_two):
-                words = load_words(mU.iterator.toint() + (at * self.size + 16 * q))
+                words = load_words(second + 16 * q)
                 for w in cutlass.range_constexpr(4):
                     rU[4 * q + w, j] = words[w]
 
@@ -128,7 +140,7 @@ class ProducerRows:
             if cutlass.const_expr(config.permuted and config.parts > 1):
                 there = there and j // config.chunks == rank
             if there:
-                at = mT.iterator.toint() + (Int64(token) * config.columns + chunk * CHUNK) * self.size
+                at = mT.iterator.toint() + Int64(token * (config.columns // CHUNK) + chunk) * (CHUNK * self.size)
                 for q in cutlass.range_constexpr(self.words // 4):
                     store_words(at + 16 * q, [rX[4 * q + w, j] for w in range(4)])
 

@@ -72,7 +72,7 @@ class ProducerWrite(ProducerEncode):
             there = there and (slot < config.filled_chunks or slot >= config.outlier_slot)
             if slot >= config.outlier_slot:
                 chunk = slot - (config.outlier_slot - config.filled_chunks)
-        at = mQ.iterator.toint() + (Int64(token) * (config.width // CHUNK) + chunk) * (4 * each)
+        at = mQ.iterator.toint() + Int64(token * (config.width // CHUNK) + chunk) * (4 * each)
         if cutlass.const_expr(self.fills):
             self.store_run(at, words)
         else:

@@ -131,8 +131,7 @@ class Producer(ProducerRows, ProducerWrite):
                 sV[tid // CHUNK * self.row + config.columns + tid % CHUNK] = dtype(0.0)
         if cutlass.const_expr(self.stays):
             cute.arch.sync_threads()
-        if cutlass.const_expr(config.clustered):
-            cute.arch.cluster_wait()  # the others' barriers stand
+        places = None if self.stays else self.places(mX, mU, first, tid, rank)
         cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(self.stays):
             for s in cutlass.range_constexpr(config.stages):
@@ -145,11 +144,12 @@ class Producer(ProducerRows, ProducerWrite):
                     if token < M:
                         cute.arch.mbarrier_wait(full + s, phase)
                         self.token(
-                            mX, mU, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, s, token, ahead, tid, rank
+                            mX, places, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, s, token, ahead, tid,
+                            rank,
                         )
                 phase = phase ^ 1
         else:
-            self.token(mX, mU, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, 0, first, M, tid, rank)
+            self.token(mX, places, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, 0, first, M, tid, rank)
 
     @cute.jit
     def fetch(self, mX, sV, full, stage: cutlass.Constexpr, token, tid):
@@ -186,17 +186,20 @@ class Producer(ProducerRows, ProducerWrite):
 
     @cute.jit
     def token(
-        self, mX, mU, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, stage: cutlass.Constexpr, token, ahead,
+        self, mX, places, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, stage: cutlass.Constexpr, token, ahead,
         tid, rank,
     ):  # fmt: skip
-        """One token from its row to its codes; once the row is read, that of the token `ahead` takes its place."""
+        """One token from its row to its codes; once the row is read, that of the token `ahead` takes its place.
+
+        places  of the row in memory, where CTAs do not stay
+        """
         config = self.config
         values = [cute.make_rmem_tensor((CHUNK,), Float32) for _ in range(config.chunks)]
         squares = Float32(0.0)
         if cutlass.const_expr(self.stays):
             squares = self.take(sV, rI, values, stage, tid, rank)
         else:
-            squares = self.read(mX, mU, mT, sV, values, token, tid, rank)
+            squares = self.read(places, mT, sV, values, token, tid, rank)
         room = 2 * stage * self.room
         total = Float32(0.0)
         if cutlass.const_expr(config.permuted and not self.stays):  # the whole row must be there before it is gathered
@@ -263,14 +266,16 @@ class Producer(ProducerRows, ProducerWrite):
             self.write(mQ, mS, run, back, signs, raw[i], of_row, factor, token, self.first_slot(i, tid, rank))
 
     @cute.jit
-    def read(self, mX, mU, mT, sV, values, token, tid, rank):
+    def read(self, places, mT, sV, values, token, tid, rank):
         """The row from memory, into `values` or shared memory; returns this thread's sum of squares."""
         config = self.config
         rX = cute.make_rmem_tensor((self.words, self.reads), Uint32)
         rU = cute.make_rmem_tensor((self.words, self.reads if config.reads_two else 1), Uint32)
         rX.fill(0)
         rU.fill(0)
-        self.load(mX, mU, rX, rU, token, tid, rank)
+        self.load(places, rX, rU)
+        if cutlass.const_expr(config.clustered):
+            cute.arch.cluster_wait()  # the others' barriers stand
         squares = [Float32(0.0), Float32(0.0)]
         for j in cutlass.range_constexpr(self.reads):
             value = values[j if not config.permuted else 0]
