@@ -27,9 +27,9 @@ class Plan:
 
     width    columns of a row of codes
     codes    anything of their dtype, on their device: `new_empty` of it takes half of torch.empty's time
-    scales   the same for the scales
-    rows     of the scales
-    pads     whether their rows are filled up to a multiple of 16 tokens, else whether there is one for each token
+    scales   the same for the scales; where there are none, what stands for them, [1, 1]
+    rows     of the scales, 0 where there are none
+    pads     whether their rows are filled up to a multiple of 16 tokens
     gain     of the norm in the order of the kernel's slots (producer_config.py), or anything
     columns  that the slots hold, behind the permutation, or anything
     unused   for what the kernel does not read: a row of the input's dtype
@@ -42,7 +42,6 @@ class Plan:
     scales: Tensor
     rows: int
     pads: bool
-    has_scales: bool
     gain: Any
     columns: Any
     unused: Any
@@ -88,8 +87,9 @@ class QuantizingProducer:
         if plan is None:
             plan = self.plans[key] = self.plan(x.dtype, K, strided, tokens, x.device)
         codes = plan.codes.new_empty(tokens, plan.width)
-        columns = -(-tokens // 16) * 16 if plan.pads else tokens if plan.has_scales else 1
-        scales = plan.scales.new_empty(plan.rows, columns)
+        scales = plan.scales
+        if plan.rows:
+            scales = scales.new_empty(plan.rows, -(-tokens // 16) * 16 if plan.pads else tokens)
         if tokens:
             unused = plan.unused
             other, total = unused if other is None else other, unused if total is None else total
@@ -106,10 +106,9 @@ class QuantizingProducer:
             kernel=producer_kernel(config),
             width=config.width,
             codes=torch.empty(1, dtype=torch.bfloat16 if config.writes_bf16 else torch.int8, device=device),
-            scales=torch.empty(1, device=device),
-            rows=units if scales == "group" else 1 + (scales == "token" and config.outliers > 0),
+            scales=torch.empty(1, 1, device=device),
+            rows={"group": units, "token": 1 + (config.outliers > 0), "none": 0}[scales],
             pads=scales == "group",
-            has_scales=scales != "none",
             gain=kept_argument(gain),
             columns=kept_argument(columns),
             unused=kept_argument(torch.empty(1, K, dtype=dtype, device=device)),

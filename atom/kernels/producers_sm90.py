@@ -143,10 +143,8 @@ class Producer(ProducerRows, ProducerWrite):
                     token = start + s * step
                     if token < M:
                         cute.arch.mbarrier_wait(full + s, phase)
-                        self.token(
-                            mX, places, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, s, token, ahead, tid,
-                            rank,
-                        )
+                        self.token(mX, places, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, s, token,
+                                   ahead, tid, rank)  # fmt: skip
                 phase = phase ^ 1
         else:
             self.token(mX, places, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, 0, first, M, tid, rank)
