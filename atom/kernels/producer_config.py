@@ -131,10 +131,10 @@ class ProducerConfig:
         """
         if self.ctas_per_sm == 0 or self.writes_bf16:
             return 1
-        shares = self.rounding == "token" or self.chunks <= self.group_chunks
+        groups = self.rounding != "token"
         gathers = self.permuted and not self.rotation and self.chunks in (2, 4, 8)
-        turns = not self.permuted and self.turns_all and self.rotation in (32, 64) and self.chunks == 4
-        return self.chunks if shares and (gathers or turns) else 1
+        turns = not self.permuted and self.turns_all and self.rotation in (32, 64) and self.chunks == 4 and groups
+        return self.chunks if (gathers or turns) and not (groups and self.chunks > self.group_chunks) else 1
 
     @property
     def turns_runs(self) -> bool:

@@ -43,9 +43,9 @@ class ProducerWrite(ProducerEncode):
             inverse = self.with_factor(self.inverse(scale), factor)
             for c in cutlass.range_constexpr(config.run):
                 if cutlass.const_expr(config.format == "fp8_e4m3"):
-                    self.encode_e4m3(run[c], signed(inverse, signs, c), words[None, c])
+                    self.encode_e4m3(run[c], inverse, words[None, c])
                 else:
-                    self.encode(run[c], signed(inverse, signs, c), *self.code_range(), words[None, c])
+                    self.encode(run[c], inverse, *self.code_range(), words[None, c])
             if slot == 0:
                 mS[0, token] = scale
         elif cutlass.const_expr(config.rounding == "small"):

@@ -72,12 +72,11 @@ class QuantizingProducer:
         """Every kernel that any number of tokens runs with."""
         return {self.config(dtype, K, strided, tokens) for tokens in (1, FEW_TOKENS + 1)}
 
-    def __call__(self, x: Tensor, other: Tensor | None = None) -> QuantizedActivation:
-        """x [T, K], other (up) [T, K] -> codes and scales, as atom/kernels/gemm.py takes them."""
-        return self.run(x, other, None)
+    def __call__(self, x: Tensor, other: Tensor | None = None, total: Tensor | None = None) -> QuantizedActivation:
+        """x [T, K], other (up, or the residual) [T, K] -> codes and scales, as atom/kernels/gemm.py takes them.
 
-    def run(self, x: Tensor, other: Tensor | None, total: Tensor | None) -> QuantizedActivation:
-        """What __call__ returns; `other` may also be the residual, and `total` [T, K] then takes the sum."""
+        total   [T, K], takes the sum with the residual
+        """
         strided = not x.is_contiguous() or (other is not None and not other.is_contiguous())
         if strided and self.source not in ("silu", "gelu_tanh"):
             x, other, strided = x.contiguous(), None if other is None else other.contiguous(), False
@@ -171,7 +170,7 @@ class AddingProducer:
 
     def __call__(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Activation]:
         total = residual.new_empty(*residual.shape)
-        return total, self.producer.run(update, residual, total)
+        return total, self.producer(update, residual, total)
 
 
 def build_add_rms_norm_quantize(
