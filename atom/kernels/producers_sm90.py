@@ -317,12 +317,12 @@ def compile_producer(config: ProducerConfig, options: str = "") -> object:
         x, up = (make_fake_tensor(dtype, (m, k), (pitch, 1), assumed_align=16) for _ in range(2))
     else:
         x = row_major(dtype, (m, k), 16)
-        up = row_major(dtype, (cute.sym_int(), k), 16)
+        up = row_major(dtype, (m if config.reads_two else cute.sym_int(), k), 16)
     return cute.compile(
         Producer(config),
         x,
         up,
-        row_major(dtype, (cute.sym_int(), k), 16),
+        row_major(dtype, (m if config.source == "add_norm" else cute.sym_int(), k), 16),
         row_major(Float32, (gains,), 4),
         row_major(Int32, (perms,), 4),
         row_major(BFloat16 if config.writes_bf16 else Int8, (m, config.width), 16),
