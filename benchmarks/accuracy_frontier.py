@@ -238,7 +238,7 @@ class Runner:
         if not scheme.is_quantized:
             return self.full
         if method.learned:
-            return self.flattened(scheme, folder)
+            return self.flattened(method, scheme, folder)
         config, out = method.config(self.base), folder / "checkpoint"
         if config.distill_steps:
             config = self.as_ours(config)
@@ -257,7 +257,7 @@ class Runner:
         gptq = {"true_sequential": o.true_sequential, "scale_search": o.scale_search, "act_order": o.act_order}
         return replace(config, **steps, **gptq)  # type: ignore[arg-type]
 
-    def flattened(self, scheme: Scheme, folder: Path) -> Loaded:
+    def flattened(self, method: Method, scheme: Scheme, folder: Path) -> Loaded:
         """The model under learned transforms, in memory."""
         where, device = str(self.source.path), self.options.device
         cached = with_cache(get_scheme("bf16"), self.options.kv)
@@ -266,7 +266,8 @@ class Runner:
             quantize_source(self.source, cached, folder / "cached", self.base, self.windows)
         loaded = load(where, device, "float32", "reference")
         bits = 8 if scheme.activation is None or scheme.activation.format == "int8" else 4
-        settings = FlatConfig(activation_bits=bits, steps=self.options.flat_steps, seconds=self.options.flat_seconds)
+        o = self.options
+        settings = FlatConfig(method.learned, activation_bits=bits, steps=o.flat_steps, seconds=o.flat_seconds)
         made = flatten_model(loaded.model, self.windows.tokens[:64], cached, settings)["steps"]
         self.flat_steps = sum(made) // len(made)
         return loaded

@@ -11,9 +11,10 @@ Source: FlatQuant, arXiv:2410.09426, with shorter training; o's transform is one
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import cos, isqrt, pi
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +28,22 @@ from atom.quant.schemes import Scheme
 from .student import TrainingKV, straight_through
 
 REACH = 4.0  # logit of the share that a grid reaches at first: 0.98
+WHOLE = 20.0  # of all of it
+
+Learned = Literal["transforms", "factors", "clips"]
+ALL: tuple[Learned, ...] = ("transforms", "factors", "clips")
 
 
 @dataclass(frozen=True)
 class FlatConfig:
     """How the transforms are learned, and to how many bits tokens and weight rows are rounded.
 
+    learns   of the transforms (L and R), the factors c, and the clips: what is not learned is left out
     seconds  at most so long for the whole model, in equal shares for its layers: fewer steps then, whose rates fall
              to their end all the same
     """
+
+    learns: tuple[Learned, ...] = ALL
 
     weight_bits: int = 4
     activation_bits: int = 4
@@ -49,14 +57,18 @@ class FlatConfig:
 class FlatInput(nn.Module):
     """What happens to the input of a group of linears, [T, K] -> [T, K]."""
 
-    def __init__(self, K: int, bits: int, generator: torch.Generator, device: torch.device) -> None:
+    def __init__(
+        self, K: int, bits: int, generator: torch.Generator, device: torch.device, learns: Sequence[Learned] = ALL
+    ) -> None:
         super().__init__()
         self.rows = next(n for n in range(isqrt(K), 0, -1) if K % n == 0)
         self.bits = bits
-        self.left = nn.Parameter(_orthogonal(self.rows, generator).to(device))
-        self.right = nn.Parameter(_orthogonal(K // self.rows, generator).to(device))
+        sides = [
+            _orthogonal(n, generator) if "transforms" in learns else torch.eye(n) for n in (self.rows, K // self.rows)
+        ]
+        self.left, self.right = (nn.Parameter(side.to(device)) for side in sides)
         self.log_scale = nn.Parameter(torch.zeros(K, device=device))
-        self.reach = nn.Parameter(torch.full((1,), REACH, device=device))
+        self.reach = nn.Parameter(torch.full((1,), REACH if "clips" in learns else WHOLE, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         return round_rows(self.transform(x), self.reach, self.bits)
@@ -80,13 +92,14 @@ class FlatLinear(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Linear, source: FlatInput, bits: int) -> None:
+    def __init__(self, linear: nn.Linear, source: FlatInput, bits: int, learns: Sequence[Learned] = ALL) -> None:
         super().__init__()
         self.register_buffer("weight", linear.weight.detach())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         self.source = [source]  # in a list: its parameters are not this module's
         self.bits = bits
-        self.reach = nn.Parameter(torch.full((linear.out_features, 1), REACH, device=linear.weight.device))
+        reach = REACH if "clips" in learns else WHOLE
+        self.reach = nn.Parameter(torch.full((linear.out_features, 1), reach, device=linear.weight.device))
 
     def rounded(self) -> Tensor:
         return round_rows(self.source[0].transform_weight(self.weight), self.reach, self.bits)
@@ -141,27 +154,26 @@ def _learn(
     for group in model.family.groups:
         found = [(name, layer.get_submodule(name)) for name in group.linears]
         K = layer.get_parameter(f"{group.linears[0]}.weight").shape[1]
-        source = FlatInput(K, config.activation_bits, generator, model.device)
+        source = FlatInput(K, config.activation_bits, generator, model.device, config.learns)
         inputs.append(source)
         layer.get_submodule(group.producer).register_forward_hook(lambda module, args, x, source=source: source(x))
         for name, linear in found:
             assert isinstance(linear, nn.Linear)
-            linears[name] = FlatLinear(linear, source, config.weight_bits)
+            linears[name] = FlatLinear(linear, source, config.weight_bits, config.learns)
             layer.set_submodule(name, linears[name])
-    shapes = [p for source in inputs for p in (source.left, source.right, source.log_scale)]
-    reaches = [module.reach for module in (*inputs, *linears.values())]
+    shapes = [p for source in inputs for p in (source.left, source.right) if "transforms" in config.learns]
+    shapes += [source.log_scale for source in inputs if "factors" in config.learns]
+    reaches = [module.reach for module in (*inputs, *linears.values()) if "clips" in config.learns]
     for parameter in (*shapes, *reaches):
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        [{"params": shapes, "lr": config.rate}, {"params": reaches, "lr": config.clip_rate}], weight_decay=0.0
-    )
-    rates = [config.rate, config.clip_rate]
+    learned = [(part, rate) for part, rate in ((shapes, config.rate), (reaches, config.clip_rate)) if part]
+    optimizer = torch.optim.AdamW([{"params": part, "lr": rate} for part, rate in learned], weight_decay=0.0)
     size = float(target.square().mean())
     first = last = 0.0
     done, started = 0, time.perf_counter()
     while done < config.steps and (late := (time.perf_counter() - started) / config.seconds) < 1:
         falling = (1 + cos(pi * max(done / config.steps, late))) / 2
-        for parameters, rate in zip(optimizer.param_groups, rates, strict=True):
+        for parameters, (_, rate) in zip(optimizer.param_groups, learned, strict=True):
             parameters["lr"] = rate * falling
         rows = torch.randint(0, len(hidden), (4,), generator=generator).to(hidden.device)
         loss = (_run(layer, model, hidden[rows], scheme) - target[rows]).square().mean() / size

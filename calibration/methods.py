@@ -14,6 +14,7 @@ from atom.quant.presets import get_scheme
 from atom.quant.schemes import LinearScheme, OutlierSpec, Override, RotationSpec, Scheme, TensorSpec
 
 from .config import CalibrationConfig
+from .flatquant import ALL, Learned
 from .ladder import PAPER_ACTIVATION_CLIP, PAPER_WEIGHT_CLIP
 
 Bits = Literal["kv4", "w4a4", "w4a8"]
@@ -26,13 +27,13 @@ class Method:
 
     scheme    with a 16-bit cache, or with its own where the cache is all that is compared
     changes   fields of CalibrationConfig that it sets
-    learned   by flatquant.py, in memory; else a checkpoint is written, loaded and run
+    learned   what flatquant.py learns, in memory; where it is nothing, a checkpoint is written, loaded and run
     """
 
     name: str
     scheme: Scheme
     changes: dict[str, Any] = field(default_factory=dict)
-    learned: bool = False
+    learned: tuple[Learned, ...] = ()
 
     def config(self, base: CalibrationConfig) -> CalibrationConfig:
         return replace(base, **self.changes)
@@ -85,10 +86,19 @@ def _quarot_token(bits: Bits) -> Method:
     return Method("quarot-token", scheme, {"clip": "constant", "rotate": "residual"})
 
 
-def _flatquant(bits: Bits) -> Method:
+def _flatquant(bits: Bits, name: str = "flatquant", learned: tuple[Learned, ...] = ALL) -> Method:
     """FlatQuant in small (flatquant.py): learned transforms and clips, one scale a weight row and token."""
     weight, activation = TensorSpec("int4", Channel()), TensorSpec("int4", Token(), dynamic=True)
-    return Method("flatquant", Scheme(bits, weight, _activation(bits, activation)), learned=True)
+    return Method(name, Scheme(bits, weight, _activation(bits, activation)), learned=learned)
+
+
+def _flatquant_transforms(bits: Bits) -> Method:
+    """The same with its transforms alone, and without them: which part of it helps most."""
+    return _flatquant(bits, "flatquant-transforms", ("transforms",))
+
+
+def _flatquant_rest(bits: Bits) -> Method:
+    return _flatquant(bits, "flatquant-rest", ("factors", "clips"))
 
 
 def _nvfp4_rtn(bits: Bits) -> Method | None:
@@ -131,6 +141,8 @@ _MAKERS: tuple[Callable[[Bits], Method | None], ...] = (
     _quarot,
     _quarot_token,
     _flatquant,
+    _flatquant_transforms,
+    _flatquant_rest,
     _nvfp4_rtn,
     _nvfp4_gptq,
     _ours,

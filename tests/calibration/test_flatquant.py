@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atom.calibration.flatquant import FlatConfig, FlatInput, FlatLinear, flatten_model, round_rows
+from atom.calibration.flatquant import ALL, FlatConfig, FlatInput, FlatLinear, flatten_model, round_rows
 from atom.models.generate import scheme_cache
 from atom.models.loader import load_model
 from atom.models.model import Model
@@ -38,6 +38,21 @@ def test_rows_are_clipped_at_the_learned_reach() -> None:
     assert y.max().item() == pytest.approx(0.5)
     y.sum().backward()
     assert x.grad is not None and x.grad[0, 2] == 1 and reach.grad is not None and reach.grad.abs() > 0
+
+
+def test_what_is_not_learned_is_left_out(tiny: Tiny) -> None:
+    """Transforms bring the most, as in the paper's table of its parts."""
+    exact = hidden(load_model(tiny("llama")))
+    errors = {}
+    for learns in (("transforms",), ("factors", "clips"), ALL):
+        model = load_model(tiny("llama"))
+        flatten_model(model, TEXT, get_scheme("bf16"), FlatConfig(learns, steps=40))
+        errors[learns] = float((hidden(model) - exact).norm() / exact.norm())
+    assert errors[ALL] < 1.02 * min(errors.values()) and max(errors.values()) < 1.0
+    source = FlatInput(24, 4, torch.Generator().manual_seed(0), torch.device("cpu"), ("factors",))
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(source.transform(x), x)
+    assert source.reach.sigmoid().item() > 0.999999
 
 
 def test_time_is_shared_by_the_layers(tiny: Tiny) -> None:

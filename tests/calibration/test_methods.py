@@ -23,6 +23,8 @@ WEIGHT_BITS = {
     "quarot": 4.125,
     "quarot-token": 4.004,
     "flatquant": 4.004,
+    "flatquant-transforms": 4.004,
+    "flatquant-rest": 4.004,
     "nvfp4-rtn": 4.5,
     "nvfp4-gptq": 4.5,
     "ours": 4.133,
