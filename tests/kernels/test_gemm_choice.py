@@ -62,6 +62,23 @@ def test_configs_fit_the_machine(weight: str, tokens: int, features: int, units:
     assert config.clustered or tiles * config.split <= 132, "CTAs that wait for each other are all resident"
 
 
+WIDE = [  # tokens, features, and the tile's tokens and warpgroups
+    (96, 22016, (128, 3)),  # Llama-2-7B's gate_up: 115 tiles of 192 rows, one round of the SMs
+    (192, 22016, (192, 3)),
+    (192, 12288, (192, 2)),  # its qkv: 96 tiles of 128
+    (256, 12288, (256, 2)),
+    (128, 28672, (128, 4)),  # Llama-3-8B's gate_up: 112 tiles of 256
+    (192, 28672, (192, 2)),  # two rounds of 128 rows; of 192 it would be two as well
+    (256, 28672, (256, 2)),
+]
+
+
+@pytest.mark.parametrize("tokens,features,tile", WIDE)
+def test_tiles_of_wide_products_fill_rounds_of_the_sms(tokens: int, features: int, tile: tuple[int, int]) -> None:
+    config = choose_config("int4_uint4", "token", tokens, features, 34, int8_units=True)
+    assert (config.tile_m, config.warpgroups) == tile and config.split == 1
+
+
 def test_residuals_that_do_not_fit_are_refused() -> None:
     scheme = linear_scheme("w4a8")
     packed = pack_weight(scheme, random_weight(scheme, 64, 128, "cpu"))
