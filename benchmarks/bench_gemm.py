@@ -9,6 +9,7 @@ A config that does not match float64 in this run, or not bit for bit over 200 re
 """
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ from .timing import keep, save, time_calls
 
 LAYER = SHAPES["llama-3-8b"]
 TOKENS = (1, 16, 64, 128, 192, 256, 1024, 8192)
+HEAVY, REST_S = 1024, 0.5  # from so many tokens on the power limit lowers the clocks: seconds until they are back
 # what competes for few tokens, by shape: fields of GemmConfig
 MEETING = {"clustered": False}
 FEW: dict[str, tuple[dict[str, Any], ...]] = {
@@ -172,11 +174,13 @@ def measure(names: list[str], tokens: list[int], cells: Cells) -> list[dict[str,
         for M in tokens:
             base[M] = baseline_us(M, N, K)
             print(f"torch       {shape:8} M={M:<5}", {name: round(us, 2) for name, us in base[M].items()}, flush=True)
+            rest_after(M)
         for name in names:
             linear = schemes()[name]
             weights = copies_of(pack_weight(linear, random_weight(linear, N, K, "cuda")))
             for M in tokens:
                 row = best(name, linear, shape, M, weights, verdicts, cells)
+                rest_after(M)
                 if row is None:
                     continue
                 row |= {"bf16_us": base[M].get("bf16"), "fp8_us": base[M].get("fp8"), "peer_us": base[M].get("peer")}
@@ -188,6 +192,12 @@ def measure(names: list[str], tokens: list[int], cells: Cells) -> list[dict[str,
         if row["shape"] == "sum":
             print("{scheme:11} sum      M={M:<5}{us:9.2f} us  floor {sol_us:8.2f}  bf16 {bf16_us}".format(**row))
     return found
+
+
+def rest_after(tokens: int) -> None:
+    """Wait until what was measured last no longer slows down what comes next."""
+    if tokens >= HEAVY:
+        time.sleep(REST_S)
 
 
 def best(

@@ -25,6 +25,7 @@ def choose_config(
     """
     kind = KINDS[weight]
     multicast, clustered, pairs = 1, True, False
+    by_factor = weight in ("int4_uint4", "int4_uint4_g32")
     two_fit = tokens <= (32 if kind.operand == "bf16" else 64)  # CTAs of two warpgroups on an SM
     if tokens <= 32:
         tile_m = 16 if tokens <= 16 else 32
@@ -50,7 +51,7 @@ def choose_config(
         warpgroups = 4 if features >= 16384 and kind.promoted and kind.operand != "bf16" else 2
         split = _split(-(-features // (64 * warpgroups)), sms)
         clustered = split <= 2
-        two_fit = two_fit and (units < 64 or weight == "int4_uint4")
+        two_fit = two_fit and (units < 64 or by_factor)
     elif tokens <= 256:
         gate_up = features >= 16384 and kind.operand == "int8" and not kind.promoted
         tile_m = 256 if gate_up and tokens > 128 else 128
@@ -73,9 +74,9 @@ def choose_config(
     is_one_round = 48 <= row_tiles <= sms  # of tiles of 64 rows
     if is_one_round and weight == "int8" and tokens <= 16 and units >= 8:
         ways, warpgroups, split, two_fit = 4, 4, 1, False
-    elif is_one_round and weight == "int4_uint4" and tokens <= 16 and 8 <= units < 64 and 2 * row_tiles > sms:  # qkv
+    elif is_one_round and by_factor and tokens <= 16 and 8 <= units < 64 and 2 * row_tiles > sms:  # qkv
         ways, warpgroups, split, two_fit, pairs = 4, 4, 1, False, False
-    elif is_one_round and weight.startswith("int4_uint4") and 64 < tokens <= 128 and 8 <= units < 64:  # qkv, o
+    elif is_one_round and by_factor and 64 < tokens <= 128 and 8 <= units < 64:  # qkv, o
         ways, split = 2, 2 if row_tiles * 2 <= sms else 1
         clustered = split == 1
     split = max(1, min(split, units // 4))
