@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +38,7 @@ from atom.serving.bench.shapes import shape_config
 from atom.serving.engine import Engine
 from atom.serving.engine_config import EngineConfig
 from atom.serving.kv_pool import KVPool
+from atom.serving.news import ended
 from atom.serving.request import Request
 from atom.serving.result import StepResult
 from atom.serving.runner import Launched, Runner
@@ -172,8 +174,8 @@ class Bench:
         self._done, self._open = threading.Event(), 0
         self.engine.start(self._listen)
 
-    def _listen(self, outputs: list[Output]) -> None:
-        self._open -= sum(output.finish_reason is not None for output in outputs)
+    def _listen(self, outputs: Sequence[Output]) -> None:
+        self._open -= len(ended(outputs))
         if not self._open:
             self._done.set()
 

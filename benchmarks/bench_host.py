@@ -12,7 +12,7 @@ import cProfile
 import json
 import pstats
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +32,7 @@ from atom.serving.decode_buckets import bucket_sizes
 from atom.serving.decode_inputs import KernelInputs
 from atom.serving.engine import Engine
 from atom.serving.kv_pool import KVPool
+from atom.serving.news import ended
 from atom.serving.request import Request
 from atom.serving.runner import Runner
 from atom.serving.sampler import Sampled, Sampler
@@ -103,9 +104,9 @@ def run(engine: Engine, asked: list[tuple[int, ...]], answer: int, top_p: float)
     """Decode `answer` tokens after each prompt."""
     done, open_ = threading.Event(), len(asked)
 
-    def listen(outputs: list[Output]) -> None:
+    def listen(outputs: Sequence[Output]) -> None:
         nonlocal open_
-        open_ -= sum(output.finish_reason is not None for output in outputs)
+        open_ -= len(ended(outputs))
         if not open_:
             done.set()
 

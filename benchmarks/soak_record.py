@@ -2,6 +2,7 @@
 
 import random
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atom.serving.frontend import Frontend
@@ -38,7 +39,7 @@ class Recorder:
         self._draw = random.Random(seed)
         frontend._receive = self._receive  # type: ignore[method-assign]
 
-    def _receive(self, outputs: list[Output]) -> None:  # on the engine's thread
+    def _receive(self, outputs: Sequence[Output]) -> None:  # on the engine's thread
         for output in outputs:
             samples = self._found.setdefault(output.request_id, {})
             samples.setdefault(output.index, []).extend(output.token_ids)

@@ -1,9 +1,9 @@
 """Generation for tasks on the engine that serves: continuous batches and the paged cache."""
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
+from atom.serving.closing import Closes
 from atom.serving.llm import LLM
 from atom.serving.sampling_params import SamplingParams
 
@@ -12,7 +12,7 @@ from .generate import Sampling
 CACHE_BYTES = "4GiB"  # of its paged cache, unless told otherwise: the model that scores stands beside it
 
 
-class EngineGenerator:
+class EngineGenerator(Closes):
     """Continues prompts on an engine of its own. Close it, or use it as a context manager.
 
     model    Atom checkpoint, directory, GGUF file, hub id or alias
@@ -21,12 +21,6 @@ class EngineGenerator:
 
     def __init__(self, model: str, **options: Any) -> None:
         self.llm = LLM(model, **{"kv_cache_bytes": CACHE_BYTES, **options})
-
-    def __enter__(self) -> "EngineGenerator":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the engine; may be called again."""

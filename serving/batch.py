@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .decoding import Decodes
+from .decoding import Decodes, Rows
 from .sequence import Sequence
 
 Int32 = NDArray[np.int32]
@@ -60,6 +60,8 @@ class Batch:
     num_decodes    leading sequences that have one token each, a sampled one, and no drafts
     ahead          int32 [B]       tokens of this step that stand before a sequence's own, in sequences of their own
                                    (rows.py); None: there are none
+    decoding       the sequences, if all of them do nothing but decode: where a later step has the same object, they
+                   are the same, in the same order, and their tables have only grown; None: who knows
     """
 
     token_ids: Int32
@@ -76,6 +78,7 @@ class Batch:
     masks_stop: NDArray[np.bool_]
     num_decodes: int
     ahead: Int32 | None = None
+    decoding: Rows | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -87,7 +87,12 @@ class BlockManager:
     def append(self, owner: int, num_tokens: int) -> bool:
         """Extend a table to num_tokens; False (nothing changed) if there are not enough free blocks."""
         table = self._tables[owner]
-        missing = self.blocks_for(num_tokens) - len(table)
+        missing = -(-num_tokens // self.block_size) - len(table)
+        if missing == 1 and self._empty:  # as a rule
+            block = self._empty.pop()
+            self._references[block] = 1
+            table.append(block)
+            return True
         if missing > len(self._empty) + len(self._cached):
             return False
         for _ in range(missing):

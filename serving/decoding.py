@@ -24,37 +24,49 @@ Bool = NDArray[np.bool_]
 NO_TOKEN = -2  # fills up lists of stop tokens
 
 _order = attrgetter("order")
+_all = np.logical_and.reduce  # what `all` calls, in half the time
 
 
 class Rows(NamedTuple):
-    """Sequences, and what every step asks of them, side by side."""
+    """Sequences, and what every step asks of them and none changes, side by side.
+
+    lane_index   intp [B]      the lanes, of the type that numpy indexes with: with int32 it takes ten times as long
+    stays        int64 [B]     which stay among the decoding ones this is: tells a sequence from itself before a
+                               preemption
+    most, least  int32 [B]     Sequence.max_length and min_length
+    ends         int32 [E, B]  what is no token to go on with: FAULTY, and those that may end the sequence
+    """
 
     sequences: tuple[Sequence, ...]
-    lanes: Int32
     request_ids: tuple[str, ...]
     indices: tuple[int, ...]
     cached_tokens: tuple[int, ...]
     token_ids: tuple[list[int], ...]
+    lanes: Int32
+    lane_index: NDArray[np.intp]
+    stays: NDArray[np.int64]
+    epochs: Int32
+    most: Int32
+    least: Int32
+    ends: Int32
 
     def where(self, chosen: Bool) -> "Rows":
         """Some of them."""
         marks = chosen.tolist()
-        sequences, lanes, *columns = self
-        kept: list[Any] = [tuple(compress(column, marks)) for column in columns]
-        return Rows(tuple(compress(sequences, marks)), lanes[chosen], *kept)
+        columns: list[Any] = [tuple(compress(column, marks)) for column in self[:5]]
+        arrays: list[Any] = [array[..., chosen] for array in self[5:]]
+        return Rows(*columns, *arrays)
 
 
 @dataclass(frozen=True, slots=True)
 class Decodes:
     """Sequences of a step that have one token each, from whose logits the next one is sampled.
 
-    rows        the sequences
+    rows        the sequences; the same object as long as nobody joins, leaves, or is at its end
     starts      int32 [B]   positions of their tokens
     tokens      int32 [B]   0 where ...
     is_pending  bool  [B]   ... the token is still being sampled
     masks_stop  bool  [B]   EOS and stop token ids must not be sampled yet
-    stays       int64 [B]   which stay among the decoding ones this is: tells a sequence from itself before a preemption
-    epochs      int32 [B]
     """
 
     rows: Rows
@@ -62,8 +74,6 @@ class Decodes:
     tokens: Int32
     is_pending: Bool
     masks_stop: Bool
-    stays: NDArray[np.int64]
-    epochs: Int32
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -71,6 +81,10 @@ class Decodes:
     @property
     def lanes(self) -> Int32:
         return self.rows.lanes
+
+    @property
+    def epochs(self) -> Int32:
+        return self.rows.epochs
 
 
 class Decoding:
@@ -85,10 +99,12 @@ class Decoding:
         self._last, self._epochs = np.zeros((2, num_lanes), dtype=np.int32)
         self._most, self._least = np.zeros((2, num_lanes), dtype=np.int32)  # Sequence.max_length, min_length
         self._stays = np.zeros(num_lanes, dtype=np.int64)  # 0: nobody's
-        self._ends = np.full((num_lanes, 1), NO_TOKEN, dtype=np.int32)  # tokens that may end a sequence
+        self._ends = np.full((2, num_lanes), NO_TOKEN, dtype=np.int32)  # see Rows.ends
+        self._ends[0] = FAULTY
         self._count = 0
         self._sequences: list[Sequence] = []
-        self._columns: list[list[Any]] = [[] for _ in range(5)]  # the other fields of Rows, changed with `_sequences`
+        self._lanes: list[int] = []  # theirs
+        self._columns: list[list[Any]] = [[] for _ in range(4)]  # further fields of Rows, changed with `_sequences`
         self._rows: Rows | None = None  # made of them when it is asked for
 
     def __len__(self) -> int:
@@ -107,15 +123,16 @@ class Decoding:
         self.known[lane], self._last[lane] = len(sequence.token_ids), sequence.token_ids[-1]
         self._most[lane], self._least[lane] = sequence.max_length, sequence.min_length
         ends = sequence.stop_token_ids | sequence.guided_ends
-        if len(ends) > self._ends.shape[1]:
-            more = np.full((len(self._ends), len(ends) - self._ends.shape[1]), NO_TOKEN, dtype=np.int32)
-            self._ends = np.concatenate((self._ends, more), axis=1)
-        self._ends[lane] = NO_TOKEN
-        self._ends[lane, : len(ends)] = tuple(ends)
+        if len(ends) >= len(self._ends):
+            more = np.full((len(ends) + 1 - len(self._ends), self._ends.shape[1]), NO_TOKEN, dtype=np.int32)
+            self._ends = np.concatenate((self._ends, more))
+        self._ends[1:, lane] = NO_TOKEN
+        self._ends[1 : len(ends) + 1, lane] = tuple(ends)
         sequence.decoding = self
         place = bisect_left(self._sequences, sequence.order, key=_order)
         self._sequences.insert(place, sequence)
-        news = (lane, sequence.request_id, sequence.index, sequence.cached_tokens, sequence.token_ids)
+        self._lanes.insert(place, lane)
+        news = (sequence.request_id, sequence.index, sequence.cached_tokens, sequence.token_ids)
         for column, value in zip(self._columns, news, strict=True):
             column.insert(place, value)
         self._rows = None
@@ -128,7 +145,8 @@ class Decoding:
         sequence.scheduled, sequence.computed, sequence.pending = state
         self._stays[lane] = 0
         place = bisect_left(self._sequences, sequence.order, key=_order)
-        for column in (self._sequences, *self._columns):
+        columns: list[list[Any]] = [self._sequences, self._lanes, *self._columns]
+        for column in columns:
             del column[place]
         self._rows = None
 
@@ -139,26 +157,30 @@ class Decoding:
 
     def at_block_start(self) -> list[tuple[Sequence, int]]:
         """Those whose next token will be the first of a block, in order, and their lengths with it."""
-        sequences, lanes, *_ = self._in_order()
-        starts = self.scheduled[lanes]
-        (rows,) = np.nonzero((starts % self.block_size == 0) & (starts + 1 < self._most[lanes]))
+        rows = self._in_order()
+        starts = self.scheduled[rows.lane_index]
+        found = ((starts % self.block_size == 0) & (starts + 1 < rows.most)).nonzero()[0]
         return [
-            (sequences[row], length) for row, length in zip(rows.tolist(), (starts[rows] + 1).tolist(), strict=True)
+            (rows.sequences[row], length)
+            for row, length in zip(found.tolist(), (starts[found] + 1).tolist(), strict=True)
         ]
 
     def advance(self) -> Decodes:
         """Schedule a token for every sequence whose last one is not being sampled already."""
         rows = self._in_order()
-        starts = self.scheduled[rows.lanes]
-        goes_on = starts + 1 < self._most[rows.lanes]
-        if not goes_on.all():
-            rows, starts = rows.where(goes_on), starts[goes_on]
-        lanes = rows.lanes
-        self.scheduled[lanes] = starts + 1
-        is_pending = self.known[lanes] <= starts
-        tokens = np.where(is_pending, np.int32(0), self._last[lanes])
-        masks_stop = starts + 2 < self._least[lanes]
-        return Decodes(rows, starts, tokens, is_pending, masks_stop, self._stays[lanes], self._epochs[lanes])
+        starts = self.scheduled[rows.lane_index]
+        nexts = starts + 1
+        goes_on = nexts < rows.most
+        if not _all(goes_on):
+            rows, starts, nexts = rows.where(goes_on), starts[goes_on], nexts[goes_on]
+        self.scheduled[rows.lane_index] = nexts
+        is_pending = self.known[rows.lane_index] < nexts
+        tokens = (
+            np.zeros(len(starts), dtype=np.int32)
+            if _all(is_pending)
+            else np.where(is_pending, np.int32(0), self._last[rows.lane_index])
+        )
+        return Decodes(rows, starts, tokens, is_pending, nexts + 1 < rows.least)
 
     def take(self, decodes: Decodes, tokens: Int32) -> Bool:
         """Take the tokens that a step sampled, but for those that need a closer look; returns bool [B], what it took.
@@ -166,20 +188,25 @@ class Decoding:
         Not taken is what belongs to a sequence that has left since, is FAULTY, or may end its sequence. The taken ones
         are still to be appended to `Sequence.token_ids`.
         """
-        lanes = decodes.lanes
-        known = self.known[lanes] + 1
-        taken: Bool = (self._stays[lanes] == decodes.stays) & (tokens != FAULTY) & (known < self._most[lanes])
-        taken &= ~(self._ends[lanes] == tokens[:, None]).any(1)
-        lanes = lanes[taken]
-        self.known[lanes] = known[taken]
-        self._last[lanes] = tokens[taken]
-        self.computed[lanes] = decodes.starts[taken] + 1
+        rows, computed = decodes.rows, decodes.starts + 1
+        lanes, known = rows.lane_index, computed + 1
+        taken: Bool = known < rows.most
+        for ends in rows.ends:
+            taken &= ends != tokens
+        if rows is not self._rows:
+            taken &= self._stays[lanes] == rows.stays
+        if not _all(taken):
+            lanes, known, tokens, computed = lanes[taken], known[taken], tokens[taken], computed[taken]
+        self.known[lanes] = known
+        self._last[lanes] = tokens
+        self.computed[lanes] = computed
         return taken
 
     def check(self) -> None:
         """Assert what must hold between any two calls; what breaks it is a bug here."""
         assert self._sequences == sorted(self._sequences, key=_order), "decoding sequences are out of order"
         lanes = [sequence.lane for sequence in self._sequences]
+        assert lanes == self._lanes
         assert sorted(np.nonzero(self._stays)[0].tolist()) == sorted(lanes), "a stay is nobody's"  # type: ignore[type-var]
         for sequence in self._sequences:
             lane = sequence.lane
@@ -189,6 +216,8 @@ class Decoding:
 
     def _in_order(self) -> Rows:
         if self._rows is None:
-            lanes, *columns = self._columns
-            self._rows = Rows(tuple(self._sequences), np.array(lanes, dtype=np.int32), *map(tuple, columns))
+            index = np.array(self._lanes, dtype=np.intp)
+            columns: list[Any] = [tuple(column) for column in (self._sequences, *self._columns)]
+            arrays: list[Any] = [each[index] for each in (self._stays, self._epochs, self._most, self._least)]
+            self._rows = Rows(*columns, *(index.astype(np.int32), index, *arrays, self._ends[:, index]))
         return self._rows

@@ -13,11 +13,12 @@ import gc
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .admission import check_room
 from .batch import Step
 from .errors import EngineDeadError, EngineDrainingError, InvalidRequestError
+from .news import ended
 from .request import FinishReason, Request
 from .scheduler import Scheduler
 from .sequence import Output
@@ -44,7 +45,7 @@ class Engine:
         self._steps: deque[tuple[Step, InFlight]] = deque()
         self._failures = 0  # in a row
         self._num_failures = 0
-        self._on_outputs: Callable[[list[Output]], None] | None = None
+        self._on_outputs: Callable[[Sequence[Output]], None] | None = None
         self._on_death: Callable[[str], None] | None = None
         self._thread = threading.Thread(target=self._run, name="atom-engine", daemon=True)
         self._watchdog = None if watchdog_s is None else Watchdog(watchdog_s, self._die)
@@ -59,7 +60,9 @@ class Engine:
         self._is_stopping = False
         self._error: str | None = None
 
-    def start(self, on_outputs: Callable[[list[Output]], None], on_death: Callable[[str], None] | None = None) -> None:
+    def start(
+        self, on_outputs: Callable[[Sequence[Output]], None], on_death: Callable[[str], None] | None = None
+    ) -> None:
         """Start the thread.
 
         on_outputs  called on the engine's thread, once a step, with all news; it must be quick and not raise. (Only if
@@ -273,17 +276,16 @@ class Engine:
     def _publish(self) -> None:
         self._stats = self._scheduler.stats(self._num_failures)
 
-    def _emit(self, outputs: list[Output]) -> None:
+    def _emit(self, outputs: Sequence[Output]) -> None:
         with self._changed:
             self._publish()
             if self._error is not None:  # the watchdog has ended all requests already
                 return
-            for output in outputs:
-                if output.finish_reason is not None:
-                    samples = self._live[output.request_id]
-                    samples.discard(output.index)
-                    if not samples:
-                        del self._live[output.request_id]
+            for output in ended(outputs):
+                samples = self._live[output.request_id]
+                samples.discard(output.index)
+                if not samples:
+                    del self._live[output.request_id]
             if not self._live:
                 self._changed.notify_all()
         if outputs and self._on_outputs is not None:

@@ -148,7 +148,7 @@ class Frontend:
         await asyncio.get_running_loop().run_in_executor(None, self.engine.shutdown)
         self.tokenizer.close()
 
-    def _receive(self, outputs: list[Output]) -> None:  # on the engine's thread
+    def _receive(self, outputs: Sequence[Output]) -> None:  # on the engine's thread
         self._call(lambda: self._deliver(outputs))
 
     def _died(self, reason: str) -> None:  # on the engine's or the watchdog's thread
@@ -160,7 +160,7 @@ class Frontend:
         except RuntimeError:  # the loop has been closed: nobody is left to read
             logger.debug("outputs came after the event loop's end")
 
-    def _deliver(self, outputs: list[Output]) -> None:
+    def _deliver(self, outputs: Sequence[Output]) -> None:
         now = time.monotonic()
         for output in outputs:
             found = self._streams.get(output.request_id)

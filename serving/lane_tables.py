@@ -6,17 +6,26 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from .batch import Batch, Entry, Int32
-from .decoding import Decodes
+from .decoding import Decodes, Rows
+
+SPARE = 16  # blocks by which tables may grow before they are gathered again
 
 
 class LaneTables:
-    """Block tables by lane, kept as one array so that a batch gathers its rows at once."""
+    """Block tables by lane, kept as one array so that a batch gathers its rows at once.
+
+    Steps of the same decoding sequences share one array of their tables, which only grow.
+    """
 
     def __init__(self, num_lanes: int, max_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self._tables = np.zeros((num_lanes, max_blocks), dtype=np.int32)
         self._lengths = [0] * num_lanes  # blocks written
         self._free = list(reversed(range(num_lanes)))
+        self._rows: Rows | None = None  # the last step's, if nothing else was in it,
+        self._gathered = self._tables[:0]  # their tables, where each begins,
+        self._firsts = np.zeros(0, dtype=np.intp)
+        self._places = np.full(num_lanes, -1, dtype=np.int32)  # and where each lane's is, -1: nowhere
 
     @property
     def num_free(self) -> int:
@@ -31,16 +40,25 @@ class LaneTables:
 
     def give_back(self, lane: int) -> None:
         assert lane not in self._free, f"lane {lane} is free already"
+        self._places[lane] = -1
         self._free.append(lane)
 
     def extend(self, lane: int, table: SequenceOf[int]) -> None:
         """Write those blocks of a sequence's table that are new since the last call."""
         written, length = self._lengths[lane], len(table)
+        self._lengths[lane] = length
+        place = self._places[lane]
+        if place >= 0 and length > self._gathered.shape[1]:
+            self._rows = None
+            place = -1
         if written + 1 == length:  # as a rule, and in a fifth of the time
-            self._tables[lane, written] = table[written]
+            self._tables[lane, written] = block = table[written]
+            if place >= 0:
+                self._gathered[place, written] = block
         elif written < length:
             self._tables[lane, written:length] = table[written:]
-        self._lengths[lane] = length
+            if place >= 0:
+                self._gathered[place, written:length] = table[written:]
 
     def build(self, decodes: Decodes, rest: SequenceOf[Entry], num_decodes: int) -> Batch:
         """The arrays of a step; the tables of its lanes must be up to date.
@@ -92,24 +110,35 @@ class LaneTables:
     def _build_decodes(self, decodes: Decodes) -> Batch:
         """`build` of nothing else: what runs most of the time."""
         lanes, starts = decodes.lanes, decodes.starts
-        blocks = self._tables[lanes, starts // self.block_size].astype(np.int64)
         rows = np.arange(len(decodes) + 1, dtype=np.int32)
-        pending = rows[:-1][decodes.is_pending]
-        ends = starts + 1
+        each, ends = rows[:-1], starts + 1
+        width = -(-int(ends.max()) // self.block_size)
+        if decodes.rows is not self._rows:
+            index = decodes.rows.lane_index
+            self._rows, self._gathered = decodes.rows, self._tables[index, : width + SPARE]  # a copy
+            self._firsts = np.arange(0, self._gathered.size, self._gathered.shape[1])
+            self._places.fill(-1)
+            self._places[index] = each
+        blocks = self._gathered.reshape(-1)[self._firsts + starts // self.block_size].astype(np.int64)
+        pending, pending_lanes = each, lanes
+        if not decodes.is_pending.all():
+            pending = each[decodes.is_pending]
+            pending_lanes = lanes[pending]
         return Batch(
             token_ids=decodes.tokens,
             pending=pending,
-            pending_lanes=lanes[pending],
+            pending_lanes=pending_lanes,
             positions=starts,
             slots=blocks * self.block_size + starts % self.block_size,
             cu_seqlens_q=rows,
             seqlens_k=ends,
-            block_tables=self._tables[lanes, : -(-ends.max() // self.block_size)],
+            block_tables=self._gathered[:, :width],
             lanes=lanes,
-            sample_rows=rows[:-1],
+            sample_rows=each,
             sample_lanes=lanes,
             masks_stop=decodes.masks_stop,
             num_decodes=len(decodes),
+            decoding=decodes.rows,
         )
 
 

@@ -9,12 +9,12 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
+from .closing import Closes
 from .engine_config import EngineConfig
 from .errors import EngineDeadError, InvalidRequestError, QueueFullError, StepFailedError
 from .guidance import GuideCompiler
@@ -76,7 +76,7 @@ class Completion:
         return self.samples[0].finish_reason
 
 
-class LLM:
+class LLM(Closes):
     """A model and its engine, for programs. Close it, or use it as a context manager.
 
     model    Atom checkpoint, directory, GGUF file, hub id or alias
@@ -100,15 +100,9 @@ class LLM:
         self._numbers = itertools.count()
         self._guides: GuideCompiler | None = None  # made for the first request that needs it
         self._news = threading.Condition()
-        self._outputs: list[Output] = []
+        self._unread: list[SequenceOf[Output]] = []  # the outputs of one step after the other
         self.engine.start(self._listen)
         weakref.finalize(self, self.engine.shutdown)  # at the program's end, if nobody closes it
-
-    def __enter__(self) -> "LLM":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the engine; may be called again."""
@@ -215,16 +209,16 @@ class LLM:
                 raise
             open_[waiting.popleft().request.request_id] = run
 
-    def _listen(self, outputs: list[Output]) -> None:  # on the engine's thread
+    def _listen(self, outputs: SequenceOf[Output]) -> None:  # on the engine's thread
         with self._news:
-            self._outputs += outputs
+            self._unread.append(outputs)
             self._news.notify()
 
-    def _wait(self) -> list[Output]:
+    def _wait(self) -> Iterator[Output]:
         with self._news:
-            self._news.wait_for(lambda: self._outputs)
-            outputs, self._outputs = self._outputs, []
-        return outputs
+            self._news.wait_for(lambda: self._unread)
+            unread, self._unread = self._unread, []
+        return itertools.chain.from_iterable(unread)
 
     def _deliver(self, output: Output, open_: dict[str, "_Run"]) -> None:
         run = open_.get(output.request_id)

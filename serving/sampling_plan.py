@@ -108,6 +108,7 @@ class LaneParams:
         self._bias_widths = np.zeros(num_lanes, dtype=np.int32)
         self._stop_widths = np.zeros(num_lanes, dtype=np.int32)
         self._num_logprobs = np.zeros(num_lanes, dtype=np.int32)
+        self._last: tuple[NDArray[np.int32], Feature, NDArray[np.int32]] | None = None  # lanes, and what they ask for
 
     def load(self, lane: int, params: SamplingParams, seed: int, sample: int, index: int, num_stops: int) -> Feature:
         """Take a request's parameters; returns what they use.
@@ -116,6 +117,7 @@ class LaneParams:
         index   of the next output token
         """
         features = _features(params, self.vocab_size)
+        self._last = None
         words, floats = self._words[:, lane], self._floats[:, lane]
         words[Word.TOP_K] = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
         floats[Word.TEMPERATURE] = params.temperature if Feature.RANDOM in features else 1.0
@@ -135,12 +137,15 @@ class LaneParams:
 
     def plan(self, lanes: NDArray[np.int32], masks_stop: NDArray[np.bool_], mask: Tensor | None, to: "Upload") -> Plan:
         """What the lanes' next token needs; the output index of those that draw moves on."""
-        each = self._features[lanes]
-        features = Feature(int(np.bitwise_or.reduce(each, initial=0)))
-        if not features and not masks_stop.any():  # all are greedy, and ask for nothing else: what runs most often
-            return Plan(features, None, mask, {}, 0, 0, 0, self._num_logprobs[lanes])
-        masked, stop_width = masks_stop, 0
-        if masks_stop.any():
+        if self._last is None or self._last[0] is not lanes:
+            found = Feature(int(np.bitwise_or.reduce(self._features[lanes], initial=0)))
+            self._last = lanes, found, self._num_logprobs[lanes]
+        _, features, num_logprobs = self._last
+        is_masked = masks_stop.any()
+        if not features and not is_masked:  # all are greedy, and ask for nothing else: what runs most often
+            return Plan(features, None, mask, {}, 0, 0, 0, num_logprobs)
+        each, masked, stop_width = self._features[lanes], masks_stop, 0
+        if is_masked:
             masked = masks_stop & (self._stop_widths[lanes] > 0)
             stop_width = int(self._stop_widths[lanes].max(initial=0, where=masked))
         words = None
@@ -167,7 +172,7 @@ class LaneParams:
             max_top_k=max_top_k,
             bias_width=int(self._bias_widths[lanes].max(initial=0)) if Feature.BIAS in features else 0,
             stop_width=stop_width,
-            num_logprobs=self._num_logprobs[lanes],
+            num_logprobs=num_logprobs,
         )
 
 

@@ -16,6 +16,7 @@ runner must execute steps in order on one stream: a block that was freed may be 
 
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Sequence as SequenceOf
 from operator import attrgetter
 
 from .admission import check_room
@@ -172,7 +173,7 @@ class Scheduler:
         self._in_flight.append(step)
         return step
 
-    def update(self, step: Step, result: StepResult) -> list[Output]:
+    def update(self, step: Step, result: StepResult) -> SequenceOf[Output]:
         """Take what a step sampled; steps come in order. Returns the news for the front end."""
         if not self._in_flight or step.number < self._in_flight[0].number:
             return []  # forgotten by fail()

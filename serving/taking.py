@@ -2,20 +2,19 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from itertools import compress, repeat, starmap
-from typing import Any
 
 import numpy as np
 
 from .batch import Entry, Step
 from .decoding import Decodes, Decoding
 from .drafts import Drafting, Sampled
+from .news import News
 from .prefix import Prefixes
 from .request import FinishReason
 from .result import FAULTY, StepResult, TokenLogprobs
 from .sequence import Output, Sequence
-
-_new_tuple = tuple.__new__
 
 
 class Taking:
@@ -41,12 +40,15 @@ class Taking:
         self._end = end
         self._remove = remove
 
-    def take(self, step: Step, result: StepResult) -> list[Output]:
+    def take(self, step: Step, result: StepResult) -> SequenceOf[Output]:
         """The news. Tokens of sequences that have ended since are dropped; a faulty one ends its sequence."""
         assert len(result.token_ids) == len(step.batch.sample_rows), "one token for each row that is sampled"
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(step, result)
-        outputs = self._take_decodes(step.decodes, result) if step.decodes else []
+        news = self._take_decodes(step.decodes, result) if step.decodes else None
+        if news is not None and not step.rest:
+            return news
+        outputs: list[Output] = [] if news is None else news.others
         count = len(step.decodes)
         tokens = iter(result.token_ids[count:])
         logprobs = repeat(None) if result.logprobs is None else iter(result.logprobs[count:])
@@ -57,35 +59,29 @@ class Taking:
                 outputs += self._take_one(entry.sequence, entry.epoch, entry.end, next(tokens), next(logprobs))
             elif not entry.sequence.is_finished:
                 self._note_computed(entry.sequence, entry.epoch, entry.end)
-        return outputs
+        return outputs if news is None else news
 
-    def _take_decodes(self, decodes: Decodes, result: StepResult) -> list[Output]:
+    def _take_decodes(self, decodes: Decodes, result: StepResult) -> News:
         """Those of the sequences that do nothing but decode, which come first."""
         rows, count = decodes.rows, len(decodes)
         sequences, tokens, logprobs = rows.sequences, result.token_ids[:count], result.logprobs
         taken = self._decoding.take(decodes, np.array(tokens, dtype=np.int32))
-        # for all of them at once, without Python's loop
         texts: Iterable[tuple[list[int], int]] = zip(rows.token_ids, tokens, strict=True)
-        none = repeat(None)
-        found = none if logprobs is None else ((each,) if each is not None else None for each in logprobs)
-        news: Iterable[tuple[Any, ...]] = zip(
-            rows.request_ids, rows.indices, zip(tokens), none, none, rows.cached_tokens, found, none, strict=False
-        )
-        if not taken.all():
-            marks = taken.tolist()
-            texts, news = compress(texts, marks), compress(news, marks)
-        deque(starmap(list.append, texts), maxlen=0)
-        outputs = list(map(_new_tuple, repeat(Output), news))
-        self.num_tokens += len(outputs)
+        chosen = None if np.logical_and.reduce(taken) else taken
+        if chosen is not None:
+            texts = compress(texts, chosen.tolist())
+        deque(starmap(list.append, texts), maxlen=0)  # for all of them at once, without Python's loop
+        news = News(rows, tokens, logprobs, chosen)
+        self.num_tokens += len(news)
         if self._prefixes.enabled:
             ends = decodes.starts + 1
             for row in np.nonzero(taken & (ends % self._prefixes.block_size == 0))[0].tolist():
                 self._prefixes.offer(sequences[row], int(ends[row]))
-        for row in np.nonzero(~taken)[0].tolist():
+        for row in () if chosen is None else np.nonzero(~taken)[0].tolist():
             epoch, end = int(decodes.epochs[row]), int(decodes.starts[row]) + 1
             logprob = None if logprobs is None else logprobs[row]
-            outputs += self._take_one(sequences[row], epoch, end, tokens[row], logprob)
-        return outputs
+            news.others += self._take_one(sequences[row], epoch, end, tokens[row], logprob)
+        return news
 
     def _take_one(
         self, sequence: Sequence, epoch: int, end: int, token: int, logprob: TokenLogprobs | None

@@ -78,14 +78,19 @@ class StepBuffers:
         self.arrays.fill(lengths, rows, plan.work, plan.segments)
         self.planned, self.steps = lengths, 0 if serves_others else REPLAN_AFTER
 
-    def go_on(self, lengths: np.ndarray, rows: np.ndarray) -> bool:
+    def go_on(self, lengths: np.ndarray, rows: np.ndarray | None) -> bool:
         """The step after the last one under the same plan, if sequences have only grown by a token: cheaper by far.
 
-        False if it needs a plan of its own, as every REPLAN_AFTER-th does: rows grow alike, but not their parts.
+        rows  None: they are the last step's, and lengths lie on the device elsewhere
+        False if it needs a plan of its own, as every REPLAN_AFTER-th does: rows grow alike, but not their parts. What
+        has a single token may stay as it is: rows that pad a step do.
         """
-        if self.steps >= REPLAN_AFTER or not np.array_equal(lengths, self.planned + (self.planned > 0)):
+        if self.steps >= REPLAN_AFTER or len(lengths) != len(self.planned):
             return False
-        self.arrays.fill(lengths, rows)
+        if not np.logical_and.reduce(lengths == self.planned + (self.planned > 1)):
+            return False
+        if rows is not None:
+            self.arrays.fill(lengths, rows)
         self.planned, self.steps = lengths, self.steps + 1
         return True
 

@@ -159,7 +159,7 @@ class Driver:
             self._death = reason
             self._changed.notify()
 
-    def _listen(self, outputs: list[Output]) -> None:
+    def _listen(self, outputs: Sequence[Output]) -> None:
         """On the engine's thread, which has better things to do: who got how many tokens is written down, no more."""
         now = self._now()
         names = tuple([output.request_id for output in outputs])

@@ -8,6 +8,7 @@ the output (or at once, in an assertion). It runs steps when they are launched a
 import zlib
 from array import array
 from collections import deque
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ class FakeEngine:
             self.outputs[request.request_id, index] = []
             self.last.pop((request.request_id, index), None)
 
-    def take(self, outputs: list[Output]) -> None:
+    def take(self, outputs: SequenceOf[Output]) -> None:
         for output in outputs:
             key = output.request_id, output.index
             assert key not in self.last or self.last[key].finish_reason is None, "an output after the last"

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -34,7 +34,7 @@ class Running:
         self.deaths: list[str] = []
         self.engine.start(self.take, self.deaths.append)
 
-    def take(self, outputs: list[Output]) -> None:
+    def take(self, outputs: Sequence[Output]) -> None:
         with self.news:
             for output in outputs:
                 key = output.request_id, output.index
@@ -253,7 +253,7 @@ def test_a_listener_that_raises_kills_the_engine() -> None:
     """Its clients would wait for ever."""
     deaths: list[str] = []
 
-    def listen(outputs: list[Output]) -> None:
+    def listen(outputs: Sequence[Output]) -> None:
         raise RuntimeError("cannot take this")
 
     engine = Engine(FakeStepRunner(small_config()), Scheduler(small_config()))

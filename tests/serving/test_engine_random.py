@@ -7,6 +7,7 @@ ended by itself), and nothing is left behind.
 import random
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -55,7 +56,7 @@ class Soak:
         self.failed_last = self.failed_last + 1 if fault else 0
         return fault
 
-    def take(self, outputs: list[Output]) -> None:
+    def take(self, outputs: Sequence[Output]) -> None:
         with self.lock:
             for output in outputs:
                 key = output.request_id, output.index

@@ -4,6 +4,7 @@ from collections.abc import Sequence as SequenceOf
 
 from atom.serving.batch import Step
 from atom.serving.config import SchedulerConfig
+from atom.serving.news import ended
 from atom.serving.request import FinishReason, Request
 from atom.serving.result import FAULTY, StepResult, TokenLogprobs
 from atom.serving.sampling_params import SamplingParams
@@ -90,3 +91,14 @@ def test_a_preempted_sequence_keeps_its_late_token() -> None:
     run.scheduler._preempt(last)
     assert run.take(step, [3, 4])["b"] == Output("b", 0, (4,))
     assert last.token_ids[3:] == [2, 4] and (last.scheduled, last.computed, last.pending) == (0, 0, 0)
+
+
+def test_news_are_outputs_made_when_they_are_read() -> None:
+    run = Run("a", "b", "c")
+    run.take(run.schedule(), [1, 2, 3])
+    step = run.schedule()
+    news = run.scheduler.update(step, StepResult([4, EOS, 5]))
+    last = Output("b", 0, (EOS,), FinishReason.STOP, EOS)
+    assert len(news) == 3 and ended(news) == [last]
+    assert list(news) == [Output("a", 0, (4,)), Output("c", 0, (5,)), last] == list(news)
+    assert news[0].request_id == "a" and news[1:] == [news[1], last]
