@@ -18,14 +18,15 @@ log = logging.getLogger(__name__)
 PLAIN_STEPS = 3  # before a step is recorded
 CODES = 10.0  # learning rate of codes in steps of their grid, as a multiple of the relative rate of all else
 WEIGHTS = 0.1  # learning rate of weights in full precision, of which there are many, as a multiple of the same
-SMALLEST = 1e-3  # norms' gains and biases smaller than this in the root mean square learn as if they were so large
+SMALLEST = 1e-3  # norms' gains (root mean square) and biases (median) smaller than this learn as if they were so large
 
 
 class TrainingStep:
     """Adam on the parameters of `learning`.
 
     gradients  adds the gradients of a batch to the parameters and returns the loss, a tensor without dimensions
-    rate       of scales, and of norms and biases relative to their size
+    rate       of scales, and of norms and biases relative to their size: of biases the median, since a few of Qwen2's
+               keys' are a hundred times as large as the others, and a rate for these would ruin those
     records    on a GPU, whether `gradients` can be recorded: it copies nothing from the host and asks for no value
     """
 
@@ -35,6 +36,8 @@ class TrainingStep:
         self._gradients = gradients
         self._device = learning.plain[0].device
         learned = [(learning.codes, rate * CODES), (learning.factors, rate)]
+        for bias in learning.biases:
+            learned.append(([bias], rate * max(bias.detach().abs().median().item(), SMALLEST)))
         for parameters, share in ((learning.plain, 1.0), (learning.weights, WEIGHTS)):
             for parameter in parameters:
                 size = parameter.detach().square().mean().sqrt().item()
