@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from atom.serving.closing import Closes
+from atom.closing import Closes
 from atom.serving.llm import LLM
 from atom.serving.sampling_params import SamplingParams
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
 
-from .closing import Closes
+from atom.closing import Closes
+
 from .engine_config import EngineConfig
 from .errors import EngineDeadError, InvalidRequestError, QueueFullError, StepFailedError
 from .guidance import GuideCompiler
