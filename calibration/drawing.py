@@ -1,5 +1,6 @@
 """A calibration report for people: a table in the terminal, and plots as PNG files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ ENERGIES_PLOT = "channel_energies.png"
 
 
 def report_table(report: Report) -> Any:
-    """What to print on a rich console: provenance, one line a layer, and where the time went."""
+    """What to print on a rich console: provenance, a line a layer in two tables, and where the time went."""
     from rich.console import Group
 
     if not report.layers:
         return Group(_headline(report), "No weight was quantized: the weights are copies.")
-    return Group(_headline(report), _layers_table(report), _time_line(report))
+    return Group(_headline(report), _weights_table(report), _layers_table(report), _time_line(report))
 
 
 def draw_plots(report: Report, directory: Path) -> list[Path]:
@@ -43,32 +44,40 @@ def _headline(report: Report) -> str:
 
 
 def _layers_table(report: Report) -> Any:
+    """Errors of the outputs and what a layer took; it fits 80 columns."""
+    names = list(report.layers[0]["inputs"])
+    has_gpu = any(layer["peak_gpu_bytes"] for layer in report.layers)
+    more = ("layer output", "energy in outliers", "s", "GPU GiB" if has_gpu else "host GiB")
+    table = _table("relative error of outputs", report, more)
+    for layer in report.layers:
+        share = max(layer["inputs"][name]["outlier_share"] for name in names)
+        peak = layer["peak_gpu_bytes" if has_gpu else "peak_host_bytes"] / 2**30
+        took = (f"{layer['output_error']:.3f}", f"{share:.0%}", f"{layer['seconds']['total']:.1f}", f"{peak:.1f}")
+        table.add_row(*_errors(layer, "output_error"), *took)
+    return table
+
+
+def _weights_table(report: Report) -> Any:
+    table = _table("relative error of weights", report)
+    for layer in report.layers:
+        table.add_row(*_errors(layer, "weight_error"))
+    return table
+
+
+def _table(title: str, report: Report, more: Sequence[str] = ()) -> Any:
+    """A table without rows: the layer, its linears, and `more`."""
+    from rich import box
     from rich.table import Table
 
-    linears = list(report.layers[0]["linears"])
-    inputs = list(report.layers[0]["inputs"])
-    has_gpu = any(layer["peak_gpu_bytes"] for layer in report.layers)
-    table = Table(title="relative error of outputs (of weights)", title_justify="left")
-    table.add_column("layer", justify="right")
-    for name in linears:
-        table.add_column(name.split(".")[-1].removesuffix("_proj"), justify="right")
-    table.add_column("layer output", justify="right")
-    table.add_column("energy in outliers", justify="right")
-    table.add_column("s", justify="right")
-    table.add_column("GPU GiB" if has_gpu else "host GiB", justify="right")
-    for layer in report.layers:
-        cells = [f"{e['output_error']:.3f} ({e['weight_error']:.3f})" for e in (layer["linears"][n] for n in linears)]
-        share = max(layer["inputs"][name]["outlier_share"] for name in inputs)
-        peak = layer["peak_gpu_bytes" if has_gpu else "peak_host_bytes"] / 2**30
-        table.add_row(
-            str(layer["layer"]),
-            *cells,
-            f"{layer['output_error']:.3f}",
-            f"{share:.0%}",
-            f"{layer['seconds']['total']:.1f}",
-            f"{peak:.1f}",
-        )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    linears = (name.split(".")[-1].removesuffix("_proj") for name in report.layers[0]["linears"])
+    for name in ("layer", *linears, *more):
+        table.add_column(name, justify="right")
     return table
+
+
+def _errors(layer: dict[str, Any], what: str) -> list[str]:
+    return [str(layer["layer"]), *(f"{errors[what]:.3f}" for errors in layer["linears"].values())]
 
 
 def _time_line(report: Report) -> str:

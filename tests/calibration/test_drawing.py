@@ -19,7 +19,7 @@ Tiny = Callable[[str], Path]
 
 
 def drawn(report: Report) -> str:
-    console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=200)
+    console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=80)
     console.print(report_table(report))
     return str(console.file.getvalue())
 
@@ -29,7 +29,8 @@ def test_table_and_plots(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -
     report = Report.read(tmp_path / "out")
     text = drawn(report)
     down = report.layers[2]["linears"]["mlp.down_proj"]
-    assert f"{down['output_error']:.3f} ({down['weight_error']:.3f})" in text
+    assert f"{down['output_error']:.3f}" in text and f"{down['weight_error']:.3f}" in text
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80  # a terminal's usual width
     assert "10 x 48 tokens of words.txt" in text
     assert "seconds: stats" in text
     pytest.importorskip("matplotlib", reason="plots are drawn with matplotlib")
