@@ -23,6 +23,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
 from .family import family_of
+from .gguf_reader import one_reading
 from .tokens import leading_bos
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,8 @@ def convert(path: Path, cache: Path) -> Path:
     provenance = {"source": path.name, "source_sha256": digest, "source_types": header.types}
     try:
         partial.mkdir(parents=True)
-        _write(path, header, partial)
+        with one_reading():
+            _write(path, header, partial)
         (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
         partial.rename(target)
     except (OSError, SafetensorError) as error:

@@ -13,6 +13,7 @@ import transformers
 
 from atom.errors import CheckpointError, UnsupportedError
 from atom.models.gguf import convert, file_sha256, read_header
+from atom.models.gguf_reader import one_reading
 from atom.models.kv import DenseKV
 from atom.models.loader import load_model, load_tokenizer
 from atom.models.model import Model
@@ -144,6 +145,20 @@ def test_quantized_tensors_are_dequantized(tmp_path: Path) -> None:
             parameter.data = values.half().float()
     converted = load_model(convert(path, tmp_path / "cache"))
     torch.testing.assert_close(logits(converted), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_a_conversion_parses_the_file_once(tmp_path: Path) -> None:
+    path = write_gguf(half_model(LLAMA), tmp_path / "tiny.gguf", "llama", q8=("up_proj.weight",))
+    plain = gguf.GGUFReader
+    expected = plain(path)
+    with one_reading():
+        found = gguf.GGUFReader(path)
+        assert gguf.GGUFReader(path) is found
+    assert gguf.GGUFReader is plain
+    assert list(found.fields) == list(expected.fields)
+    for a, b in zip(found.tensors, expected.tensors, strict=True):
+        assert (a.name, a.tensor_type) == (b.name, b.tensor_type)
+        np.testing.assert_array_equal(a.data, b.data)
 
 
 def test_a_tokenizer_that_was_misread_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
