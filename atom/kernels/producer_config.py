@@ -265,7 +265,8 @@ def with_layout(config: ProducerConfig, tokens: int) -> ProducerConfig:
     if config.permuted:
         return lay_out(config, threads, 2, 1, 768 if config.is_norm else 1024)  # registers: indices, and gains too
     if config.rotation and not config.writes_bf16 and (config.is_norm or config.rounding != "token"):
-        return lay_out(config, threads // 2, 4, 1, 512 if config.is_norm else 0)
+        stays = lay_out(config, threads // 2, 4, 1, 512)
+        return stays if config.is_norm or stays.turns_runs else replace(stays, ctas_per_sm=0)
     return lay_out(config, threads, 2, 1, 1024 if config.is_norm and not config.writes_bf16 else 0)
 
 
