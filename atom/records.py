@@ -104,6 +104,17 @@ SCHEMAS: dict[str, RecordSchema] = {
         ("scheme", "task:", "recovery", "recovery:95", "documents", "retrieval:", "flat_steps", *PERPLEXITY_EXTRAS),
         {"path": PATHS, "scheme": ("w4a4", "w4a8", "kv4"), **_KV},
     ),
+    "cache-quality": RecordSchema(
+        # kv: what the weights were calibrated for; cache: what they were measured through
+        ("model", "text", "scheme", "kv", "cache", "step", "ppl", "ppl_fp", "percent", "windows", "path", *BITS),
+        ("retrieval:", *PERPLEXITY_EXTRAS),
+        {
+            "path": PATHS,
+            "kv": ("int2", "int3", *KV_FORMATS),
+            "cache": ("int2", "int3", *KV_FORMATS),
+            "step": ("fp", "calibrated", "trained"),
+        },
+    ),
     "kv-rope": RecordSchema(
         ("model", "text", "kv", "place", "ppl", "windows", "path"),
         PERPLEXITY_EXTRAS,

@@ -106,7 +106,7 @@ def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: M
     return Estimate(seconds, peak + (PROCESS_BYTES if machine.is_cpu else 0))
 
 
-def estimate_distillation(model: Model, config: CalibrationConfig, machine: Machine) -> Estimate:
+def estimate_distillation(model: Model, scheme: Scheme, config: CalibrationConfig, machine: Machine) -> Estimate:
     """Time and peak memory of the configured steps of distillation; in a recorded step kernels follow one another."""
     sizes, tokens = model.config, max(config.distill_tokens, config.window_length)
     weights = sum(p.numel() for layer in model.model.decoder_layers() for p in layer.parameters())
@@ -119,7 +119,7 @@ def estimate_distillation(model: Model, config: CalibrationConfig, machine: Mach
     kernels = sizes.num_layers * KERNELS_PER_LAYER * RECORDED_KERNEL_S
     a_step = flops / machine.flops + 4 * passes / machine.bytes_per_s + kernels
     steps = config.distill_steps or 0
-    return Estimate(min(steps * a_step, config.distill_seconds), distill_bytes(model, config))
+    return Estimate(min(steps * a_step, config.distill_seconds), distill_bytes(model, scheme, config))
 
 
 WEIGHT_PASSES, ACTIVATION_PASSES, LOGIT_PASSES = 16, 12, 12  # float32 reads and writes of a step

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 PLAIN_STEPS = 3  # before a step is recorded
 CODES = 10.0  # learning rate of codes in steps of their grid, as a multiple of the relative rate of all else
-WEIGHTS = 0.1  # learning rate of weights in full precision, of which there are many, as a multiple of the same
+WEIGHTS = 0.02  # the rate of attention's weights in full precision, where they learn, and then of norms and biases
 SMALLEST = 1e-3  # norms' gains (root mean square) and biases (median) smaller than this learn as if they were so large
 
 
@@ -26,7 +26,8 @@ class TrainingStep:
 
     gradients  adds the gradients of a batch to the parameters and returns the loss, a tensor without dimensions
     rate       of scales, and of norms and biases relative to their size: of biases the median, since a few of Qwen2's
-               keys' are a hundred times as large as the others, and a rate for these would ruin those
+               keys' are a hundred times as large as the others, and a rate for these would ruin those. Where weights in
+               full precision learn, these and norms and biases do at WEIGHTS times it
     records    on a GPU, whether `gradients` can be recorded: it copies nothing from the host and asks for no value
     """
 
@@ -36,9 +37,10 @@ class TrainingStep:
         self._gradients = gradients
         self._device = learning.plain[0].device
         learned = [(learning.codes, rate * CODES), (learning.factors, rate)]
+        plain = WEIGHTS if learning.weights else 1.0
         for bias in learning.biases:
-            learned.append(([bias], rate * max(bias.detach().abs().median().item(), SMALLEST)))
-        for parameters, share in ((learning.plain, 1.0), (learning.weights, WEIGHTS)):
+            learned.append(([bias], rate * plain * max(bias.detach().abs().median().item(), SMALLEST)))
+        for parameters, share in ((learning.plain, plain), (learning.weights, WEIGHTS)):
             for parameter in parameters:
                 size = parameter.detach().square().mean().sqrt().item()
                 learned.append(([parameter], rate * share * max(size, SMALLEST)))

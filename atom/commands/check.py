@@ -85,7 +85,7 @@ def run(options: Options) -> dict[str, Any]:
     machine = CALIBRATION_GPUS[options.gpu] if gpu else measure_machine()
     cost = estimate(model, scheme, options.calibration, machine)
     planned, why = plan_distillation(model, scheme, options.calibration, machine.memory_bytes)
-    training = estimate_distillation(model, planned, machine) if planned.distill_steps else None
+    training = estimate_distillation(model, scheme, planned, machine) if planned.distill_steps else None
     ops = op_table(model, scheme, gpu)
     name = Path(options.model).name
     console.print(f"{name}: {raw['architectures'][0]}, {size.parameters / 1e6:,.1f} M parameters, scheme {scheme.name}")

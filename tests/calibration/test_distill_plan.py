@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from atom.calibration.config import CalibrationConfig
-from atom.calibration.distill_plan import DEFAULT_STEPS, distill_bytes, plan_distillation
+from atom.calibration.distill_plan import CACHE_STEPS, DEFAULT_STEPS, distill_bytes, plan_distillation
 from atom.calibration.progress import Silent
 from atom.calibration.report import Report
 from atom.calibration.stream import quantize_model
@@ -28,13 +28,13 @@ def model(raw: dict[str, Any]) -> Model:
     return meta_model(model_config(raw))
 
 
-@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a16", "nvfp4", "mxfp4", "nvint4", "w3a3"])
-def test_low_bit_weights_on_a_gpu_are_trained(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a16", "nvfp4", "mxfp4", "nvint4", "w3a3", "bf16+kv4"])
+def test_low_bit_weights_or_a_low_bit_cache_alone_are_trained_on_a_gpu(scheme: str) -> None:
     found, why = plan_distillation(model(SMALL), get_scheme(scheme), CONFIG, 80 * GIB)
-    assert (found.distill_steps, why) == (DEFAULT_STEPS, None)
+    assert (found.distill_steps, why) == (CACHE_STEPS if scheme == "bf16+kv4" else DEFAULT_STEPS, None)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "bf16", "bf16+kv4"])
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "bf16", "bf16+kv8", "w8a8+kv4"])
 def test_others_are_not_and_nothing_is_said(scheme: str) -> None:
     for free in (None, 80 * GIB):
         found, why = plan_distillation(model(SMALL), get_scheme(scheme), CONFIG, free)
@@ -56,11 +56,13 @@ def test_what_was_asked_for_stays(steps: int) -> None:
 
 
 def test_memory_of_8b() -> None:
-    """Both models in float32 are 64 GB; codes that learn add three times a model's layers."""
-    scales = distill_bytes(model(LLAMA_8B), CONFIG)
-    codes = distill_bytes(model(LLAMA_8B), replace(CONFIG, distill_codes=True))
+    """Both models in float32 are 64 GB; codes that learn add three times the layers, attention's weights theirs."""
+    w4a4, cache = get_scheme("w4a4"), get_scheme("bf16+kv4")
+    scales = distill_bytes(model(LLAMA_8B), w4a4, CONFIG)
+    codes = distill_bytes(model(LLAMA_8B), w4a4, replace(CONFIG, distill_codes=True))
     assert 64e9 < scales < 100e9
     assert codes - scales == pytest.approx(12 * 6.98e9, rel=0.01)
+    assert distill_bytes(model(LLAMA_8B), cache, CONFIG) - scales == pytest.approx(12 * 1.34e9, rel=0.01)
 
 
 def test_a_run_on_a_cpu_says_it(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:

@@ -76,12 +76,12 @@ def test_rates_of_this_machine_are_plausible() -> None:
 
 def test_distillation_takes_time_by_steps_and_no_longer_than_allowed() -> None:
     config = CalibrationConfig(distill_steps=50, distill_tokens=4096)
-    found = estimate_distillation(model(LLAMA_8B), config, GPUS["h200"])
-    twice = estimate_distillation(model(LLAMA_8B), replace(config, distill_steps=100), GPUS["h200"])
-    assert twice.seconds == pytest.approx(2 * found.seconds) and found.peak_bytes == distill_bytes(
-        model(LLAMA_8B), config
-    )
+    large, scheme, gpu = model(LLAMA_8B), get_scheme("w4a4"), GPUS["h200"]
+    found = estimate_distillation(large, scheme, config, gpu)
+    twice = estimate_distillation(large, scheme, replace(config, distill_steps=100), gpu)
+    assert twice.seconds == pytest.approx(2 * found.seconds)
+    assert found.peak_bytes == distill_bytes(large, scheme, config)
     limited = replace(config, distill_steps=10**6, distill_seconds=30.0)
-    assert estimate_distillation(model(LLAMA_8B), limited, GPUS["h200"]).seconds == 30.0
-    small = estimate_distillation(model(SMALL), config, GPUS["h200"])
+    assert estimate_distillation(large, scheme, limited, gpu).seconds == 30.0
+    small = estimate_distillation(model(SMALL), scheme, config, gpu)
     assert small.seconds < found.seconds / 10 and small.peak_bytes < found.peak_bytes / 5
