@@ -43,7 +43,7 @@ from atom.eval.load import Loaded, load
 from atom.eval.perplexity import Perplexity
 from atom.kernels.registry import Kernels
 from atom.models.source import load_tokenizer, open_source
-from atom.quant.presets import PRESETS, kv_name
+from atom.quant.presets import PRESETS, get_scheme, kv_name
 from atom.records import Row
 
 UNLIMITED = 1e6  # seconds: rows of one record are of equally many steps
@@ -200,11 +200,17 @@ class Runner:
 
     def run_kv_rope(self) -> None:
         """What rounding keys before RoPE would buy: weights and activations in full precision, 4-bit cache."""
-        plain = PRESETS["bf16"].with_kv(PRESETS["w4a4"].kv)
-        for place, pre in (("after", False), ("before", True)):
+        best = get_scheme("bf16+kv4")
+        plain = replace(best, kv_offset="bias", kv_rotation="none")
+        places = {
+            "16 bits": PRESETS["bf16"],
+            "after": plain,
+            "before": replace(plain, kv_pre_rope=True),
+            "after, calibrated": best,
+        }
+        for place, scheme in places.items():
             if self.part.has("kv-rope", {"place": place}):
                 continue
-            scheme = replace(plain, kv_pre_rope=pre, kv_offset="bias", kv_rotation="none")
             with scratch(self.options.scratch) as folder:
                 loaded, _ = self.loaded(Configuration(scheme, False), folder)
                 row = {
