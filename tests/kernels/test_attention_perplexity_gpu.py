@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from atom.eval.perplexity import make_windows
+from atom.eval.texts import Text
 from atom.models.loader import load_model, load_tokenizer
 from atom.quant.presets import get_scheme
 from benchmarks.attention_perplexity import losses
@@ -41,8 +43,7 @@ def test_perplexity_equals_the_reference_s(path: Path, kv: str) -> None:
     if model.scheme is not None and model.scheme.weight is not None:
         pytest.skip("its weights are rounded: more than the cache would differ")
     model.scheme = get_scheme(f"bf16+{kv}")
-    tokens = load_tokenizer(path).encode(text())[: WINDOWS * LENGTH]
-    ids = torch.tensor(tokens).unflatten(0, (WINDOWS, LENGTH))
+    ids = make_windows(load_tokenizer(path), Text("text", "text", text()), LENGTH, limit=WINDOWS).tokens
     wanted, found = (losses(model, ids, DECODED, kernels) for kernels in ("reference", "auto"))
     for mode, count in (("prefill", LENGTH - 1 - DECODED), ("decode", DECODED)):
         changes = (found[mode] - wanted[mode]) / count

@@ -20,6 +20,7 @@ from atom.kernels.paged_step import PagedStep
 from atom.kernels.registry import Problem
 from atom.kernels.rope_append import ROPE_APPEND_KV, rope_append_kv_reference
 from atom.kernels.rotate import rotate
+from atom.quant.formats import get_format
 from atom.quant.presets import KV4, KV8, KVFP8
 from atom.quant.rounding import fake_quantize
 from atom.quant.schemes import TensorSpec
@@ -80,6 +81,15 @@ def make_case(
     return Case(layout, layer, keys, values, q, step)
 
 
+def dequantized(x: Tensor, kv: TensorSpec) -> Tensor:
+    """What the cache's codes, scales and zero points say of x [..., D], in float64 and not rounded once more."""
+    codes, words = encode_rows(x, kv)
+    values = code_floats(codes, kv, x.shape[-1]).double()
+    if get_format(kv.format).is_integer:
+        values -= words[..., 1:].double()
+    return values * words[..., :1].double()
+
+
 def expected(case: Case, spec: AttentionSpec, common: Tensor | None = None, bfloat16_keys: bool = False) -> Tensor:
     """Query by query in float64, from the rounded keys and values; `common` [positions, KV heads, D] adds to keys.
 
@@ -88,10 +98,8 @@ def expected(case: Case, spec: AttentionSpec, common: Tensor | None = None, bflo
     out = torch.zeros(case.q.shape, dtype=torch.float64)
     kv = case.layout.spec
     for row, (keys, values) in enumerate(zip(case.keys, case.values, strict=True)):
-        if kv is not None:
-            keys, values = fake_quantize(keys, kv), fake_quantize(values, kv)
         repeats = case.q.shape[1] // keys.shape[1]
-        k, v = (x.to(case.layout.dtype).double() for x in (keys, values))
+        k, v = (x.double() if kv is None else dequantized(x, kv) for x in (keys, values))
         k = k if common is None else k + common[: len(k)].double()
         k = k.bfloat16().double() if bfloat16_keys else k
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
