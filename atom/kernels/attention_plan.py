@@ -4,7 +4,8 @@ A *row* is one sequence and KV head, a *segment* the part of a row that one CTA 
 is finished where it is computed; the segments of others leave partial results, which the last of their CTAs merges.
 
 balanced  the blocks of all rows in a line, cut into as many equal parts as there are CTAs: every SM works to the end
-          whatever the lengths are. A sequence's cuts, and with them its last bits, depend on the batch.
+          whatever the lengths are. A sequence's cuts, and with them its last bits, depend on the batch. Rows of one
+          length are not cut where dealing them whole leaves few CTAs without work: nothing is left to merge then.
 fixed     every row is cut every `split_blocks` blocks, so a sequence's result depends on nothing but itself; whole
           segments are then dealt to the CTAs in a line.
 
@@ -24,6 +25,8 @@ Int32 = NDArray[np.int32]
 MOST_PARTS = (
     8  # of a short row: more CTAs read it sooner, until merging costs more (H200, decode steps of 1 to 4 x 512)
 )
+WHOLE_CTAS = 0.95  # of all must have work where rows are dealt whole (H200: with two thirds, SMs hold unequally many)
+WHOLE_SPREAD = 32  # rows are of one length where it varies by less than this part of it
 SEGMENT_FIELDS = 8  # of a segment, 32 bytes: see AttentionPlan
 
 
@@ -87,6 +90,11 @@ def plan_balanced(
     counts = ends if from_start else ends - firsts  # [B], of each of a sequence's rows
     num_seqs, num_active = len(counts), int(np.count_nonzero(counts))
     active = None if num_active == num_seqs else counts > 0
+    whole = _whole_rows(counts, active, num_active * num_kv_heads, ctas)
+    if whole:
+        parts = (np.ones(num_seqs, dtype=np.int64) if active is None else active).repeat(num_kv_heads)
+        segments = _split_rows(firsts, ends, parts, num_kv_heads, shared)
+        return AttentionPlan(np.minimum(whole * _from_zero(ctas + 1), len(segments)).astype(np.int32), segments)
     costs = counts + (overhead if active is None else overhead * active)
     done = costs.cumsum() * num_kv_heads  # where each sequence ends in the line of all rows' costs
     total = int(done[-1]) if num_seqs else 0
@@ -143,6 +151,15 @@ def plan_fixed(
     return AttentionPlan(work, segments)
 
 
+def _whole_rows(counts: Ints, active: NDArray[Any] | None, rows: int, ctas: int) -> int:
+    """Rows that each CTA takes whole; 0 where they should be cut. counts [B]: blocks of each sequence's rows."""
+    each = -(-rows // ctas)
+    if not each or -(-rows // each) < WHOLE_CTAS * ctas:
+        return 0
+    longest, shortest = int(counts.max()), int((counts if active is None else counts[active]).min())
+    return each if (longest - shortest) * WHOLE_SPREAD < longest else 0
+
+
 def _split_rows(firsts: Ints, ends: Ints, parts: NDArray[Any], heads: int, shared: Int32 | None) -> Int32:
     """Segments of rows in parts [B * heads], each with all of its row's blocks."""
     rows = _rows(len(firsts), heads).copy()
@@ -163,6 +180,13 @@ def _zeros(count: int) -> NDArray[np.int64]:
     zeros = np.zeros(count, dtype=np.int64)
     zeros.setflags(write=False)
     return zeros
+
+
+@lru_cache
+def _from_zero(count: int) -> NDArray[np.int64]:
+    numbers = np.arange(count)
+    numbers.setflags(write=False)
+    return numbers
 
 
 @lru_cache

@@ -89,6 +89,17 @@ def test_balance(lengths: list[int] | None) -> None:
     assert load.max() <= mean * 1.25 + 2
 
 
+@pytest.mark.parametrize("spread,is_whole", [(0, True), (30, True), (200, False)])
+def test_rows_of_one_length_are_dealt_whole(spread: int, is_whole: bool) -> None:
+    """Where that gives nearly all CTAs as much to do; unused lanes have no rows."""
+    lengths = [1024 - spread, *([1024] * 62), 0, 1024]
+    plan = plan_balanced(np.array(lengths), 16, 8, 264, grain=2)
+    check(plan, lengths, 8, 16, None, 264)
+    assert (len(plan.segments) == 512) == is_whole
+    assert not is_whole or sorted(set(np.diff(plan.work))) == [0, 2]
+    assert len(plan_balanced(np.array(lengths), 16, 8, 396, grain=2).segments) > 512
+
+
 def test_nothing_to_do() -> None:
     for plan in (plan_balanced(np.zeros(3, dtype=np.int32), 16, 8, 10), plan_fixed(np.zeros(3, int), 16, 8, 10, 32)):
         assert not len(plan.segments) and not plan.work.any()
