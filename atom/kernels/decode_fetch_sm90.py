@@ -4,7 +4,7 @@ import cutlass
 from cutlass import Int32, Int64, cute
 
 from .attention_config import DecodeConfig
-from .dsl.memory import bulk_load
+from .dsl.memory import bulk_load, bulk_stream
 
 META = 8  # int32s of a segment that it hands on: head, begin, end, place, length, token
 
@@ -44,11 +44,10 @@ class DecodeFetch:
         phase = Int32(1)  # of `empty`: what was never filled counts as emptied
         begun = Int32(0)  # stages of the first segment that are under way before its turn
         entry = Int32(0)
+        sequence, head, begin, end, place, length, token = (Int32(0) for _ in range(7))
         stride = mKV.shape[1] * config.tile_bytes
         if first < last:
-            sequence, head, begin, end = (mSegment[first, i] for i in range(4))
-            length = mLength[sequence]
-            end = self.end_of(mSegment, first, end, length)
+            sequence, head, begin, end, place, length, token = self.segment(mLength, mRow, mSegment, first)
             origin = mKV.iterator + Int64(head) * config.tile_bytes
             entry = mTable[sequence, cutlass.min(begin + lane, mTable.shape[1] - 1)]  # 32 blocks of the table at a time
             old = cutlass.min((length - 1 - mSegment[first, 7]) // config.block_size, end) - begin
@@ -59,13 +58,6 @@ class DecodeFetch:
                 slot, phase = self.advance(slot, phase)
         cute.arch.griddepcontrol_wait()
         for index in cutlass.range(first, last, unroll=1):
-            sequence, head, begin, end = (mSegment[index, i] for i in range(4))
-            place = index if mSegment[index, 5] != 1 else Int32(-1)  # its row has other parts
-            following = cutlass.min(index + 1, last - 1)
-            sequence_next, begin_next = mSegment[following, 0], mSegment[following, 2]
-            token = mRow[sequence]
-            length = mLength[sequence]
-            end = self.end_of(mSegment, index, end, length)
             turn = index - first
             buffer = turn % 2
             cute.arch.mbarrier_wait(taken + buffer, (turn // 2 + 1) % 2)
@@ -77,6 +69,7 @@ class DecodeFetch:
                 bulk_load(
                     queries + buffer * config.query_bytes, mQ.iterator + at, Int32(config.query_bytes), ready + buffer
                 )
+            following = self.segment(mLength, mRow, mSegment, cutlass.min(index + 1, last - 1))
             origin = mKV.iterator + Int64(head) * config.tile_bytes
             blocks = end - begin
             chunks = (blocks + 31) // 32
@@ -87,13 +80,22 @@ class DecodeFetch:
                 row = sequence
                 column = begin + done + 32 + lane
                 if chunk + 1 == chunks:
-                    row = sequence_next
-                    column = begin_next + lane
+                    row = following[0]
+                    column = following[2] + lane
                 entry = mTable[row, cutlass.min(column, mTable.shape[1] - 1)]  # for the next chunk
                 for i in cutlass.range(begun, (here + ahead - 1) // ahead, unroll=1):
                     self.fetch(origin, stride, full, empty, ring, now, ahead * i, here, slot, phase)
                     slot, phase = self.advance(slot, phase)
                 begun = Int32(0)
+            sequence, head, begin, end, place, length, token = following
+
+    @cute.jit
+    def segment(self, mLength, mRow, mSegment, index):
+        """What a segment is: sequence, head, begin, end, place (-1 if its row has no other parts), length, token."""
+        sequence, head, begin, end = (mSegment[index, i] for i in range(4))
+        place = index if mSegment[index, 5] != 1 else Int32(-1)
+        length = mLength[sequence]
+        return sequence, head, begin, self.end_of(mSegment, index, end, length), place, length, mRow[sequence]
 
     @cute.jit
     def end_of(self, mSegment, index, end, length):
@@ -116,7 +118,7 @@ class DecodeFetch:
             cute.arch.mbarrier_arrive_and_expect_tx(full + slot, present * config.tile_bytes)
             for k in cutlass.range_constexpr(config.stage_blocks):
                 if k < present:
-                    bulk_load(
+                    bulk_stream(
                         target + k * config.tile_bytes, origin + Int64(places[k]) * Int64(stride),
                         Int32(config.tile_bytes), full + slot,
                     )  # fmt: skip

@@ -51,11 +51,15 @@ class DecodeFrame:
         return first, last
 
     @cute.jit
-    def work_to_compute(self, mWork, cta):
-        """For the other warps: the same, when all kernels before have ended."""
+    def work_to_compute(self, mWork, cta, is_early):
+        """For the other warps: the same, and all kernels before have ended."""
+        if is_early == 0:
+            cute.arch.griddepcontrol_wait()
+        first = mWork[cta]
+        last = mWork[cta + 1]
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()  # after the wait: the next kernel may rely on it, as this one
-        return mWork[cta], mWork[cta + 1]
+        return first, last
 
     def registers(self):
         """(rQ, rSum, rM, rL, rZ, rO) of a segment: its queries, and what a computing warp finds of their outputs."""

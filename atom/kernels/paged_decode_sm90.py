@@ -99,7 +99,7 @@ class PagedDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeMe
             )  # fmt: skip
             self.announce(mRow, mSegment, mCounter, sPart, first, last, lane)
         else:
-            first, last = self.work_to_compute(mWork, cta)
+            first, last = self.work_to_compute(mWork, cta, is_early)
             count = Int32(0)  # stages so far: the ring's position
             for index in cutlass.range(first, last, unroll=1):
                 count = self.consume(

@@ -77,7 +77,7 @@ class PrefixDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeM
                 mQ, mKV, mTable, mMember, mSegment, full, empty, ready, taken, ring, queries, sMeta, first, last, lane
             )
         else:
-            first, last = self.work_to_compute(mWork, cta)
+            first, last = self.work_to_compute(mWork, cta, is_early)
             count = Int32(0)  # stages so far: the ring's position
             for index in cutlass.range(first, last, unroll=1):
                 count = self.consume_shared(

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from cutlass import Float32, Int32, Uint32, cute
+from cutlass import Float32, Int32, Int64, Uint32, cute
+
+EVICT_FIRST = 0x12F0000000000000  # the L2 policy that createpolicy.fractional.L2::evict_first makes for all of a copy
 
 
 @cute.jit
@@ -11,6 +13,16 @@ def bulk_load(target: Any, source: Any, size: Any, barrier: Any):
     cute.arch.inline_ptx(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
         read_only_args=[target, source, size, barrier],
+    )
+
+
+@cute.jit
+def bulk_stream(target: Any, source: Any, size: Any, barrier: Any):
+    """bulk_load of what is read once: it leaves L2 before what other kernels or CTAs read again."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[{$r0}], [{$r1}], {$r2}, [{$r3}], {$r4};",
+        read_only_args=[target, source, size, barrier, Int64(EVICT_FIRST)],
     )
 
 
