@@ -9,7 +9,6 @@ A config that does not match float64 in this run, or not bit for bit over 200 re
 """
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -36,7 +35,7 @@ from .timing import keep, save, time_calls
 
 LAYER = SHAPES["llama-3-8b"]
 TOKENS = (1, 16, 64, 128, 192, 256, 1024, 8192)
-HEAVY, REST_S = 1024, 0.5  # from so many tokens on the power limit lowers the clocks: seconds until they are back
+HEAVY = 1024  # from so many tokens on the power limit lowers the clocks
 # what competes for few tokens, by shape: fields of GemmConfig
 MEETING = {"clustered": False}
 FEW: dict[str, tuple[dict[str, Any], ...]] = {
@@ -167,26 +166,13 @@ Cells = Callable[[LinearScheme, str, int], Iterator[GemmConfig]]
 
 
 def measure(names: list[str], tokens: list[int], cells: Cells) -> list[dict[str, Any]]:
+    """The record's rows. Few tokens come first: behind a heavy product the power limit keeps the clocks low."""
     rows: list[dict[str, Any]] = []
     verdicts: dict[tuple[str, GemmConfig], str | None] = {}
-    for shape, (N, K) in LAYER.items():
-        base: dict[int, dict[str, float]] = {}
-        for M in tokens:
-            base[M] = baseline_us(M, N, K)
-            print(f"torch       {shape:8} M={M:<5}", {name: round(us, 2) for name, us in base[M].items()}, flush=True)
-            rest_after(M)
-        for name in names:
-            linear = schemes()[name]
-            weights = copies_of(pack_weight(linear, random_weight(linear, N, K, "cuda")))
-            for M in tokens:
-                row = best(name, linear, shape, M, weights, verdicts, cells)
-                rest_after(M)
-                if row is None:
-                    continue
-                row |= {"bf16_us": base[M].get("bf16"), "fp8_us": base[M].get("fp8"), "peer_us": base[M].get("peer")}
-                rows.append(row)
-                print("{scheme:11} {shape:8} M={M:<5}{us:9.2f} us  floor {sol_us:8.2f}  bf16 {bf16_us}  fp8 {fp8_us}  "
-                      "{note}".format(**row), flush=True)  # fmt: skip
+    for part in ([M for M in tokens if M < HEAVY], [M for M in tokens if M >= HEAVY]):
+        for shape in LAYER if part else ():
+            rows += measure_shape(names, shape, part, verdicts, cells)
+    rows.sort(key=lambda row: (list(LAYER).index(row["shape"]), names.index(row["scheme"]), row["M"]))
     found = records(rows)["gemm"]
     for row in found:
         if row["shape"] == "sum":
@@ -194,10 +180,26 @@ def measure(names: list[str], tokens: list[int], cells: Cells) -> list[dict[str,
     return found
 
 
-def rest_after(tokens: int) -> None:
-    """Wait until what was measured last no longer slows down what comes next."""
-    if tokens >= HEAVY:
-        time.sleep(REST_S)
+def measure_shape(
+    names: list[str], shape: str, tokens: list[int], verdicts: dict[Any, str | None], cells: Cells
+) -> Iterator[dict[str, Any]]:
+    """The rows of one linear layer, torch's products before ours."""
+    N, K = LAYER[shape]
+    base: dict[int, dict[str, float]] = {}
+    for M in tokens:
+        base[M] = baseline_us(M, N, K)
+        print(f"torch       {shape:8} M={M:<5}", {name: round(us, 2) for name, us in base[M].items()}, flush=True)
+    for name in names:
+        linear = schemes()[name]
+        weights = copies_of(pack_weight(linear, random_weight(linear, N, K, "cuda")))
+        for M in tokens:
+            row = best(name, linear, shape, M, weights, verdicts, cells)
+            if row is None:
+                continue
+            row |= {"bf16_us": base[M].get("bf16"), "fp8_us": base[M].get("fp8"), "peer_us": base[M].get("peer")}
+            print("{scheme:11} {shape:8} M={M:<5}{us:9.2f} us  floor {sol_us:8.2f}  bf16 {bf16_us}  fp8 {fp8_us}  "
+                  "{note}".format(**row), flush=True)  # fmt: skip
+            yield row
 
 
 def best(
