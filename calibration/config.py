@@ -86,7 +86,7 @@ class CalibrationConfig:
     """Learning rate of scales, norms and biases, relative to their size."""
 
     distill_codes: bool = False
-    """Codes learn as well, at ten times that rate in steps of their grid."""
+    """Codes learn as well, at that rate in units of their grid; they start where the weights were."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto: cuda where there is one."""

@@ -7,8 +7,8 @@ A part of the text is held back, and where the divergence does not fall on it th
 
 Sources: distillation of quantized language models on the full model's own predictions, LLM-QAT (arXiv:2305.17888);
 scales alone, under codes that stay, EfficientQAT (arXiv:2407.11062). Codes learn where they are asked to, straight
-through the rounding as in LSQ (arXiv:1902.08153): they start as GPTQ's, and one moves once its latent has drifted half
-a step of the grid.
+through the rounding as in LSQ (arXiv:1902.08153): they start as GPTQ's, their latents where the weights were
+(latent.py), and one moves once its latent has crossed the middle to the next.
 """
 
 import logging
@@ -33,6 +33,7 @@ from atom.models.tokens import Tokenizer
 
 from .config import CalibrationConfig
 from .data import SELF, Windows, load_windows
+from .latent import REST
 from .progress import Progress, Silent
 from .student import Student, TrainingKV
 from .training_step import PLAIN_STEPS, TrainingStep, schedule
@@ -239,7 +240,7 @@ def _write(student: Student | None, checkpoint: Source, rounded: Path, out: Path
     layers = sorted({name.split(".")[2] for name in checkpoint.names() if name.startswith("model.layers.")}, key=int)
     writer = CheckpointWriter(out, {"distilled": rounded.name}, len(layers) + 1, resume=True)
     for number, index in enumerate([None, *map(int, layers)], 1):
-        own = [name for name in checkpoint.names() if _belongs(name, index)]
+        own = [name for name in checkpoint.names() if _belongs(name, index) and not name.endswith(f".{REST}")]
         learned = {} if student is None else dict(student.tensors(index))
         tensors = {name: checkpoint.get(name) for name in own}
         for name, tensor in learned.items():

@@ -32,6 +32,7 @@ from .config import CalibrationConfig
 from .gptq import gptq
 from .hidden import HiddenStates, LayerRunner
 from .keys import KeyStatistics, centre_on_sink, fold_factors_, has_norms
+from .latent import REST, rest_of
 from .observe import Sample, first_keys, observe_energies, observe_hessians, sample_outputs
 from .plan import InputPlan, plan_layer, unrotate_input
 from .stats import HessianAccumulator
@@ -75,7 +76,7 @@ class LayerQuantizer:
                 if plan.needs_order:
                     plan.perm = self._order(plan, energies[plan.group.name])
         permute_layer_(layer, plans)
-        tensors, weight_errors = self._round(layer, index, plans, hidden)
+        tensors, weight_errors, rests = self._round(layer, index, plans, hidden)
         with self.clock.phase("propagate"):
             self._swap(layer, tensors, index)
             self._centre_on_sink(layer, tensors, index, hidden)
@@ -88,7 +89,7 @@ class LayerQuantizer:
             "peak_gpu_bytes": peak_gpu_bytes(self.device),
             "peak_host_bytes": peak_host_bytes(),
         }
-        return tensors, record
+        return tensors | rests, record
 
     def _prepare_keys(
         self, layer: DecoderLayer, index: int, plans: list[InputPlan], keys: KeyStatistics, before: Sample
@@ -171,15 +172,18 @@ class LayerQuantizer:
 
     def _round(
         self, layer: DecoderLayer, index: int, plans: list[InputPlan], hidden: HiddenStates
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+    ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]:
         """All tensors of the layer as the checkpoint holds them, and the relative error of each quantized weight.
 
-        With true_sequential the layer's own weights become the rounded ones, input group by input group, and each
-        group's Hessian is that of what the rounded ones before it give.
+        Where codes are to be trained, also what rounding left of each weight, by the name that distillation reads. With
+        true_sequential the layer's own weights become the rounded ones, input group by input group, and each group's
+        Hessian is that of what the rounded ones before it give.
         """
         prefix = f"{layer_prefix(index)}."
         tensors: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
+        rests: dict[str, Tensor] = {}
+        keeps_rests = self.config.distill_codes and bool(self.config.distill_steps)
         in_turn = self.config.gptq and self.config.true_sequential
         hessians = self._observe(layer, index, plans, hidden) if self.config.gptq and not in_turn else {}
         for plan in plans:
@@ -193,6 +197,8 @@ class LayerQuantizer:
                     errors[name] = _weight_error(weight, found, linear)
                     for part, tensor in store_weight(found, linear).items():
                         tensors[f"{prefix}{name}.{part}"] = tensor
+                    if keeps_rests and (rest := rest_of(weight, found, linear)) is not None:
+                        rests[f"{prefix}{name}.{REST}"] = rest
                     if plan.perm is not None and plan.group.is_gathered:
                         tensors[f"{prefix}{name}.input_perm"] = plan.perm.to(torch.int32)
                     if in_turn:
@@ -205,7 +211,7 @@ class LayerQuantizer:
         for name, parameter in layer.named_parameters():
             if name not in quantized:
                 tensors[prefix + name] = parameter.detach().to(self.source.dtype(prefix + name))
-        return tensors, errors
+        return tensors, errors, rests
 
     def _observe(
         self, layer: DecoderLayer, index: int, plans: list[InputPlan], hidden: HiddenStates, only: str | None = None

@@ -34,6 +34,7 @@ from atom.quant.schemes import LinearScheme, Scheme, TensorSpec
 from atom.quant.stored import load_weight, store_weight
 
 from .keys import centre_on_sink
+from .latent import REST
 from .observe import Hook
 from .scaled_rows import ScaledRows, has_scaled_rows
 
@@ -48,7 +49,8 @@ def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
 class TrainableColumns(nn.Module):
     """Columns of a weight under one spec.
 
-    latent       [N, k] in units of the grid, whatever the scale; starts at the codes' values, and learns if asked to
+    latent       [N, k] in units of the grid, whatever the scale; learns if asked to. Starts at the codes' values, or
+                 where `rest` says (latent.py), which rounds to them
     log_factor   like the scales that learn: the outer ones, if inner scales are whole numbers under them, which move in
                  steps too large to learn; else the inner ones. The scale is what was stored times exp(log_factor),
                  rounded to its storage format
@@ -58,11 +60,15 @@ class TrainableColumns(nn.Module):
     outer: Tensor | None
     zero_point: Tensor | None
 
-    def __init__(self, columns: Quantized, spec: TensorSpec, learns_codes: bool = False) -> None:
+    def __init__(
+        self, columns: Quantized, spec: TensorSpec, learns_codes: bool = False, rest: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.format = get_format(spec.format)
-        self.latent = nn.Parameter(code_values(columns.codes, self.format), requires_grad=learns_codes)
+        latent = code_values(columns.codes, self.format)
+        latent = latent if rest is None else latent + rest.float()
+        self.latent = nn.Parameter(latent, requires_grad=learns_codes)
         self.register_buffer("scale", columns.scale.scale.clone())
         self.register_buffer("outer", columns.scale.outer)
         self.register_buffer("zero_point", columns.scale.zero_point)
@@ -132,12 +138,17 @@ class TrainableLinear(nn.Module):
     kept: Tensor | None
 
     def __init__(
-        self, linear: LinearScheme, weight: MixedWeight, bias: Tensor | None, learns_codes: bool = False
+        self,
+        linear: LinearScheme,
+        weight: MixedWeight,
+        bias: Tensor | None,
+        learns_codes: bool = False,
+        rest: Tensor | None = None,
     ) -> None:
         super().__init__()
         assert linear.weight is not None
         self.linear = linear
-        self.normal = _columns(weight.normal, linear.weight, learns_codes)
+        self.normal = _columns(weight.normal, linear.weight, learns_codes, rest)
         self.outlier: TrainableColumns | ScaledRows | None = None
         kept = None
         if isinstance(weight.outlier, Quantized):
@@ -166,10 +177,12 @@ class TrainableLinear(nn.Module):
         return tensors if self.bias is None else {**tensors, "bias": self.bias.detach()}
 
 
-def _columns(columns: Quantized, spec: TensorSpec, learns_codes: bool) -> TrainableColumns | ScaledRows:
+def _columns(
+    columns: Quantized, spec: TensorSpec, learns_codes: bool, rest: Tensor | None = None
+) -> TrainableColumns | ScaledRows:
     if not learns_codes and has_scaled_rows(columns, spec):
         return ScaledRows(columns, spec)
-    return TrainableColumns(columns, spec, learns_codes)
+    return TrainableColumns(columns, spec, learns_codes, rest)
 
 
 class TrainingKV(DenseKV):
@@ -327,10 +340,11 @@ class Student:
             for name in group.linears:
                 full, own = f"{prefix}.{name}", self.scheme.for_linear(f"{prefix}.{name}")
                 parts = {n.removeprefix(f"{full}."): source.get(n).to(self.device) for n in names if _is_of(n, full)}
-                perm, bias = parts.pop(PERM, None), parts.pop("bias", None)
+                perm, bias, rest = (parts.pop(part, None) for part in (PERM, "bias", REST))
                 shape = layer.get_submodule(name).in_features
                 assert isinstance(shape, int)
-                layer.set_submodule(name, TrainableLinear(own, load_weight(parts, shape, own), bias, self.learns_codes))
+                weight = load_weight(parts, shape, own)
+                layer.set_submodule(name, TrainableLinear(own, weight, bias, self.learns_codes, rest))
             layer.get_submodule(group.producer).register_forward_hook(round_inputs(shared, perm))
         for name, parameter in layer.named_parameters():
             if name.endswith("norm.weight"):

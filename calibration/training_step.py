@@ -16,7 +16,6 @@ from .student import Learning
 log = logging.getLogger(__name__)
 
 PLAIN_STEPS = 3  # before a step is recorded
-CODES = 10.0  # learning rate of codes in steps of their grid, as a multiple of the relative rate of all else
 WEIGHTS = 0.02  # the rate of attention's weights in full precision, where they learn, and then of norms and biases
 SMALLEST = 1e-3  # norms' gains (root mean square) and biases (median) smaller than this learn as if they were so large
 
@@ -36,7 +35,7 @@ class TrainingStep:
     ) -> None:
         self._gradients = gradients
         self._device = learning.plain[0].device
-        learned = [(learning.codes, rate * CODES), (learning.factors, rate)]
+        learned = [(learning.codes, rate), (learning.factors, rate)]
         plain = WEIGHTS if learning.weights else 1.0
         for bias in learning.biases:
             learned.append(([bias], rate * plain * max(bias.detach().abs().median().item(), SMALLEST)))

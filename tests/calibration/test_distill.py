@@ -11,6 +11,7 @@ import torch
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.data import load_windows
 from atom.calibration.distill import distill_checkpoint, load_distill_text
+from atom.calibration.latent import REST, rest_of
 from atom.calibration.report import Report
 from atom.calibration.scaled_rows import ScaledRows, has_scaled_rows
 from atom.calibration.stream import quantize_model
@@ -22,8 +23,10 @@ from atom.models.loader import load_model
 from atom.models.source import load_tokenizer, open_source
 from atom.quant.granularity import Channel, Group
 from atom.quant.keys import prepare_keys
+from atom.quant.mixed import quantize_weight
 from atom.quant.presets import PRESETS, get_scheme
-from atom.quant.rounding import dequantize, fake_quantize, quantize
+from atom.quant.rotation import rotate
+from atom.quant.rounding import dequantize, expand_scale, fake_quantize, quantize
 from atom.quant.schemes import RotationSpec, TensorSpec
 
 Tiny = Callable[[str], Path]
@@ -63,6 +66,29 @@ def test_columns_start_as_they_were_rounded_and_learn(name: str) -> None:
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
     torch.testing.assert_close(dequantize(columns.quantized(), spec), columns.values().detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8-hadamard", "nvfp4"])
+def test_codes_start_where_the_weights_were(scheme: str, tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
+    """Latents round to the codes, and most of them are the weight in units of the grid."""
+    chosen = get_scheme(scheme)
+    linear = chosen.default_linear
+    assert linear.weight is not None
+    weight = torch.randn(24, 160, generator=torch.Generator().manual_seed(0))
+    found = quantize_weight(weight, linear)
+    rest = rest_of(weight, found, linear)
+    assert rest is not None
+    columns = TrainableColumns(found.normal, linear.weight, True, rest)
+    assert torch.equal(columns.quantized().codes, found.normal.codes)
+    normal, _ = linear.split(160)
+    exact = weight[:, :normal] if linear.rotation is None else rotate(weight[:, :normal], linear.rotation)
+    size = expand_scale(found.normal.scale.effective, normal, linear.weight)
+    close = (columns.latent.detach() * size - exact).abs() < 1e-2 * size + 1e-3
+    assert float(close.float().mean()) > 0.9
+    config = replace(quick, distill_steps=2, distill_windows=20, distill_codes=True)
+    quantize_model(tiny("llama"), chosen, tmp_path / "out", config)
+    assert not any(name.endswith(REST) for name in open_source(tmp_path / "out").names())
+    load_model(tmp_path / "out")
 
 
 def test_whole_factors_stay_and_the_scale_above_them_learns() -> None:
