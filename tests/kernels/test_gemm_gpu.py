@@ -1,5 +1,6 @@
 """The sm_90a GEMM's numbers on a GPU: against float64, one-hot rows, bit for bit again and again."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -121,6 +122,21 @@ def test_random_operands_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int]
     for M in (1, 16, 37, 64, 129, 250, 300, 2100, 16384):
         x = random_activation(scheme, M, K, "cuda")
         assert fault(gemm, x.codes, x.scales, product(x, weight, scheme), tolerance(scheme), 20) is None, f"M={M}"
+
+
+@GPU
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("count", [0, 16, 112, 208, 256])
+def test_outliers_of_any_count_on_the_gpu(count: int) -> None:
+    """Outlier units that are not full, behind INT4 columns that are no whole number of groups."""
+    scheme = linear_scheme("w4a4")
+    scheme = replace(scheme, outliers=replace(scheme.outliers, count=count))
+    for N, K in ((576, 576), (200, 1400)):
+        weight = random_weight(scheme, N, K, "cuda")
+        gemm = Gemm(pack_weight(scheme, weight), token_scales(scheme))
+        for M in (1, 16, 64, 250):
+            x = random_activation(scheme, M, K, "cuda")
+            assert fault(gemm, x.codes, x.scales, product(x, weight, scheme), tolerance(scheme), 20) is None, f"M={M}"
 
 
 ADDING = ("w4a4", "w4a8", "w4a16", "fp8", "nvfp4")
