@@ -67,6 +67,9 @@ class Measure(MeasureOptions):
     distill_steps: int | None = None
     """Steps of distillation; default: the calibrator's."""
 
+    distill_windows: int = 512
+    """Windows of text to distil on."""
+
     distill_seconds: float = 600.0
     """At most so long for it."""
 
@@ -87,6 +90,7 @@ class Runner:
             device=options.device,
             distill_calib=options.distill_calib,
             distill_seconds=options.distill_seconds,
+            distill_windows=options.distill_windows,
             batch_tokens=options.batch_tokens,
             distill_steps=0,
         )
