@@ -79,6 +79,9 @@ class PagedAttentionSm90:
     def prepare(self, step: PagedStep, windows: Iterable[int | None], queries: int, share: Share = "auto") -> bool:
         """Plan the step for layers of each window and bring the plans to the device; before a graph is replayed too.
 
+        Attention reads its plan before it waits: between this and the first call must come a kernel that waits for all
+        before it and only then lets the next one start, as the step's append does.
+
         Returns whether sequences read prefixes together, for which there are launches that other steps have not.
         """
         self.prefill.warm_up(queries * self.layout.num_kv_heads, step.slots.device)

@@ -145,6 +145,7 @@ def decode_calls(kv: str, shape: Shape, share: Share = "auto") -> list[Callable[
     table = rope_table(shape.head_dim, int(lengths.max())) if shape.has_offset else None
     attend = PagedAttentionSm90(layout, False, None, shape.has_offset)
     attend.prepare(step, [shape.window], shape.heads // shape.kv_heads, share)
+    torch.cuda.synchronize()  # no kernel comes between that would wait for the plan
     return [partial(attend, q, layers[i % copies], step, spec, table) for i in range(max(copies, 24))]
 
 
@@ -160,6 +161,7 @@ def fault(kv: str, shape: Shape) -> str | None:
     table = rope_table(shape.head_dim, int(lengths.max())) if shape.has_offset else None
     attend = PagedAttentionSm90(layout, False, None, shape.has_offset)
     attend.prepare(step, [shape.window], shape.heads // shape.kv_heads, "always" if shape.shared else "auto")
+    torch.cuda.synchronize()
     first = attend(q, layer, step, spec, table)
     for _ in range(200):
         if not torch.equal(attend(q, layer, step, spec, table), first):

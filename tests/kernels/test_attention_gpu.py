@@ -126,6 +126,7 @@ def test_prefixes_are_read_together(kv: str, heads: int, kv_heads: int, dim: int
     spec, moved = AttentionSpec(dim**-0.5), to_gpu(case)
     attend = PagedAttentionSm90(case.layout)
     assert attend.prepare(moved.step, [None], heads // kv_heads, "always")
+    torch.cuda.synchronize()
     found = attend(moved.q, moved.layer, moved.step, spec)
     for _ in range(200):
         assert torch.equal(attend(moved.q, moved.layer, moved.step, spec), found)
@@ -141,6 +142,7 @@ def test_a_graph_reads_prefixes_together(kv: str, heads: int, kv_heads: int, dim
     spec, moved = AttentionSpec(dim**-0.5), to_gpu(case)
     attend = PagedAttentionSm90(case.layout)
     assert attend.prepare(moved.step, [None], heads // kv_heads, "always")
+    torch.cuda.synchronize()
     found = attend(moved.q, moved.layer, moved.step, spec)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -221,6 +223,7 @@ def test_a_graph_replays_other_steps(kv: str) -> None:
         tables[:, : case.step.tables.shape[1]] = case.step.block_tables
         step = replace(case.step, block_tables=tables, _derived={})
         attend.prepare(step, [None], 4)
+        torch.cuda.synchronize()
         return step
 
     step = load(first)
