@@ -176,11 +176,11 @@ class Runner:
             self.part.add(RECORD, first)
             for number in range(1, len(self.texts.texts) if is_compared else 1):
                 self.part.add(RECORD, row | self.texts.measure(loaded, number))
-            if is_compared and self.options.retrieval:
-                self.extend(first, self.retrieval(loaded))
             if method.name in ("fp", "ours") and self.tasks.names:
                 found = self.full_tasks if is_full else self.tasks.run(loaded)
                 self.extend(first, task_keys(found) | ({} if is_full else recovery_keys(self.full_tasks, found)))
+            if is_compared and self.options.retrieval:
+                self.extend(first, self.retrieval(loaded))
             del loaded
             is_ours = method.name == "ours" and scheme.weight is not None
             if self.options.kernels and is_ours:
