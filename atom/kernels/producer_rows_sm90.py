@@ -1,10 +1,9 @@
-"""A token's row on its way into registers: loads, residual, gate, what is found over the row, permutation, rotation.
+"""A token's row on its way into registers: loads, residual, gate, what is found over the row, permutation.
 
 Columns travel in chunks of 8. Without a permutation a thread rounds the chunks that it loads. With one, every CTA
 takes the whole row into shared memory as it is, and each thread gathers its chunks from there.
 """
 
-from math import sqrt
 from typing import Any
 
 import cutlass
@@ -256,64 +255,6 @@ class ProducerRows:
                 value[e] = load_shared_16(address, offset, self.config.dtype)
 
     @cute.jit
-    def rotate(self, value, slot):
-        """Blocks of normal columns times Sylvester's Hadamard matrix; what is left of a last block stays.
-
-        Where nothing is left, its factor is left to the rounding.
-        """
-        config = self.config
-        block = config.rotation
-        turned = [value[e] for e in range(CHUNK)]
-        for step in (1, 2, 4)[: block.bit_length() - 1]:
-            turned = butterflies(turned, step)
-        for lanes in (1, 2, 4, 8, 16)[: (block // CHUNK).bit_length() - 1 if block > CHUNK else 0]:
-            sign = Float32(1.0)
-            if (slot & lanes) != 0:
-                sign = Float32(-1.0)
-            turned = [cute.arch.shuffle_sync_bfly(t, offset=lanes) + sign * t for t in turned]
-        scale = Float32(1.0 / sqrt(block))
-        if cutlass.const_expr(config.turns_all):
-            for e in cutlass.range_constexpr(CHUNK):
-                value[e] = turned[e]
-        else:
-            if slot * CHUNK < config.rotated:
-                for e in cutlass.range_constexpr(CHUNK):
-                    value[e] = turned[e] * scale
-
-    @cute.jit
-    def rotate_run(self, run, tid):
-        """The same of a run of four chunks, but for signs and its factor: 32 columns within the thread.
-
-        A chunk c was taken as c ^ k, so that sums over chunks lack the sign of the bits in c & k; see signs_of_run.
-        """
-        config = self.config
-        turned = []
-        for c in cutlass.range_constexpr(4):
-            part = [run[c][e] for e in range(CHUNK)]
-            for step in (1, 2, 4):
-                part = butterflies(part, step)
-            turned += part
-        for step in (8, 16):
-            turned = butterflies(turned, step)
-        if cutlass.const_expr(config.rotation == 64):  # over two lanes, whose chunks lack the same signs
-            sign = Float32(1.0)
-            if (tid & 1) != 0:
-                sign = Float32(-1.0)
-            turned = [cute.arch.shuffle_sync_bfly(t, offset=1) + sign * t for t in turned]
-        for i in cutlass.range_constexpr(4 * CHUNK):
-            run[i // CHUNK][i % CHUNK] = turned[i]
-
-    @cute.jit
-    def signs_of_run(self, tid):
-        """What a run's chunks lack after rotate_run."""
-        first, second = Float32(1.0), Float32(1.0)
-        if ((tid >> 1) & 1) != 0:
-            first = Float32(-1.0)
-        if ((tid >> 1) & 2) != 0:
-            second = Float32(-1.0)
-        return Float32(1.0), first, second, first * second
-
-    @cute.jit
     def largest(self, value, found):
         """The largest magnitude of a chunk, or `found` if that is larger."""
         pairs = [max_of_magnitudes(value[e], value[e + 1]) for e in range(0, CHUNK, 2)]
@@ -329,11 +270,6 @@ def sigmoid(x: Any):
 def over_warp(value: Any, is_sum: bool) -> Any:
     """The sum over a warp, or the maximum of what is not negative, in every lane."""
     return warp_sum(value) if is_sum else warp_max_magnitude(value)
-
-
-def butterflies(values: list[Any], step: int) -> list[Any]:
-    """Sums and differences of values `step` apart."""
-    return [values[e] + values[e + step] if e & step == 0 else values[e - step] - values[e] for e in range(len(values))]
 
 
 def reduced(values: list[Any], is_sum: bool) -> Any:

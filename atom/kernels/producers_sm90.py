@@ -3,8 +3,8 @@
 
 A thread holds a few chunks of 8 columns of a token from the load to the store. Few tokens: a CTA or more for each, laid
 out for the shortest way. Many tokens: CTAs that stay, the next token's row on its way while one is rounded. What
-happens to a row before it is rounded stands in producer_rows_sm90.py, from values to what lies in memory in
-producer_write_sm90.py, the rounding itself in producer_encode_sm90.py.
+happens to a row before it is rounded stands in producer_rows_sm90.py and producer_rotation_sm90.py, from values to what
+lies in memory in producer_write_sm90.py, the rounding itself in producer_encode_sm90.py.
 """
 
 from math import sqrt
@@ -21,13 +21,14 @@ from .dsl.arithmetic import reciprocal_root
 from .dsl.memory import bulk_load
 from .dsl.wide_access import load_floats, load_words
 from .producer_config import CHUNK, ProducerConfig
+from .producer_rotation_sm90 import ProducerRotation
 from .producer_rows_sm90 import ProducerRows
 from .producer_write_sm90 import ProducerWrite
 
 DTYPES = {"bfloat16": BFloat16, "float16": Float16, "float32": Float32}
 
 
-class Producer(ProducerRows, ProducerWrite):
+class Producer(ProducerRows, ProducerRotation, ProducerWrite):
     """The compile-time choices of one kernel; see ProducerConfig."""
 
     def __init__(self, config: ProducerConfig) -> None:
