@@ -180,18 +180,22 @@ class PagedKV:
         that a graph captured over a step replays steps of its own kind only.
         """
         arrays = DeviceArrays.of(batch, self.pool.device) if arrays is None else arrays
-        config = self.pool.config
-        self._steps = [
-            PagedStep(
+        shares = self._prepare(batch, arrays, share)
+        if any(shares) and not all(shares):  # a graph replays either kind: caches of two formats have to agree
+            shares = self._prepare(batch, arrays, "never")
+        return any(shares)
+
+    def _prepare(self, batch: Batch, arrays: DeviceArrays, share: Share) -> list[bool]:
+        """A step for each layout; whether decodes read beginnings together there."""
+        config, shares = self.pool.config, []
+        self._steps = []
+        for ops in self._ops:
+            step = PagedStep(
                 batch.cu_seqlens_q, batch.seqlens_k, batch.block_tables, arrays.slots, arrays.block_tables, batch.ahead
             )
-            for _ in self._ops
-        ]
-        prepared = [
-            ops.attend.prepare(step, config.windows, config.queries_per_kv, share)
-            for ops, step in zip(self._ops, self._steps, strict=True)
-        ]
-        return any(prepared)
+            shares.append(ops.attend.prepare(step, config.windows, config.queries_per_kv, share))
+            self._steps.append(step)
+        return shares
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
         """See KV.attend; the T tokens are those of the batch that `begin` took."""

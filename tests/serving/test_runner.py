@@ -239,6 +239,20 @@ def test_a_cache_of_two_formats_takes_the_same_steps(tiny: Tiny) -> None:
     assert len(runner.kv.choices) == 4 and len({layout.block_bytes for layout in runner.kv.pool.layouts}) == 2
 
 
+def test_two_formats_read_beginnings_together_or_not_at_all(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = drive(tiny("llama"), "cpu", (), cache=MIXED)
+    asked: list[str] = []
+
+    def prepare(self: Any, step: PagedStep, windows: Any, queries: int, share: str = "auto") -> bool:
+        asked.append(share)
+        return share != "never" and self.layout.spec == KV8  # the other format would not
+
+    monkeypatch.setattr(PagedAttentionReference, "prepare", prepare)
+    found, runner = drive(tiny("llama"), "cpu", (1, 2, 4, 8), cache=MIXED)
+    assert found == plain and "never" in asked
+    assert runner.buckets is not None and not any(shares for _, shares in runner.buckets._replays)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("pieces", [(), (12, 24)])
 def test_graphs_over_a_cache_of_two_formats_change_no_token(
