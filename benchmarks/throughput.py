@@ -167,10 +167,10 @@ def _all(options: Run) -> list[SweepConfig]:
         whole(("w4a8", "fp8"), (*LENGTHS, *traces), "8b-main"),
         paper(main, "paper-main")[0],
         whole(("bf16", "w4a4"), (*most, *traces), "8b-more"),
-        paper(main[1:], "paper-main")[1],
-        whole(("w8a8", "w4a16"), (*most, *traces), "8b-rest"),
-        whole(("w4a8", "fp8", "w4a4", "w8a8", "bf16", "w4a16"), LENGTHS[:1], "8b-24", 24.0),
         paper(others, "paper-rest")[0],
+        whole(("w4a8", "fp8", "bf16", "w4a4", "w8a8", "w4a16"), LENGTHS[:1], "8b-24", 24.0),
+        whole(("w8a8", "w4a16"), (*most, *traces), "8b-rest"),
+        paper(main[1:], "paper-main")[1],
         whole(("w4a4", "w8a8", "bf16", "w4a16"), long, "8b-long"),
     ]
 
