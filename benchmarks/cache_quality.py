@@ -23,7 +23,7 @@ from parts import Part, join_parts, scratch
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.data import load_windows
 from atom.calibration.distill import DistillText, load_distill_text
-from atom.calibration.distill_plan import CACHE_STEPS, DEFAULT_STEPS
+from atom.calibration.distill_plan import default_steps
 from atom.calibration.stream import quantize_and_distill, quantize_source
 from atom.errors import AtomError
 from atom.eval.load import Loaded, load
@@ -145,8 +145,7 @@ class Runner:
         if not scheme.is_quantized:
             return self.full, steps
         if is_trained:
-            asked = self.options.distill_steps or (CACHE_STEPS if scheme.weight is None else DEFAULT_STEPS)
-            config = replace(self.base, distill_steps=asked)
+            config = replace(self.base, distill_steps=self.options.distill_steps or default_steps(scheme))
             found = quantize_and_distill(self.source, scheme, out, config, self.windows, self.distill_text).distilled
             assert found is not None
             steps = int(found["steps"])

@@ -11,7 +11,7 @@ from atom.quant.schemes import Scheme
 from .config import CalibrationConfig
 
 DEFAULT_STEPS = 100
-CACHE_STEPS = 400  # where only the cache is low-bit: weights learn, at a rate so low that it takes more
+CACHE_STEPS = 400  # where only the cache is low-bit: weights learn, at so low a rate that it takes more
 LARGEST_BITS = 4  # of what training is for unless told not to: 8 bits lose too little to be worth the time
 ACTIVATIONS_HIDDEN, ACTIVATIONS_INNER = 60, 24  # float32 values a token while a layer's gradients are taken
 WEIGHTS_AT_ONCE = 6  # copies of a layer's weights while its gradients are taken
@@ -31,9 +31,13 @@ def plan_distillation(
         return config, None
     if not _is_low_bit(scheme):
         return replace(config, distill_steps=0), None
-    steps = CACHE_STEPS if scheme.weight is None else DEFAULT_STEPS
     why = _obstacle(model, scheme, config, free_bytes)
-    return replace(config, distill_steps=0 if why else steps), why
+    return replace(config, distill_steps=0 if why else default_steps(scheme)), why
+
+
+def default_steps(scheme: Scheme) -> int:
+    """Steps of training where nobody says how many."""
+    return CACHE_STEPS if scheme.weight is None else DEFAULT_STEPS
 
 
 def free_gpu_bytes(device: torch.device) -> int | None:

@@ -37,7 +37,7 @@ from .clock import Clock
 from .config import CalibrationConfig
 from .data import SELF, Windows, load_windows
 from .distill import DistillText, distill_checkpoint, load_distill_text
-from .distill_plan import DEFAULT_STEPS, free_gpu_bytes, plan_distillation
+from .distill_plan import default_steps, free_gpu_bytes, plan_distillation
 from .hidden import HiddenStates
 from .layer import LayerQuantizer
 from .plan import check_sizes, plan_layer
@@ -166,7 +166,8 @@ def _with_distillation(
     model = meta_model(model_config(source.config, source.generation_config))
     planned, why = plan_distillation(model, scheme, config, free_gpu_bytes(torch.device(config.device)))
     if why is not None:
-        progress.remark(f"distillation is left out: {why} (--distill-steps {DEFAULT_STEPS} insists, 0 is silent)")
+        steps = default_steps(scheme)
+        progress.remark(f"distillation is left out: {why} (--distill-steps {steps} insists, 0 is silent)")
     return planned
 
 
