@@ -108,7 +108,7 @@ class LaneParams:
         self._bias_widths = np.zeros(num_lanes, dtype=np.int32)
         self._stop_widths = np.zeros(num_lanes, dtype=np.int32)
         self._num_logprobs = np.zeros(num_lanes, dtype=np.int32)
-        self._last: tuple[NDArray[np.int32], Feature, NDArray[np.int32]] | None = None  # lanes, and what they ask for
+        self._last: Asked | None = None  # what the last step's lanes ask for
 
     def load(self, lane: int, params: SamplingParams, seed: int, sample: int, index: int, num_stops: int) -> Feature:
         """Take a request's parameters; returns what they use.
@@ -137,43 +137,69 @@ class LaneParams:
 
     def plan(self, lanes: NDArray[np.int32], masks_stop: NDArray[np.bool_], mask: Tensor | None, to: "Upload") -> Plan:
         """What the lanes' next token needs; the output index of those that draw moves on."""
-        if self._last is None or self._last[0] is not lanes:
-            found = Feature(int(np.bitwise_or.reduce(self._features[lanes], initial=0)))
-            self._last = lanes, found, self._num_logprobs[lanes]
-        _, features, num_logprobs = self._last
-        is_masked = masks_stop.any()
+        asked = self._last
+        if asked is None or asked.lanes is not lanes:
+            asked = self._last = self._ask(lanes, to)
+        features, index, is_masked = asked.features, asked.index, masks_stop.any()
         if not features and not is_masked:  # all are greedy, and ask for nothing else: what runs most often
-            return Plan(features, None, mask, {}, 0, 0, 0, num_logprobs)
-        each, masked, stop_width = self._features[lanes], masks_stop, 0
+            return Plan(features, None, mask, {}, 0, 0, 0, asked.num_logprobs)
+        stop_width, stops = 0, np.zeros(())
         if is_masked:
-            masked = masks_stop & (self._stop_widths[lanes] > 0)
-            stop_width = int(self._stop_widths[lanes].max(initial=0, where=masked))
+            masked = masks_stop & (self._stop_widths[index] > 0)
+            stop_width = int(self._stop_widths[index].max(initial=0, where=masked))
+            stops = np.where(masked, -np.inf, 0.0)
         words = None
         if stop_width or features & ~Feature.LOGPROBS:
-            columns = self._words[:, lanes]
-            columns[Word.KEY] = step_keys(self._seeds[lanes], self._indices[lanes]).view(np.int64)
-            columns.view(np.float64)[Word.STOP] = np.where(masked, -np.inf, 0.0)
-            words = to.of_step(columns)
+            asked.columns[Word.KEY] = step_keys(asked.seeds, self._indices[index]).view(np.int64)
+            asked.columns.view(np.float64)[Word.STOP] = stops
+            words = to.of_step(asked.columns)
         if Feature.RANDOM in features:
-            self._indices[lanes] += np.uint64(1)
-        rows = {}
-        for feature in (Feature.TOP_K, Feature.SORT, Feature.LOGPROBS):
-            if feature in features:
-                (users,) = np.nonzero(each & feature)
-                rows[feature] = None if len(users) == len(lanes) else to.of_step(users)
-        max_top_k = 0
-        if Feature.TOP_K in features:
-            max_top_k = int(self._words[Word.TOP_K, lanes].max(initial=0, where=(each & Feature.TOP_K) > 0))
+            self._indices[index] += np.uint64(1)
         return Plan(
             features,
             words,
             mask,
-            rows,
-            max_top_k=max_top_k,
-            bias_width=int(self._bias_widths[lanes].max(initial=0)) if Feature.BIAS in features else 0,
+            asked.rows,
+            max_top_k=asked.max_top_k,
+            bias_width=asked.bias_width,
             stop_width=stop_width,
-            num_logprobs=num_logprobs,
+            num_logprobs=asked.num_logprobs,
         )
+
+    def _ask(self, lanes: NDArray[np.int32], to: "Upload") -> "Asked":
+        index = lanes.astype(np.intp)
+        each = self._features[index]
+        features, rows, max_top_k = Feature(int(np.bitwise_or.reduce(each, initial=0))), {}, 0
+        for feature in (Feature.TOP_K, Feature.SORT, Feature.LOGPROBS):
+            if feature in features:
+                (users,) = np.nonzero(each & feature)
+                rows[feature] = None if len(users) == len(lanes) else to.of_step(users)
+        if Feature.TOP_K in features:
+            max_top_k = int(self._words[Word.TOP_K, index].max(initial=0, where=(each & Feature.TOP_K) > 0))
+        bias_width = int(self._bias_widths[index].max(initial=0)) if Feature.BIAS in features else 0
+        columns, seeds = self._words[:, index], self._seeds[index]
+        return Asked(lanes, index, features, self._num_logprobs[index], columns, seeds, rows, max_top_k, bias_width)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a step's lanes ask for; it stays until a lane is loaded or others come.
+
+    index    intp [S], the lanes, of the type that numpy indexes with
+    columns  int64 [len(Word), S], of which KEY and STOP change from step to step
+    seeds    uint64 [S]
+    The other fields as in Plan.
+    """
+
+    lanes: NDArray[np.int32]
+    index: NDArray[np.intp]
+    features: Feature
+    num_logprobs: NDArray[np.int32]
+    columns: NDArray[np.int64]
+    seeds: NDArray[np.uint64]
+    rows: dict[Feature, Tensor | None]
+    max_top_k: int
+    bias_width: int
 
 
 class Upload:
