@@ -38,7 +38,6 @@ def chosen() -> list[GemmConfig]:
         GemmConfig("int4_uint4", "token", 96, 2, int8_units=True),
         GemmConfig("int4_uint4", "token", 192, 2, int8_units=True),
         GemmConfig("int4_uint4", "token", 192, 3, int8_units=True),
-        GemmConfig("int4_uint4", "token", 128, 3, int8_units=True),
         GemmConfig("int4_uint4", "token", 64, 4, split=8, clustered=False, int8_units=True),
         GemmConfig("int4_uint4", "token", 16, 4, split=4, int8_units=True),
         GemmConfig("int4_uint4", "token", 256, 2, int8_units=True),
