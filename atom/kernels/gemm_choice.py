@@ -58,8 +58,8 @@ def choose_config(
         if 128 < tokens <= 192:  # the same tiles, three quarters of them
             tile_m = 192 if weight == "int4_uint4" and units >= 64 else tile_m * 3 // 4
         warpgroups = 4 if gate_up and tokens <= 128 else 2
-        if weight == "int4_uint4" and units < 64 and -(-features // 128) > sms // 2:
-            tile_m, warpgroups = _tile_of_rounds(tokens, features, sms)
+        if weight == "int4_uint4" and units < 64 and tokens > 128 and not gate_up and features > 64 * sms:
+            tile_m *= 2  # one round of tiles for two
         split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), sms)
         clustered = split <= 2
     elif kind.operand == "int8":
@@ -96,30 +96,6 @@ def choose_config(
         clustered=clustered or split == 1,
         ways=ways,
     ).with_most_stages()
-
-
-# Microseconds of a round of tiles, one on every SM, at K = 4096, by tokens and warpgroups: measured on an H200.
-ROUND_US = {
-    (96, 2): 11.3,
-    (128, 2): 14.2,
-    (128, 4): 23.5,
-    (192, 2): 18.5,
-    (256, 2): 24.5,
-}
-
-
-def _tile_of_rounds(tokens: int, features: int, sms: int) -> tuple[int, int]:
-    """Tokens and warpgroups of the tiles of a wide product with 65 to 256 tokens: what ends first.
-
-    Tiles hold all tokens, or with two warpgroups half of them.
-    """
-    whole = next(size for size in (128, 192, 256) if tokens <= size)
-
-    def time(tile: tuple[int, int]) -> float:
-        tiles = -(-features // (64 * tile[1])) * -(-tokens // tile[0])
-        return -(-tiles // sms) * ROUND_US[tile]
-
-    return min((tile for tile in ROUND_US if tile[0] == whole or tile == (whole // 2, 2)), key=time)
 
 
 def _tile_of_many(weight: str, tokens: int, features: int) -> int:

@@ -74,7 +74,7 @@ WIDE = [  # tokens, features, and the tile's tokens and warpgroups
 
 
 @pytest.mark.parametrize("tokens,features,tile", WIDE)
-def test_tiles_of_wide_products_fill_rounds_of_the_sms(tokens: int, features: int, tile: tuple[int, int]) -> None:
+def test_tiles_of_wide_products_fill_a_round_of_the_sms(tokens: int, features: int, tile: tuple[int, int]) -> None:
     config = choose_config("int4_uint4", "token", tokens, features, 34, int8_units=True)
     assert (config.tile_m, config.warpgroups) == tile and config.split == 1
 
