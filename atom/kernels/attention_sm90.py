@@ -73,19 +73,18 @@ class PagedAttentionSm90:
         self.prefixes = SharedPrefixes(layout)
         self.scratch: Scratch | None = None
         self.is_planned_now = False  # the plan comes with this call, not with `prepare`: the kernel has to wait for it
+        self.is_prepared_now = False  # no call since `prepare`: its copies may be the last thing that was launched
         self.turns: dict[tuple[int, int], Tensor] = {}
         self.offsets = OffsetWords()
 
     def prepare(self, step: PagedStep, windows: Iterable[int | None], queries: int, share: Share = "auto") -> bool:
         """Plan the step for layers of each window and bring the plans to the device; before a graph is replayed too.
 
-        Attention reads its plan before it waits: between this and the first call must come a kernel that waits for all
-        before it and only then lets the next one start, as the step's append does.
-
         Returns whether sequences read prefixes together, for which there are launches that other steps have not.
         """
         self.prefill.warm_up(queries * self.layout.num_kv_heads, step.slots.device)
         plans = []
+        self.is_prepared_now = True
         for window in dict.fromkeys(windows):
             plans.append(self._ready(step, window, queries, share))
             self.prefill.plan(step, window, queries * self.layout.num_kv_heads)
@@ -104,7 +103,7 @@ class PagedAttentionSm90:
         if chunks is not None:
             out = self.prefill(q, layer, chunks, spec, out, table)
         if plan is not None:
-            buffers, scratch, is_early = plan.buffers, plan.buffers.scratch, 0 if self.is_planned_now else 1
+            buffers, scratch, is_early = plan.buffers, plan.buffers.scratch, self._may_be_early(q)
             has_offset = spec.key_offset is not None
             config = self._config(queries, spec.window is not None, cap is not None, has_offset)
             decode = self._kernel(config)
@@ -125,6 +124,15 @@ class PagedAttentionSm90:
                 1.0 if cap is None else cap, spec.window or 0, is_early,
             )  # fmt: skip
         return out
+
+    def _may_be_early(self, q: Tensor) -> int:
+        """1 if the plan was there before the kernel before began: then a decode reads it before it waits.
+
+        The copies that bring a plan let the next kernel start before they write. A graph starts when they have ended.
+        """
+        was_prepared, self.is_prepared_now = self.is_prepared_now, False
+        is_captured = was_prepared and q.is_cuda and torch.cuda.is_current_stream_capturing()
+        return 0 if self.is_planned_now or (was_prepared and not is_captured) else 1
 
     def _config(self, queries: int, has_window: bool, has_cap: bool, has_offset: bool) -> DecodeConfig:
         layout = self.layout
