@@ -177,7 +177,7 @@ def choose_decode(
     size = head_dim * -(-queries // 8)
     if (size >= 256 and (kv in ("int8", "bf16") or has_offset)) or size > 256:
         shapes = [(1, 4), (1, 3), (1, 2)]
-    elif size > 128 or has_offset:
+    elif size > 128 or has_offset or (kv == "int4" and head_dim == 128):  # H200: 1 to 18 % faster than three an SM
         shapes = [(2, 4), (2, 3), (1, 4), (1, 3), (1, 2)]
     else:
         shapes = [(3, 4), (2, 4), (2, 3), (1, 4), (1, 3), (1, 2)]

@@ -8,6 +8,7 @@ from .decode_codes_sm90 import SECOND, UNIT
 from .decode_stage_sm90 import LOWEST
 from .dsl.memory import (
     atomic_increment,
+    load_acquire,
     load_f32x4,
     load_global_f32,
     load_global_f32x4,
@@ -114,8 +115,11 @@ class DecodeMerge:
         cute.autovec_copy(out, cute.make_tensor((mO.iterator + at).align(8), cute.make_layout(4)))
 
     @cute.jit
-    def announce(self, mRow, mSegment, mCounter, sPart, first, last, lane):
+    def announce(self, mRow, mSegment, mCounter, sPart, taken, first, last, lane):
         """The fetching warp, after its last tile: tells of the CTA's partial results when they are there.
+
+        Those before the CTA's last segment are told of while it is computed. Of the last one's row the others are often
+        there by then: this CTA is the last, and need not say so.
 
         sPart  of each segment: the number of its row's own partial results if all are there now, else 0; first slot,
                those of its shared prefix and their first slot (there since the kernel before), token, head
@@ -127,15 +131,27 @@ class DecodeMerge:
             first_slot, both, shared_slot = (mSegment[index, i] for i in range(4, 7))
             parts, shared = both & 0xFFFF, both >> 16
             token = mRow[sequence]
+            is_last = chunk + lane == last - 1
             if chunk + lane >= last or both == 1:
                 parts = Int32(0)
             cute.arch.sync_warp()
-            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)  # partial results are stored
-            if parts > 0:
-                before = atomic_increment(
+            if chunk == first and last - first >= 2:
+                cute.arch.barrier(barrier_id=3, number_of_threads=config.threads)  # all but the last one's are stored
+            found = Int32(0)  # of the row's parts, before this one
+            if parts > 0 and not is_last:
+                found = atomic_increment(
                     mCounter.iterator + first_slot
                 )  # releases what the CTA stored, acquires others'
-                if before == parts - 1:
+            turn = last - 1 - first
+            cute.arch.mbarrier_wait(taken + turn % 2, turn // 2 % 2)  # the last one is read, and soon put together
+            if parts > 0 and is_last:
+                found = load_acquire(mCounter.iterator + first_slot)
+            cute.arch.sync_warp()
+            cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)  # partial results are stored
+            if parts > 0 and is_last and found != parts - 1:
+                found = atomic_increment(mCounter.iterator + first_slot)
+            if parts > 0:
+                if found == parts - 1:
                     mCounter[first_slot] = Int32(0)
                 else:
                     parts = Int32(0)

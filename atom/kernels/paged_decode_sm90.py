@@ -97,7 +97,7 @@ class PagedDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeMe
                 mQ, mKV, mTable, mLength, mRow, mSegment, full, empty, ready, taken, ring, queries, sMeta, first, last,
                 lane,
             )  # fmt: skip
-            self.announce(mRow, mSegment, mCounter, sPart, first, last, lane)
+            self.announce(mRow, mSegment, mCounter, sPart, taken, first, last, lane)
         else:
             first, last = self.work_to_compute(mWork, cta, is_early)
             count = Int32(0)  # stages so far: the ring's position
@@ -106,6 +106,8 @@ class PagedDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeMe
                     mQ, mO, mPartial, mLse, mOffset, mCos, mSin, full, empty, ready, taken, ring, queries, sMeta, sO,
                     sM, sL, turns, index - first, count, warp, lane, scale, cap, window,
                 )  # fmt: skip
+                if index + 2 == last:
+                    cute.arch.barrier_arrive(barrier_id=3, number_of_threads=config.threads)
             self.merge(mO, mPartial, mLse, sPart, first, last, warp, lane)
 
     @cute.jit

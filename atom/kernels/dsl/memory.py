@@ -97,6 +97,14 @@ def increment_release(counter: Any):
 
 
 @cute.jit
+def load_acquire(counter: Any):
+    """An int32 in global memory that other SMs change; what they wrote before is seen after it."""
+    return cute.arch.inline_ptx(
+        "ld.acquire.gpu.global.s32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[counter]
+    )
+
+
+@cute.jit
 def load_relaxed(counter: Any):
     """An int32 in global memory that other SMs change."""
     return cute.arch.inline_ptx(
