@@ -74,7 +74,7 @@ MODELS: dict[Callable[[Path], None], str] = {
     another_architecture: "MambaForCausalLM is not supported; supported: LlamaForCausalLM",
     another_tools: "says quant_method 'gptq', needed is 'atom' or a full-precision model; start from the original",
     newer_version: "is an Atom checkpoint of version 7, this Atom reads versions 1 to 1; upgrade atom-serving",
-    unknown_format: "unknown format 'int5'; use one of int3, int4",
+    unknown_format: "unknown format 'int5'; use one of int2, int3, int4",
     missing_shard: "lacks 1 of 2 shards: model-00002-of-00002.safetensors; all that",
     truncated_shard: "the file is truncated; download it again",
     wrong_shape: f"{UP} has shape [279, 192], the config asks for [280, 192]",

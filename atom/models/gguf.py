@@ -224,9 +224,17 @@ def refuse_unigram(path: Path, tokenizer: Any) -> None:
 
 
 def begin_with_bos_(tokenizer: Any) -> None:
-    """Make a fast tokenizer begin every text with BOS, as the file says; some transformers forget it (seen: 5.17)."""
+    """Make a fast tokenizer begin every text with BOS, as the file says; some transformers forget it (seen: 5.17).
+
+    Raises UnsupportedError where transformers found no BOS in the file.
+    """
     if leading_bos(tokenizer) is not None:
         return
+    if tokenizer.bos_token is None:
+        raise UnsupportedError(
+            f"the file says that texts begin with BOS, of which transformers {version('transformers')} finds none; "
+            "install transformers 5.23 or newer, or use the model's safetensors."
+        )
     from tokenizers.processors import TemplateProcessing
 
     bos = tokenizer.bos_token

@@ -151,5 +151,5 @@ def test_config_refuses(options: dict[str, Any], message: str) -> None:
 def test_config_round_trip() -> None:
     config = CalibrationConfig(calib="c4", windows=3, gptq=False)
     assert CalibrationConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match="does not know act_order; it has calib"):
-        CalibrationConfig.from_dict({"act_order": True})
+    with pytest.raises(ValueError, match="does not know act_ordre; it has calib"):
+        CalibrationConfig.from_dict({"act_ordre": True})

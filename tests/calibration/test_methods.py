@@ -65,7 +65,7 @@ def test_caches_are_compared_alone(tiny: Tiny, logit_error: Close, quick: Calibr
             continue
         assert method.scheme.kv == get_scheme("w4a4").kv and method.scheme.weight is None
         config = replace(method.config(quick), distill_windows=20)
-        config = replace(config, distill_steps=min(config.distill_steps or 0, 20))
+        config = replace(config, distill_steps=min(config.distill_steps or 0, 40))
         quantize_model(tiny("qwen2"), method.scheme, tmp_path / name, config)
         errors[name] = logit_error(tmp_path / name, tiny("qwen2"))
     assert errors["ours"] < 0.95 * min(errors["rtn"], errors["atom"])

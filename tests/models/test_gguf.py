@@ -23,7 +23,7 @@ from .random_models import LLAMA, QWEN2, random_model
 
 gguf = pytest.importorskip("gguf")
 
-TOKENS = [chr(code) for code in range(33, 93)] + ["AB"]  # a byte-level BPE of 60 characters and one merge
+TOKENS = [chr(code) for code in range(33, 92)] + ["AC", "AB"]  # a byte-level BPE of 59 characters and two merges
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -76,7 +76,7 @@ def write_gguf(
     writer.add_tokenizer_pre("default")
     writer.add_token_list(TOKENS)
     writer.add_token_types([1] * len(TOKENS))
-    writer.add_token_merges(["A B"])
+    writer.add_token_merges(["A B", "A C"])  # transformers 5.17 takes a list of one for its element
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     if adds_bos is not None:
