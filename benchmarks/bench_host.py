@@ -113,8 +113,9 @@ def run(engine: Engine, asked: list[tuple[int, ...]], answer: int, top_p: float)
     engine.start(listen)
     temperature = 0.0 if top_p == 1.0 else 0.8
     params = SamplingParams(max_tokens=answer, ignore_eos=True, temperature=temperature, top_p=top_p)
-    for index, prompt in enumerate(asked):
-        engine.submit(Request(f"{index}", prompt, params))
+    with engine._changed:  # nobody begins before all are there
+        for index, prompt in enumerate(asked):
+            engine.submit(Request(f"{index}", prompt, params))
     assert done.wait(300), engine.error
     engine.shutdown()
 

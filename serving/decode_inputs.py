@@ -19,6 +19,7 @@ from atom.models.model import Model
 from atom.models.rope import RopeConfig, Rotation
 
 from .batch import Batch
+from .decoding import Rows
 from .kv_pool import DeviceArrays
 from .step_inputs import Staging, StepInputs
 
@@ -104,20 +105,30 @@ class KernelInputs:
             max_blocks,
             depth + 1,
         )
-        self._lanes, self._slots, self._tables = (
-            Leading(whole) for whole in (self._begin.lanes, self._begin.slots, self._begin.tables)
-        )
+        begin = self._begin
+        self._lanes, self._slots, self._tables = (Leading(whole) for whole in (begin.lanes, begin.slots, begin.tables))
+        # the last step's: its records, whose they are (see Batch), whether their tokens were still being sampled
+        self._records = np.zeros((most, RECORD_WORDS), dtype=np.int32)
+        self._decoding: Rows | None = None
+        self._is_pending = False
 
     def load(self, padded: Batch) -> Tensor:
         """See DecodeInputs."""
-        size = padded.num_seqs
-        records = np.zeros((size, RECORD_WORDS), dtype=np.int32)
-        records[:, TOKEN], records[:, SOURCE] = padded.token_ids, -1
-        records[padded.pending, SOURCE] = padded.pending_lanes
+        size, sampled = padded.num_seqs, len(padded.sample_lanes)
+        records = self._records[:size]
+        goes_on = padded.decoding is not None and padded.decoding is self._decoding
+        is_pending = len(padded.pending) == sampled  # every token is still being sampled, by the same lanes ever again
+        if not (goes_on and is_pending and self._is_pending):
+            records[:, TOKEN], records[:, SOURCE] = padded.token_ids, -1
+            records[padded.pending, SOURCE] = padded.pending_lanes
+        if not goes_on:
+            records[:sampled, LANE], records[sampled:, LANE] = padded.sample_lanes, 0
         records[:, POSITION], records[:, SLOT] = padded.positions, padded.slots
-        records[: len(padded.sample_lanes), LANE] = padded.sample_lanes
-        records[:, BLOCKS] = -(-padded.seqlens_k // self._block_size)
-        self._begin(records, padded.block_tables)
+        records[:, BLOCKS] = (padded.seqlens_k + (self._block_size - 1)) // self._block_size
+        self._decoding, self._is_pending = padded.decoding, is_pending
+        room = self._begin.room(size)
+        room[...] = records
+        self._begin(room, padded.block_tables)
         return self._lanes(len(padded.sample_lanes))
 
     def arrays(self, size: int) -> DeviceArrays:

@@ -5,6 +5,7 @@ this one's tokens have come back. Decode steps run in buckets of fixed batch siz
 graphs on a GPU. On a CPU `launch` computes at once and everything else is the same.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -69,6 +70,8 @@ class Runner:
         self.kv = PagedKV(pool, kernels, split_tokens)
         self._sampler = sampler
         self._guided = GuidedLanes(model.config.vocab_size)
+        self._thread = 0  # the one that has entered the device
+        self._events = Events(self.device, 2 * depth + 2)
         self._staging = Staging(self.device, depth)
         self.buckets: DecodeBuckets | None = None
         if buckets:
@@ -102,11 +105,11 @@ class Runner:
         parts = prompt_parts(step)
         logits, sample_lanes, prompt = self._forward(step.batch, parts)
         if logits is None:
-            return Launched(self.device, parts, prompt, None)
+            return Launched(self._events, parts, prompt, None)
         lanes = step.batch.sample_lanes
         mask, masks_stop = self._guided.mask(lanes, step.batch.masks_stop)  # may wait for the step before, not for this
         sampled = self._sampler.sample(logits, lanes, masks_stop, mask, sample_lanes)
-        launched = Launched(self.device, parts, prompt, sampled)
+        launched = Launched(self._events, parts, prompt, sampled)
         self._guided.follow(lanes, launched.tokens)
         return launched
 
@@ -118,8 +121,9 @@ class Runner:
 
     def _enter_device(self) -> None:
         """Streams, events and kernels are those of the calling thread's device."""
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self._thread != threading.get_ident():
             torch.cuda.set_device(self.device)
+            self._thread = threading.get_ident()
 
     def _forward(self, batch: Batch, parts: list[PromptPart]) -> tuple[Tensor | None, Tensor, Logprobs | None]:
         """Logits [S, vocab_size] of the rows that sample (None if none does), their lanes [S], prompt logprobs."""
@@ -176,12 +180,29 @@ class Runner:
         return prompt_logprobs(self.model.logits, hidden[on_device], wanted, max(part.num_top for part in parts))
 
 
+class Events:
+    """Marks in the GPU's stream, of which `count` may be waited for; on a CPU there is nothing to wait for."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        # waiting for one spins: a thread that slept finds its caches cold
+        self._events = [torch.cuda.Event() for _ in range(count)] if device.type == "cuda" else []
+        self._turn = 0
+
+    def record(self) -> torch.cuda.Event | None:
+        if not self._events:
+            return None
+        self._turn = (self._turn + 1) % len(self._events)
+        event = self._events[self._turn]
+        event.record()
+        return event
+
+
 class Launched:
     """Results on their way to the host."""
 
     def __init__(
         self,
-        device: torch.device,
+        events: Events,
         parts: list[PromptPart],
         prompt: Logprobs | None,
         sampled: Sampled | None,
@@ -192,10 +213,7 @@ class Launched:
         self._tokens = None if sampled is None else _to_host(sampled.told)
         self._logprobs = None if sampled is None or sampled.logprobs is None else _to_host(sampled.logprobs.packed)
         self._prompt = None if prompt is None else _to_host(prompt.packed)
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event()  # waiting for it spins: a thread that slept finds its caches cold
-            self._event.record()
+        self._event = events.record()
 
     def result(self) -> StepResult:
         """Wait until they are there."""
@@ -242,5 +260,5 @@ def _prompt_tokens(entry: Entry) -> list[int]:
 
 
 def _to_host(x: Tensor) -> Tensor:
-    """A copy that is under way, in page-locked memory; on a CPU the tensor itself."""
-    return x.to("cpu", non_blocking=True)
+    """A copy that is under way, in page-locked memory; what lies on the host is itself."""
+    return x.to("cpu", non_blocking=True) if x.is_cuda else x

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .begin_config import RECORD_WORDS
-from .cache import load_kernel
+from .cache import kept_argument, load_kernel
 from .leading import Leading
 from .refusals_sm90 import refuses_rows
 from .registry import Problem
@@ -66,24 +66,30 @@ class Begin:
         self.words = [(copy.numpy(), copy.data_ptr()) for copy in self.host]
         self.turn = 0
         self.first_hidden = Leading(self.hidden)
+        self._before = [kept_argument(x) for x in (last_tokens, embedding)]  # its arguments, in their order
+        self._between = [kept_argument(x) for x in (self.frequencies, self.factors)]
+        self._after = [kept_argument(x) for x in (self.turns, self.ids, self.tables)]
 
-    def write(self, records: Int32, tables: Int32) -> tuple[int, int]:
-        """Put a step where the kernel reads it; returns the addresses of records and tables.
-
-        records  [B, RECORD_WORDS], see begin_config.py; tables  [B, width]
-        """
+    def room(self, size: int) -> Int32:
+        """Where the next step's records are to be written before it is called, int32 [size, RECORD_WORDS]."""
         self.turn = (self.turn + 1) % len(self.host)
+        return self.words[self.turn][0][: size * RECORD_WORDS].reshape(size, RECORD_WORDS)
+
+    def place(self, records: Int32, tables: Int32) -> tuple[int, int]:
+        """Put the tables of records that lie in their room where the kernel reads them; returns both addresses."""
         words, address = self.words[self.turn]
-        words[: records.size] = records.reshape(-1)
-        words[records.size : records.size + tables.size] = tables.reshape(-1)
+        words[records.size : records.size + tables.size].reshape(tables.shape)[...] = tables
         return address, address + records.nbytes
 
     def __call__(self, records: Int32, tables: Int32) -> None:
-        """Fill the first rows of the buffers, on the current stream; does not wait."""
-        at, tables_at = self.write(records, tables)
+        """Fill the first rows of the buffers, on the current stream; does not wait.
+
+        records  as `room` returned them, written; tables  [B, width]
+        """
+        at, tables_at = self.place(records, tables)
+        hidden = self.first_hidden(len(records))
         begin_kernel()(
-            at, tables_at, tables.shape[1], self.last_tokens, self.embedding, self.scale, self.frequencies,
-            self.factors, self.first_hidden(len(records)), self.turns, self.ids, self.tables,
+            at, tables_at, tables.shape[1], *self._before, self.scale, *self._between, hidden, *self._after
         )  # fmt: skip
 
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .cache import load_kernel
+from .cache import kept_argument, load_kernel
 from .draw_config import FAULTY
-from .host_memory import HostRing
+from .host_memory import STEPS_KEPT, HostRing
+from .leading import Leading
 from .refusals_sm90 import refuses_rows
 from .registry import Implementation, Op, Problem
 
@@ -40,17 +40,34 @@ def greedy_reference() -> Greedy:
 
 
 def build_greedy_sm90() -> Greedy:
-    """Builder of the op on Hopper."""
+    """Builder of the op on Hopper. The tokens that it returns stay as they are for STEPS_KEPT calls."""
+    return GreedySm90()
 
-    ring = HostRing()
 
-    def run(logits: Tensor, lanes: Tensor, last_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, told = torch.empty_like(lanes), ring.take(len(lanes))
+class GreedySm90:
+    """See greedy_reference; a decode step calls it once, so that it makes no tensor that it has already."""
+
+    def __init__(self) -> None:
+        self._ring = HostRing()
+        self._tokens: list[Leading | None] = [None] * STEPS_KEPT
+        self._turn = 0
+        self._last: Tensor | None = None  # last_tokens of the call before, and how the kernel takes it
+        self._kept: Any = None
+
+    def __call__(self, logits: Tensor, lanes: Tensor, last_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, told = self._room(lanes), self._ring.take(len(lanes))
+        if last_tokens is not self._last:
+            self._last, self._kept = last_tokens, kept_argument(last_tokens)
         if len(logits):
-            greedy_kernel()(logits, lanes, last_tokens, tokens, told.data_ptr())
+            greedy_kernel()(logits, lanes, self._kept, tokens, told.data_ptr())
         return tokens, told
 
-    return run
+    def _room(self, lanes: Tensor) -> Tensor:
+        self._turn = (self._turn + 1) % len(self._tokens)
+        found = self._tokens[self._turn]
+        if found is None or len(found.whole) < len(lanes):
+            found = self._tokens[self._turn] = Leading(lanes.new_empty(1 << max(9, (len(lanes) - 1).bit_length())))
+        return found(len(lanes))
 
 
 @lru_cache

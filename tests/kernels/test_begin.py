@@ -67,7 +67,8 @@ def test_buffers_on_a_model_of_the_machine(scale: float, tmp_path: Path, monkeyp
 
     begin = made("cpu", scale)
     records, tables = step()
-    begin.write(records, tables)
+    begin.room(5)[...] = records
+    begin.place(records, tables)
     host = begin.host[begin.turn].numpy()
     halves = (host[: records.size], host[records.size : records.size + tables.size].copy())
 
@@ -119,7 +120,10 @@ def test_what_it_refuses() -> None:
 def test_buffers_on_a_gpu(scale: float) -> None:
     """Angles are those of torch bit by bit: keys are stored turned by either."""
     begin = made("cuda", scale)
-    begin(*step())
+    records, tables = step()
+    room = begin.room(5)
+    room[...] = records
+    begin(room, tables)
     torch.cuda.synchronize()
     check(begin, scale, 0.0)
     words, source = torch.zeros(4096, dtype=torch.int32, device="cuda"), torch.arange(4096, dtype=torch.int32)

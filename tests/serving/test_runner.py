@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from atom.kernels import cascade_sm90
+from atom.kernels import begin, cascade_sm90
 from atom.kernels.cascade_plan import Costs
 from atom.kernels.paged_attention import PagedAttentionReference
 from atom.kernels.paged_step import PagedStep
 from atom.models.loader import load_model, load_tokenizer
 from atom.quant.presets import KV8, get_scheme
 from atom.quant.schemes import CacheOverride, Scheme
+from atom.serving import decode_buckets
 from atom.serving.batch import Batch
 from atom.serving.config import SchedulerConfig
 from atom.serving.decode_buckets import bucket_sizes
+from atom.serving.decode_inputs import KernelInputs
 from atom.serving.engine import Engine
 from atom.serving.engine_config import EngineConfig
 from atom.serving.kv_pool import KVPool
@@ -33,6 +35,8 @@ from atom.serving.sampling_params import SamplingParams
 from atom.serving.scheduler import Scheduler
 from atom.serving.startup import Ready, kernels_of
 from atom.serving.step_inputs import Staging, is_decode, pack, pad_decodes, step_inputs, unpack_one
+
+from .begin_model import BeginModel
 
 Tiny = Callable[[str], Path]
 DRAW = random.Random(11)
@@ -228,6 +232,15 @@ def test_driven_steps_are_the_engines(tiny: Tiny) -> None:
     assert drive(tiny("llama"), "cpu", (1, 2, 4, 8, 16, 24))[0] == plain
     assert drive(tiny("llama"), "cpu", (1, 2, 4, 8), pieces=(12, 24))[0] == plain
     assert [len(tokens) for tokens in plain] == [4 + 3 * index for index in range(len(PROMPTS))]
+
+
+def test_steps_that_begin_with_the_kernels_records_are_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but the kernel itself, which does on a GPU what stands in begin_model.py."""
+    plain, _ = drive(tiny("llama"), "cpu", ())
+    monkeypatch.setattr(begin, "begin_kernel", BeginModel)
+    monkeypatch.setattr(decode_buckets, "decode_inputs", lambda *options: KernelInputs(*options[:-1]))
+    for buckets in ((1, 2, 4, 8), (1, 2, 4, 8, 16, 24)):
+        assert drive(tiny("llama"), "cpu", buckets)[0] == plain
 
 
 MIXED = replace(get_scheme("bf16+kv4"), kv_overrides=(CacheOverride(1, KV8),))
