@@ -215,15 +215,13 @@ class Learning:
 
     codes    latent columns, in steps of their grids; none unless asked for
     factors  logarithms of what scales are multiplied with
-    plain    norms' gains, in their own units
-    biases   in their own units
+    plain    norms' gains and biases, in their own units
     weights  of linears in full precision, in their own units
     """
 
     codes: list[nn.Parameter]
     factors: list[nn.Parameter]
     plain: list[nn.Parameter]
-    biases: list[nn.Parameter]
     weights: list[nn.Parameter]
 
 
@@ -278,7 +276,7 @@ class Student:
 
     def parameters(self) -> Learning:
         """All that learns."""
-        found: dict[str, list[nn.Parameter]] = {"codes": [], "factors": [], "plain": [], "biases": [], "weights": []}
+        found: dict[str, list[nn.Parameter]] = {"codes": [], "factors": [], "plain": [], "weights": []}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 found[_kind(name)].append(parameter)
@@ -375,8 +373,6 @@ def _kind(name: str) -> str:
         return "codes"
     if name.endswith(".log_factor"):
         return "factors"
-    if name.endswith(".bias"):
-        return "biases"
     return "weights" if name.endswith("_proj.weight") else "plain"
 
 

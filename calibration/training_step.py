@@ -17,16 +17,15 @@ log = logging.getLogger(__name__)
 
 PLAIN_STEPS = 3  # before a step is recorded
 WEIGHTS = 0.02  # the rate of attention's weights in full precision, where they learn, and then of norms and biases
-SMALLEST = 1e-3  # norms' gains (root mean square) and biases (median) smaller than this learn as if they were so large
+SMALLEST = 1e-3  # norms' gains and biases smaller than this in the root mean square learn as if they were so large
 
 
 class TrainingStep:
     """Adam on the parameters of `learning`.
 
     gradients  adds the gradients of a batch to the parameters and returns the loss, a tensor without dimensions
-    rate       of scales, and of norms and biases relative to their size: of biases the median, since a few of Qwen2's
-               keys' are a hundred times as large as the others, and a rate for these would ruin those. Where weights in
-               full precision learn, these and norms and biases do at WEIGHTS times it
+    rate       of scales, and of norms and biases relative to their size. Where weights in full precision learn, these
+               and norms and biases do at WEIGHTS times it
     records    on a GPU, whether `gradients` can be recorded: it copies nothing from the host and asks for no value
     """
 
@@ -37,8 +36,6 @@ class TrainingStep:
         self._device = learning.plain[0].device
         learned = [(learning.codes, rate), (learning.factors, rate)]
         plain = WEIGHTS if learning.weights else 1.0
-        for bias in learning.biases:
-            learned.append(([bias], rate * plain * max(bias.detach().abs().median().item(), SMALLEST)))
         for parameters, share in ((learning.plain, plain), (learning.weights, WEIGHTS)):
             for parameter in parameters:
                 size = parameter.detach().square().mean().sqrt().item()
