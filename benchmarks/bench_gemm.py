@@ -9,6 +9,7 @@ A config that does not match float64 in this run, or not bit for bit over 200 re
 """
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -35,7 +36,7 @@ from .timing import keep, save, time_calls
 
 LAYER = SHAPES["llama-3-8b"]
 TOKENS = (1, 16, 64, 128, 192, 256, 1024, 8192)
-HEAVY = 1024  # from so many tokens on the power limit lowers the clocks
+HEAVY, REST_S = 1024, 0.3  # from so many tokens on the power limit lowers the clocks; 0.2 s later they are back
 # what competes for few tokens, by shape: fields of GemmConfig
 MEETING = {"clustered": False}
 FEW: dict[str, tuple[dict[str, Any], ...]] = {
@@ -166,7 +167,7 @@ Cells = Callable[[LinearScheme, str, int], Iterator[GemmConfig]]
 
 
 def measure(names: list[str], tokens: list[int], cells: Cells) -> list[dict[str, Any]]:
-    """The record's rows. Few tokens come first: behind a heavy product the power limit keeps the clocks low."""
+    """The record's rows; few tokens come first, for behind a heavy product the power limit keeps the clocks low."""
     rows: list[dict[str, Any]] = []
     verdicts: dict[tuple[str, GemmConfig], str | None] = {}
     for part in ([M for M in tokens if M < HEAVY], [M for M in tokens if M >= HEAVY]):
@@ -189,6 +190,7 @@ def measure_shape(
     for M in tokens:
         base[M] = baseline_us(M, N, K)
         print(f"torch       {shape:8} M={M:<5}", {name: round(us, 2) for name, us in base[M].items()}, flush=True)
+        time.sleep(REST_S if M >= HEAVY else 0)
     for name in names:
         linear = schemes()[name]
         weights = copies_of(pack_weight(linear, random_weight(linear, N, K, "cuda")))
@@ -200,6 +202,8 @@ def measure_shape(
             print("{scheme:11} {shape:8} M={M:<5}{us:9.2f} us  floor {sol_us:8.2f}  bf16 {bf16_us}  fp8 {fp8_us}  "
                   "{note}".format(**row), flush=True)  # fmt: skip
             yield row
+            if M >= HEAVY:
+                time.sleep(REST_S)
 
 
 def best(

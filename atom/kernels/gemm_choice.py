@@ -26,16 +26,17 @@ def choose_config(
     kind = KINDS[weight]
     multicast, clustered, pairs = 1, True, False
     by_factor = weight in ("int4_uint4", "int4_uint4_g32")
+    small_groups = weight == "int4_uint4_g32" and tokens <= 16  # with a sweep of their own
     two_fit = tokens <= (32 if kind.operand == "bf16" else 64)  # CTAs of two warpgroups on an SM
     if tokens <= 32:
         tile_m = 16 if tokens <= 16 else 32
         wide = -(-features // 256)
         if wide >= SMS // 2:  # gate_up: tiles enough without a split
-            warpgroups, split = (2, 1) if kind.promoted else (4, 1)
+            warpgroups, split = (2, 1) if kind.promoted or small_groups else (4, 1)
             pairs = kind.promoted
         elif wide >= 20:  # qkv
-            warpgroups, split = (2, 2) if kind.promoted else (4, 4)
-            pairs = kind.promoted
+            warpgroups, split = (2, 2) if kind.promoted or small_groups else (4, 4)
+            pairs = kind.promoted or small_groups
         elif units >= 64 and kind.operand != "bf16":  # down
             warpgroups, split, clustered, pairs = 2, _split(-(-features // 128), sms), False, True
             two_fit = not (int8_units and kind.promoted)
@@ -44,7 +45,8 @@ def choose_config(
             pairs = not kind.promoted or token_scales == "group"  # else a register too many
             clustered = weight != "e2m1_g16" or split == 4 or tile_m == 16  # else one too many as well
         else:  # o
-            warpgroups, split = 2, _split(-(-features // 128), sms)
+            warpgroups, split = (4, 4) if small_groups else (2, _split(-(-features // 128), sms))
+            pairs = small_groups
         pairs = pairs and tokens <= 16 and kind.bits == 4 and kind.operand == "int8"
     elif tokens <= 64:
         tile_m = 64
@@ -74,7 +76,7 @@ def choose_config(
     is_one_round = 48 <= row_tiles <= sms  # of tiles of 64 rows
     if is_one_round and weight == "int8" and tokens <= 16 and units >= 8:
         ways, warpgroups, split, two_fit = 4, 4, 1, False
-    elif is_one_round and by_factor and tokens <= 16 and 8 <= units < 64 and 2 * row_tiles > sms:  # qkv
+    elif is_one_round and weight == "int4_uint4" and tokens <= 16 and 8 <= units < 64 and 2 * row_tiles > sms:  # qkv
         ways, warpgroups, split, two_fit, pairs = 4, 4, 1, False, False
     elif is_one_round and by_factor and 64 < tokens <= 128 and 8 <= units < 64:  # qkv, o
         ways, split = 2, 2 if row_tiles * 2 <= sms else 1
