@@ -10,7 +10,7 @@
 paper   the Atom paper's: Llama-2-7B's shape, 24 GiB for everything, targets of 100 ms and 5 ms for a token, its length
         distribution and one like ShareGPT's; equal batches beside, those that 24 GiB do not hold on the whole GPU
 today   Llama-3-8B's shape: 512 requests of 512/256 in 24 GiB and on the whole GPU, there 128/128 to 20000/2000 too
-traces  the same shape under the Azure 2023 traces' lengths
+traces  the same shape under the Azure 2023 traces' lengths; of the code trace, mostly prompts, requests to their ends
 all     these three in one go, an engine for all its lengths: about sixteen minutes of an H200 with compiled kernels, or
         nine and seven on each of two with --shapes llama-3-8b and --shapes llama-2-7b
 Weights are random: speed is that of real ones, text is not. The 512 requests run to their ends, start and tail
@@ -39,6 +39,7 @@ TODAY_SCHEMES = ("bf16", "fp8", "w8a8", "w4a16", "w4a8", "w4a4")
 PAPER_BATCHES = (4, 6, 8, 16, 24, 32, 40, 48, 64, 72, 80, 96, 128, 192, 256, 384)
 EQUAL_BATCHES = (32, 64, 128)  # on the whole GPU: what some scheme cannot hold in 24 GiB
 LENGTHS = ("512/256", *(f"steady:{x}" for x in ("1000/1000", "20000/2000", "128/128", "2048/2048", "500/2000")))
+CODE_REQUESTS = 1024  # of Azure's code trace
 TARGETS_MS = (100.0, 5.0)  # for a token, in the paper's experiment
 ROW_KEY = ("experiment", "shape", "scheme", "kv", "memory_gb", "batch", "workload", "rate")  # of one measurement
 
@@ -131,23 +132,32 @@ def _today(options: Run) -> list[SweepConfig]:
             SweepConfig(shape, out / "24", schemes, (24.0,), workload=small, **most),
             SweepConfig(shape, out / "whole", schemes, (0.0,), workload=work, **most),
         ]
-    work = options.workload or _traces(options)
-    return [SweepConfig(shape, out / "whole", schemes, (0.0,), workload=work, **most)]
+    if options.workload:
+        return [SweepConfig(shape, out / "whole", schemes, (0.0,), workload=options.workload, **most)]
+    conversation, code = _traces(options)
+    ended = most | {"num_requests": CODE_REQUESTS}
+    return [
+        SweepConfig(shape, out / "whole", schemes, (0.0,), workload=(conversation,), **most),
+        SweepConfig(shape, out / "code", schemes, (0.0,), workload=(code,), **ended),
+    ]
 
 
-def _traces(options: Run) -> tuple[str, ...]:
+def _traces(options: Run) -> tuple[str, str]:
+    """The conversation trace in a steady state, and the code trace, in which there is none."""
     if options.data is None:
         raise ValueError("the traces lie outside the repository; name their folder with --data")
-    return tuple(f"{STEADY}trace:{options.data / name}.csv.gz" for name in ("conv", "code"))
+    return f"{STEADY}trace:{options.data / 'conv'}.csv.gz", f"trace:{options.data / 'code'}.csv.gz"
 
 
 def _all(options: Run) -> list[SweepConfig]:
     """Parts of the three experiments in the order of what is asked of them, the fewest engines for each."""
-    traces = _traces(options)
+    conversation, code = _traces(options)
     long = ("steady:20000/2000",)  # takes a 16-bit cache a minute
     most = [name for name in LENGTHS if name not in long]
 
-    def whole(schemes: tuple[str, ...], lengths: Sequence[str], out: str, gb: float = 0.0) -> SweepConfig:
+    def whole(
+        schemes: tuple[str, ...], lengths: Sequence[str], out: str, gb: float = 0.0, requests: int | None = None
+    ) -> SweepConfig:
         return SweepConfig(
             ("llama-3-8b",),
             options.output / out,
@@ -155,6 +165,7 @@ def _all(options: Run) -> list[SweepConfig]:
             (gb,),
             (0,),
             workload=tuple(lengths),
+            num_requests=requests,
             window_s=options.window_s,
             engine_args=f"--max-num-seqs 512 {options.engine_args}",
         )
@@ -164,13 +175,14 @@ def _all(options: Run) -> list[SweepConfig]:
 
     main, others = ("w4a4", "bf16", "w8a8", "w8a8+kv16"), ("w4a8", "fp8", "w4a16")
     return [
-        whole(("w4a8", "fp8"), (*LENGTHS, *traces), "8b-main"),
+        whole(("w4a8", "fp8"), (*LENGTHS, conversation), "8b-main"),
         paper(main, "paper-main")[0],
-        whole(("bf16", "w4a4"), (*most, *traces), "8b-more"),
+        whole(("bf16", "w4a4"), (*most, conversation), "8b-more"),
         paper(others, "paper-rest")[0],
         whole(("w4a8", "fp8", "bf16", "w4a4", "w8a8", "w4a16"), LENGTHS[:1], "8b-24", 24.0),
-        whole(("w8a8", "w4a16"), (*most, *traces), "8b-rest"),
+        whole(("w8a8", "w4a16"), (*most, conversation), "8b-rest"),
         paper(main[1:], "paper-main")[1],
+        whole(TODAY_SCHEMES, (code,), "8b-code", requests=CODE_REQUESTS),
         whole(("w4a4", "w8a8", "bf16", "w4a16"), long, "8b-long"),
     ]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from atom.errors import AtomError
 from atom.kernels.bounds import GPUS
 
 from ..startup import Ready
@@ -21,6 +22,7 @@ from .workload import drop_long, mean_context
 
 WINDOW_PROMPTS = 24  # that a window sees at least, where they take
 PROMPTS_SHARE = 0.05  # of the time or more
+LEAST_WINDOW = 0.5  # share of a window that steps of a full batch have to span
 FRESH_TOKENS = 4_000_000  # of the requests that follow in a windowed run: more than the fastest GPU gets to
 
 
@@ -101,13 +103,22 @@ def bench_throughput(
                     _keep(config, keys | {"skipped": why})
                     continue
                 number += 1
-                point = _point(config, ready, driver, floor, asked, number, concurrency, rate, say)
+                try:
+                    point = _point(config, ready, driver, floor, asked, number, concurrency, rate, say)
+                except NotSteadyError as error:
+                    say(f"skipped: {error}")
+                    _keep(config, keys | {"skipped": str(error)})
+                    continue
                 if gpu is None:
                     point = replace(point, bound_tok_s=None)
                 points.append(point)
                 found(point)
                 _keep(config, point.to_dict() | keys | {"is_memory_bound": concurrency > held})
     return points
+
+
+class NotSteadyError(AtomError):
+    """A window in which too few steps had a full batch."""
 
 
 def _keep(config: ThroughputConfig, entry: dict[str, Any]) -> None:
@@ -164,6 +175,11 @@ def _point(
     batch = max((step.sequences for step in driver.steps), default=0)
     steady = steady_rate(driver.steps, 0.2 if window_s is None else 0.0)
     if window_s is not None and (window := full_window(driver.steps)) is not None:
+        if (full_s := window[1] - window[0]) < LEAST_WINDOW * window_s:
+            raise NotSteadyError(
+                f"{workload.name}, {what}: nine tenths of the requests decoded together for {full_s:.1f} s of "
+                f"{window_s:.1f}, prompts took the rest; measure whole requests, without {STEADY}"
+            )
         samples = within(samples, *window)
     summary = summarize(samples)
     return Point(

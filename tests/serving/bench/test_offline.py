@@ -53,6 +53,15 @@ def test_throughput_of_closed_loops_and_of_all_at_once(tmp_path: Path) -> None:
     assert "random weights" in text and "kernels: reference" in text and "all" in text
 
 
+def test_a_window_that_prompts_fill_is_no_steady_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atom.serving.bench.throughput.full_window", lambda steps: (0.0, 0.1))
+    points = tmp_path / "points.jsonl"
+    config = ThroughputConfig("tiny", engine=ENGINE, workload=("steady:20/6",), window_s=0.3, points=points)
+    assert bench_throughput(config) == []
+    (entry,) = (json.loads(line) for line in points.read_text().splitlines())
+    assert "prompts took the rest" in entry["skipped"] and entry["asked_workload"] == "steady:20/6"
+
+
 def test_more_than_the_cache_holds_is_run_once(tmp_path: Path) -> None:
     """Sequences of 40 tokens on average, in a cache for 192: the first count beyond it shows what memory allows."""
     points = tmp_path / "points.jsonl"
