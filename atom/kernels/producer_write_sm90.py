@@ -72,7 +72,10 @@ class ProducerWrite(ProducerEncode):
             there = there and (slot < config.filled_chunks or slot >= config.outlier_slot)
             if slot >= config.outlier_slot:
                 chunk = slot - (config.outlier_slot - config.filled_chunks)
-        at = mQ.iterator.toint() + Int64(token * (config.width // CHUNK) + chunk) * (4 * each)
+        if cutlass.const_expr(config.ctas_per_sm > 0):  # so that chunks of a thread share one address
+            at = mQ.iterator.toint() + (Int64(token) * (config.width // CHUNK) + chunk) * (4 * each)
+        else:
+            at = mQ.iterator.toint() + Int64(token * (config.width // CHUNK) + chunk) * (4 * each)
         if cutlass.const_expr(self.fills):
             self.store_run(at, words)
         else:
