@@ -80,6 +80,7 @@ SHARED = {
         ("w4a4-bf16", "split over units of a pair"),
         ("w4a4", "split"),
         ("w4a4", "split over units of a pair"),
+        ("w4a8-g32", "split over units of a pair"),
         ("w4a4", "split without clusters"),
         ("nvfp4", "split"),
         ("fp8", "split without clusters"),
