@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
+needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
 
 
 def disassemble(cubin: bytes, folder: Path) -> str:

@@ -1,6 +1,5 @@
 """The sm_90a attention kernels: their PTX run on a CPU, their machine code without a GPU, their numbers on one."""
 
-import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +26,11 @@ from atom.models.rope import Rope, RopeConfig
 from atom.quant.presets import KV4, KV8, KVFP8
 from atom.quant.schemes import TensorSpec
 
-from .machine_code import disassemble
+from .machine_code import disassemble, needs_dsl
 from .ptx_emulator import Kernel
 from .ptx_memory import Tensor as Argument
 from .test_paged_attention import Case, expected, make_case
 
-HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
-needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
 SPECS: dict[str, TensorSpec | None] = {"int4": KV4, "int8": KV8, "fp8_e4m3": KVFP8, "bf16": None}
 
 

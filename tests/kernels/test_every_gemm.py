@@ -16,7 +16,7 @@ from atom.kernels.refusals_sm90 import weight_kind
 from atom.kernels.warm import DEFAULT_TOKENS
 from atom.quant.presets import PRESETS, get_scheme
 
-from .machine_code import HAS_DSL
+from .machine_code import needs_dsl
 from .test_gemm_machine_code import check_machine_code, chosen, name_of
 
 UNIT, OUTLIER_UNIT = 128, 64  # columns
@@ -39,7 +39,7 @@ def others() -> list[GemmConfig]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
+@needs_dsl
 @pytest.mark.skipif("ATOM_EVERY_KERNEL" not in os.environ, reason="takes four minutes; set ATOM_EVERY_KERNEL=1")
 @pytest.mark.parametrize("config", others(), ids=name_of)
 def test_machine_code(config: GemmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,11 +26,9 @@ from atom.quant.mixed import fake_quantize_activation, quantize_weight
 from atom.quant.presets import get_scheme
 from atom.quant.rounding import code_values
 
-from .machine_code import HAS_DSL, disassemble
+from .machine_code import disassemble, needs_dsl
 from .ptx_emulator import Kernel
 from .ptx_memory import Tensor as Argument
-
-needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
 
 
 def random_operand(rows: int, K: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:

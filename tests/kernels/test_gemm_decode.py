@@ -20,9 +20,7 @@ from atom.quant.presets import get_scheme
 from atom.quant.rounding import code_values
 
 from .emulated import decoder, operand_matrix
-from .machine_code import HAS_DSL
-
-needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
+from .machine_code import needs_dsl
 
 
 @pytest.fixture

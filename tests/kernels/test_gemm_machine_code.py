@@ -14,7 +14,7 @@ from atom.kernels.gemm_choice import choose_config
 from atom.kernels.gemm_config import GemmConfig
 from atom.kernels.gemm_kinds import KINDS
 
-from .machine_code import HAS_DSL, disassemble
+from .machine_code import HAS_DSL, disassemble, needs_dsl
 
 LLAMA = ((6144, 33), (4096, 33), (28672, 33), (4096, 113))  # features and units along K of Llama-3-8B, w4a4
 TOKEN_SCALES = {"int4": "group", "int4_bf16": "none", "e2m1_g32": "none"}  # of a kind; else "token"
@@ -66,7 +66,7 @@ def name_of(config: GemmConfig) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
+@needs_dsl
 @pytest.mark.parametrize("config", chosen(), ids=name_of)
 def test_machine_code(config: GemmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_machine_code(config, tmp_path, monkeypatch)
@@ -132,7 +132,7 @@ def test_kernel_cache_key_changes_with_config() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
+@needs_dsl
 def test_a_warm_start_imports_no_compiler(tmp_path: Path) -> None:
     """A second process loads the library from the cache without importing cutlass."""
     program = (

@@ -1,6 +1,5 @@
 """The producers' own rounding code, run in numpy on rows of values, against atom/quant bit for bit."""
 
-import importlib.util
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,11 @@ from atom.quant.rounding import code_values, quantize
 from atom.quant.schemes import TensorSpec
 
 from .linear_schemes import linear_scheme
+from .machine_code import needs_dsl
 from .uncompiled import uncompiled
 
-HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
 pytestmark = [
-    pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]"),
+    needs_dsl,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy tells of overflow
 ]
 

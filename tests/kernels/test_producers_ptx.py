@@ -22,14 +22,14 @@ from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.schemes import LinearScheme, OutlierSpec, RotationSpec
 
 from .linear_schemes import linear_scheme
-from .machine_code import HAS_DSL
+from .machine_code import needs_dsl
 from .ptx_memory import Tensor as Argument
 from .ptx_operands import as_array, bf16, ptx
 from .ptx_wgmma import Columns, TensorCoreKernel
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]"),
+    needs_dsl,
 ]
 LOW_BIT = [name for name in PRESETS if name != "bf16"]
 

@@ -1,6 +1,5 @@
 """The sm_90a producers: configs on a CPU, machine code without a GPU, codes against atom/quant on one."""
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +28,8 @@ from atom.quant.rounding import code_values, quantize
 from atom.quant.schemes import LinearScheme, RotationSpec
 
 from .linear_schemes import linear_scheme
+from .machine_code import needs_dsl
 
-HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
 FACTORS, GROUPS = "w4a4", "w4a4-bf16"
 TURNED = tuple(name for name, scheme in PRESETS.items() if scheme.rotation is not None)
 SCHEMES = (*(name for name in PRESETS if name not in ("bf16", *TURNED)), GROUPS, "w4a4-g32")
@@ -91,7 +90,7 @@ def name_of(config: ProducerConfig) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
+@needs_dsl
 @pytest.mark.parametrize("config", compiled_configs(), ids=name_of)
 def test_machine_code(config: ProducerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles for sm_90a without a GPU into the instructions that were meant, and spills nothing."""

@@ -1,6 +1,5 @@
 """A model as it is set up for a GPU, without one: what it launches, what that computes, what is compiled for it."""
 
-import importlib.util
 import pickle
 from dataclasses import replace
 from functools import partial
@@ -23,9 +22,8 @@ from atom.quant.schemes import Scheme
 
 from ..models.random_models import CONFIGS, quantized_state, random_model, save_state
 from .emulated import EmulatedGpu
+from .machine_code import needs_dsl
 
-HAS_DSL = importlib.util.find_spec("cutlass") is not None or importlib.util.find_spec("nvidia_cutlass_dsl") is not None
-needs_dsl = pytest.mark.skipif(not HAS_DSL, reason="the CuTe DSL is not installed; pip install atom-serving[kernels]")
 SIZES = {"intermediate_size": 136, "hidden_size": 80, "head_dim": 24}  # multiples of 8, of nothing else
 
 
