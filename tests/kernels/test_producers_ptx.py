@@ -27,16 +27,8 @@ from .ptx_memory import Tensor as Argument
 from .ptx_operands import as_array, bf16, ptx
 from .ptx_wgmma import Columns, TensorCoreKernel
 
-pytestmark = [
-    pytest.mark.slow,
-    needs_dsl,
-]
+pytestmark = [pytest.mark.slow, needs_dsl, pytest.mark.usefixtures("for_hopper")]
 LOW_BIT = [name for name in PRESETS if name != "bf16"]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
 
 
 SOURCES = [("plain", name) for name in LOW_BIT] + [
