@@ -9,7 +9,6 @@ A config that does not match float64 in this run, or not bit for bit over 200 re
 """
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -27,16 +26,15 @@ from atom.kernels.gemm_choice import choose_config
 from atom.kernels.gemm_config import GemmConfig
 from atom.kernels.gemm_pack import PackedWeight
 from atom.kernels.refusals_sm90 import weight_kind
-from atom.kernels.timing import calls_in_graph
+from atom.kernels.timing import HEAVY, calls_in_graph, time_products
 from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.schemes import LinearScheme
 from atom.quant.switches import Switches
 
-from .timing import keep, save, time_calls
+from .timing import keep, save
 
 LAYER = SHAPES["llama-3-8b"]
 TOKENS = (1, 16, 64, 128, 192, 256, 1024, 8192)
-HEAVY, REST_S = 1024, 0.3  # from so many tokens on the power limit lowers the clocks; 0.2 s later they are back
 # what competes for few tokens, by shape: fields of GemmConfig
 MEETING = {"clustered": False}
 FEW: dict[str, tuple[dict[str, Any], ...]] = {
@@ -167,7 +165,7 @@ Cells = Callable[[LinearScheme, str, int], Iterator[GemmConfig]]
 
 
 def measure(names: list[str], tokens: list[int], cells: Cells) -> list[dict[str, Any]]:
-    """The record's rows; few tokens come first, for behind a heavy product the power limit keeps the clocks low."""
+    """The record's rows; few tokens come first, and many rest before (time_products)."""
     rows: list[dict[str, Any]] = []
     verdicts: dict[tuple[str, GemmConfig], str | None] = {}
     for part in ([M for M in tokens if M < HEAVY], [M for M in tokens if M >= HEAVY]):
@@ -190,7 +188,6 @@ def measure_shape(
     for M in tokens:
         base[M] = baseline_us(M, N, K)
         print(f"torch       {shape:8} M={M:<5}", {name: round(us, 2) for name, us in base[M].items()}, flush=True)
-        time.sleep(REST_S if M >= HEAVY else 0)
     for name in names:
         linear = schemes()[name]
         weights = copies_of(pack_weight(linear, random_weight(linear, N, K, "cuda")))
@@ -202,8 +199,6 @@ def measure_shape(
             print("{scheme:11} {shape:8} M={M:<5}{us:9.2f} us  floor {sol_us:8.2f}  bf16 {bf16_us}  fp8 {fp8_us}  "
                   "{note}".format(**row), flush=True)  # fmt: skip
             yield row
-            if M >= HEAVY:
-                time.sleep(REST_S)
 
 
 def best(
@@ -232,7 +227,7 @@ def best(
             contest[repr(config)] = [partial(launches[i % len(launches)], y, x.codes, x.scales) for i in range(count)]
     if not contest:
         return None
-    times = time_calls(contest)
+    times = time_products(contest, M)
     winner = min(times, key=lambda config: times[config])
     floor = linear_bound_us(GPUS["h200"], M, N, K, linear)
     return {"op": "linear", "scheme": name, "shape": shape, "M": M, "N": N, "K": K,

@@ -13,7 +13,7 @@ from .bench_operands import product, random_activation, random_weight
 from .gemm import Gemm, pack_weight, token_scales
 from .gemm_pack import PackedWeight
 from .refusals_sm90 import weight_kind
-from .timing import COLD_BYTES, calls_in_graph, time_calls
+from .timing import COLD_BYTES, calls_in_graph, time_products
 
 
 def copies_of(weight: PackedWeight) -> list[PackedWeight]:
@@ -31,7 +31,7 @@ def linear_us(linear: LinearScheme, M: int, N: int, K: int) -> dict[str, float]:
     contest: dict[str, list[Callable[[], Any]]] = {
         "ours": [partial(gemms[i % len(gemms)], x.codes, x.scales) for i in range(count)]
     }
-    return time_calls(contest) | baseline_us(M, N, K)
+    return time_products(contest, M) | baseline_us(M, N, K)
 
 
 def baseline_us(M: int, N: int, K: int) -> dict[str, float]:
@@ -39,7 +39,7 @@ def baseline_us(M: int, N: int, K: int) -> dict[str, float]:
 
     And "peer", the least of those of 8 bits.
     """
-    found = time_calls({name: calls for name, calls in baselines(M, N, K).items() if _runs(calls[0])})
+    found = time_products({name: calls for name, calls in baselines(M, N, K).items() if _runs(calls[0])}, M)
     eight = [us for name, us in found.items() if name != "bf16"]
     return found | ({"peer": min(eight)} if eight else {})
 
