@@ -90,8 +90,10 @@ class Plan:
 def find_places(model: Model, base: Scheme, context: int = CONTEXT) -> tuple[list[Place], Choices]:
     """All places of a model (which may be on the meta device), and the choices of each by its name.
 
-    base     whose cache, where it has one of few bits, is chosen layer by layer
+    base     whose cache, where it has one of few bits, is chosen layer by layer; where its weights are in full
+             precision, nothing but the cache
     context  tokens whose keys and values a token reads; 0 leaves the cache as it is
+    Raises ValueError where that leaves nothing to choose.
     """
     places: list[Place] = []
     choices: dict[str, Mapping[str, LinearScheme | TensorSpec]] = {}
@@ -99,7 +101,7 @@ def find_places(model: Model, base: Scheme, context: int = CONTEXT) -> tuple[lis
     cached = 2 * config.num_kv_heads * config.head_dim
     caches = {name: spec for name in CACHES if (spec := KV_SUFFIXES[name]) is not None}
     for index, layer in enumerate(model.model.decoder_layers()):
-        for group in model.family.groups:
+        for group in model.family.groups if base.weight is not None else ():
             shapes = [layer.get_parameter(f"{name}.weight").shape for name in group.linears]
             K = shapes[0][1]
             known = default_choices(K)
@@ -112,6 +114,11 @@ def find_places(model: Model, base: Scheme, context: int = CONTEXT) -> tuple[lis
             bits = {name: spec.bits_per_value(config.head_dim) for name, spec in caches.items()}
             places.append(Place(index, None, cached * seen, bits))
             choices[places[-1].name] = caches
+    if not places:
+        raise ValueError(
+            f"{base.name} leaves nothing to choose: weights are in full precision, and so is the cache, or it does not "
+            "count; use +kv4 and a budget_context above 0, or a scheme that rounds weights"
+        )
     return places, choices
 
 

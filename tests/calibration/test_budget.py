@@ -131,7 +131,8 @@ def test_caches_are_chosen_layer_by_layer(
     assert [(o.layer, o.kv) for o in dearest.kv_overrides] == [(layer, KV8) for layer in range(3)]
     cached = load_source(source).config
     places, choices = find_places(build_model(cached), base)
-    chosen = {place.name: "w8a8" if place.group else "kv8" if place.layer == 1 else "kv4" for place in places}
+    assert [place.name for place in places] == [f"{layer}.cache" for layer in range(3)]  # weights stay as they are
+    chosen = {place.name: "kv8" if place.layer == 1 else "kv4" for place in places}
     mixed = build_scheme(base, Plan(chosen, 0.0, 0.0), places, choices)
     assert mixed.kv_overrides == (CacheOverride(1, KV8),)
     errors = []
@@ -140,8 +141,10 @@ def test_caches_are_chosen_layer_by_layer(
         quantize_model(tiny("llama"), scheme, out, quick)
         errors.append(logit_error(out, tiny("llama")))
     assert errors[0] > errors[1] > errors[2]
-    without, _ = find_places(build_model(cached), base, context=0)
+    without, _ = find_places(build_model(cached), get_scheme("w4a4"), context=0)
     assert all(place.group is not None for place in without)
+    with pytest.raises(ValueError, match="nothing to choose"):
+        find_places(build_model(cached), base, context=0)
 
 
 def test_the_cheapest_plan_of_the_base_is_the_base() -> None:
