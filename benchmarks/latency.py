@@ -63,12 +63,17 @@ def run(options: Run) -> None:
                 command += ["--batch", *map(str, options.batch), "--context", *map(str, options.context)]
                 code, said = processes.run([*command, "--rows", str(lines)])
                 if code:
-                    console.print(f"failed: {shape} {scheme}: {said.strip()[-500:]}", highlight=False, markup=False)
+                    console.print(f"failed: {shape} {scheme}: {ends(said.strip())}", highlight=False, markup=False)
                 if rows := read_points(lines):
                     write_rows(options.output, rows, "latency")
     keys = ("shape", "scheme", "kv", "batch", "context", "ms", "ms_p99", "sol_ms", "prefill_ms")
     table = text_table(keys, [[row[key] for key in keys] for row in read_points(lines)])
     console.print(table, highlight=False, markup=False, soft_wrap=True)
+
+
+def ends(text: str, each: int = 2000) -> str:
+    """A failed engine's words: what it said first, which tells the cause, and last."""
+    return text if len(text) <= 2 * each else f"{text[:each]}\n...\n{text[-each:]}"
 
 
 def join(options: Join) -> None:

@@ -39,7 +39,7 @@ TODAY_SCHEMES = ("bf16", "fp8", "w8a8", "w4a16", "w4a8", "w4a4")
 PAPER_BATCHES = (4, 6, 8, 16, 24, 32, 40, 48, 64, 72, 80, 96, 128, 192, 256, 384)
 EQUAL_BATCHES = (32, 64, 128)  # on the whole GPU: what some scheme cannot hold in 24 GiB
 LENGTHS = ("512/256", *(f"steady:{x}" for x in ("1000/1000", "20000/2000", "128/128", "2048/2048", "500/2000")))
-CODE_REQUESTS = 1024  # of Azure's code trace
+CODE_REQUESTS = 512  # of Azure's code trace: a million prompt tokens
 TARGETS_MS = (100.0, 5.0)  # for a token, in the paper's experiment
 ROW_KEY = ("experiment", "shape", "scheme", "kv", "memory_gb", "batch", "workload", "rate")  # of one measurement
 
@@ -59,6 +59,9 @@ class Run:
 
     shapes: tuple[str, ...] = ()
     """Of `all` only these, to share it between two GPUs; no ratio is of two shapes."""
+
+    parts: tuple[str, ...] = ()
+    """Of `all` only these parts, by the names of their folders: 8b-long 8b-code."""
 
     workload: tuple[str, ...] = ()
     """Only these lengths; default: the experiment's own."""
@@ -93,7 +96,12 @@ class Join:
 def sweeps(options: Run) -> list[SweepConfig]:
     """The sweeps of an experiment, each in a folder of its own below options.output."""
     if options.experiment == "all" and not options.quick:
-        return [sweep for sweep in _all(options) if not options.shapes or sweep.model[0] in options.shapes]
+        return [
+            sweep
+            for sweep in _all(options)
+            if (not options.shapes or sweep.model[0] in options.shapes)
+            and (not options.parts or _part(options, sweep) in options.parts)
+        ]
     if options.quick:
         lengths = {
             "paper": ("steady:paper:64",),
@@ -107,6 +115,11 @@ def sweeps(options: Run) -> list[SweepConfig]:
         return [SweepConfig(("tiny",), options.output / "quick", schemes, workload=work, **small)]
     found = _paper(options) if options.experiment == "paper" else _today(options)
     return [sweep for sweep in found if not options.memory_gb or sweep.memory_gb[0] in options.memory_gb]
+
+
+def _part(options: Run, sweep: SweepConfig) -> str:
+    """The name of a part of `all`: that of its folder below options.output."""
+    return sweep.output.relative_to(options.output).parts[0]
 
 
 def _paper(options: Run) -> list[SweepConfig]:

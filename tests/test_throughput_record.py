@@ -65,3 +65,9 @@ def test_all_is_the_three_experiments_with_few_engines(tmp_path: Path) -> None:
     assert sorted(str(x.output) for half in halves for x in half) == sorted(str(x.output) for x in found)
     with pytest.raises(ValueError, match="name their folder with --data"):
         sweeps(Run("all", tmp_path))
+
+
+def test_parts_of_all_by_their_folders(tmp_path: Path) -> None:
+    found = sweeps(Run("all", tmp_path, data=tmp_path, parts=("8b-long", "paper-main")))
+    assert {sweep.output.relative_to(tmp_path).parts[0] for sweep in found} == {"8b-long", "paper-main"}
+    assert [sweep.output.name for sweep in found] == ["24", "whole", "8b-long"]
