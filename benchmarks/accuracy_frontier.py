@@ -18,21 +18,11 @@ from typing import Any
 
 import torch
 import tyro
-from measured import (
-    Join,
-    MeasureOptions,
-    Perplexities,
-    Tasks,
-    effective_bits,
-    fill_in_full_precision,
-    recovery_keys,
-    task_keys,
-)
-from parts import Part, join_parts, scratch
+from accuracy_run import AccuracyRun, Join, MeasureOptions
+from measured import Tasks, effective_bits, fill_in_full_precision, recovery_keys, retrieval_keys, task_keys
+from parts import join_parts, scratch
 
 from atom.calibration.config import CalibrationConfig, ScaleSearch
-from atom.calibration.data import load_windows
-from atom.calibration.distill import DistillText, load_distill_text
 from atom.calibration.flatquant import FlatConfig, flatten_model
 from atom.calibration.methods import Bits, Method, methods, with_cache
 from atom.calibration.stream import quantize_and_distill, quantize_source
@@ -40,8 +30,6 @@ from atom.errors import AtomError, UnsupportedError
 from atom.eval.engine import EngineGenerator
 from atom.eval.load import Loaded, load
 from atom.eval.results import TaskResult
-from atom.eval.retrieval import measure_retrieval
-from atom.models.source import load_tokenizer, open_source
 from atom.quant.presets import get_scheme, kv_name
 from atom.quant.schemes import Scheme
 from atom.records import Row
@@ -85,9 +73,6 @@ class Measure(MeasureOptions):
     batch_tokens: int = 4096
     """Tokens that run at once in calibration."""
 
-    distill_calib: tuple[str, ...] = ()
-    """Texts that `ours` is distilled on, in equal shares; default: the calibration text."""
-
     distill_steps: int = 2000
     """Steps of the distillation of `ours`."""
 
@@ -119,39 +104,23 @@ class Measure(MeasureOptions):
     """At most so long for all of them."""
 
 
-class Runner:
+class Runner(AccuracyRun):
     """Measures one method after another of one model."""
 
     def __init__(self, options: Measure) -> None:
-        self.options = options
-        self.part = Part.open(options.output, options.machine, options.commit)
-        self.source = open_source(options.model)
-        self.base = CalibrationConfig(
-            calib=options.calib,
-            windows=options.windows,
-            window_length=options.window_length,
-            device=options.device,
-            distill_calib=options.distill_calib,
+        super().__init__(
+            options,
+            batch_tokens=options.batch_tokens,
             distill_seconds=options.distill_seconds,
             distill_tokens=options.distill_tokens,
             distill_rate=options.distill_rate,
-            batch_tokens=options.batch_tokens,
         )
-        tokenizer = load_tokenizer(self.source.path)
-        self.texts = Perplexities(tokenizer, options.text, options.eval_window, options.limit)
+        self.options = options
         self.tasks = Tasks(options.tasks, options.include_path, options.task_limit)
-        self.windows = load_windows(options.calib, tokenizer, options.windows, options.window_length, self.base.seed)
-        self.tokenizer = tokenizer
-        self.full = load(str(self.source.path), options.device, "float32", "reference")
         self.generative = Tasks(options.generative, options.include_path, options.task_limit)
         self.full_generative: tuple[TaskResult, ...] = ()  # full precision's, once they ran
         self.distilled = 0  # steps of the method at work
         self.flat_steps = 0  # of each layer, likewise
-
-    @cached_property
-    def distill_text(self) -> DistillText:
-        """What `ours` is trained on, and judged by; tokenised once."""
-        return load_distill_text(self.tokenizer, self.base, self.windows)
 
     def run(self, method: Method, bits: Bits) -> None:
         key = {"method": method.name, "text": self.texts.texts[0].name}
@@ -166,7 +135,7 @@ class Runner:
             row = {"model": self.options.name, "method": method.name, "scheme": bits, "kv": kv_name(scheme)}
             row |= effective_bits(self.source, scheme) | {"ppl_fp": None}
             row |= {"source": self.options.source, "seconds": round(time.perf_counter() - started, 1)}
-            row |= {} if method.name == "fp" else self.calibration()
+            row |= {} if method.name == "fp" else self.described()
             if method.learned:
                 row["note"] = "run in memory: its transforms have no place in a checkpoint"
                 row["flat_steps"] = self.flat_steps
@@ -180,7 +149,7 @@ class Runner:
                 found = self.full_tasks if is_full else self.tasks.run(loaded)
                 self.extend(first, task_keys(found) | ({} if is_full else recovery_keys(self.full_tasks, found)))
             if is_compared and self.options.retrieval:
-                self.extend(first, self.retrieval(loaded))
+                self.extend(first, retrieval_keys(loaded, self.options.retrieval))
             del loaded
             is_ours = method.name == "ours" and scheme.weight is not None
             if self.options.kernels and is_ours:
@@ -192,15 +161,6 @@ class Runner:
         """Add keys to a row of the part."""
         row.update(keys)
         self.part.write(RECORD, row)
-
-    def retrieval(self, loaded: Loaded) -> dict[str, Any]:
-        """Keys of a row: the shares of numbers found in long contexts, and their standard errors."""
-        keys: dict[str, Any] = {}
-        for length in self.options.retrieval:
-            _, found = measure_retrieval(loaded.model, loaded.tokenizer, length).primary
-            keys |= {f"retrieval:{length}": round(found.value, 4)}
-            keys |= {f"retrieval:{length}:stderr": None if found.stderr is None else round(found.stderr, 4)}
-        return keys
 
     @cached_property
     def full_tasks(self) -> tuple[TaskResult, ...]:
@@ -239,7 +199,7 @@ class Runner:
             return self.full
         if method.learned:
             return self.flattened(method, scheme, folder)
-        config, out = method.config(self.base), folder / "checkpoint"
+        config, out = method.config(self.config), folder / "checkpoint"
         if config.distill_steps:
             config = self.as_ours(config)
             found = quantize_and_distill(self.source, scheme, out, config, self.windows, self.distill_text).distilled
@@ -248,7 +208,7 @@ class Runner:
             print("distilled", found, flush=True)
         else:
             quantize_source(self.source, scheme, out, config, self.windows)
-        return load(str(out), self.options.device, "float32", "reference")
+        return self.load(out)
 
     def as_ours(self, config: CalibrationConfig) -> CalibrationConfig:
         """`config` with what only `ours` may have."""
@@ -259,12 +219,12 @@ class Runner:
 
     def flattened(self, method: Method, scheme: Scheme, folder: Path) -> Loaded:
         """The model under learned transforms, in memory."""
-        where, device = str(self.source.path), self.options.device
+        where = self.source.path
         cached = with_cache(get_scheme("bf16"), self.options.kv)
         if cached.is_quantized:  # keys prepared for the cache, weights as they are
-            where = str(folder / "cached")
-            quantize_source(self.source, cached, folder / "cached", self.base, self.windows)
-        loaded = load(where, device, "float32", "reference")
+            where = folder / "cached"
+            quantize_source(self.source, cached, where, self.config, self.windows)
+        loaded = self.load(where)
         bits = 8 if scheme.activation is None or scheme.activation.format == "int8" else 4
         o = self.options
         settings = FlatConfig(method.learned, activation_bits=bits, steps=o.flat_steps, seconds=o.flat_seconds)
@@ -272,21 +232,20 @@ class Runner:
         self.flat_steps = sum(made) // len(made)
         return loaded
 
-    def calibration(self) -> dict[str, Any]:
-        o = self.options
-        how = f"{o.windows} x {o.window_length} of {Path(o.calib).name}"
+    def described(self) -> dict[str, Any]:
+        """Keys of a row: on what the method at work was calibrated and distilled, and what only `ours` has."""
+        o, keys = self.options, self.calibration(self.distilled)
+        switches = {"codes too": o.distill_codes, "true-sequential": o.true_sequential, "act-order": o.act_order}
+        switches["scales searched with feedback"] = o.scale_search == "feedback"
         if self.distilled:
-            texts = " and ".join(Path(name).name for name in o.distill_calib or (o.calib,))
-            how += f", distilled on {self.distilled} x {o.distill_tokens} tokens of {texts}"
-            switches = {"codes too": o.distill_codes, "true-sequential": o.true_sequential, "act-order": o.act_order}
-            switches["scales searched with feedback"] = o.scale_search == "feedback"
-            how += "".join(f", {name}" for name, is_on in switches.items() if is_on)
-        return {"calibration": how, "distill_steps": self.distilled}
+            keys["calibration"] += "".join(f", {name}" for name, is_on in switches.items() if is_on)
+        return keys
 
 
 def measure(options: Measure) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU: exact for INT4 codes under bf16 scales
     runner = Runner(options)
+    runner.prepare()
     for name, bits in in_turn(options.methods, options.schemes):
         method = methods(bits).get(name)
         if method is None:

@@ -11,24 +11,19 @@ may not only make up for the cache, but drift, and this tells how far. A part is
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from measured import Join, MeasureOptions, Perplexities, effective_bits
-from parts import Part, join_parts, scratch
+from accuracy_run import AccuracyRun, Join, MeasureOptions
+from measured import effective_bits, retrieval_keys
+from parts import join_parts, scratch
 
-from atom.calibration.config import CalibrationConfig
-from atom.calibration.data import load_windows
-from atom.calibration.distill import DistillText, load_distill_text
 from atom.calibration.distill_plan import default_steps
 from atom.calibration.stream import quantize_and_distill, quantize_source
 from atom.errors import AtomError
-from atom.eval.load import Loaded, load
-from atom.eval.retrieval import measure_retrieval
-from atom.models.source import load_tokenizer, open_source
+from atom.eval.load import Loaded
 from atom.quant.presets import get_scheme, kv_name
 from atom.quant.schemes import Scheme
 from atom.records import Row
@@ -39,9 +34,6 @@ RECORD = "cache-quality"
 @dataclass(frozen=True)
 class Measure(MeasureOptions):
     """Measure one model."""
-
-    text: tuple[str, ...] = ("wikitext2",)
-    """Test texts."""
 
     schemes: tuple[str, ...] = ("bf16", "bf16+kv8", "bf16+kv4", "bf16+kv3", "bf16+kv2")
     """Presets with a cache; bf16, full precision, must be among them for the record."""
@@ -61,9 +53,6 @@ class Measure(MeasureOptions):
     batch_tokens: int = 4096
     """Tokens that run at once in calibration."""
 
-    distill_calib: tuple[str, ...] = ()
-    """Texts to distil on, in equal shares; default: the calibration text."""
-
     distill_steps: int | None = None
     """Steps of distillation; default: the calibrator's."""
 
@@ -74,32 +63,18 @@ class Measure(MeasureOptions):
     """At most so long for it."""
 
 
-class Runner:
+class Runner(AccuracyRun):
     """Measures one scheme after another of one model."""
 
     def __init__(self, options: Measure) -> None:
-        self.options = options
-        self.part = Part.open(options.output, options.machine, options.commit)
-        self.source = open_source(options.model)
-        self.tokenizer = load_tokenizer(self.source.path)
-        self.texts = Perplexities(self.tokenizer, options.text, options.eval_window, options.limit)
-        self.base = CalibrationConfig(
-            calib=options.calib,
-            windows=options.windows,
-            window_length=options.window_length,
-            device=options.device,
-            distill_calib=options.distill_calib,
-            distill_seconds=options.distill_seconds,
-            distill_windows=options.distill_windows,
+        super().__init__(
+            options,
             batch_tokens=options.batch_tokens,
+            distill_windows=options.distill_windows,
+            distill_seconds=options.distill_seconds,
             distill_steps=0,
         )
-        self.windows = load_windows(options.calib, self.tokenizer, options.windows, options.window_length, 0)
-        self.full = load(str(self.source.path), options.device, "float32", "reference")
-
-    @cached_property
-    def distill_text(self) -> DistillText:
-        return load_distill_text(self.tokenizer, self.base, self.windows)
+        self.options = options
 
     def run(self, name: str, is_trained: bool) -> None:
         """Add the rows of one scheme."""
@@ -113,7 +88,7 @@ class Runner:
             loaded, steps = self.loaded(scheme, folder / "checkpoint", is_trained)
             row = {"model": self.options.name, **key, "ppl_fp": None, **effective_bits(self.source, scheme)}
             row |= {"source": self.options.source, "seconds": round(time.perf_counter() - started, 1)}
-            row |= {"distill_steps": steps, "calibration": self.calibration(steps)}
+            row |= self.calibration(steps)
             self.add_rows(row, loaded)
             if is_trained and scheme.weight is None:
                 loaded.model.scheme = scheme.with_kv(None)
@@ -127,17 +102,8 @@ class Runner:
         for number in range(len(self.texts.texts)):
             keys = self.texts.measure(loaded, number, full)
             if number == 0:
-                keys |= self.retrieval(loaded)
+                keys |= retrieval_keys(loaded, self.options.retrieval, self.options.contexts)
             self.part.add(RECORD, row | keys)
-
-    def retrieval(self, loaded: Loaded) -> dict[str, Any]:
-        """Keys of a row: the shares of numbers found in long contexts, and their standard errors."""
-        keys: dict[str, Any] = {}
-        for length in self.options.retrieval:
-            found = measure_retrieval(loaded.model, loaded.tokenizer, length, self.options.contexts).primary[1]
-            keys |= {f"retrieval:{length}": round(found.value, 4)}
-            keys |= {f"retrieval:{length}:stderr": None if found.stderr is None else round(found.stderr, 4)}
-        return keys
 
     def loaded(self, scheme: Scheme, out: Path, is_trained: bool) -> tuple[Loaded, int]:
         """The model under `scheme`, and the steps it was trained for."""
@@ -145,25 +111,20 @@ class Runner:
         if not scheme.is_quantized:
             return self.full, steps
         if is_trained:
-            config = replace(self.base, distill_steps=self.options.distill_steps or default_steps(scheme))
+            config = replace(self.config, distill_steps=self.options.distill_steps or default_steps(scheme))
             found = quantize_and_distill(self.source, scheme, out, config, self.windows, self.distill_text).distilled
             assert found is not None
             steps = int(found["steps"])
             print("distilled", found, flush=True)
         else:
-            quantize_source(self.source, scheme, out, self.base, self.windows)
-        return load(str(out), self.options.device, "float32", "reference"), steps
-
-    def calibration(self, steps: int) -> str:
-        o = self.options
-        how = f"{o.windows} x {o.window_length} of {Path(o.calib).name}"
-        texts = " and ".join(Path(name).name for name in o.distill_calib or (o.calib,))
-        return how + (f", distilled on {steps} x {self.base.distill_tokens} tokens of {texts}" if steps else "")
+            quantize_source(self.source, scheme, out, self.config, self.windows)
+        return self.load(out), steps
 
 
 def measure(options: Measure) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as in the other accuracy scripts
     runner = Runner(options)
+    runner.prepare()
     for name in options.schemes:
         trains = name in options.train
         for is_trained in ([False] if options.untrained or not trains else []) + ([True] if trains else []):

@@ -1,18 +1,16 @@
-"""What both accuracy scripts are asked, and say of one model under one scheme: bits, perplexities, task scores."""
+"""What the accuracy scripts say of one model under one scheme: bits, perplexities, task scores, retrieval."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Any
 
 from atom.eval.compare import average_recovery
 from atom.eval.load import Loaded
 from atom.eval.perplexity import Bos, Perplexity, Windows, make_windows, measure_perplexity
 from atom.eval.results import TaskResult
+from atom.eval.retrieval import measure_retrieval
 from atom.eval.texts import Text, load_text
 from atom.models.family import model_config
 from atom.models.model import Model
@@ -23,67 +21,6 @@ from atom.records import Row
 
 if TYPE_CHECKING:
     from atom.eval.engine import EngineGenerator
-
-
-@dataclass(frozen=True)
-class MeasureOptions:
-    """What both accuracy scripts are asked: of which model, on which texts, on what."""
-
-    model: Annotated[str, tyro.conf.Positional]
-    """Directory, GGUF file or hub id of the full-precision model."""
-
-    name: str
-    """What the records call it."""
-
-    output: Path
-    """The part to write; what it holds already is kept and not measured again."""
-
-    calib: str = "wikitext2"
-    """Calibration text, disjoint from the test texts."""
-
-    include_path: str | None = None
-    """Folder of lm-eval task files."""
-
-    task_limit: int | None = None
-    """Documents of each task."""
-
-    windows: int = 128
-    """Calibration windows."""
-
-    window_length: int = 2048
-    """Tokens of a calibration window."""
-
-    eval_window: int = 2048
-    """Tokens of a test window."""
-
-    limit: int | None = None
-    """Test windows of each text."""
-
-    device: str = "auto"
-    """cpu or cuda."""
-
-    machine: str = "cpu"
-    """What the records call the machine: h200 or cpu."""
-
-    source: str = ""
-    """Where the weights come from (a GGUF's format, say); stands beside every number."""
-
-    scratch: Path | None = None
-    """Where checkpoints are written and removed again."""
-
-    commit: str | None = None
-    """The commit that is measured; default: the checkout's."""
-
-
-@dataclass(frozen=True)
-class Join:
-    """Write the records from parts."""
-
-    parts: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """What measure wrote."""
-
-    commit: str | None = None
-    """The commit that was measured, of parts that do not say it."""
 
 
 def effective_bits(source: Source, scheme: Scheme) -> dict[str, float]:
@@ -188,6 +125,16 @@ def task_keys(results: Sequence[TaskResult]) -> dict[str, Any]:
         found[name] = round(metric.value, 4)
         found[f"{name}:stderr"] = None if metric.stderr is None else round(metric.stderr, 4)
     return found
+
+
+def retrieval_keys(loaded: Loaded, lengths: Sequence[int], contexts: int = 8) -> dict[str, Any]:
+    """Keys of a row: the shares of numbers found in `contexts` contexts of each length, and their standard errors."""
+    keys: dict[str, Any] = {}
+    for length in lengths:
+        _, found = measure_retrieval(loaded.model, loaded.tokenizer, length, contexts).primary
+        keys[f"retrieval:{length}"] = round(found.value, 4)
+        keys[f"retrieval:{length}:stderr"] = None if found.stderr is None else round(found.stderr, 4)
+    return keys
 
 
 def recovery_keys(full: Sequence[TaskResult], found: Sequence[TaskResult]) -> dict[str, Any]:

@@ -13,77 +13,44 @@ import json
 import shutil
 import sys
 from dataclasses import replace
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from measured import (
-    Join,
-    Perplexities,
-    Tasks,
-    change_keys,
-    effective_bits,
-    fill_in_full_precision,
-    perplexity_keys,
-)
-from parts import Part, join_parts, scratch
+from accuracy_run import AccuracyRun, Join
+from measured import Tasks, change_keys, effective_bits, fill_in_full_precision, perplexity_keys
+from parts import join_parts, scratch
 from quality_plan import Configuration, Measure, Rounding, configurations
 
-from atom.calibration.config import CalibrationConfig
-from atom.calibration.data import Windows as CalibrationWindows
-from atom.calibration.data import load_windows
-from atom.calibration.distill import DistillText, distill_checkpoint, load_distill_text
+from atom.calibration.distill import distill_checkpoint
 from atom.calibration.report import Report
 from atom.calibration.stream import is_calibrated, quantize_source
 from atom.errors import AtomError, UnsupportedError
 from atom.eval.load import Loaded, load
 from atom.eval.perplexity import Perplexity
 from atom.kernels.registry import Kernels
-from atom.models.source import load_tokenizer, open_source
 from atom.quant.presets import PRESETS, get_scheme, kv_name
 from atom.records import Row
 
 UNLIMITED = 1e6  # seconds: rows of one record are of equally many steps
 
 
-class Runner:
+class Runner(AccuracyRun):
     """Makes, loads, measures and removes one checkpoint after another of the same model."""
 
     def __init__(self, options: Measure) -> None:
+        super().__init__(options, options.bos, distill_tokens=options.distill_tokens)
         self.options = options
-        self.part = Part.open(options.output, options.machine, options.commit)
-        self.source = open_source(options.model)
-        self.tokenizer = load_tokenizer(self.source.path)
-        self.texts = Perplexities(self.tokenizer, options.text, options.eval_window, options.limit, options.bos)
         self.tasks = Tasks(options.tasks, options.include_path, options.task_limit)
-        self.kept: list[tuple[Row, Path | str]] = []  # rows of presets and their checkpoints, still to be used
+        self.kept: list[tuple[Row, Path | None]] = []  # rows of presets, their checkpoints (none: full precision)
         self.rounded: tuple[Rounding, Path, Report] | None = None  # the last one; it lies there while it is needed
-        self.calibration = CalibrationConfig(
-            calib=options.calib,
-            windows=options.windows,
-            window_length=options.window_length,
-            distill_calib=options.distill_calib,
-            device=options.device,
-        )
-
-    @cached_property
-    def calibration_windows(self) -> CalibrationWindows:
-        """The calibration text, tokenised once for all checkpoints."""
-        c = self.calibration
-        return load_windows(c.calib, self.tokenizer, c.windows, c.window_length, c.seed)
-
-    @cached_property
-    def distill_text(self) -> DistillText:
-        """What is trained on, and judged by."""
-        return load_distill_text(self.tokenizer, self.calibration, self.calibration_windows)
 
     def loaded(self, configuration: Configuration, folder: Path) -> tuple[Loaded, float]:
         """The model under a configuration, from a checkpoint that this makes in `folder`, and the seconds that took."""
         if not configuration.scheme.is_quantized:
-            return load(self.options.model, self.options.device, "float32", "reference"), 0.0
+            return self.load(self.source.path), 0.0
         out = folder / "checkpoint"
         if configuration.distilled:
             seconds = self.distil(configuration, folder / "rounded", out)
@@ -91,39 +58,30 @@ class Runner:
             report = self.round(configuration, out)
             self.rounded = (configuration.rounding, out, report)
             seconds = float(report.totals["seconds"])
-        return load(str(out), self.options.device, "float32", "reference"), seconds
+        return self.load(out), seconds
 
     def round(self, configuration: Configuration, out: Path) -> Report:
         """Make the checkpoint of a configuration up to distillation."""
         scheme = configuration.scheme
-        config = replace(self.calibration, gptq=configuration.gptq, clip=configuration.clip)
-        windows = self.calibration_windows if is_calibrated(self.source, scheme) else None
+        config = replace(self.config, gptq=configuration.gptq, clip=configuration.clip)
+        windows = self.windows if is_calibrated(self.source, scheme) else None
         return quantize_source(self.source, scheme, out, config, windows)
 
     def distil(self, configuration: Configuration, rounded: Path, out: Path) -> float:
         """Distil the checkpoint that was rounded before if it is the same, else one made at `rounded`; seconds."""
         if self.rounded is None or self.rounded[0] != configuration.rounding or not self.rounded[1].exists():
             self.rounded = (configuration.rounding, rounded, self.round(configuration, rounded))
-        o = self.options
-        config = replace(
-            self.calibration,
-            distill_steps=o.distill_steps,
-            distill_tokens=o.distill_tokens,
-            distill_seconds=UNLIMITED,
-        )
+        config = replace(self.config, distill_steps=self.options.distill_steps, distill_seconds=UNLIMITED)
         _, checkpoint, report = self.rounded
         found = distill_checkpoint(self.source, checkpoint, out, self.distill_text, config)
         print("distilled", json.dumps(found.to_dict()), flush=True)
         return float(report.totals["seconds"]) + found.seconds
 
     def common(self, seconds: float, configuration: Configuration) -> dict[str, Any]:
-        o = self.options
-        how = f"{o.windows} x {o.window_length} of {Path(o.calib).name}"
-        how += ", GPTQ" if configuration.gptq else ", rounded to nearest"
-        steps = o.distill_steps if configuration.distilled else 0
-        texts = " and ".join(Path(name).name for name in o.distill_calib or (o.calib,))
-        how += f", distilled on {steps} x {o.distill_tokens} tokens of {texts}" if steps else ""
-        return {"source": o.source, "calibration": how, "distill_steps": steps, "seconds": round(seconds, 1)}
+        """Keys of a row: where the weights are from, what was done to them, and how long it took."""
+        how = ", GPTQ" if configuration.gptq else ", rounded to nearest"
+        steps = self.options.distill_steps if configuration.distilled else 0
+        return {"source": self.options.source, **self.calibration(steps, how), "seconds": round(seconds, 1)}
 
     def run(self, configuration: Configuration, following: Configuration | None = None) -> None:
         """Measure one configuration, unless the part has its rows already; keep what the following one will distil."""
@@ -149,7 +107,7 @@ class Runner:
             if to_presets:
                 row = {**of_presets, "text": text, **found, "ppl_fp": None, **common}
                 self.part.add("quality-presets", row)
-                self.kept.append((row, folder / "checkpoint" if scheme.is_quantized else self.options.model))
+                self.kept.append((row, folder / "checkpoint" if scheme.is_quantized else None))
             if to_ladder and configuration.step in self.options.other_texts:
                 for number, other in list(enumerate(self.texts.texts))[1:]:
                     more = {**of_ladder, "text": other.name, **self.texts.measure(loaded, number), **common}
@@ -167,9 +125,9 @@ class Runner:
         """
         paths: tuple[Kernels, ...] = ("reference", "auto")
         wanted = self.options.kernel_schemes or tuple(PRESETS)
-        last = {row["scheme"]: row for row, checkpoint in self.kept if isinstance(checkpoint, Path)}
+        last = {row["scheme"]: row for row, checkpoint in self.kept if checkpoint is not None}
         for row, checkpoint in self.kept:
-            if row["scheme"] not in wanted or row is not last.get(row["scheme"]):
+            if checkpoint is None or row["scheme"] not in wanted or row is not last.get(row["scheme"]):
                 continue
             reference: Perplexity | None = None
             for kernels in paths:
@@ -187,7 +145,7 @@ class Runner:
     def run_tasks(self) -> None:
         """Add the tasks to the presets' rows."""
         for row, checkpoint in self.kept:
-            loaded = load(str(checkpoint), self.options.device, "float32", "reference")
+            loaded = self.load(checkpoint or self.source.path)
             row.update(self.tasks.measure(loaded))
             self.part.write("quality-presets", row)
             del loaded
@@ -195,7 +153,7 @@ class Runner:
     def forget(self) -> None:
         """Remove the presets' checkpoints."""
         for _, checkpoint in self.kept:
-            if isinstance(checkpoint, Path):
+            if checkpoint is not None:
                 shutil.rmtree(checkpoint.parent, ignore_errors=True)
 
     def run_kv_rope(self) -> None:

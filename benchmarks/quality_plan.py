@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from measured import MeasureOptions
+from accuracy_run import MeasureOptions
 
 from atom.calibration.config import Clip
 from atom.calibration.distill_plan import DEFAULT_STEPS
@@ -54,9 +54,6 @@ class Measure(MeasureOptions):
 
     distilled: tuple[str, ...] = ("w4a4",)
     """Presets to distil besides: rows of their own."""
-
-    distill_calib: tuple[str, ...] = ()
-    """Texts to distil on, disjoint from the test texts; default: that of --calib."""
 
     distill_steps: int = DEFAULT_STEPS
     """Steps of distillation, of the ladder's last step and of presets."""

@@ -163,6 +163,24 @@ def quick(text_file: Path) -> CalibrationConfig:
     )
 
 
+@pytest.fixture
+def tiny_run(tiny: Callable[[str], Path], text_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """What every accuracy script is asked in tests: a tiny model on few short windows, into a part."""
+    return {
+        "model": str(tiny("llama")),
+        "name": "tiny",
+        "output": tmp_path / "part.json",
+        "calib": str(text_file),
+        "text": (str(text_file),),
+        "windows": 4,
+        "window_length": 32,
+        "eval_window": 32,
+        "limit": 2,
+        "device": "cpu",
+        "scratch": tmp_path / "scratch",
+    }
+
+
 def missing_gpu() -> str | None:
     """Why tests marked `gpu` cannot run here, or None if they can."""
     if not torch.cuda.is_available():

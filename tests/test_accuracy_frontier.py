@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,20 @@ from atom.records import CHECKOUT, check_rows
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
 from accuracy_frontier import RECORD, Measure, fill_in_full_precision, finish, in_turn, measure
 
-Tiny = Callable[[str], Path]
-
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads(path.read_text())[RECORD]
     return rows
 
 
-def test_rows_of_a_tiny_model(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+def test_rows_of_a_tiny_model(tiny_run: dict[str, Any]) -> None:
     options = Measure(
-        str(tiny("llama")),
-        "tiny",
-        tmp_path / "part.json",
-        calib=str(text_file),
-        text=(str(text_file),),
+        **tiny_run,
         methods=("fp", "ours", "atom", "rtn"),
         schemes=("w4a4", "kv4"),
-        windows=4,
-        window_length=32,
         batch_tokens=64,
         distill_tokens=64,
         distill_steps=3,
-        eval_window=32,
-        limit=2,
-        device="cpu",
     )
     measure(options)
     rows = rows_of(options.output)

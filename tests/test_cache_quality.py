@@ -2,33 +2,21 @@
 
 import json
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 from atom.records import CHECKOUT, check_rows
 
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
 from cache_quality import RECORD, Measure, finish, measure
 
-Tiny = Callable[[str], Path]
 
-
-def test_rows_of_a_tiny_model(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+def test_rows_of_a_tiny_model(tiny_run: dict[str, Any]) -> None:
     options = Measure(
-        str(tiny("llama")),
-        "tiny",
-        tmp_path / "part.json",
-        calib=str(text_file),
-        text=(str(text_file),),
+        **tiny_run,
         schemes=("bf16", "bf16+kv4", "bf16+kv2", "w8a8+kv4"),
         train=("bf16+kv4", "w8a8+kv4"),
-        windows=4,
-        window_length=32,
         batch_tokens=64,
         distill_steps=3,
-        eval_window=32,
-        limit=2,
-        device="cpu",
     )
     measure(options)
     rows = json.loads(options.output.read_text())[RECORD]
