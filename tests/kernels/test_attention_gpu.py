@@ -88,6 +88,12 @@ def test_shapes_of_heads(kv: str, heads: int, kv_heads: int, dim: int) -> None:
     check(case, AttentionSpec(dim**-0.5))
 
 
+@pytest.mark.parametrize("queries", range(1, 17))
+def test_every_ratio_of_heads(queries: int) -> None:
+    """Query heads of a KV head: 1 to 16."""
+    check(make_case(KV4, (300, 33, 5), (1, 1, 1), 2 * queries, 2, 64, dtype=torch.bfloat16), AttentionSpec(0.125))
+
+
 @pytest.mark.parametrize("window", [1, 16, 17, 100])
 @pytest.mark.parametrize("cap", [None, 20.0])
 def test_windows_and_soft_caps(window: int, cap: float | None) -> None:
@@ -152,9 +158,12 @@ def test_a_graph_reads_prefixes_together(kv: str, heads: int, kv_heads: int, dim
     assert torch.equal(again, found)
 
 
-def test_two_hundred_runs_are_bit_identical_and_alone_as_in_a_batch() -> None:
+@pytest.mark.parametrize("kv", SPECS)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_two_hundred_runs_are_bit_identical_and_alone_as_in_a_batch(kv: str, dim: int) -> None:
+    """Where splits are fixed."""
     lengths = (3000, 17, 900, 64, 2048)
-    case = to_gpu(make_case(KV4, lengths, (1,) * 5, 8, 2, 128, dtype=torch.bfloat16))
+    case = to_gpu(make_case(SPECS[kv], lengths, (1,) * 5, 8, 2, dim, dtype=torch.bfloat16))
     attend, spec = PagedAttentionSm90(case.layout, False, 256), AttentionSpec(0.09)
     first = attend(case.q, case.layer, case.step, spec)
     for _ in range(200):
