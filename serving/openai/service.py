@@ -64,7 +64,7 @@ class Service:
         if name is not None and name not in self.names:
             served = ", ".join(self.names)
             raise ApiError(
-                404, f"model {name[:200]!r} does not exist here; use {served}.", "model", code="model_not_found"
+                400, f"model {name[:200]!r} does not exist here; use {served}.", "model", code="model_not_found"
             )
         return body
 

@@ -122,7 +122,7 @@ def test_wrong_type_encoding_method_and_path(server: Running) -> None:
 
 
 def test_unknown_model(server: Running) -> None:
-    assert refused(server.post(PATH, model="gpt-9", prompt="x"), 404, "model", "use tiny")["code"] == "model_not_found"
+    assert refused(server.post(PATH, model="gpt-9", prompt="x"), 400, "model", "use tiny")["code"] == "model_not_found"
     assert server.post(PATH, model="alias", prompt="x").status_code == 200
 
 

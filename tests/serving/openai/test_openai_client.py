@@ -200,8 +200,9 @@ def test_a_bad_schema_is_the_clients_error(served: Served) -> None:
 
 
 def test_errors_have_their_classes(served: Served) -> None:
-    with pytest.raises(openai.NotFoundError, match="does not exist"):
+    with pytest.raises(openai.BadRequestError, match="does not exist") as unknown:
         served.chat(model="other")
+    assert unknown.value.param == "model" and unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as error:
         served.chat(max_tokens=10**6)
     assert error.value.param == "max_tokens" and error.value.code == "invalid_value"
