@@ -1,4 +1,4 @@
-"""The attention kernels without a GPU: compiled as for one, their PTX run by an emulator."""
+"""Kernels without a GPU: compiled as for one, and the PTX of those for attention run by an emulator."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -46,16 +46,15 @@ def emulated(
     return run
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler has no GPU to ask what it compiles for."""
+    """What the compiler compiles for: it may have no GPU to ask."""
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
 
 
 @pytest.fixture
 def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are compiled as ever, and their PTX is run."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.kv_gather_sm90 import compile_gather
     from atom.kernels.paged_decode_sm90 import compile_decode
     from atom.kernels.prefix_decode_sm90 import compile_prefix

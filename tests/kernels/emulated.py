@@ -63,10 +63,10 @@ def select_bytes(word: Words, selector: int) -> Words:
     return picked
 
 
-def decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+def decoder() -> Callable[[str], Any]:
     """decoder(kind) of gemm_decode_sm90.py, whose `decode` runs on numpy words."""
     instructions = {"multiply_bf16x2": multiply_add, "multiply_add_bf16x2": multiply_add, "select_bytes": select_bytes}
-    found: Callable[[str], Any] = uncompiled("gemm_decode_sm90", monkeypatch, **instructions).decoder
+    found: Callable[[str], Any] = uncompiled("gemm_decode_sm90", **instructions).decoder
     return found
 
 
@@ -124,7 +124,7 @@ class EmulatedGpu:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launches: list[str] = []
-        self.decode = decoder(monkeypatch)
+        self.decode = decoder()
         self.weights: dict[int, Any] = {}
         plan = QuantizingProducer.plan
 

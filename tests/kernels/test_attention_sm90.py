@@ -150,10 +150,8 @@ def test_decode_on_a_model_of_the_machine(
     ctas: int,
     split: int | None,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its PTX, instruction by instruction: ragged lengths over a poisoned pool, rows split and whole."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     lengths = (1, block_size, block_size + 1, 95, 2 * block_size - 1, 170)
     case = make_case(SPECS[kv], lengths, (1,) * 6, heads, kv_heads, dim, block_size, dtype=torch.bfloat16)
     spec = AttentionSpec(dim**-0.5 * 2, window, cap)
@@ -187,9 +185,8 @@ def test_decode_on_a_model_of_the_machine(
 
 @needs_dsl
 @pytest.mark.slow
-def test_rings_that_go_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rings_that_go_round(tmp_path: Path) -> None:
     """Segments longer than the ring and than 32 blocks, several a CTA: copies arrive late, warps run ahead."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     lengths = (1100, 610, 33, 700)
     case = make_case(KV4, lengths, (1,) * 4, 3, 1, 64, dtype=torch.bfloat16)
     spec = AttentionSpec(0.25)
@@ -203,9 +200,8 @@ def test_rings_that_go_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @needs_dsl
 @pytest.mark.slow
-def test_a_cta_of_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cta_of_many_parts(tmp_path: Path) -> None:
     """More than a warp tells of at once, of a row with more parts than are merged at once."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     lengths = (1120, 5, 40)
     case = make_case(KV4, lengths, (1,) * 3, 4, 1, 64, dtype=torch.bfloat16)
     spec, config = AttentionSpec(0.25), choose_decode("int4", 64, 4, 16, False, False)
@@ -221,9 +217,8 @@ def test_a_cta_of_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @needs_dsl
 @pytest.mark.slow
 @pytest.mark.parametrize("kv,dim,queries", [("int4", 128, 4), ("int4", 128, 8), ("int8", 128, 4), ("bf16", 64, 8)])
-def test_machine_code(kv: str, dim: int, queries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code(kv: str, dim: int, queries: int, tmp_path: Path) -> None:
     """Spills nothing; bulk copies, tensor cores and vector loads are where they should be; a code costs little."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.paged_decode_sm90 import compile_decode
 
     config = choose_decode(kv, dim, queries, 16, True, True)
@@ -247,11 +242,8 @@ def test_machine_code(kv: str, dim: int, queries: int, tmp_path: Path, monkeypat
 @needs_dsl
 @pytest.mark.slow
 @pytest.mark.parametrize("kv,dim,heads", [("int4", 128, 4), ("int8", 80, 12)])
-def test_a_key_offset_on_a_model_of_the_machine(
-    kv: str, dim: int, heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_offset_on_a_model_of_the_machine(kv: str, dim: int, heads: int, tmp_path: Path) -> None:
     """What was taken off the keys, turned by each position, is in the scores: loud in some channels, YaRN's factor."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     lengths = (1, 17, 95)
     case = make_case(SPECS[kv], lengths, (1,) * 3, heads, 1, dim, dtype=torch.bfloat16)
     offset = torch.randn(1, dim, generator=torch.Generator().manual_seed(3)).bfloat16()

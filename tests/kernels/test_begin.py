@@ -61,8 +61,7 @@ def check(begin: Begin, scale: float, atol: float) -> None:
 @needs_dsl
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 3.5])
-def test_buffers_on_a_model_of_the_machine(scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+def test_buffers_on_a_model_of_the_machine(scale: float, tmp_path: Path) -> None:
     from atom.kernels.begin_sm90 import compile_begin
 
     begin = made("cpu", scale)
@@ -98,8 +97,7 @@ def test_buffers_on_a_model_of_the_machine(scale: float, tmp_path: Path, monkeyp
 
 @needs_dsl
 @pytest.mark.slow
-def test_bring_on_a_model_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+def test_bring_on_a_model_of_the_machine(tmp_path: Path) -> None:
     from atom.kernels.begin_sm90 import compile_bring
 
     source, target = np.arange(1, 1037, dtype=np.int32), np.zeros(1036, dtype=np.int32)

@@ -127,9 +127,8 @@ def test_configs_of_shared_rows(kv: str, dim: int, queries: int) -> None:
 @needs_dsl
 @pytest.mark.slow
 @pytest.mark.parametrize("kv,queries", [("int4", 4), ("bf16", 1)])
-def test_machine_code(kv: str, queries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code(kv: str, queries: int, tmp_path: Path) -> None:
     """Next to nothing spills, codes are multiplied as they are, and no slot is released before its last product."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.prefix_decode_sm90 import compile_prefix
 
     config = choose_prefix(kv, 128, queries, 16, False)

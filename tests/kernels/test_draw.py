@@ -69,8 +69,7 @@ def test_the_kernel_and_the_sampler_mean_the_same() -> None:
 
 @needs_dsl
 @pytest.mark.slow
-def test_tokens_on_a_model_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+def test_tokens_on_a_model_of_the_machine(tmp_path: Path) -> None:
     from atom.kernels.draw_sm90 import compile_draw
 
     params = [*PARAMS, *[SamplingParams(seed=20 + i, top_p=0.95, temperature=0.8) for i in range(5)]]
@@ -89,8 +88,7 @@ def test_tokens_on_a_model_of_the_machine(tmp_path: Path, monkeypatch: pytest.Mo
 
 @needs_dsl
 @pytest.mark.slow
-def test_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+def test_machine_code(tmp_path: Path) -> None:
     from atom.kernels.draw_sm90 import compile_draw
 
     compiled = compile_draw(f"--keep-cubin --dump-dir {tmp_path}")

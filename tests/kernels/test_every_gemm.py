@@ -42,5 +42,5 @@ def others() -> list[GemmConfig]:
 @needs_dsl
 @pytest.mark.skipif("ATOM_EVERY_KERNEL" not in os.environ, reason="takes four minutes; set ATOM_EVERY_KERNEL=1")
 @pytest.mark.parametrize("config", others(), ids=name_of)
-def test_machine_code(config: GemmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_machine_code(config, tmp_path, monkeypatch)
+def test_machine_code(config: GemmConfig, tmp_path: Path) -> None:
+    check_machine_code(config, tmp_path)

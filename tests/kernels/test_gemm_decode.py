@@ -24,8 +24,8 @@ from .machine_code import needs_dsl
 
 
 @pytest.fixture
-def decode(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return decoder(monkeypatch)
+def decode() -> Any:
+    return decoder()
 
 
 def every_code(rows: int, columns: int, group: int, low: int) -> Tensor:
@@ -135,9 +135,8 @@ def test_verbatim_codes_are_swizzled() -> None:
 
 
 @needs_dsl
-def test_the_dsl_agrees_on_fragments_and_swizzle(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dsl_agrees_on_fragments_and_swizzle() -> None:
     """The maps above, asked of the DSL itself: thread and value to element, row and column to byte."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from .dsl_layouts import fragment_of_a, swizzled_offsets
 
     offsets = swizzled_offsets()

@@ -68,13 +68,12 @@ def name_of(config: GemmConfig) -> str:
 @pytest.mark.slow
 @needs_dsl
 @pytest.mark.parametrize("config", chosen(), ids=name_of)
-def test_machine_code(config: GemmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_machine_code(config, tmp_path, monkeypatch)
+def test_machine_code(config: GemmConfig, tmp_path: Path) -> None:
+    check_machine_code(config, tmp_path)
 
 
-def check_machine_code(config: GemmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_machine_code(config: GemmConfig, tmp_path: Path) -> None:
     """Compiles for sm_90a without a GPU; uses its wgmma and bulk copies, spills nothing, serializes no wgmma."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.gemm_sm90 import compile_gemm
 
     compiled = compile_gemm(config, f"--keep-cubin --dump-dir {tmp_path}")

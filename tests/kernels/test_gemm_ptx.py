@@ -21,7 +21,7 @@ from .ptx_memory import Tensor as Argument
 from .ptx_operands import as_array, bf16, ptx
 from .ptx_wgmma import Sizes, TensorCoreKernel, TensorMap
 
-pytestmark = [pytest.mark.slow, needs_dsl, pytest.mark.usefixtures("for_hopper")]
+pytestmark = [pytest.mark.slow, needs_dsl]
 LOW_BIT = [name for name in PRESETS if name != "bf16"]
 
 

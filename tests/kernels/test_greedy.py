@@ -56,8 +56,7 @@ def test_the_reference_takes_the_first_of_the_largest() -> None:
 @pytest.mark.parametrize("vocabulary", [8, 16, VOCABULARY])
 @needs_dsl
 @pytest.mark.slow
-def test_tokens_on_a_model_of_the_machine(vocabulary: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+def test_tokens_on_a_model_of_the_machine(vocabulary: int, tmp_path: Path) -> None:
     from atom.kernels.greedy_sm90 import compile_greedy
 
     x = rows(vocabulary) if vocabulary > 40 else torch.randn(11, vocabulary).bfloat16()
@@ -75,9 +74,8 @@ def test_tokens_on_a_model_of_the_machine(vocabulary: int, tmp_path: Path, monke
 
 @needs_dsl
 @pytest.mark.slow
-def test_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code(tmp_path: Path) -> None:
     """Spills nothing, and has four loads of 16 bytes under way."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.greedy_sm90 import compile_greedy
 
     compiled = compile_greedy(f"--keep-cubin --dump-dir {tmp_path}")

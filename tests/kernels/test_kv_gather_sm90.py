@@ -30,10 +30,9 @@ GATHERS = [
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("kv,dim,block_size", GATHERS)
 def test_reads_on_a_model_of_the_machine(
-    kv: str, dim: int, block_size: int, window: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kv: str, dim: int, block_size: int, window: int | None, tmp_path: Path
 ) -> None:
     """Equal to KVLayout.read bit for bit, from scattered blocks among NaN, and zeros; decodes are not read."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.kv_gather_sm90 import compile_gather
 
     case = make_case(
@@ -69,8 +68,7 @@ def test_reads_on_a_model_of_the_machine(
 @needs_dsl
 @pytest.mark.slow
 @pytest.mark.parametrize("kv", SPECS)
-def test_machine_code(kv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+def test_machine_code(kv: str, tmp_path: Path) -> None:
     from atom.kernels.kv_gather_sm90 import compile_gather
 
     compiled = compile_gather(GatherConfig(kv, 128, 16), f"--keep-cubin --dump-dir {tmp_path}")

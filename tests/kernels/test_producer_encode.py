@@ -28,11 +28,10 @@ def as_e4m3(x: Any) -> Tensor:
     return torch.tensor(float(x), dtype=torch.float32).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
-def encoder(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+def encoder(name: str) -> Any:
     """The ProducerEncode of a preset's activation, without the compiler; `group_max` is the caller's business."""
     module = uncompiled(
         "producer_encode_sm90",
-        monkeypatch,
         BFloat16=lambda x: torch.tensor(float(x)).bfloat16().item(),
         reciprocal_of_normal=lambda x: np.float32(1.0) / np.float32(x),
         round_to_e4m3=lambda x: np.float32(as_e4m3(x).float().item()),
@@ -88,9 +87,9 @@ def as_numbers(row: Tensor) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "nvint4"])
-def test_small_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_groups(name: str) -> None:
     """What is written as bfloat16 is code x group scale; what is written as the token's scale is the outer one."""
-    made = encoder(name, monkeypatch)
+    made = encoder(name)
     spec = get_scheme(name).activation
     assert spec is not None and spec.group_size is not None
     x = rows()
@@ -117,8 +116,8 @@ def test_small_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["fp8", "w8a8", "w4a4-bf16"])
-def test_codes_in_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = encoder(name, monkeypatch)
+def test_codes_in_bytes(name: str) -> None:
+    made = encoder(name)
     spec = linear_scheme(name).activation
     assert isinstance(spec, TensorSpec)
     x = rows()
@@ -138,9 +137,9 @@ def test_codes_in_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.array(found).astype(np.uint32).view(np.uint8).tolist() == wanted.codes[row].view(torch.uint8).tolist()
 
 
-def test_codes_times_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_times_factors() -> None:
     """What is written of w4a4 is code x factor of the group, a byte, under one scale of the token."""
-    made = encoder("w4a4", monkeypatch)
+    made = encoder("w4a4")
     spec = linear_scheme("w4a4").activation
     assert isinstance(spec, TensorSpec)
     x = torch.cat((rows(), rows().flip(0) / 5, torch.randn(10, 128) * 3), 1)  # three groups a token

@@ -27,7 +27,7 @@ from .ptx_memory import Tensor as Argument
 from .ptx_operands import as_array, bf16, ptx
 from .ptx_wgmma import Columns, TensorCoreKernel
 
-pytestmark = [pytest.mark.slow, needs_dsl, pytest.mark.usefixtures("for_hopper")]
+pytestmark = [pytest.mark.slow, needs_dsl]
 LOW_BIT = [name for name in PRESETS if name != "bf16"]
 
 

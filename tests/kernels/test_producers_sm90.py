@@ -92,9 +92,8 @@ def name_of(config: ProducerConfig) -> str:
 @pytest.mark.slow
 @needs_dsl
 @pytest.mark.parametrize("config", compiled_configs(), ids=name_of)
-def test_machine_code(config: ProducerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code(config: ProducerConfig, tmp_path: Path) -> None:
     """Compiles for sm_90a without a GPU into the instructions that were meant, and spills nothing."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.producers_sm90 import compile_producer
 
     from .machine_code import disassemble

@@ -62,10 +62,8 @@ def test_bytes_on_a_model_of_the_machine(
     has_offset: bool,
     parts: int,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Equal to the reference's bit for bit; a token without a slot writes nothing."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.rope_append_sm90 import compile_append
 
     tokens = 5
@@ -124,10 +122,9 @@ TRANSFORMS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("kv,dim,norm,has_centre,rotates", TRANSFORMS, ids=lambda v: str(v))
 def test_transformed_bytes_on_a_model_of_the_machine(
-    kv: str, dim: int, norm: str, has_centre: bool, rotates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kv: str, dim: int, norm: str, has_centre: bool, rotates: bool, tmp_path: Path
 ) -> None:
     """The norm before turning, the centre and the Hadamard transform after it, bit for bit."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.rope_append_sm90 import compile_append
 
     tokens, heads, kv_heads, eps = 4, 5, 2, 1e-6
@@ -172,8 +169,7 @@ def test_transformed_bytes_on_a_model_of_the_machine(
 @needs_dsl
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
-def test_transforms_spill_nothing(dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+def test_transforms_spill_nothing(dim: int, tmp_path: Path) -> None:
     from atom.kernels.rope_append_sm90 import compile_append
 
     config = AppendConfig("int4", dim, 16, parts=2, norm="shifted", has_centre=True, rotates=True)
@@ -185,9 +181,8 @@ def test_transforms_spill_nothing(dim: int, tmp_path: Path, monkeypatch: pytest.
 @needs_dsl
 @pytest.mark.slow
 @pytest.mark.parametrize("kv", SPECS)
-def test_machine_code(kv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code(kv: str, tmp_path: Path) -> None:
     """Spills nothing, and no product is fused with a sum: each is rounded by itself, as torch rounds it."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     from atom.kernels.rope_append_sm90 import compile_append
 
     config = AppendConfig(kv, 128, 16, parts=2)

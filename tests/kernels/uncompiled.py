@@ -6,17 +6,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 
 import atom.kernels
 
 
-def uncompiled(name: str, monkeypatch: pytest.MonkeyPatch, **instructions: Any) -> Any:
+def uncompiled(name: str, **instructions: Any) -> Any:
     """A copy of module atom.kernels.`name` whose functions run without the DSL.
 
     instructions  stand in for the instructions that the module calls, by their names there
     """
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     path = Path(atom.kernels.__file__).with_name(f"{name}.py")
     # a copy of its own: the DSL rewrites a function when it first compiles it
     spec = importlib.util.spec_from_file_location(f"atom.kernels.{name}_uncompiled", path)
