@@ -1,0 +1,142 @@
+"""What one linear layer runs, as a frozen value: its tensors' specs, outlier channels, rotation, order of channels."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .formats import get_format
+from .granularity import Granularity
+from .plain import plain_fields, refuse_unknown
+from .tensor_spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class OutlierSpec:
+    """The channels kept in higher precision: the last `count` after the permutation, one scale per row, no clip.
+
+    `format` is int8, fp8_e4m3 or bf16 (kept as they are).
+    """
+
+    count: int = 0
+    format: str = "int8"
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or self.count % 16:
+            raise ValueError(
+                f"the outlier count is a multiple of 16 from 0, got {self.count}; try {max(0, self.count // 16) * 16}"
+            )
+        if self.format not in ("int8", "fp8_e4m3", "bf16"):
+            raise ValueError(f"outliers can be int8, fp8_e4m3 or bf16, got {self.format!r}; use int8")
+
+    def spec(self, granularity: Granularity, dynamic: bool) -> TensorSpec | None:
+        """How the outlier columns are rounded, or None where they keep bf16."""
+        return None if self.format == "bf16" else TensorSpec(self.format, granularity, dynamic=dynamic)
+
+    @property
+    def bits(self) -> int:
+        return get_format(self.format).bits
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain_fields(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "OutlierSpec":
+        refuse_unknown(cls, data)
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class RotationSpec:
+    """An orthogonal transform of the normal columns of every linear's input, and of its weight's columns.
+
+    kind   "block_hadamard": blocks of `block` columns, a tail shorter than a block stays as it is
+           "hadamard": all normal columns at once (their number must be a Hadamard order)
+    """
+
+    kind: Literal["hadamard", "block_hadamard"]
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("hadamard", "block_hadamard"):
+            raise ValueError(f"unknown rotation {self.kind!r}; use hadamard or block_hadamard")
+        if self.block < 2 or self.block & (self.block - 1):
+            raise ValueError(f"a Hadamard block is a power of two from 2, got {self.block}; use 128")
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain_fields(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "RotationSpec":
+        refuse_unknown(cls, data)
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class LinearScheme:
+    """What one linear layer runs: a scheme after its overrides. `weight` None means full precision."""
+
+    weight: TensorSpec | None = None
+    activation: TensorSpec | None = None
+    outliers: OutlierSpec = field(default_factory=OutlierSpec)
+    rotation: RotationSpec | None = None
+    reorder: bool = False
+    residual: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weight is None and (self.activation is not None or self.outliers.count or self.rotation is not None):
+            raise ValueError("quantized activations, outliers or a rotation need a quantized weight; give `weight`")
+        if self.outliers.count and not self.reorder:
+            raise ValueError("outlier channels are the last after the permutation; set reorder=True")
+        if self.residual < 0 or self.residual % 16:
+            raise ValueError(f"residual channels are a multiple of 16 from 0, got {self.residual}; try 64")
+        if self.residual and (self.activation is None or not self.reorder or self.rotation is not None):
+            raise ValueError(
+                "residual channels are the last normal ones after the permutation, of activations that are rounded and "
+                "not rotated; set reorder=True, or residual=0"
+            )
+
+    def split(self, K: int) -> tuple[int, int]:
+        """(normal columns, outlier columns) of a linear with K inputs."""
+        if self.outliers.count >= K:
+            raise ValueError(f"{self.outliers.count} outlier channels do not fit in {K} inputs; use fewer than {K}")
+        return K - self.outliers.count, self.outliers.count
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain_fields(self, idle=("residual",))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "LinearScheme":
+        refuse_unknown(cls, data)
+        return cls(**parse_parts(data))
+
+
+@dataclass(frozen=True)
+class Override:
+    """A different treatment of the linears whose full name matches `pattern` (shell wildcards)."""
+
+    pattern: str
+    linear: LinearScheme
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"pattern": self.pattern, **self.linear.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Override":
+        values = dict(data)
+        return cls(values.pop("pattern"), LinearScheme.from_dict(values))
+
+
+_PARTS: dict[str, Any] = {
+    "weight": TensorSpec,
+    "activation": TensorSpec,
+    "kv": TensorSpec,
+    "outliers": OutlierSpec,
+    "rotation": RotationSpec,
+}
+
+
+def parse_parts(data: dict[str, Any]) -> dict[str, Any]:
+    """`data` with each part that it has by name, of a scheme or of a linear's, as the value it was."""
+    return {
+        key: _PARTS[key].from_dict(value) if key in _PARTS and value is not None else value
+        for key, value in data.items()
+    }
