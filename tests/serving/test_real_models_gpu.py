@@ -108,14 +108,16 @@ def is_quantized(path: Path) -> bool:
     return "quantization_config" in json.loads((path / "config.json").read_text())
 
 
-DEFINED: list[tuple[Path, Definition]] = [
-    (path, definition)
+DEFINED: list[tuple[Path, Definition, int]] = [
+    (path, definition, guesses)
     for path in MODELS
-    for definition in (Reference, Transformers)
+    for definition, guesses in ((Reference, 0), (Transformers, 0), (Reference, 4))
     if definition is Reference or not is_quantized(path)
 ]
 each_definition = pytest.mark.parametrize(
-    ("path", "definition"), DEFINED, ids=[f"{path.name}-{kind.__name__.lower()}" for path, kind in DEFINED]
+    ("path", "definition", "guesses"),
+    DEFINED,
+    ids=[f"{path.name}-{kind.__name__.lower()}{'-guesses' * (guesses > 0)}" for path, kind, guesses in DEFINED],
 )
 
 
@@ -150,8 +152,8 @@ def leads(logits: Tensor, choices: Tensor, others: Tensor) -> Tensor:
 
 
 @each_definition
-def test_greedy_text_is_the_references(path: Path, definition: Definition) -> None:
-    """For 200 tokens on ten prompts, or the first difference is a tie.
+def test_greedy_text_is_the_references(path: Path, definition: Definition, guesses: int) -> None:
+    """For 200 tokens on ten prompts, or the first difference is a tie; with speculative decoding, too.
 
     Engine and reference are compared token by token on the engine's own texts. A tie is where the reference's lead of
     its choice over the engine's is within its own rounding: VARIANTS runs of it, each rounded otherwise, give that
@@ -161,10 +163,12 @@ def test_greedy_text_is_the_references(path: Path, definition: Definition) -> No
     tokenizer = load_tokenizer(path)
     prompts = [tokenizer.encode(text) for text in (*PROMPTS, *MORE)]
     params = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True, logprobs=0)
-    with LLM(str(path), device=DEVICE, max_model_len=2048, kv_cache_bytes="1GiB", max_num_seqs=16) as llm:
+    options: dict[str, Any] = {"max_num_seqs": 16, "kv_cache_bytes": "1GiB", "num_speculative_tokens": guesses}
+    with LLM(str(path), device=DEVICE, max_model_len=2048, **options) as llm:
         answers = [completion.samples[0] for completion in llm.generate(prompts, params)]
-        print(f"\n{path.name}: {llm.ready.facts['kernels']}")
-        assert llm.engine.stats().used_blocks == 0
+        stats = llm.engine.stats()
+        print(f"\n{path.name}: {stats.num_accepted_tokens} guesses accepted; {llm.ready.facts['kernels']}")
+        assert stats.used_blocks == 0 and (stats.num_accepted_tokens > 0) == (guesses > 0)
     release()
     texts = [list(answer.token_ids) for answer in answers]
     logits: dict[torch.dtype, Tensor] = {}
@@ -190,7 +194,7 @@ def test_greedy_text_is_the_references(path: Path, definition: Definition) -> No
     lead = leads(reference, choices, tokens)
     step = 2.0 ** (reference.max(-1).values.abs().log2().floor() - 7)  # of bfloat16, in which logits are
     noise = (torch.stack(others).var(0) + step**2 / 6).sqrt()
-    firsts, name = [], f"{path.name}, {definition.__name__}"
+    firsts, name = [], f"{path.name}, {definition.__name__}{', guessing' * (guesses > 0)}"
     for index in range(len(prompts)):
         (places,) = (choices != tokens)[NEW * index : NEW * (index + 1)].nonzero(as_tuple=True)
         what = f"equal for {NEW} tokens"
