@@ -44,7 +44,7 @@ def random_activation(linear: LinearScheme, M: int, K: int, device: torch.device
     spec, kind = linear.activation, token_scales(linear)
     if spec is None:
         x = torch.randn(M, K, device=device).bfloat16()
-        return RandomActivation(x, torch.ones(1, 1, device=device), x.double())
+        return RandomActivation(aligned_rows(x), torch.ones(1, 1, device=device), x.double())
     normal, outliers = linear.split(K)
     found = _random(spec, M, normal, device)
     values = code_values(found.codes, get_format(spec.format)).double()
@@ -54,7 +54,7 @@ def random_activation(linear: LinearScheme, M: int, K: int, device: torch.device
     dense = values * inner.double() * outer.double()
     if takes_bf16(linear):
         scales = outer.T.contiguous() if kind == "token" else torch.ones(1, 1, device=device)
-        return RandomActivation((values * inner).to(torch.bfloat16), scales, dense)
+        return RandomActivation(aligned_rows((values * inner).to(torch.bfloat16)), scales, dense)
     columns, groups, units = activation_columns(linear, K)
     codes = torch.zeros(M, columns, dtype=torch.int8, device=device)
     codes[:, :normal] = found.codes.view(torch.int8)
@@ -74,6 +74,15 @@ def random_activation(linear: LinearScheme, M: int, K: int, device: torch.device
         scales[groups_of_scales:, :M] = tail.scale.scale.T
         dense = torch.cat((dense, tail.codes.double() * tail.scale.scale.double()), 1)
     return RandomActivation(codes, scales, dense)
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """bfloat16 [M, K] as the GEMM reads it: each row at a multiple of 16 bytes, and no number behind its end."""
+    if x.shape[1] % 8 == 0:
+        return x
+    apart = torch.full((x.shape[0], -(-x.shape[1] // 8) * 8), float("nan"), dtype=x.dtype, device=x.device)
+    apart[:, : x.shape[1]] = x
+    return apart[:, : x.shape[1]]
 
 
 def product(x: RandomActivation, weight: MixedWeight, linear: LinearScheme) -> Tensor:

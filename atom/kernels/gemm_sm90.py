@@ -19,7 +19,7 @@ import cutlass.utils as utils
 from cutlass import BFloat16, Float32, Int8, Int32, Int64, Uint32, cute
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.nvgpu import warpgroup as wg
-from cutlass.cute.runtime import make_fake_stream
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from .dsl.arguments import row_major
 from .gemm_config import GemmConfig
@@ -52,7 +52,7 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
     def __call__(
         self,
         mW: cute.Tensor,  # [row tiles, units, unit bytes / 4] uint32
-        mX: cute.Tensor,  # [M, padded K] of bytes, or [M, K] bfloat16
+        mX: cute.Tensor,  # [M, padded K] of bytes, or [M, K] bfloat16; rows begin at multiples of 16 bytes
         mS: cute.Tensor,  # float32: [units, padded M] (token scales by group) or [1, M]; [2, M] with outliers' own
         mC: cute.Tensor,  # [N] float32 channel scales (of a channel-scaled kind)
         mB: cute.Tensor,  # [N] bfloat16 bias
@@ -313,11 +313,11 @@ def compile_gemm(config: GemmConfig, options: str = "") -> object:
     """
     kernel = AddingGemm(config) if config.residual else PackedWeightGemm(config)
     m, n, tiles, units, padded, channels, biases = (cute.sym_int() for _ in range(7))
-    columns = cute.sym_int(divisibility=8 if kernel.x_type is BFloat16 else 64)
+    pitch = cute.sym_int64(divisibility=8 if kernel.x_type is BFloat16 else 16)  # of rows: TMA wants 16 bytes
     outputs = 2 if config.residual else 1  # what is added has the output's shape
     fakes = (
         row_major(Uint32, (tiles, units, kernel.unit_words), 16),
-        row_major(kernel.x_type, (m, columns), 16),
+        make_fake_tensor(kernel.x_type, (m, cute.sym_int()), (pitch, 1), assumed_align=16),
         row_major(Float32, (cute.sym_int(), padded), 16),
         row_major(Float32, (channels,), 4),
         row_major(BFloat16, (biases,), 2),

@@ -12,7 +12,7 @@ FACTOR_GROUPS = (32, 64, 128)  # columns under one integer factor
 
 def refuses_linear(problem: Problem) -> str | None:
     """Why the sm_90a GEMM cannot run a linear, or None."""
-    return refuses_rows(problem, "inputs") or refuses_scheme(problem.linear)
+    return refuses_arch(problem) or refuses_scheme(problem.linear)
 
 
 def refuses_producer(problem: Problem) -> str | None:
@@ -28,11 +28,16 @@ def refuses_producer(problem: Problem) -> str | None:
 
 def refuses_rows(problem: Problem, rows: str, dtype: str | None = None) -> str | None:
     """Why no sm_90a kernel can read rows of K values (of that dtype, if it takes no other), or None."""
-    if problem.arch != "sm_90":
-        return f"it is built for sm_90, this is {problem.arch}"
+    if reason := refuses_arch(problem):
+        return reason
     if dtype is not None and problem.dtype != dtype:
         return f"{rows} must be {dtype}, got {problem.dtype}"
     return f"{rows} must be a multiple of 8 long, got {problem.K}" if problem.K % 8 else None
+
+
+def refuses_arch(problem: Problem) -> str | None:
+    """Why code for sm_90a cannot run on this GPU, or None."""
+    return None if problem.arch == "sm_90" else f"it is built for sm_90, this is {problem.arch}"
 
 
 def fuses_rows(problem: Problem) -> bool:

@@ -26,7 +26,10 @@ def test_presets_that_the_kernel_claims(name: str) -> None:
 
 @pytest.mark.parametrize("name", gemm_schemes())
 def test_presets_run_unasked(name: str) -> None:
-    assert refuses_linear(Problem("sm_90", gemm_schemes()[name], 512, 512)) is None
+    """With any number of features, in and out."""
+    for N, K in ((512, 512), (511, 509)):
+        assert refuses_linear(Problem("sm_90", gemm_schemes()[name], N, K)) is None
+    assert "built for sm_90" in str(refuses_linear(Problem("sm_100", gemm_schemes()[name], 512, 512)))
 
 
 def refused() -> dict[str, tuple[LinearScheme, str]]:

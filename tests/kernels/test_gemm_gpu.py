@@ -51,7 +51,7 @@ def compiled() -> None:
     """All kernels of the tests below, compiled in parallel: one by one they would take minutes."""
     configs = set()
     for name, linear in gemm_schemes().items():
-        for N, K in (*SHAPES, (200, 512), (200, 4096)):
+        for N, K in (*SHAPES, (200, 512), (200, 4096), (200, 255)):
             packed = pack_weight(linear, random_weight(linear, N, K, "cpu"))
             for bias in (None, torch.zeros(N)):
                 gemm = Gemm(packed, token_scales(linear), bias)
@@ -122,6 +122,43 @@ def test_random_operands_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int]
     for M in (1, 16, 37, 64, 129, 250, 300, 2100, 16384):
         x = random_activation(scheme, M, K, "cuda")
         assert fault(gemm, x.codes, x.scales, product(x, weight, scheme), tolerance(scheme), 20) is None, f"M={M}"
+
+
+@GPU
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("K", [255, 509])
+def test_any_number_of_columns_on_the_gpu(scheme: LinearScheme, K: int) -> None:
+    """K that is no multiple of anything; behind each row of bfloat16 stands no number."""
+    weight = random_weight(scheme, 200, K, "cuda")
+    gemm = Gemm(pack_weight(scheme, weight), token_scales(scheme))
+    for M in (1, 16, 64, 250):
+        x = random_activation(scheme, M, K, "cuda")
+        assert fault(gemm, x.codes, x.scales, product(x, weight, scheme), tolerance(scheme), 20) is None, f"M={M}"
+
+
+@GPU
+@pytest.mark.usefixtures("compiled")
+def test_strided_rows_on_the_gpu(scheme: LinearScheme) -> None:
+    """Activations that are columns of a wider matrix, whose other bytes are anything; refused where TMA cannot go."""
+    K = 509
+    weight = random_weight(scheme, 200, K, "cuda")
+    gemm = Gemm(pack_weight(scheme, weight), token_scales(scheme))
+    for M in (3, 64, 250):
+        x = random_activation(scheme, M, K, "cuda")
+        rows, columns = x.codes.shape
+        wide = torch.full((rows, -(-columns // 16) * 16 + 64), 127, dtype=x.codes.dtype, device="cuda")
+        expected = gemm(x.codes, x.scales)
+        for first, right in ((32, True), (1, False)):
+            strided = wide[:, first : first + columns]
+            strided.copy_(x.codes)
+            if right:
+                assert torch.equal(gemm(strided, x.scales), expected)
+            else:
+                with pytest.raises(ValueError, match="alignment"):
+                    gemm(strided, x.scales)
+        if columns % 8:
+            with pytest.raises(ValueError, match="strides"):
+                gemm(x.codes.clone(memory_format=torch.contiguous_format), x.scales)
 
 
 @GPU

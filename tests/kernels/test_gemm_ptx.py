@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.slow, needs_dsl]
 LOW_BIT = [name for name in PRESETS if name != "bf16"]
 
 
+ODD = (("w4a4", 333), ("w4a8", 325), ("w8a8", 129), ("fp8", 257), ("w4a16", 131), ("nvfp4", 141), ("mxfp4", 255))  # K
 # tiles of few and many tokens; the last tile of rows and of tokens is cut, one CTA takes several tiles, N is odd
 CASES = [(name, 19, 75, 328, 16, 2, True) for name in LOW_BIT if name != "w3a3"] + [
     ("fp8", 200, 72, 136, 192, 2, False),
@@ -41,6 +42,7 @@ CASES = [(name, 19, 75, 328, 16, 2, True) for name in LOW_BIT if name != "w3a3"]
     ("w4a8", 60, 75, 328, 64, 2, True),
     ("w4a4", 90, 72, 328, 96, 2, False),
     ("w4a8-g32", 130, 72, 328, 128, 2, False),
+    *((name, 19, 75, K, 16, 2, True) for name, K in ODD),
 ]
 
 
