@@ -86,6 +86,12 @@ def _quarot_token(bits: Bits) -> Method:
     return Method("quarot-token", scheme, {"clip": "constant", "rotate": "residual"})
 
 
+def _quarot_token_rtn(bits: Bits) -> Method:
+    """The same rounded to nearest, as `flatquant` is: what a learned transform has over a fixed one."""
+    token = _quarot_token(bits)
+    return replace(token, name="quarot-token-rtn", changes={**token.changes, "gptq": False})
+
+
 def _flatquant(bits: Bits, name: str = "flatquant", learned: tuple[Learned, ...] = ALL) -> Method:
     """FlatQuant in small (flatquant.py): learned transforms and clips, one scale a weight row and token."""
     weight, activation = TensorSpec("int4", Channel()), TensorSpec("int4", Token(), dynamic=True)
@@ -140,6 +146,7 @@ _MAKERS: tuple[Callable[[Bits], Method | None], ...] = (
     _atom,
     _quarot,
     _quarot_token,
+    _quarot_token_rtn,
     _flatquant,
     _flatquant_transforms,
     _flatquant_rest,

@@ -22,6 +22,7 @@ WEIGHT_BITS = {
     "atom": 4.25,
     "quarot": 4.125,
     "quarot-token": 4.004,
+    "quarot-token-rtn": 4.004,
     "flatquant": 4.004,
     "flatquant-transforms": 4.004,
     "flatquant-rest": 4.004,
