@@ -33,7 +33,7 @@ class ProducerConfig:
     largest_scale  where scales saturate, so that codes x scale stay finite
     permuted       whether columns are gathered by a permutation
     rotation       columns of a block of the Hadamard rotation, or 0
-    columns        of a row
+    columns        of a row, which lies in memory filled up to whole chunks (filled_rows.py)
     outliers       INT8 columns at the end of a row, under one scale of their own
     strided        whether rows of the inputs lie further apart than they are long (halves of a fused GEMM's output)
     dtype          of the input: bfloat16, float16 or float32
@@ -166,8 +166,13 @@ class ProducerConfig:
         return self.group_size // CHUNK
 
     @property
+    def row_chunks(self) -> int:
+        """Chunks of a row as it is read."""
+        return -(-self.columns // CHUNK)
+
+    @property
     def normal_chunks(self) -> int:
-        return (self.columns - self.outliers) // CHUNK
+        return -(-(self.columns - self.outliers) // CHUNK)
 
     @property
     def units(self) -> int:

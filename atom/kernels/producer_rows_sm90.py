@@ -52,12 +52,12 @@ class ProducerRows:
         """The chunk of the input that a slot holds, and whether there is one."""
         config = self.config
         chunk = slot
-        there = slot < config.columns // CHUNK
+        there = slot < config.row_chunks
         if cutlass.const_expr(config.outliers > 0 and not self.is_full):
             there = slot < config.normal_chunks
             if slot >= config.outlier_slot:
                 chunk = slot - (config.outlier_slot - config.normal_chunks)
-                there = chunk < config.columns // CHUNK
+                there = chunk < config.row_chunks
         return chunk, there
 
     @cute.jit
@@ -65,7 +65,7 @@ class ProducerRows:
         """The chunk of the input that a thread reads as its j-th, and whether there is one."""
         config = self.config
         chunk = Int32(j * config.threads) + tid
-        there = chunk < config.columns // CHUNK
+        there = chunk < config.row_chunks
         if cutlass.const_expr(not config.permuted):
             chunk, there = self.source_chunk(self.slot_of(j, tid, rank))
         return chunk, there
@@ -77,7 +77,7 @@ class ProducerRows:
         found = []
         for j in cutlass.range_constexpr(self.reads):
             chunk, there = self.place_of_read(j, tid, rank)
-            at = Int64(token * (config.columns // CHUNK) + chunk) * (CHUNK * self.size)  # chunks are counted in 32 bits
+            at = Int64(token * (config.row_chunks) + chunk) * (CHUNK * self.size)  # chunks are counted in 32 bits
             if cutlass.const_expr(config.strided):
                 at = (Int64(token) * (mX.stride[0] // CHUNK) + chunk) * (CHUNK * self.size)
             second = None
@@ -139,7 +139,7 @@ class ProducerRows:
             if cutlass.const_expr(config.permuted and config.parts > 1):
                 there = there and j // config.chunks == rank
             if there:
-                at = mT.iterator.toint() + Int64(token * (config.columns // CHUNK) + chunk) * (CHUNK * self.size)
+                at = mT.iterator.toint() + Int64(token * (config.row_chunks) + chunk) * (CHUNK * self.size)
                 for q in cutlass.range_constexpr(self.words // 4):
                     store_words(at + 16 * q, [rX[4 * q + w, j] for w in range(4)])
 

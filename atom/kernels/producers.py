@@ -1,8 +1,8 @@
 """Producers as implementations of the ops rms_norm_quantize, gated_quantize and permute_quantize on sm_90.
 
 They write what gemm.py reads: codes in bytes [T, columns] (each group padded to 128 columns, outliers to 64) or
-bfloat16 values [T, K], and float32 scales: [units, T padded to 16] by group, [1, T] by token, or [2, T] by token with
-outliers under one of their own.
+bfloat16 values [T, K padded to 8], and float32 scales: [units, T padded to 16] by group, [1, T] by token, or [2, T] by
+token with outliers under one of their own. What pads is zero.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..quant.schemes import LinearScheme
 from .activation import Activation, QuantizedActivation
 from .cache import kept_argument, kernel_key, kernel_path, load_kernel
+from .filled_rows import FilledRows
 from .gather_order import gather_orders, selector
 from .gemm import ARCH, activation_columns, token_scales
 from .producer_config import CHUNK, FEW_TOKENS, ProducerConfig, producer_config
@@ -72,37 +73,46 @@ class QuantizingProducer:
         """Every kernel that any number of tokens runs with."""
         return {self.config(dtype, K, strided, tokens) for tokens in (1, FEW_TOKENS + 1)}
 
-    def __call__(self, x: Tensor, other: Tensor | None = None, total: Tensor | None = None) -> QuantizedActivation:
+    def __call__(
+        self,
+        x: Tensor,
+        other: Tensor | None = None,
+        total: Tensor | None = None,
+        *,
+        out: QuantizedActivation | None = None,
+    ) -> QuantizedActivation:
         """x [T, K], other (up, or the residual) [T, K] -> codes and scales, as atom/kernels/gemm.py takes them.
 
         total   [T, K], takes the sum with the residual
+        out     what a call with as many tokens returned: written anew, so that nothing is allocated
         """
-        strided = not x.is_contiguous() or (other is not None and not other.is_contiguous())
-        if strided and self.source not in ("silu", "gelu_tanh"):
-            x, other, strided = x.contiguous(), None if other is None else other.contiguous(), False
         tokens, K = x.shape
+        strided = not x.is_contiguous() or (other is not None and not other.is_contiguous())
+        if strided and (K % CHUNK or self.source not in ("silu", "gelu_tanh")):
+            x, other, strided = x.contiguous(), None if other is None else other.contiguous(), False
         key = (x.dtype, K, strided, tokens > FEW_TOKENS)
         plan = self.plans.get(key)
         if plan is None:
             plan = self.plans[key] = self.plan(x.dtype, K, strided, tokens, x.device)
-        codes = plan.codes.new_empty(tokens, plan.width)
-        scales = plan.scales
-        if plan.rows:
-            scales = scales.new_empty(plan.rows, -(-tokens // 16) * 16 if plan.pads else tokens)
+        if out is None:
+            codes, scales = plan.codes.new_empty(tokens, plan.width), plan.scales
+            if plan.rows:
+                scales = scales.new_empty(plan.rows, -(-tokens // 16) * 16 if plan.pads else tokens)
+            out = QuantizedActivation(codes, scales)
         if tokens:
             unused = plan.unused
             other, total = unused if other is None else other, unused if total is None else total
-            plan.kernel(x, other, total, plan.gain, plan.columns, codes, scales, self.eps, plan.limit)
-        return QuantizedActivation(codes, scales)
+            plan.kernel(x, other, total, plan.gain, plan.columns, out.packed, out.scale, self.eps, plan.limit)
+        return out
 
     def plan(self, dtype: torch.dtype, K: int, strided: bool, tokens: int, device: torch.device) -> Plan:
         _, _, units = activation_columns(self.linear, K)
         config = self.config(dtype, K, strided, tokens)
         gain, columns = self.in_slots(config, device)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        scales = token_scales(self.linear)
+        scales, kernel = token_scales(self.linear), producer_kernel(config)
         return Plan(
-            kernel=producer_kernel(config),
+            kernel=FilledRows(kernel, config) if K % CHUNK else kernel,
             width=config.width,
             codes=torch.empty(1, dtype=torch.bfloat16 if config.writes_bf16 else torch.int8, device=device),
             scales=torch.empty(1, 1, device=device),
@@ -110,7 +120,7 @@ class QuantizingProducer:
             pads=scales == "group",
             gain=kept_argument(gain),
             columns=kept_argument(columns),
-            unused=kept_argument(torch.empty(1, K, dtype=dtype, device=device)),
+            unused=kept_argument(torch.empty(1, config.row_chunks * CHUNK, dtype=dtype, device=device)),
             limit=multiprocessors * config.ctas_per_sm,
         )
 
@@ -168,9 +178,16 @@ class AddingProducer:
 
     producer: QuantizingProducer
 
-    def __call__(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Activation]:
-        total = residual.new_empty(*residual.shape)
-        return total, self.producer(update, residual, total)
+    def __call__(
+        self, residual: Tensor, update: Tensor, *, total: Tensor | None = None, out: QuantizedActivation | None = None
+    ) -> tuple[Tensor, Activation]:
+        """total   takes the sum if given: a contiguous [T, K] that is neither of the inputs
+
+        out     see QuantizingProducer
+        """
+        if total is None:
+            total = residual.new_empty(*residual.shape)
+        return total, self.producer(update, residual, total, out=out)
 
 
 def build_add_rms_norm_quantize(

@@ -38,18 +38,18 @@ class Producer(ProducerRows, ProducerRotation, ProducerWrite):
         held = config.threads * config.chunks * config.parts
         assert held >= config.slots and config.threads % 32 == 0
         assert config.parts <= 8 or not config.clustered
-        read = -(-config.columns // CHUNK)
+        read = config.row_chunks
         self.reads = -(-read // config.threads) if config.permuted else config.chunks
         self.is_full = (
             read == self.reads * config.threads if config.permuted else held == config.slots == read
         )  # no thread reads past a row
-        self.fills = held == config.slots == config.outlier_slot + config.outliers // CHUNK == config.columns // CHUNK
+        self.fills = held == config.slots == config.outlier_slot + config.outliers // CHUNK == read
         self.size = config.dtype_bytes
         self.words = CHUNK * self.size // 4  # of a chunk
         self.stays = config.ctas_per_sm > 0
         assert not self.stays or not (config.reads_two or config.strided or config.parts > 1)
         self.rows = config.stages if self.stays else 1 if config.permuted else 0  # in shared memory
-        self.row = config.columns + CHUNK  # the last chunk holds zeros
+        self.row = (read + 1) * CHUNK  # the last chunk holds zeros
         self.room = -(-self.warps * config.parts // 4) * 4  # for what the warps found
 
     @cute.jit
@@ -129,7 +129,7 @@ class Producer(ProducerRows, ProducerRotation, ProducerWrite):
             self.load_constants(mG, mP, sV, rI, rG, rO, j, self.slot_of(j, tid, rank))
         if cutlass.const_expr(config.permuted):
             if tid < self.rows * CHUNK:
-                sV[tid // CHUNK * self.row + config.columns + tid % CHUNK] = dtype(0.0)
+                sV[tid // CHUNK * self.row + config.row_chunks * CHUNK + tid % CHUNK] = dtype(0.0)
         if cutlass.const_expr(self.stays):
             cute.arch.sync_threads()
         places = None if self.stays else self.places(mX, mU, first, tid, rank)
@@ -153,12 +153,12 @@ class Producer(ProducerRows, ProducerRotation, ProducerWrite):
     @cute.jit
     def fetch(self, mX, sV, full, stage: cutlass.Constexpr, token, tid):
         """Ask for the row of a token, if there is one; `full` counts its arrival."""
-        size = self.config.columns * self.size
+        columns = self.config.row_chunks * CHUNK
         if cute.arch.make_warp_uniform(tid // 32) == 0 and token < mX.shape[0]:
             with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, size)
-                source = mX.iterator + Int64(token) * self.config.columns
-                bulk_load(sV.iterator + stage * self.row, source, Int32(size), full + stage)
+                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, columns * self.size)
+                source = mX.iterator + Int64(token) * columns
+                bulk_load(sV.iterator + stage * self.row, source, Int32(columns * self.size), full + stage)
 
     @cute.jit
     def load_constants(self, mG, mP, sV, rI, rG, rO, j: cutlass.Constexpr, slot):
@@ -312,7 +312,7 @@ def compile_producer(config: ProducerConfig, options: str = "") -> object:
     """Compile one kernel for sm_90a; needs no GPU. Arguments as in Producer.__call__, on the current stream."""
     dtype = DTYPES[config.dtype]
     m, gains, perms, padded = (cute.sym_int() for _ in range(4))
-    k = config.columns
+    k = config.row_chunks * CHUNK
     if config.strided:
         pitch = cute.sym_int64(divisibility=8)
         x, up = (make_fake_tensor(dtype, (m, k), (pitch, 1), assumed_align=16) for _ in range(2))

@@ -17,7 +17,7 @@ def refuses_linear(problem: Problem) -> str | None:
 
 def refuses_producer(problem: Problem) -> str | None:
     """Why the sm_90a producers cannot feed a linear, or None."""
-    if reason := refuses_rows(problem, "rows"):
+    if reason := refuses_arch(problem):
         return reason
     if problem.K > LARGEST_ROW:
         return f"rows of {problem.K} do not fit in shared memory; at most {LARGEST_ROW}"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from atom.kernels.activation import QuantizedActivation
+from atom.kernels.filled_rows import filled_rows
 from atom.kernels.flashinfer_solution import dequantized
 from atom.kernels.gated import gated_activation
 from atom.kernels.gemm import activation_columns, takes_bf16, token_scales
@@ -115,6 +116,17 @@ def test_producer_of_few_and_many_outliers(name: str, count: int, layout: str, t
     check_producer("plain", linear, LAYOUTS[layout] | more, tmp_path, K=520)
 
 
+@pytest.mark.parametrize("source,name,K,layout", [
+    ("plain", "w4a4", 451, "one"), ("plain", "w4a4", 453, "stay in runs of 4"), ("silu", "w4a4", 451, "parts"),
+    ("norm", "w4a8", 449, "stay"), ("add_norm", "nvfp4", 450, "one"), ("plain", "w4a16", 455, "one"),
+    ("norm", "w4a4-bf16", 452, "parts"), ("gelu_tanh", "mxfp4", 454, "one"), ("norm", "fp8", 451, "one"),
+])  # fmt: skip
+def test_producer_of_odd_rows(source: str, name: str, K: int, layout: str, tmp_path: Path) -> None:
+    """Rows that are no multiple of a chunk, filled up for the kernel, which writes zeros there."""
+    more = {"parts": 3} if layout == "parts" else {}
+    check_producer(source, linear_scheme(name), LAYOUTS[layout] | more, tmp_path, K=K)
+
+
 def check_producer(
     source: str, linear: LinearScheme, layout: dict[str, int], folder: Path, K: int = 456, is_exact: bool | None = None
 ) -> None:
@@ -130,23 +142,25 @@ def check_producer(
     x[1] = 0
     x[2, 5] = 40.0
     is_bf16, units = takes_bf16(linear), activation_columns(linear, K)[2]
-    columns = K * 2 if is_bf16 else activation_columns(linear, K)[0]
+    columns = -(-K // 8) * 16 if is_bf16 else activation_columns(linear, K)[0]
     words = np.full((M, columns // 4), 0x7F7F7F7F, np.int32)
     kind = token_scales(linear)
     rows = 2 if linear.outliers.count else 1
     scales = np.full({"group": (units, 16), "token": (rows, M), "none": (1, 1)}[kind], np.nan, np.float32)
-    both = as_array(torch.cat((x, other), 1))
-    sums = np.full((M, K), 0x7FFF, np.uint16)
     config = replace(run.config(torch.bfloat16, K, strided=is_gated), **layout)
+    read, read_too = filled_rows(x, config), filled_rows(other, config)  # what the kernel is given
+    row = read.shape[1]
+    both = as_array(torch.cat((read, read_too), 1))
+    sums = np.full((M, row), 0x7FFF, np.uint16)
     held_gain, held_columns = run.in_slots(config, x.device)
     ctas = 2 if config.ctas_per_sm else M
-    first: Any = Columns(both, 0, K) if is_gated else Argument(as_array(x), (1,))
+    first: Any = Columns(both, 0, row) if is_gated else Argument(as_array(read), (1,))
     TensorCoreKernel(ptx(compile_producer, config, folder)).launch_all(
         ctas * config.parts,
         config.threads,
         [
             first,
-            Columns(both, K, 2 * K) if is_gated else Argument(as_array(other), (1,)),
+            Columns(both, row, 2 * row) if is_gated else Argument(as_array(read_too), (1,)),
             Argument(sums, (1,)),
             Argument(as_array(held_gain)),
             Argument(as_array(held_columns)),
@@ -161,11 +175,14 @@ def check_producer(
         if is_bf16
         else torch.from_numpy(words.view(np.int8))
     )
+    if is_bf16:
+        assert not codes[:, K:].any(), "columns that fill up a row are zero"
+        codes = codes[:, :K]
     found = dequantized(QuantizedActivation(codes, torch.from_numpy(scales)), linear, K)
     values: Any = x
     if source == "add_norm":
         values = x + other
-        assert torch.equal(bf16(sums), values)
+        assert torch.equal(bf16(sums)[:, :K], values)
     if is_gated:
         values = gated_activation(x.float(), other.float(), source)  # type: ignore[arg-type]
     elif gain is not None:
