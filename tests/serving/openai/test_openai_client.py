@@ -233,3 +233,20 @@ def test_lm_evals_api_model_scores_as_the_model_does(served: Served) -> None:
         model="m", prompt=until[0].args[0], temperature=0, max_tokens=12, stop="."
     )
     assert text == direct.choices[0].text
+
+
+def test_lm_evals_api_models_get_the_texts_that_the_client_gets(served: Served) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.api_models import JsonChatStr
+    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+    limits = {"until": ["\n\n"], "max_gen_toks": 12, "temperature": 0}
+    ask: dict[str, Any] = {"model": "m", "temperature": 0, "max_tokens": 12, "stop": ["\n\n"]}
+    api = LocalCompletionsAPI(model="m", base_url=f"{served.url}/v1/completions", batch_size=2, max_length=256)
+    prompts = ["The capital of France is", "Once upon a time"]
+    found = api.generate_until([Instance("generate_until", {}, (text, limits), i) for i, text in enumerate(prompts)])
+    assert found == [served.client.completions.create(prompt=text, **ask).choices[0].text for text in prompts]
+    chat = LocalChatCompletion(model="m", base_url=f"{served.url}/v1/chat/completions", max_length=256)
+    asked = JsonChatStr(json.dumps([USER]))
+    (text,) = chat.generate_until([Instance("generate_until", {}, (asked, limits), 0)])
+    assert text == served.chat(max_tokens=12, stop=["\n\n"]).choices[0].message.content
