@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,7 +154,7 @@ def test_json_schema(served: Served) -> None:
     assert set(value) == {"capital", "population"} and value["capital"] in ("Paris", "Rome")
 
 
-def test_json_object_and_choice_and_regex(served: Served) -> None:
+def test_json_object_choice_regex_and_grammar(served: Served) -> None:
     choice = served.chat(response_format={"type": "json_object"}, max_tokens=100).choices[0]
     assert choice.message.content.lstrip().startswith("{")
     if choice.finish_reason == "stop":
@@ -162,6 +163,9 @@ def test_json_object_and_choice_and_regex(served: Served) -> None:
     assert picked in ("yes", "no")
     number = served.chat(extra_body={"structured_outputs": {"regex": "[0-9]{3}"}}).choices[0].message.content
     assert len(number) == 3 and number.isdigit()
+    grammar = 'root ::= "<" digit digit? ">"\ndigit ::= [0-9]'
+    for asked in ({"structured_outputs": {"grammar": grammar}}, {"guided_grammar": grammar}):
+        assert re.fullmatch("<[0-9]{1,2}>", served.chat(extra_body=asked).choices[0].message.content)
 
 
 @pytest.mark.parametrize(
