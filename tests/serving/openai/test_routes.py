@@ -111,3 +111,18 @@ def test_prompt_tokens_that_wait_are_bounded_too() -> None:
             stream.__exit__(None, None, None)
         server.wait_idle()
         assert server.post(path, prompt=[5] * 600, max_tokens=4).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("limits", "what"),
+    [({"num_blocks": 8}, "the KV cache holds 128 tokens"), ({"max_model_len": 128}, "max_model_len is 128")],
+)
+def test_what_context_or_cache_cannot_hold_is_refused_before_it_waits(limits: dict[str, int], what: str) -> None:
+    with running(**limits) as server:
+        for body, field in (({"prompt": [5] * 200}, "prompt"), ({"prompt": [5] * 100, "max_tokens": 60}, "max_tokens")):
+            answer = server.post("/v1/completions", **body)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, field) and what in error["message"]
+        assert server.post("/v1/completions", prompt=[5] * 100, max_tokens=20).status_code == 200
+        assert len(server.runner.seen) == 1
+        server.wait_idle()
