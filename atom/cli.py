@@ -7,6 +7,7 @@ a program does. Exit code 0 is success, 1 a failure, 2 wrong usage.
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -27,7 +28,16 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `atom ARGV...` and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output has read enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+        return 1
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0 if arguments else 2
@@ -64,6 +74,8 @@ def _run(name: str, arguments: list[str], as_json: bool) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         result = command.run(options)
+    except BrokenPipeError:
+        raise
     except (AtomError, ValueError, OSError) as error:
         print(f"atom {name}: {error}", file=sys.stderr)
         return 1

@@ -16,7 +16,7 @@ _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Options of the engine. Raises ValueError for values out of range."""
+    """Options of the engine."""
 
     tokenizer: str | None = None
     """Directory or hub id of the tokenizer, if it does not lie beside the model."""
@@ -113,6 +113,7 @@ class EngineConfig:
     where a long prompt may take minutes."""
 
     def __post_init__(self) -> None:
+        """Raises ValueError for values out of range."""
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}; use 0.9."

@@ -7,7 +7,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Options of the HTTP side. Raises ValueError for values out of range."""
+    """Options of the HTTP side."""
 
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines in, and then wants an API key."""
@@ -52,6 +52,7 @@ class ServerConfig:
     """json is one object a line."""
 
     def __post_init__(self) -> None:
+        """Raises ValueError for values out of range."""
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must be within 0 and 65535, got {self.port}; 8000 is usual.")
         for name in ("stream_interval", "max_body_bytes", "body_timeout"):

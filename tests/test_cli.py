@@ -1,6 +1,8 @@
 """The command: help, exit codes, one line of JSON, and the whole chain on a tiny model."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,15 @@ def test_overview_and_version(atom: Atom) -> None:
 def test_help_has_a_working_example(name: str, atom: Atom) -> None:
     code, out, _ = atom(name, "--help")
     assert code == 0 and "Example: atom " + name in out
+
+
+def test_a_reader_who_has_read_enough_sees_no_traceback() -> None:
+    command = [sys.executable, "-m", "atom", "check", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 1
 
 
 def test_wrong_usage_is_2(atom: Atom) -> None:

@@ -10,7 +10,11 @@ from .bounds import GPUS
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """Options of `atom bench kernels`."""
+    """Microseconds of every op and implementation beside the least that bytes and operations take; without a GPU only
+    that, and what would run.
+
+    Example: atom bench kernels --op linear --scheme w4a8 --tokens 1 64 1024
+    """
 
     op: Literal[
         "all",
