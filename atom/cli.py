@@ -82,7 +82,8 @@ def _run(name: str, arguments: list[str], as_json: bool) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        print(f"atom {name}: {_OUT_OF_MEMORY.format(error=str(error).partition('.')[0] or 'host')}", file=sys.stderr)
+        first = str(error).partition("\n")[0].partition(".")[0]
+        print(f"atom {name}: {_OUT_OF_MEMORY.format(error=first or 'host')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"atom {name}: interrupted", file=sys.stderr)
@@ -99,10 +100,11 @@ _OUT_OF_MEMORY = (
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's memory (torch.OutOfMemoryError), or the host's: torch's allocator has no type of its own for it."""
+    """A GPU's memory, or the host's. Neither the host's nor what CUDA itself lacks has a type of its own in torch."""
     import torch
 
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    texts = ("can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def _overview() -> str:

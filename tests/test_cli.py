@@ -148,8 +148,9 @@ def test_check_names_what_a_gpu_would_run(atom: Atom, tiny: Tiny) -> None:
             "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
         ),
         MemoryError(),
+        torch.AcceleratorError("CUDA error: out of memory\nSearch for cudaErrorMemoryAllocation", 2),
     ],
-    ids=["gpu", "host", "python"],
+    ids=["gpu", "host", "python", "cuda"],
 )
 def test_out_of_memory_is_no_traceback(error: Exception, atom: Atom, tmp_path: Path, monkeypatch: Any) -> None:
     def fail(*_: Any) -> None:

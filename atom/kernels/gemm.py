@@ -28,7 +28,7 @@ from .gemm_pack import (
     pack_group_scaled,
     pack_verbatim,
 )
-from .gemm_pack_bf16 import pack_group_of_16, pack_group_of_32, pack_row_scaled
+from .gemm_pack_bf16 import pack_by_factor_bf16, pack_group_of_16, pack_group_of_32, pack_row_scaled
 from .refusals_sm90 import weight_kind
 
 Launch = tuple[Any, Any, Any, Any, Any, int, int]
@@ -48,6 +48,9 @@ def pack_weight(linear: LinearScheme, weight: MixedWeight) -> PackedWeight:
         return pack_verbatim(codes, scale.scale, kind)
     if kind == "int4_bf16":
         return pack_row_scaled(codes, scale.scale)
+    if kind == "int4_uint4_bf16":
+        assert scale.outer is not None
+        return pack_by_factor_bf16(codes, scale.scale.to(torch.uint8), scale.outer)
     if kind == "e2m1_g32":
         return pack_group_of_32(codes, scale.scale)
     if kind in ("int4_g16", "e2m1_g16"):

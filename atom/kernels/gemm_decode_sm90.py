@@ -7,7 +7,7 @@ A thread holds eight words of a unit (gemm_pack.py says which codes) and the sca
 from typing import Any
 
 import cutlass
-from cutlass import BFloat16, Float32, Uint8, Uint32, cute
+from cutlass import BFloat16, Float32, Uint8, Uint16, Uint32, cute
 
 from .dsl.arithmetic import multiply_add_bf16x2, multiply_bf16x2, select_bytes
 from .dsl.memory import load_u32x2, load_u32x4
@@ -117,6 +117,37 @@ class Int4Bf16(RowScaled):
                 words[4 * k + r] = multiply_add_bf16x2(biased_int4(raw[k], r), Uint32(0x3F803F80), Uint32(0xC308C308))
 
 
+class Int4Uint4Bf16:
+    """INT4 x an integer factor per row and unit to bfloat16: (136 + code) x factor - 136 x factor, both exact.
+
+    136 x 15 = 255 x 8 has eight bits, code x factor seven.
+    """
+
+    scale_type = Uint32  # a row's factor as two bfloat16
+    scale_words = 2
+
+    def __init__(self, scale_word: int) -> None:
+        self.scale_word = scale_word  # where a unit's factors begin, bfloat16
+
+    @cute.jit
+    def load_scales(self, unit, scale, thread):
+        factors = cute.make_tensor(cute.recast_ptr(unit + self.scale_word, dtype=Uint16), cute.make_layout(64))
+        row = (thread // 32) * 16 + (thread % 32) // 4
+        for r in cutlass.range_constexpr(2):
+            scale[r] = Uint32(factors[row + 8 * r]) * Uint32(0x00010001)
+
+    @cute.jit
+    def decode(self, raw, scale, words):
+        factors = (scale[0], scale[1])
+        offsets = (
+            multiply_bf16x2(factors[0], Uint32(0xC308C308)),
+            multiply_bf16x2(factors[1], Uint32(0xC308C308)),
+        )
+        for k in cutlass.range_constexpr(8):
+            for r in cutlass.range_constexpr(4):
+                words[4 * k + r] = multiply_add_bf16x2(biased_int4(raw[k], r), factors[r % 2], offsets[r % 2])
+
+
 class GroupScaled:
     """An 8-bit scale per row and `group` columns (16 or 32), multiplied with the codes in bfloat16."""
 
@@ -202,7 +233,13 @@ def spread_e2m1(word: Any, register: cutlass.Constexpr):
 def decoder(kind: str) -> Any:
     """The decoder of a WeightKind."""
     scale_word = KINDS[kind].code_bytes // 4
-    simple = {"int4": Int4, "int4_uint4": Int4Uint4, "int4_uint4_g32": Int4Uint4By32, "int4_bf16": Int4Bf16}
+    simple = {
+        "int4": Int4,
+        "int4_uint4": Int4Uint4,
+        "int4_uint4_g32": Int4Uint4By32,
+        "int4_bf16": Int4Bf16,
+        "int4_uint4_bf16": Int4Uint4Bf16,
+    }
     if kind in simple:
         return simple[kind](scale_word)
     return {"int4_g16": Int4Group16, "e2m1_g16": E2m1Group, "e2m1_g32": E2m1Group}[kind](scale_word, int(kind[-2:]))

@@ -65,8 +65,10 @@ KINDS = {
         WeightKind("int4_uint4_g32", "int8", 4, 128, 128, promoted=False, channel_scaled=True),
         WeightKind("int8", "int8", 8, 128, 0, promoted=False, channel_scaled=True),
         WeightKind("e4m3", "e4m3", 8, 128, 0, promoted=True, channel_scaled=True),
-        # 4-bit codes that become bfloat16, exactly: alone, or times an 8-bit scale per row and 16 or 32 columns
+        # 4-bit codes that become bfloat16, exactly: alone, times an integer factor per row and unit, or times an 8-bit
+        # scale per row and 16 or 32 columns
         WeightKind("int4_bf16", "bf16", 4, 128, 128, promoted=True, channel_scaled=False),
+        WeightKind("int4_uint4_bf16", "bf16", 4, 128, 128, promoted=False, channel_scaled=True),
         WeightKind("int4_g16", "bf16", 4, 128, 512, promoted=False, channel_scaled=True),
         WeightKind("e2m1_g16", "bf16", 4, 128, 512, promoted=False, channel_scaled=True),
         WeightKind("e2m1_g32", "bf16", 4, 128, 256, promoted=False, channel_scaled=True),

@@ -61,6 +61,19 @@ def pack_row_scaled(codes: Tensor, scale: Tensor) -> PackedWeight:
     return PackedWeight("int4_bf16", units, units.shape[1], torch.empty(0, device=codes.device), codes.shape[0])
 
 
+def pack_by_factor_bf16(codes: Tensor, factors: Tensor, channel_scale: Tensor) -> PackedWeight:
+    """INT4 in groups of 128 under integer factors under one float32 scale per row ("int4_uint4_bf16").
+
+    codes          int8 [N, K]                  within [-8, 7]; the last group may be short
+    factors        uint8 [N, ceil(K / 128)]     within [0, 15]: code x factor is a bfloat16
+    channel_scale  float32 [N, 1]
+    """
+    if int(factors.max()) > 15:
+        raise ValueError(f"a group factor is at most 15, got {int(factors.max())}; use scale_format='uint4'")
+    units = with_scales(pack_codes_bf16(codes, False), factors.to(torch.bfloat16), 128)
+    return PackedWeight("int4_uint4_bf16", units, units.shape[1], channel_scale.reshape(-1).float(), codes.shape[0])
+
+
 def pack_group_of_16(codes: Tensor, scale: Tensor, outer: Tensor, is_float: bool) -> PackedWeight:
     """E2M1 or INT4 codes [N, K] under E4M3 scales [N, ceil(K / 16)] (as float32), themselves under `outer`.
 

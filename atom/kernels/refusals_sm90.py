@@ -54,6 +54,8 @@ def weight_kind(linear: LinearScheme) -> str:
     if weight.format == "int8":
         return "int8"
     if weight.outer == "channel" and weight.scale_format == "uint4":
+        if activation is None:
+            return "int4_uint4_bf16"
         return "int4_uint4" if weight.group_size == 128 else "int4_uint4_g32"
     if weight.group_size != 128:
         return f"{weight.format}_g{weight.group_size}"
@@ -90,7 +92,8 @@ def refuses_scheme(linear: LinearScheme) -> str | None:
         by_token = activation is not None and _plain(activation, weight.format, Token())
         return None if by_token else f"{weight.format} weights need {weight.format} activations per token"
     if activation is None or _small_groups(activation):
-        known = _small_groups(weight) or _groups_of_128(weight)
+        whole = activation is None and _by_factor(weight, "channel") and weight.group_size == 128
+        known = whole or _small_groups(weight) or _groups_of_128(weight)
         return None if known else f"weights in {weight} have no kernel yet"
     by_token = _plain(activation, "int8", Token())
     if _by_factor(weight, "channel"):

@@ -49,7 +49,6 @@ def _small_groups(fmt: str, size: int, scale_format: str, outer: bool) -> tuple[
 
 _W4, _A4 = _group_int(4)
 _W4_32, _A4_32 = _hadamard_int4()
-_W4_BF16 = replace(_W4, scale_format="bf16", outer=None)
 _W3, _A3 = _group_int(3)
 _A8 = TensorSpec("int8", Token(), dynamic=True, scale_format="fp32")
 _W8 = TensorSpec("int8", Channel(), scale_format="fp32")
@@ -74,7 +73,7 @@ PRESETS: dict[str, Scheme] = {
         Scheme("w4a8", _W4, _A8, KV4),
         Scheme("w4a4-hadamard", _W4_32, _A4_32, KV4, rotation=RotationSpec("block_hadamard", 64)),
         Scheme("w4a8-hadamard", _W4_32, _A8, KV4, rotation=RotationSpec("block_hadamard", 64)),
-        Scheme("w4a16", _W4_BF16),
+        Scheme("w4a16", _W4),
         Scheme("w8a8", _W8, _A8, KV8),
         Scheme("fp8", _FP8_W, _FP8_A, KVFP8),
         Scheme("nvfp4", *_NVFP4, KVFP8),

@@ -82,6 +82,9 @@ def registers(packed: PackedWeight, tile: int, unit: int, decode: Any) -> list[W
         scale = [factors[row + 8 * r].astype(np.uint32) for r in range(2)]
     elif packed.kind == "int4_uint4_g32":
         scale = [words[1024 + thread // 32 * 8 + thread % 32 // 4]]
+    elif packed.kind == "int4_uint4_bf16":
+        factors = words[1024:].view(np.uint16)
+        scale = [factors[row + 8 * r].astype(np.uint32) * np.uint32(0x00010001) for r in range(2)]
     elif packed.kind in ("int4", "int4_bf16"):
         scale = []  # the promotion multiplies with it
     else:

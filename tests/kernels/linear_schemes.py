@@ -31,4 +31,6 @@ def linear_scheme(name: str) -> LinearScheme:
 def gemm_schemes() -> dict[str, LinearScheme]:
     """What the GEMM's tests run: the linears of every preset, and groups of other sizes and scales."""
     names = [name for name in PRESETS if name != "bf16"]
-    return {name: linear_scheme(name) for name in (*names, "w4a4-bf16", "w4a4-g32", "w4a4-g64", "w4a8-g32")}
+    return {
+        name: linear_scheme(name) for name in (*names, "w4a4-bf16", "w4a16-bf16", "w4a4-g32", "w4a4-g64", "w4a8-g32")
+    }

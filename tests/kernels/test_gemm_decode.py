@@ -13,13 +13,13 @@ from torch import Tensor
 
 from atom.kernels.gemm import pack_weight
 from atom.kernels.gemm_pack import pack_channel_scaled, pack_group_scaled, pack_verbatim
-from atom.kernels.gemm_pack_bf16 import pack_group_of_16, pack_group_of_32, pack_row_scaled
+from atom.kernels.gemm_pack_bf16 import pack_by_factor_bf16, pack_group_of_16, pack_group_of_32, pack_row_scaled
 from atom.quant.formats import E2M1
 from atom.quant.mixed import dequantize_weight, quantize_weight
-from atom.quant.presets import get_scheme
 from atom.quant.rounding import code_values
 
 from .emulated import decoder, operand_matrix
+from .linear_schemes import linear_scheme
 from .machine_code import needs_dsl
 
 
@@ -76,6 +76,17 @@ def test_int4_becomes_bf16(decode: Any) -> None:
 
 
 @needs_dsl
+def test_every_code_times_every_integer_factor_becomes_bf16(decode: Any) -> None:
+    codes = every_code(70, 300, 128, -8)
+    factors = torch.stack([(torch.arange(70) + 5 * g) % 16 for g in range(3)], 1).to(torch.uint8)
+    packed = pack_by_factor_bf16(codes, factors, torch.ones(70, 1))
+    wanted = padded(codes.float() * factors.repeat_interleave(128, 1)[:, :300])
+    assert (operand_matrix(packed, decode) == wanted).all()
+    with pytest.raises(ValueError, match="at most 15"):
+        pack_by_factor_bf16(codes, factors + 1, torch.ones(70, 1))
+
+
+@needs_dsl
 def test_int4_in_the_high_half_of_a_byte(decode: Any) -> None:
     codes = every_code(70, 300, 128, -8)
     packed = pack_group_scaled(codes, torch.rand(70, 3), None, None)
@@ -103,17 +114,17 @@ def test_every_code_times_every_factor_of_small_groups(group: int, decode: Any) 
 
 
 @needs_dsl
-@pytest.mark.parametrize("name", ["w4a16", "nvfp4", "mxfp4", "nvint4"])
+@pytest.mark.parametrize("name", ["w4a16", "w4a16-bf16", "nvfp4", "mxfp4", "nvint4"])
 def test_presets_decode_to_their_weights(name: str, decode: Any) -> None:
     """Random weights with a zero row and a huge value: operand x row scale is the dequantized weight."""
-    linear = get_scheme(name).for_linear("x")
+    linear = linear_scheme(name)
     weight = torch.randn(100, 176, generator=torch.Generator().manual_seed(0)) * 0.02
     weight[3] = 0
     weight[5, 7] = 90.0
     mixed = quantize_weight(weight, linear)
     packed = pack_weight(linear, mixed)
     found = operand_matrix(packed, decode)[:100, :176]
-    if name == "w4a16":
+    if name == "w4a16-bf16":
         scale = mixed.normal.scale.scale.double().repeat_interleave(128, 1)[:, :176].numpy()
     else:
         scale = packed.channel_scale.double().unsqueeze(1).numpy()

@@ -17,7 +17,12 @@ from atom.kernels.gemm_kinds import KINDS
 from .machine_code import HAS_DSL, disassemble, needs_dsl
 
 LLAMA = ((6144, 33), (4096, 33), (28672, 33), (4096, 113))  # features and units along K of Llama-3-8B, w4a4
-TOKEN_SCALES = {"int4": "group", "int4_bf16": "none", "e2m1_g32": "none"}  # of a kind; else "token"
+TOKEN_SCALES = {
+    "int4": "group",
+    "int4_bf16": "none",
+    "int4_uint4_bf16": "none",
+    "e2m1_g32": "none",
+}  # of a kind; else "token"
 
 
 def chosen() -> list[GemmConfig]:
