@@ -153,6 +153,8 @@ class Engine:
                 self._die(f"the engine's thread has not ended {GRACE_S:g} s after it was asked to")
         if self._watchdog is not None:
             self._watchdog.stop()
+            if not self._thread.is_alive():
+                self._watchdog = None  # it holds this engine, which else waited for the garbage collector
         gc.unfreeze()  # see start_up: what the engine held may go
 
     # --- under the lock ---

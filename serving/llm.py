@@ -102,12 +102,19 @@ class LLM(Closes):
         self._guides: GuideCompiler | None = None  # made for the first request that needs it
         self._news = threading.Condition()
         self._unread: list[SequenceOf[Output]] = []  # the outputs of one step after the other
-        self.engine.start(self._listen)
-        weakref.finalize(self, self.engine.shutdown)  # at the program's end, if nobody closes it
+        heard = weakref.WeakMethod(self._listen)  # else the engine's thread would keep this alive, and the weights
+
+        def listen(outputs: SequenceOf[Output]) -> None:
+            if (hears := heard()) is not None:
+                hears(outputs)
+
+        self.engine.start(listen)
+        # once, then nothing of the engine is held: by `close`, when this is dropped, or at the program's end
+        self._shut_down = weakref.finalize(self, self.engine.shutdown)
 
     def close(self) -> None:
-        """Stop the engine; may be called again."""
-        self.engine.shutdown()
+        """Stop the engine; may be called again. The weights and the cache are freed with the last name for this."""
+        self._shut_down()
         if self._guides is not None:
             self._guides.close()
 

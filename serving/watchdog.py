@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
+JOIN_S = 5.0  # it wakes at once, unless it is telling of a stuck thread
+
 
 class Watchdog:
     """Watches the thread that calls `begin` and `end` around work that must not take longer than `timeout_s`.
@@ -29,7 +31,13 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread and wait for it: it may hold the last name for a model, and must not free one at exit.
+
+        (A daemon thread that frees a tensor while the interpreter ends takes the process down with it.)
+        """
         self._stopped.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(JOIN_S)
 
     def begin(self, what: str) -> None:
         self._what, self._watched = what, threading.get_ident()

@@ -1,6 +1,10 @@
 """Generation through the whole engine on tiny models, against the plain loop of atom/models/generate.py."""
 
+import gc
 import random
+import threading
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,3 +209,24 @@ def test_refusals_and_failures(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> N
             llm.generate([[1]], GREEDY)
     with LLM("tiny", load_format="dummy", **SMALL) as llm, pytest.raises(ValueError, match="no tokenizer"):
         llm.generate("text")
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_nothing_of_an_engine_stays_when_its_llm_is_gone(tiny: Tiny, is_closed: bool) -> None:
+    """Else the next model of the same program would find the memory taken."""
+    llm = LLM(str(tiny("llama")), **SMALL)
+    tokens(llm)
+    engine = weakref.ref(llm.engine)
+    weights = weakref.ref(llm.ready.model)
+    if is_closed:
+        llm.close()
+        llm.close()
+        # a daemon thread that held the weights could free them while the interpreter ends, which aborts the process
+        assert not [t for t in threading.enumerate() if t.name.startswith("atom-")]
+    del llm
+    started = time.monotonic()
+    while (engine() is not None or weights() is not None) and time.monotonic() - started < 20:
+        gc.collect()
+        time.sleep(0.05)
+    assert engine() is None and weights() is None
+    assert not [t for t in threading.enumerate() if t.name.startswith("atom-")]
