@@ -1,14 +1,15 @@
-"""The last step of an answer: JSON bytes, and errors that come when a stream has begun."""
+"""The last step of an answer: as JSON or as events, and errors that come when these have begun."""
 
 import logging
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from typing import Any, Protocol
 
+from starlette.requests import Request
 from starlette.responses import Response
 
 from ..stream import Chunk, Stream
 from .errors import ApiError, api_error
-from .sse import event, to_json
+from .sse import EventStream, event, to_json, unless_left
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,24 @@ class JsonAnswer(Response):
 
     def render(self, content: Any) -> bytes:
         return to_json(content)
+
+
+class Generated(Protocol):
+    """What a request for text is answered with."""
+
+    async def whole(self) -> dict[str, Any]: ...
+
+    def events(self) -> AsyncGenerator[bytes, None]: ...
+
+
+async def respond(http: Request, generated: Generated, stream: Stream, in_events: bool) -> Response:
+    """`generated` whole or in events, of what `stream` brings, which is closed at the end or when the client leaves."""
+    if in_events:
+        return EventStream(generated.events(), stream.close)
+    try:
+        return JsonAnswer(await unless_left(http, generated.whole()))
+    finally:
+        stream.close()
 
 
 def error_answer(error: ApiError) -> Response:

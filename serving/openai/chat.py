@@ -13,13 +13,13 @@ from ..frontend import new_id
 from ..request import FinishReason
 from ..result import TokenLogprobs
 from ..stream import Chunk, Stream
-from .answers import ErrorEvents, JsonAnswer
+from .answers import ErrorEvents, respond
 from .guidance import guidance_spec
 from .logprobs import chat_logprobs, prompt_logprobs
 from .messages import template_messages
 from .protocol import ChatRequest
 from .service import Service, usage
-from .sse import DONE, EventStream, event, unless_left
+from .sse import DONE, event
 from .tool_choice import ToolUse, choose_tools
 from .tools import Piece, ToolReader
 
@@ -47,12 +47,7 @@ async def chat(service: Service, http: HttpRequest) -> Response:
     skip_special_tokens = body.skip_special_tokens and not use.reads_special_tokens
     stream = service.open(http, request_id, [ids], params, body, guide, skip_special_tokens)
     answer = Answer(service, request_id, body, use, stream)
-    if body.stream:
-        return EventStream(answer.events(), stream.close)
-    try:
-        return JsonAnswer(await unless_left(http, answer.whole()))
-    finally:
-        stream.close()
+    return await respond(http, answer, stream, in_events=body.stream)
 
 
 async def render(service: Service, body: Any, reasoning_effort: str | None = None) -> str:

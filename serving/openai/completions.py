@@ -14,12 +14,12 @@ from ..frontend import new_id
 from ..result import TokenLogprobs
 from ..stream import Chunk, Stream
 from ..tokenizer import Tokenizer
-from .answers import ErrorEvents, JsonAnswer
+from .answers import ErrorEvents, respond
 from .guidance import guidance_spec
 from .logprobs import completion_logprobs, prompt_logprobs
 from .protocol import CompletionRequest
 from .service import Service, usage
-from .sse import DONE, EventStream, event, unless_left
+from .sse import DONE, event
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,7 @@ async def complete(service: Service, http: HttpRequest) -> Response:
     ids = [prompt.token_ids for prompt in prompts]
     stream = service.open(http, request_id, ids, params, body, guide, body.skip_special_tokens)
     answer = Answer(service, request_id, body, prompts, stream, is_echo_only)
-    if body.stream:
-        return EventStream(answer.events(), stream.close)
-    try:
-        return JsonAnswer(await unless_left(http, answer.whole()))
-    finally:
-        stream.close()
+    return await respond(http, answer, stream, in_events=body.stream)
 
 
 async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
