@@ -99,8 +99,11 @@ def test_prompt_tokens_that_wait_are_bounded_too() -> None:
         server.runner.gate.clear()
         path, body = "/v1/completions", {"prompt": [5] * 600, "max_tokens": 4, "stream": True}
         streams = [server.http.stream("POST", path, json=body) for _ in range(2)]
-        for stream in streams:
-            stream.__enter__()
+        assert streams[0].__enter__().status_code == 200
+        deadline = time.monotonic() + 20
+        while server.engine.stats().waiting and time.monotonic() < deadline:
+            time.sleep(0.005)  # until it runs: the second has room then
+        assert streams[1].__enter__().status_code == 200
         answer = server.post(path, prompt=[5] * 600, max_tokens=4)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (429, "queue_full") and "tokens" in error["message"]
