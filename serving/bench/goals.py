@@ -84,14 +84,18 @@ class Case:
         prompt, _, output = self.workload.partition("/")
         return {"input": int(prompt), "output": int(output)} if prompt.isdigit() and output.isdigit() else {}
 
-    def measured(self, scheme: str, rows: Sequence[dict[str, Any]]) -> float | None:
-        """Output tok/s of the row of record `throughput` for this case, or None if it was not measured."""
+    def row_of(self, scheme: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """The row of record `throughput` for this case, or None if it was not measured."""
         key = self.key(scheme)
         for row in rows:
             if all(row.get(name) == value for name, value in key.items()) and _same_workload(row, self.workload):
-                value = row["out_tok_s"]
-                return None if value is None else float(value)
+                return row
         return None
+
+    def measured(self, scheme: str, rows: Sequence[dict[str, Any]]) -> float | None:
+        """Output tok/s of that row."""
+        row = self.row_of(scheme, rows)
+        return None if row is None or row["out_tok_s"] is None else float(row["out_tok_s"])
 
 
 @lru_cache(maxsize=32)

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atom.kernels.bounds import GPUS, Gpu
+
 from .comparison import compare_all, comparison_table
+from .goal_report import PARTS, goals_table, missed_goals
 from .overview import draw_overviews
 from .plots import (
     ACROSS,
@@ -77,6 +80,10 @@ def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
     if compared := compare_all(data.rows, data.latency):
         parts.append(("heading", "4 bits against bf16 and FP8", None))
         parts.append(("table", "Times as fast; within 1 % is not slower", comparison_table(compared)))
+    if (gpu := gpu_of(data)) is not None and (goals := goals_table(data.rows, gpu))[1]:
+        parts.append(("heading", "Goals", None))
+        parts.append(("table", "Output tokens a second, or times those of another scheme in the same setting", goals))
+        parts += [("text", "", text) for text in missed_goals(data.rows, data.profile, gpu)]
     if data.profile:
         parts.append(("heading", "Where the time goes", None))
         parts.append(("table", "Shares of the GPU's time under load, and steps in milliseconds", profile_table(data)))
@@ -99,6 +106,13 @@ def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
     ]
     parts.append(("table", "", (titles, body)))
     return parts
+
+
+def gpu_of(data: BenchData) -> Gpu | None:
+    """The GPU that the files name, if its rates are known and it is one."""
+    names = {str(source["machine"].get("gpu") or "").lower() for source in data.sources}
+    known = {key for key in GPUS for name in names if key in name}
+    return GPUS[known.pop()] if len(known) == 1 else None
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
@@ -186,9 +200,6 @@ def latency_table(data: BenchData) -> Table:
         times = (f"{row['ms']:.2f}", None if row["sol_ms"] is None else f"{row['sol_ms']:.2f}", share)
         body.append([row["shape"], row["batch"], row["context"], label_of(row), *times, row["batch"] / row["ms"] * 1e3])
     return titles, body
-
-
-PARTS = ("gemm", "decode_attention", "prefill_attention", "append", "producers", "sampling", "torch", "copies", "other")
 
 
 def profile_table(data: BenchData) -> Table:
