@@ -72,6 +72,8 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
     tokenizer_s = time.perf_counter() - started
     say("loading the weights")
     loaded = _load(model, options, device, dtype)
+    if device.type == "cuda":  # kernels and graphs are not torch's, and cannot have what its cache still holds
+        torch.cuda.empty_cache()
     weights_s = time.perf_counter() - started - tokenizer_s
     scheme = cache_scheme(loaded.scheme, options.kv_cache_dtype)
     say("sizing the KV cache")
