@@ -22,10 +22,11 @@ from atom.calibration.config import CalibrationConfig, Offload
 from atom.calibration.data import Windows, hash_tokens
 from atom.calibration.distill import DistillText, distill_checkpoint
 from atom.calibration.stream import quantize_source
+from atom.circumstances import circumstances
 from atom.models.device import choose_device
 from atom.models.source import Source, open_directory
 from atom.quant.presets import get_scheme
-from atom.records import Row, circumstances, write_record
+from atom.records import Row, write_record
 
 SHAPES = {
     "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from atom.records import Row, circumstances, current_commit, write_record
+from atom.circumstances import circumstances, current_commit
+from atom.records import Row, write_record
 
 
 @dataclass

@@ -21,10 +21,10 @@ from typing import Annotated, Any
 import httpx
 import tyro
 
+from atom.circumstances import circumstances, current_commit
 from atom.commands.console import console
 from atom.models.dummy import SHAPES
 from atom.quant.presets import get_scheme, kv_name
-from atom.records import circumstances, current_commit
 from atom.serving.bench.config import ServeBenchConfig
 from atom.serving.bench.joining import latest, read_parts, write_joined
 from atom.serving.bench.report_data import machine_name

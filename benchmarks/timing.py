@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from atom.circumstances import circumstances, current_commit
 from atom.kernels.timing import COLD_BYTES as COLD_BYTES
 from atom.kernels.timing import time_calls as time_calls
-from atom.records import circumstances, current_commit, write_record
+from atom.records import write_record
 
 
 def keep(name: str, rows: list[dict[str, Any]], out: str | None, is_record: bool = True) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import atom
 from atom.checkpoint import CheckpointWriter, check_output, quantization_config, read_scheme
+from atom.circumstances import current_commit
 from atom.errors import CalibrationError, CheckpointError, UnsupportedError
 from atom.models.device import choose_device
 from atom.models.family import model_config
@@ -30,7 +31,6 @@ from atom.models.shards import Shards
 from atom.models.source import Source, load_tokenizer, open_source
 from atom.models.tokens import Tokenizer
 from atom.quant.schemes import Scheme
-from atom.records import current_commit
 
 from .clips import ClipProbe, Measured, measured_groups, probe_windows
 from .clock import Clock

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from atom.circumstances import command_line, current_commit, machine_facts, package_versions
 from atom.errors import UnsupportedError
-from atom.records import command_line, current_commit, machine_facts, package_versions
 
 from .load import Loaded, load
 from .perplexity import Bos, Perplexity, measure_perplexity

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from atom.records import CHECKOUT, check_rows
+from atom.circumstances import CHECKOUT
+from atom.records import check_rows
 
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
 from accuracy_frontier import RECORD, Measure, fill_in_full_precision, finish, in_turn, measure

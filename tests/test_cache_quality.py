@@ -4,7 +4,8 @@ import json
 import sys
 from typing import Any
 
-from atom.records import CHECKOUT, check_rows
+from atom.circumstances import CHECKOUT
+from atom.records import check_rows
 
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
 from cache_quality import RECORD, Measure, finish, measure

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from atom.records import check_rows, circumstances
+from atom.circumstances import circumstances
+from atom.records import check_rows
 from atom.serving import runner as runner_module
 from atom.serving.batch import Step
 from atom.serving.engine_config import EngineConfig

@@ -19,6 +19,7 @@ TOP_LEVEL = ("calibration", "eval", "serving")  # folders of the checkout that a
 LAYERS = ["quant", "kernels", "models", "calibration", "serving", "eval"]
 # Modules of atom/ itself, and what they may import of the packages above.
 SHARED = {
+    "circumstances": (),
     "closing": (),
     "errors": (),
     "env": (),

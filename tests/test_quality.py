@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from atom.circumstances import CHECKOUT
 from atom.eval.load import load
-from atom.records import CHECKOUT, check_rows
+from atom.records import check_rows
 
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
 from measured import change_keys

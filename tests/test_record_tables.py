@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from atom.circumstances import CHECKOUT
 from atom.record_tables import main, stale_files, update_text
-from atom.records import CHECKOUT, write_record
+from atom.records import write_record
 
 ROWS = [
     {"model": m, "text": t, "step": s, "outliers": 0, "ppl": p, "windows": 8, "path": "reference"}

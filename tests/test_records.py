@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from atom.records import CHECKOUT, RESULTS, SCHEMAS, check_rows, command_line, current_commit, read_record, write_record
+from atom.circumstances import CHECKOUT, current_commit
+from atom.records import RESULTS, SCHEMAS, check_rows, read_record, write_record
 
 LADDER = {"model": "m", "text": "t", "step": "fp", "outliers": 0, "ppl": 9.5, "windows": 8, "path": "reference"}
 PRESET = {
@@ -28,20 +29,6 @@ def test_round_trip(tmp_path: Path) -> None:
     assert record.machine["name"] == "cpu" and record.machine["cores"] >= 1
     assert "torch" in record.versions
     assert len(path.read_text().splitlines()) > len(rows), "one row a line, for readable diffs"
-
-
-def test_command_line_hides_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [
-        "/opt/venv/bin/atom",
-        "eval",
-        "/data/models/small",
-        "--ppl",
-        "c4=/data/c4.txt",
-        "org/model",
-        "https://a/b/c",
-    ]
-    monkeypatch.setattr("sys.argv", arguments)
-    assert command_line() == "atom eval small --ppl c4=c4.txt org/model https://a/b/c"
 
 
 def test_overwrites_the_earlier_run(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atom.circumstances import circumstances, current_commit
 from atom.kernels.bounds import GPUS
-from atom.records import check_rows, circumstances, current_commit
+from atom.records import check_rows
 
 from .result import KIND
 

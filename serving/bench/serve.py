@@ -11,8 +11,8 @@ from typing import Any
 
 from httpx import AsyncClient
 
+from atom.circumstances import circumstances, current_commit
 from atom.models.source import load_tokenizer
-from atom.records import circumstances, current_commit
 
 from .config import ServeBenchConfig
 from .http_stream import StreamClient

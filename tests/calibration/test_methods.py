@@ -10,9 +10,9 @@ import tyro
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.methods import Bits, methods, with_cache
 from atom.calibration.stream import quantize_model
+from atom.circumstances import CHECKOUT
 from atom.commands.quantize import Options
 from atom.quant.presets import get_scheme
-from atom.records import CHECKOUT
 
 Tiny = Callable[[str], Path]
 Close = Callable[[Path, Path], float]

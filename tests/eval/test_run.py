@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from atom.circumstances import CHECKOUT
 from atom.errors import CheckpointError, UnsupportedError
 from atom.eval.results import EvalResult
 from atom.eval.run import EvalConfig, evaluate
-from atom.records import CHECKOUT
 
 from .conftest import SENTENCES
 
