@@ -59,7 +59,8 @@ def dequantized(found: Any, linear: LinearScheme, K: int) -> Tensor:
     assert isinstance(found, QuantizedActivation)
     spec, codes, M = linear.activation, found.packed, found.packed.shape[0]
     if codes.dtype == torch.bfloat16:
-        return codes.float() if spec is None or spec.outer is None else codes.float() * found.scale.T
+        values = codes[:, :K].float()
+        return values if spec is None or spec.outer is None else values * found.scale.T
     assert spec is not None
     normal, outliers = linear.split(K)
     values = codes.view(torch.float8_e4m3fn).float() if spec.format == "fp8_e4m3" else codes.float()

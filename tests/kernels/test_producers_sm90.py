@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from atom.kernels.activation import QuantizedActivation
+from atom.kernels.bench_operands import random_weight
 from atom.kernels.cache import compile_together
 from atom.kernels.flashinfer_solution import dequantized
 from atom.kernels.gated import gated_activation
+from atom.kernels.gemm import Gemm, pack_weight, token_scales
 from atom.kernels.norm import rms_norm
 from atom.kernels.producer_config import ProducerConfig
 from atom.kernels.producers import AddingProducer, QuantizingProducer, producer_kernel
@@ -22,7 +24,7 @@ from atom.kernels.refusals_sm90 import refuses_producer
 from atom.kernels.registry import Problem
 from atom.quant.formats import get_format
 from atom.quant.granularity import Token
-from atom.quant.mixed import fake_quantize_activation
+from atom.quant.mixed import dequantize_weight, fake_quantize_activation
 from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.rounding import code_values, quantize
 from atom.quant.schemes import LinearScheme, RotationSpec
@@ -188,6 +190,25 @@ def test_codes_and_scales(name: str, source: str, K: int) -> None:
 def test_odd_rows(name: str, source: str) -> None:
     """Rows that are no multiple of a chunk, in both layouts."""
     check_codes_and_scales(name, source, ODD_COLUMNS, (0, 1, 16, 65, 1000))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name,source", [("w4a4", "silu"), ("w4a16", "plain"), ("nvfp4", "add_norm"), ("w4a8", "add_norm")]
+)
+@pytest.mark.usefixtures("unverified", "compiled")
+def test_products_of_odd_rows(name: str, source: str) -> None:
+    """The GEMM multiplies what a producer makes of rows that are no multiple of a chunk."""
+    K, N, scheme = ODD_COLUMNS, 333, linear(name)
+    run, weight = producer(source, name, K, "cuda"), random_weight(scheme, N, K, "cuda")
+    multiply = Gemm(pack_weight(scheme, weight), token_scales(scheme))
+    x, other = (torch.randn(5, K, device="cuda").bfloat16() for _ in range(2))
+    second = other if source == "silu" else None
+    handed = AddingProducer(run)(other, x)[1] if source == "add_norm" else run(x, second)
+    assert isinstance(handed, QuantizedActivation)
+    wanted = dequantized(handed, scheme, K).double() @ dequantize_weight(weight, scheme).double().T
+    found = multiply(handed.packed, handed.scale).double()
+    assert bool(((found - wanted).abs() <= 2**-8 * wanted.abs() + 1e-3 * wanted.abs().amax()).all())
 
 
 @pytest.mark.gpu
