@@ -115,6 +115,8 @@ class DecodeBuckets:
         batch = _long_batch(size, count, self._max_blocks, self._scratch_block, self.kv.pool.block_size)
         _, found = self._load(batch, "always" if shares else "auto")
         assert found == shares, "a step of another kind would be captured"
+        if self.model.device.type == "cuda":  # attention starts early and reads lengths; before a graph they are there
+            torch.cuda.synchronize(self.model.device)
         self._compute(size)
         self._replays[size, shares] = self._capture(size)
 
@@ -144,4 +146,4 @@ def _long_batch(size: int, count: int, max_blocks: int, scratch_block: int, bloc
     padded = pad_decodes(nobody, size, scratch_block, block_size)
     lengths = padded.seqlens_k.copy()
     lengths[:count] = max_blocks * block_size
-    return replace(padded, seqlens_k=lengths)
+    return replace(padded, seqlens_k=lengths, positions=lengths - 1)

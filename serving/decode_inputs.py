@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from atom.kernels.begin import Begin, refuses_begin
-from atom.kernels.begin_config import BLOCKS, LANE, POSITION, RECORD_WORDS, SLOT, SOURCE, TOKEN
+from atom.kernels.begin_config import BLOCKS, LANE, NEWEST, POSITION, RECORD_WORDS, SLOT, SOURCE, TOKEN
 from atom.kernels.leading import Leading
 from atom.kernels.registry import Kernels, Problem, device_arch
 from atom.models.model import Model
 from atom.models.rope import RopeConfig, Rotation
 
-from .batch import Batch
+from .batch import Batch, Int32
 from .decoding import Rows
 from .kv_pool import DeviceArrays
 from .step_inputs import Staging, StepInputs
@@ -87,7 +87,10 @@ class TorchInputs:
 
 
 class KernelInputs:
-    """One kernel, which reads the host's memory; nothing is captured."""
+    """One kernel, which reads the host's memory; nothing is captured.
+
+    Tables of the sequences that the last step had are there already, but for their newest blocks.
+    """
 
     def __init__(
         self, model: Model, last_tokens: Tensor, most: int, max_blocks: int, block_size: int, depth: int
@@ -106,10 +109,13 @@ class KernelInputs:
             depth + 1,
         )
         begin = self._begin
-        self._lanes, self._slots, self._tables = (Leading(whole) for whole in (begin.lanes, begin.slots, begin.tables))
-        # the last step's: its records, whose they are (see Batch), whether their tokens were still being sampled
+        self._lanes, self._slots, self._tables, self._lengths = (
+            Leading(whole) for whole in (begin.lanes, begin.slots, begin.tables, begin.lengths)
+        )
+        # the last step's: its records, whose tables are there (see Batch), how many blocks each has
         self._records = np.zeros((most, RECORD_WORDS), dtype=np.int32)
         self._decoding: Rows | None = None
+        self._blocks = np.zeros(0, dtype=np.int32)
         self._is_pending = False
 
     def load(self, padded: Batch) -> Tensor:
@@ -124,16 +130,21 @@ class KernelInputs:
         if not goes_on:
             records[:sampled, LANE], records[sampled:, LANE] = padded.sample_lanes, 0
         records[:, POSITION], records[:, SLOT] = padded.positions, padded.slots
-        records[:, BLOCKS] = (padded.seqlens_k + (self._block_size - 1)) // self._block_size
-        self._decoding, self._is_pending = padded.decoding, is_pending
+        records[:, BLOCKS] = blocks = (padded.seqlens_k + (self._block_size - 1)) // self._block_size
+        tables: Int32 | None = padded.block_tables
+        if goes_on and (blocks - self._blocks).max() <= 1:
+            records[:, NEWEST] = padded.slots // self._block_size
+            tables = None
+        self._decoding = None  # should the launch fail
         room = self._begin.room(size)
         room[...] = records
-        self._begin(room, padded.block_tables)
+        self._begin(room, tables)
+        self._decoding, self._blocks, self._is_pending = padded.decoding, blocks, is_pending
         return self._lanes(len(padded.sample_lanes))
 
     def arrays(self, size: int) -> DeviceArrays:
         """See DecodeInputs."""
-        return DeviceArrays(self._slots(size), self._tables(size))
+        return DeviceArrays(self._slots(size), self._tables(size), self._lengths(size))
 
     def start(self, size: int) -> tuple[Tensor, Rotations]:
         """See DecodeInputs."""

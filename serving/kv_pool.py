@@ -108,10 +108,12 @@ class DeviceArrays:
 
     slots         int64 [T]
     block_tables  int32 [B, max blocks]
+    lengths       int32 [B], tokens to attend over, where every sequence has one query; None: attention brings them
     """
 
     slots: Tensor
     block_tables: Tensor
+    lengths: Tensor | None = None
 
     @staticmethod
     def of(batch: Batch, device: torch.device) -> "DeviceArrays":
@@ -191,7 +193,13 @@ class PagedKV:
         self._steps = []
         for ops in self._ops:
             step = PagedStep(
-                batch.cu_seqlens_q, batch.seqlens_k, batch.block_tables, arrays.slots, arrays.block_tables, batch.ahead
+                batch.cu_seqlens_q,
+                batch.seqlens_k,
+                batch.block_tables,
+                arrays.slots,
+                arrays.block_tables,
+                batch.ahead,
+                arrays.lengths,
             )
             shares.append(ops.attend.prepare(step, config.windows, config.queries_per_kv, share))
             self._steps.append(step)

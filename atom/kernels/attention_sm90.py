@@ -41,14 +41,14 @@ class DecodePlan:
     rows: Ints | None = None
     tables: Ints | None = None
 
-    def goes_on(self, lengths: Ints, rows: Ints, tables: Ints) -> bool:
+    def goes_on(self, step: PagedStep, lengths: Ints, rows: Ints) -> bool:
         """It serves another step; see StepBuffers.go_on. Where a prefix is shared, that still is in all tables."""
         if self.cascade is not None:
-            found = tables[:, : int(self.cascade.blocks.max())]
+            found = step.tables[:, : int(self.cascade.blocks.max())]
             assert self.rows is not None and self.tables is not None
             if not (np.array_equal(rows, self.rows) and np.array_equal(found, self.tables)):
                 return False
-        return self.buffers.go_on(lengths, rows)
+        return self.buffers.go_on(lengths, None if step.lengths is not None else rows)
 
 
 class PagedAttentionSm90:
@@ -87,7 +87,8 @@ class PagedAttentionSm90:
         self.is_prepared_now = True
         for window in dict.fromkeys(windows):
             plans.append(self._ready(step, window, queries, share))
-            self.prefill.plan(step, window, queries * self.layout.num_kv_heads)
+            if step.lengths is None:  # else nothing prefills
+                self.prefill.plan(step, window, queries * self.layout.num_kv_heads)
         return any(plan is not None and plan.prefix is not None for plan in plans)
 
     def __call__(
@@ -117,8 +118,9 @@ class PagedAttentionSm90:
                     words, layer, step.block_tables, plan.prefix, scratch.partial, scratch.lse, spec.scale, cap,
                     is_early,
                 )  # fmt: skip
+            lengths = buffers.lengths if step.lengths is None else step.lengths
             decode(
-                words, layer, step.block_tables, buffers.lengths, buffers.rows, buffers.work, buffers.segments, out,
+                words, layer, step.block_tables, lengths, buffers.rows, buffers.work, buffers.segments, out,
                 scratch.partial, scratch.lse, scratch.counters, *offsets,
                 spec.scale if cap is None else spec.scale / cap,
                 1.0 if cap is None else cap, spec.window or 0, is_early,
@@ -156,16 +158,18 @@ class PagedAttentionSm90:
         return step.derive(("plan", window), lambda: self._plan(step, window, queries, share))
 
     def _plan(self, step: PagedStep, window: int | None, queries: int, share: Share) -> DecodePlan | None:
-        is_decode = step.counts == 1
-        if not is_decode.any():
-            return None
-        lengths, rows = np.where(is_decode, step.seqlens_k, 0), step.cu_seqlens_q[:-1]
+        lengths, rows = step.seqlens_k, step.cu_seqlens_q[:-1]
+        if step.lengths is None:
+            is_decode = step.counts == 1
+            if not is_decode.any():
+                return None
+            lengths = np.where(is_decode, lengths, 0)
         self.is_planned_now = True
         room = room_for(len(lengths))
         if window is not None or self.split_blocks is not None or share == "never":
             return self._plan_alone(step, window, queries, room, lengths, rows, None)
         last = self.plans.get(room)
-        if last is None or share != "auto" or step.ahead is not None or not last.goes_on(lengths, rows, step.tables):
+        if last is None or share != "auto" or step.ahead is not None or not last.goes_on(step, lengths, rows):
             cascade = None
             if not self.has_offset:
                 stored = lengths - 1 if step.ahead is None else lengths - 1 - step.ahead  # in steps before

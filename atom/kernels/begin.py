@@ -36,6 +36,7 @@ class Begin:
     hidden       [most, hidden] bfloat16
     turns        float32 [2, ropes, most, head_dim / 2]: cosines, sines
     positions, slots, lanes  int64 [most]
+    lengths      int32 [most]: positions + 1
     tables       int32 [most, max_blocks]
     """
 
@@ -59,6 +60,7 @@ class Begin:
         self.turns = torch.zeros(shape, dtype=torch.float32, device=device)
         self.ids = torch.zeros(3, most, dtype=torch.int64, device=device)
         self.positions, self.slots, self.lanes = self.ids
+        self.lengths = torch.zeros(most, dtype=torch.int32, device=device)
         self.tables = torch.zeros(most, max_blocks, dtype=torch.int32, device=device)
         size = most * (RECORD_WORDS + max_blocks)
         pinned = device.type == "cuda"
@@ -68,29 +70,30 @@ class Begin:
         self.first_hidden = Leading(self.hidden)
         self._before = [kept_argument(x) for x in (last_tokens, embedding)]  # its arguments, in their order
         self._between = [kept_argument(x) for x in (self.frequencies, self.factors)]
-        self._after = [kept_argument(x) for x in (self.turns, self.ids, self.tables)]
+        self._after = [kept_argument(x) for x in (self.turns, self.ids, self.lengths, self.tables)]
 
     def room(self, size: int) -> Int32:
         """Where the next step's records are to be written before it is called, int32 [size, RECORD_WORDS]."""
         self.turn = (self.turn + 1) % len(self.host)
         return self.words[self.turn][0][: size * RECORD_WORDS].reshape(size, RECORD_WORDS)
 
-    def place(self, records: Int32, tables: Int32) -> tuple[int, int]:
+    def place(self, records: Int32, tables: Int32 | None) -> tuple[int, int]:
         """Put the tables of records that lie in their room where the kernel reads them; returns both addresses."""
         words, address = self.words[self.turn]
-        words[records.size : records.size + tables.size].reshape(tables.shape)[...] = tables
+        if tables is not None:
+            words[records.size : records.size + tables.size].reshape(tables.shape)[...] = tables
         return address, address + records.nbytes
 
-    def __call__(self, records: Int32, tables: Int32) -> None:
+    def __call__(self, records: Int32, tables: Int32 | None) -> None:
         """Fill the first rows of the buffers, on the current stream; does not wait.
 
-        records  as `room` returned them, written; tables  [B, width]
+        records  as `room` returned them, written
+        tables   [B, width]; None: those of the step before, with what is new in the records
         """
         at, tables_at = self.place(records, tables)
+        width = 0 if tables is None else tables.shape[1]
         hidden = self.first_hidden(len(records))
-        begin_kernel()(
-            at, tables_at, tables.shape[1], *self._before, self.scale, *self._between, hidden, *self._after
-        )  # fmt: skip
+        begin_kernel()(at, tables_at, width, *self._before, self.scale, *self._between, hidden, *self._after)
 
 
 @lru_cache

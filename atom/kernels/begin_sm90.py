@@ -1,9 +1,10 @@
 """The first kernel of a decode step on Hopper (sm_90a), in CuTe DSL: it fetches the step from the host's memory.
 
 One CTA takes one token. Its record and its block table lie in page-locked memory and are read from there, before the
-kernel waits for what runs ahead of it; copies by the copy engine would cost the GPU 10 us of standing still each. Then
-the token is looked up (it may be what its lane sampled last), its embedding becomes the hidden state, and its position
-the cosines and sines of every rope the model has.
+kernel waits for what runs ahead of it; copies by the copy engine would cost the GPU 10 us of standing still each. A
+step of the last step's sequences needs no tables: its records have what is new. Then the token is looked up (it may be
+what its lane sampled last), its embedding becomes the hidden state, and its position the cosines and sines of every
+rope the model has.
 """
 
 import cuda.bindings.driver as cuda
@@ -12,7 +13,7 @@ import cutlass.utils as utils
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_stream
 
-from .begin_config import BLOCKS, LANE, POSITION, RECORD_WORDS, SLOT, SOURCE, TOKEN
+from .begin_config import BLOCKS, LANE, NEWEST, POSITION, RECORD_WORDS, SLOT, SOURCE, TOKEN
 from .dsl.arguments import row_major
 
 THREADS = 256
@@ -24,7 +25,7 @@ class Begin:
         self,
         records: Int64,  # address of int32 [B, RECORD_WORDS] on the host
         tables: Int64,  # address of int32 [B, width] on the host
-        width: Int32,
+        width: Int32,  # 0: the last step's tables, grown by at most a block each
         mLast: cute.Tensor,  # [lanes] int64: the token that each lane sampled last
         mE: cute.Tensor,  # [V, hidden] bfloat16
         scale: Float32,  # of embeddings
@@ -33,17 +34,18 @@ class Begin:
         mH: cute.Tensor,  # [B, hidden] bfloat16: hidden states
         mR: cute.Tensor,  # [2, ropes, most B, head_dim / 2] float32: cosines, sines
         mI: cute.Tensor,  # [3, most B] int64: positions, slots, lanes
+        mN: cute.Tensor,  # [most B] int32: lengths
         mT: cute.Tensor,  # [most B, max blocks] int32: block tables
         stream: cuda.CUstream,
     ):
-        self.kernel(records, tables, width, mLast, mE, scale, mF, mA, mH, mR, mI, mT).launch(
+        self.kernel(records, tables, width, mLast, mE, scale, mF, mA, mH, mR, mI, mN, mT).launch(
             grid=(mH.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(self, records: Int64, tables: Int64, width: Int32, mLast: cute.Tensor, mE: cute.Tensor, scale: Float32,
                mF: cute.Tensor, mA: cute.Tensor, mH: cute.Tensor, mR: cute.Tensor, mI: cute.Tensor,
-               mT: cute.Tensor):  # fmt: skip
+               mN: cute.Tensor, mT: cute.Tensor):  # fmt: skip
         tid, _, _ = cute.arch.thread_idx()
         row, _, _ = cute.arch.block_idx()
         smem = utils.SmemAllocator()
@@ -62,11 +64,16 @@ class Begin:
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.griddepcontrol_wait()
 
-        if tid < blocks:
-            mT[row, tid] = block
-        for i in cutlass.range(tid + THREADS, blocks, THREADS, unroll=1):
-            mT[row, i] = self.fetch(table, i)
+        if width == 0:
+            if tid == 0:
+                mT[row, blocks - 1] = sW[NEWEST]
+        else:
+            if tid < blocks:
+                mT[row, tid] = block
+            for i in cutlass.range(tid + THREADS, blocks, THREADS, unroll=1):
+                mT[row, i] = self.fetch(table, i)
         if tid == 0:
+            mN[row] = position + 1
             mI[0, row] = Int64(position)
             mI[1, row] = Int64(sW[SLOT])
             mI[2, row] = Int64(sW[LANE])
@@ -149,6 +156,7 @@ def compile_begin(options: str = "") -> object:
         row_major(BFloat16, (cute.sym_int(), hidden), 16),
         row_major(Float32, (2, ropes, most, half), 4),
         row_major(Int64, (3, most), 8),
+        row_major(Int32, (most,), 4),
         row_major(Int32, (most, cute.sym_int()), 4),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",

@@ -30,6 +30,7 @@ class PagedStep:
     block_tables   int32 or int64 [B, max blocks], on the device
     ahead          int [B], on the host: of the tokens before a sequence's first query, how many are stored in this very
                    step, as other sequences' queries; None: none
+    lengths        int32 [B], seqlens_k on the device, where every sequence has one query; None: attention brings them
     """
 
     cu_seqlens_q: Ints
@@ -38,6 +39,7 @@ class PagedStep:
     slots: Tensor
     block_tables: Tensor
     ahead: Ints | None = None
+    lengths: Tensor | None = None
     _derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

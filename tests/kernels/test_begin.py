@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from atom.kernels.begin import Begin, refuses_begin
-from atom.kernels.begin_config import RECORD_WORDS
+from atom.kernels.begin_config import BLOCKS, NEWEST, RECORD_WORDS
 from atom.kernels.host_memory import HostRing, bring
 from atom.kernels.registry import Problem
 
@@ -44,9 +44,8 @@ def made(device: str, scale: float) -> Begin:
     return Begin(embedding.to(device), scale, frequencies, [1.0, 0.5], last.to(device), MOST, MAX_BLOCKS, 2)
 
 
-def check(begin: Begin, scale: float, atol: float) -> None:
+def check(begin: Begin, scale: float, atol: float, records: np.ndarray, tables: np.ndarray) -> None:
     """What a step's buffers must hold."""
-    records, tables = step()
     tokens = torch.tensor([3, 5, 9, 7, 1], device=begin.hidden.device)
     assert torch.equal(begin.hidden[:5], begin.embedding[tokens] * scale) and not begin.hidden[5:].any()
     positions, slots, lanes = (torch.from_numpy(records[:, i]).long() for i in (2, 4, 5))
@@ -54,8 +53,19 @@ def check(begin: Begin, scale: float, atol: float) -> None:
     angles = positions.to(begin.hidden.device).float()[:, None] * begin.frequencies[:, None]
     for found, function in zip(begin.turns[:, :, :5], (torch.cos, torch.sin), strict=True):
         assert torch.allclose(found, function(angles) * begin.factors[:, None, None], atol=atol, rtol=0)
+    assert (begin.lengths[:5] == positions.to(begin.lengths.device) + 1).all() and not begin.lengths[5:].any()
     for row, blocks in enumerate(records[:, 3].tolist()):
         assert begin.tables[row, :blocks].tolist() == tables[row, :blocks].tolist()
+
+
+def grow(records: np.ndarray, tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The next step's records without tables, two of which have a block more; and what the tables are then."""
+    later, tables = records.copy(), np.pad(tables, ((0, 0), (0, 1)))
+    later[:, NEWEST] = tables[range(5), records[:, BLOCKS] - 1]
+    later[[0, 3], BLOCKS] += 1
+    later[[0, 3], NEWEST] = 77, 78
+    tables[0, 1], tables[3, 257] = 77, 78
+    return later, tables
 
 
 @needs_dsl
@@ -65,34 +75,42 @@ def test_buffers_on_a_model_of_the_machine(scale: float, tmp_path: Path) -> None
     from atom.kernels.begin_sm90 import compile_begin
 
     begin = made("cpu", scale)
-    records, tables = step()
-    begin.room(5)[...] = records
-    begin.place(records, tables)
-    host = begin.host[begin.turn].numpy()
-    halves = (host[: records.size], host[records.size : records.size + tables.size].copy())
 
     def bits(x: Tensor) -> Argument:
         return Argument((x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy())
 
     kernel = ptx(compile_begin(f"--keep-ptx --dump-dir {tmp_path}"))
-    kernel.launch(
-        (5, 1),
-        256,
-        [
-            *map(Address, halves),
-            tables.shape[1],
-            bits(begin.last_tokens),
-            bits(begin.embedding),
-            scale,
-            bits(begin.frequencies),
-            bits(begin.factors),
-            bits(begin.hidden[:5]),
-            Argument(begin.turns.numpy(), (0,)),
-            Argument(begin.ids.numpy(), (0,)),
-            bits(begin.tables),
-        ],
-    )
-    check(begin, scale, 1e-6)
+
+    def launch(records: np.ndarray, tables: np.ndarray | None) -> None:
+        begin.room(5)[...] = records
+        begin.place(begin.host[begin.turn].numpy()[: records.size], tables)
+        host, count = begin.host[begin.turn].numpy(), 0 if tables is None else tables.size
+        halves = (host[: records.size], host[records.size : records.size + max(1, count)].copy())
+        kernel.launch(
+            (5, 1),
+            256,
+            [
+                *map(Address, halves),
+                0 if tables is None else tables.shape[1],
+                bits(begin.last_tokens),
+                bits(begin.embedding),
+                scale,
+                bits(begin.frequencies),
+                bits(begin.factors),
+                bits(begin.hidden[:5]),
+                Argument(begin.turns.numpy(), (0,)),
+                Argument(begin.ids.numpy(), (0,)),
+                bits(begin.lengths),
+                bits(begin.tables),
+            ],
+        )
+
+    records, tables = step()
+    launch(records, tables)
+    check(begin, scale, 1e-6, records, tables)
+    later, tables = grow(records, tables)
+    launch(later, None)
+    check(begin, scale, 1e-6, later, tables)
 
 
 @needs_dsl
@@ -119,11 +137,15 @@ def test_buffers_on_a_gpu(scale: float) -> None:
     """Angles are those of torch bit by bit: keys are stored turned by either."""
     begin = made("cuda", scale)
     records, tables = step()
-    room = begin.room(5)
-    room[...] = records
-    begin(room, tables)
+    begin.room(5)[...] = records
+    begin(records, tables)
     torch.cuda.synchronize()
-    check(begin, scale, 0.0)
+    check(begin, scale, 0.0, records, tables)
+    later, tables = grow(records, tables)
+    begin.room(5)[...] = later
+    begin(later, None)
+    torch.cuda.synchronize()
+    check(begin, scale, 0.0, later, tables)
     words, source = torch.zeros(4096, dtype=torch.int32, device="cuda"), torch.arange(4096, dtype=torch.int32)
     pinned = source.pin_memory()
     bring(pinned, words)

@@ -6,11 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from atom.kernels.begin_config import BLOCKS, LANE, POSITION, RECORD_WORDS, SLOT, SOURCE, TOKEN
+from atom.kernels.begin_config import BLOCKS, LANE, NEWEST, POSITION, RECORD_WORDS, SLOT, SOURCE, TOKEN
 
 
 class BeginModel:
-    """Called with the kernel's arguments."""
+    """Called with the kernel's arguments. It counts the steps that came without tables."""
+
+    def __init__(self) -> None:
+        self.without = 0
 
     def __call__(
         self,
@@ -25,17 +28,23 @@ class BeginModel:
         hidden: Any,
         turns: Any,
         ids: Any,
+        lengths: Any,
         tables: Any,
     ) -> None:
         count = len(hidden)
+        self.without += not width
         for row, record in enumerate(words(at, (count, RECORD_WORDS))):
             blocks, position = int(record[BLOCKS]), int(record[POSITION])
-            tables[row, :blocks] = torch.from_numpy(words(tables_at, (count, width))[row, :blocks].copy())
+            if width:
+                tables[row, :blocks] = torch.from_numpy(words(tables_at, (count, width))[row, :blocks].copy())
+            else:
+                tables[row, blocks - 1] = int(record[NEWEST])
             token = int(record[TOKEN]) if record[SOURCE] < 0 else int(last[record[SOURCE]])
             hidden[row] = embedding[token] * scale
             angles = position * frequencies
             turns[0, :, row], turns[1, :, row] = angles.cos() * factors[:, None], angles.sin() * factors[:, None]
             ids[:, row] = torch.tensor([position, int(record[SLOT]), int(record[LANE])])
+            lengths[row] = position + 1
 
 
 def words(address: int, shape: tuple[int, int]) -> np.ndarray:

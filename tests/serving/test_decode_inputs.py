@@ -23,8 +23,8 @@ LANES, SIZES, MAX_BLOCKS, BLOCK = 8, (1, 2, 4, 8), 16, 4
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_buffers_are_the_batchs_arrays_whoever_comes_and_goes(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, model = random.Random(depth), load_source(dummy_source("tiny"))
-    monkeypatch.setattr(begin, "begin_kernel", BeginModel)
+    kernel, draw, model = BeginModel(), random.Random(depth), load_source(dummy_source("tiny"))
+    monkeypatch.setattr(begin, "begin_kernel", lambda: kernel)
     last_tokens = torch.zeros(LANES, dtype=torch.int64)
     inputs = KernelInputs(model, last_tokens, LANES, MAX_BLOCKS, BLOCK, depth)
     run = engine(depth, max_num_seqs=LANES, num_blocks=40)
@@ -36,7 +36,8 @@ def test_buffers_are_the_batchs_arrays_whoever_comes_and_goes(depth: int, monkey
         last_tokens[:] = torch.tensor(run.runner.last)
         assert inputs.load(padded).tolist() == batch.sample_lanes.tolist()
         arrays = inputs.arrays(size)
-        assert arrays.slots.tolist() == padded.slots.tolist()
+        assert arrays.slots.tolist() == padded.slots.tolist() and arrays.lengths is not None
+        assert arrays.lengths.tolist() == padded.seqlens_k.tolist()
         for row, length in enumerate(padded.seqlens_k.tolist()):
             blocks = -(-length // BLOCK)
             assert arrays.block_tables[row, :blocks].tolist() == padded.block_tables[row, :blocks].tolist()
@@ -60,4 +61,4 @@ def test_buffers_are_the_batchs_arrays_whoever_comes_and_goes(depth: int, monkey
         for _ in range(draw.randint(0, 20)):
             run.advance()
     run.finish()
-    assert loaded > 200
+    assert loaded > 200 and kernel.without > loaded // 2

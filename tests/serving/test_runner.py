@@ -237,10 +237,20 @@ def test_driven_steps_are_the_engines(tiny: Tiny) -> None:
 def test_steps_that_begin_with_the_kernels_records_are_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it but the kernel itself, which does on a GPU what stands in begin_model.py."""
     plain, _ = drive(tiny("llama"), "cpu", ())
-    monkeypatch.setattr(begin, "begin_kernel", BeginModel)
+    kernel = BeginModel()
+    monkeypatch.setattr(begin, "begin_kernel", lambda: kernel)
+    load = KernelInputs.load
+
+    def watched(inputs: KernelInputs, padded: Batch) -> torch.Tensor:
+        lanes, arrays = load(inputs, padded), inputs.arrays(padded.num_seqs)
+        assert arrays.lengths is not None and arrays.lengths.tolist() == padded.seqlens_k.tolist(), "warm-up included"
+        return lanes
+
+    monkeypatch.setattr(KernelInputs, "load", watched)
     monkeypatch.setattr(decode_buckets, "decode_inputs", lambda *options: KernelInputs(*options[:-1]))
     for buckets in ((1, 2, 4, 8), (1, 2, 4, 8, 16, 24)):
         assert drive(tiny("llama"), "cpu", buckets)[0] == plain
+    assert kernel.without > 10
 
 
 MIXED = replace(get_scheme("bf16+kv4"), kv_overrides=(CacheOverride(1, KV8),))
