@@ -60,6 +60,7 @@ def test_rows_by_how_a_key_begins(tmp_path: Path) -> None:
     rows = [row | {"model": name} for name in ("trace:a", "trace:b", "tracer")]
     write_record("quality-ladder", rows, command="x", commit="abc", results=tmp_path)
     assert draw("columns=model where=model=trace:", tmp_path)[2:4] == ["| trace:a |", "| trace:b |"]
+    assert draw("columns=model where=model=trace:a|tracer", tmp_path)[2:4] == ["| trace:a |", "| tracer |"]
 
 
 def test_drawing_twice_changes_nothing(results: Path) -> None:
