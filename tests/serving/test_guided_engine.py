@@ -15,7 +15,8 @@ from atom.serving.llm import LLM
 from atom.serving.request import FinishReason
 from atom.serving.sampling_params import SamplingParams
 
-from .test_runner import PROMPTS, engine_on
+from .driven_steps import PROMPTS
+from .test_runner import engine_on
 
 pytest.importorskip("llguidance", reason="structured output needs llguidance: pip install 'atom-serving[serving]'")
 

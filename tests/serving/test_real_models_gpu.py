@@ -157,8 +157,9 @@ def test_greedy_text_is_the_references(path: Path, definition: Definition, guess
 
     Engine and reference are compared token by token on the engine's own texts. A tie is where the reference's lead of
     its choice over the engine's is within its own rounding: VARIANTS runs of it, each rounded otherwise, give that
-    lead's standard deviation at this very place. (Where inputs are rounded to 4 bits it is large: what moves past half
-    a step moves by a whole one.) As a whole the engine may be no further off than the reference in float32 is.
+    lead's standard deviation at this very place. What is rounded to 4 bits moves by a whole step or not at all, which
+    eight runs may not show: there a lead may be as large as the largest by which the reference in bfloat16 and in
+    float32 choose otherwise. As a whole the engine may be no further off than the reference in float32 is.
     """
     tokenizer = load_tokenizer(path)
     prompts = [tokenizer.encode(text) for text in (*PROMPTS, *MORE)]
@@ -213,10 +214,13 @@ def test_greedy_text_is_the_references(path: Path, definition: Definition, guess
     said = torch.tensor([token.logprob for answer in answers for token in answer.logprobs or ()])
     other = logits[torch.float32]
     engine = Agreement.of(tokens, said, reference, tokens)
-    itself = Agreement.of(other.argmax(-1), other.log_softmax(-1).gather(1, tokens[:, None])[:, 0], reference, tokens)
+    own = other.argmax(-1)
+    itself = Agreement.of(own, other.log_softmax(-1).gather(1, tokens[:, None])[:, 0], reference, tokens)
     print(f"{name}, engine and reference: {engine}")
     print(f"{name}, reference in float32 and in bfloat16: {itself}")
-    assert all(ratio <= TIE for ratio in firsts), f"no tie: {firsts}"
+    most = TIE if not is_quantized(path) else max(TIE, float((leads(reference, choices, own) / noise).max()))
+    print(f"{name}: leads of first differences over their rounding at most {max(firsts, default=0):.2f} of {most:.2f}")
+    assert all(ratio <= most for ratio in firsts), f"no tie: {firsts}"
     assert engine.changes.mean() <= 1.5 * itself.changes.mean() + 1e-3
     assert engine.differs.sum() <= 1.5 * itself.differs.sum() + 5
     assert engine.margins.max() <= 2 * max(itself.margins.max(), itself.changes.max())

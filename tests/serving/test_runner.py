@@ -1,9 +1,6 @@
 """The runner: steps that run ahead of their tokens, decode buckets, one upload a step."""
 
-import random
-from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from atom.kernels import begin, cascade_sm90
-from atom.kernels.cascade_plan import Costs
+from atom.kernels import begin
 from atom.kernels.paged_attention import PagedAttentionReference
 from atom.kernels.paged_step import PagedStep
 from atom.models.loader import load_model, load_tokenizer
-from atom.quant.presets import KV8, get_scheme
-from atom.quant.schemes import CacheOverride, Scheme
+from atom.quant.presets import KV8
 from atom.serving import decode_buckets
 from atom.serving.batch import Batch
 from atom.serving.config import SchedulerConfig
@@ -37,10 +32,9 @@ from atom.serving.startup import Ready, kernels_of
 from atom.serving.step_inputs import Staging, is_decode, pack, pad_decodes, step_inputs, unpack_one
 
 from .begin_model import BeginModel
+from .driven_steps import MIXED, PROMPTS, drive
 
 Tiny = Callable[[str], Path]
-DRAW = random.Random(11)
-PROMPTS = [[DRAW.randrange(256) for _ in range(length)] for length in (1, 3, 4, 5, 40, 21, 22, 9, 2)]
 
 
 def engine_on(folder: Path, depth: int, buckets: tuple[int, ...], pieces: tuple[int, ...] = ()) -> LLM:
@@ -183,48 +177,6 @@ def test_facts_name_the_implementations(tiny: Tiny) -> None:
     assert found == {"rope_append_kv": "reference", "paged_attention": "reference"}
 
 
-def drive(
-    folder: Path,
-    device: str,
-    buckets: tuple[int, ...],
-    captures: bool = True,
-    pieces: tuple[int, ...] = (),
-    prompts: list[list[int]] = PROMPTS,
-    num_blocks: int = 12,
-    cache: Scheme | None = None,
-) -> tuple[list[Any], Runner]:
-    """Steps two deep, without the engine's thread: every run has the same batches. Tokens by sequence."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = load_model(folder, device=device, dtype=dtype)
-    limits = SchedulerConfig(model.config.vocab_size, 128, num_blocks, 16, 8, 24)
-    pool = KVPool(model.config, cache or model.scheme, limits.num_blocks + 1, limits.block_size, dtype, device)
-    sampler = Sampler(limits.max_num_seqs, limits.vocab_size, device, seed=3)
-    runner = Runner(model, pool, sampler, limits.max_num_seqs, 2, buckets=buckets, max_blocks=8, piece_sizes=pieces)
-    if not captures:
-        assert runner.buckets is not None
-        replay = runner.buckets._compute
-        runner.buckets._capture = lambda size: lambda: replay(size)  # type: ignore[method-assign]
-        if runner._pieces is not None:
-            runner._pieces.warm_up = lambda: None  # type: ignore[method-assign]
-    runner.warm_up()
-    scheduler, under_way = Scheduler(limits), deque[Any]()
-    tokens: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        params = SamplingParams(
-            max_tokens=4 + 3 * index, temperature=index % 2, seed=index, ignore_eos=True, logprobs=1
-        )
-        scheduler.add(Request(f"{index}", tuple(prompt), params))
-    while scheduler.has_unfinished:
-        step = scheduler.schedule()
-        if step is not None:
-            under_way.append((step, runner.launch(step)))
-        if step is None or len(under_way) == 2:
-            step, launched = under_way.popleft()
-            for output in scheduler.update(step, launched.result()):
-                tokens.setdefault(output.request_id, []).extend(output.token_ids)
-    return [tokens[f"{index}"] for index in range(len(prompts))], runner
-
-
 def test_driven_steps_are_the_engines(tiny: Tiny) -> None:
     """The loop of the GPU's tests, on a CPU."""
     plain, _ = drive(tiny("llama"), "cpu", ())
@@ -253,9 +205,6 @@ def test_steps_that_begin_with_the_kernels_records_are_the_same(tiny: Tiny, monk
     assert kernel.without > 10
 
 
-MIXED = replace(get_scheme("bf16+kv4"), kv_overrides=(CacheOverride(1, KV8),))
-
-
 def test_a_cache_of_two_formats_takes_the_same_steps(tiny: Tiny) -> None:
     plain, runner = drive(tiny("llama"), "cpu", (), cache=MIXED)
     assert drive(tiny("llama"), "cpu", (1, 2, 4, 8), pieces=(12, 24), cache=MIXED)[0] == plain
@@ -276,29 +225,6 @@ def test_two_formats_read_beginnings_together_or_not_at_all(tiny: Tiny, monkeypa
     assert runner.buckets is not None and not any(shares for _, shares in runner.buckets._replays)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("pieces", [(), (12, 24)])
-def test_graphs_over_a_cache_of_two_formats_change_no_token(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, pieces: tuple[int, ...]
-) -> None:
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
-    wanted, _ = drive(tiny("llama"), "cuda", (1, 2, 4, 8), False, pieces, cache=MIXED)
-    found, runner = drive(tiny("llama"), "cuda", (1, 2, 4, 8), True, pieces, cache=MIXED)
-    assert found == wanted and len(runner.kv.choices) == 4
-
-
-@pytest.mark.gpu
-def test_graphs_change_no_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same steps on the same kernels, captured and not; and many replays of a graph with other contents."""
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
-    wanted, _ = drive(tiny("llama"), "cuda", (1, 2, 4, 8, 16, 24), captures=False)
-    found, runner = drive(tiny("llama"), "cuda", (1, 2, 4, 8, 16, 24))
-    assert found == wanted
-    assert runner.buckets is not None and set(runner.buckets._replays) == {
-        (size, False) for size in (1, 2, 4, 8, 16, 24)
-    }
-
-
 def test_steps_that_share_prefixes_have_graphs_of_their_own(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """What attention says of a step decides which graph of its size runs, captured when the first such step comes."""
     plain, _ = drive(tiny("llama"), "cpu", ())
@@ -317,68 +243,3 @@ def test_steps_that_share_prefixes_have_graphs_of_their_own(tiny: Tiny, monkeypa
         < set(runner.buckets._replays)
         <= {(size, shares) for size in (1, 2, 4, 8) for shares in (False, True)}
     )
-
-
-@pytest.mark.gpu
-def test_graphs_of_shared_prefixes_change_no_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts that begin alike: their decodes read the prefix together, captured and not."""
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
-    monkeypatch.setattr(cascade_sm90, "Costs", lambda *costs: Costs())  # as if nothing cost anything
-    monkeypatch.setattr(cascade_sm90, "has_prefix_kernel", lambda config: True)  # compiled now, not beside
-    prompts = [[*PROMPTS[4], index] for index in range(9)]
-    wanted, _ = drive(tiny("llama"), "cuda", (1, 2, 4, 8), False, (), prompts, 60)
-    found, runner = drive(tiny("llama"), "cuda", (1, 2, 4, 8), True, (), prompts, 60)
-    assert found == wanted
-    assert runner.buckets is not None and any(shares for _, shares in runner.buckets._replays)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_pieces_captured_change_no_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
-    wanted, plain = drive(tiny(family), "cuda", (1, 2, 4, 8), captures=False, pieces=(12, 24))
-    found, runner = drive(tiny(family), "cuda", (1, 2, 4, 8), pieces=(12, 24))
-    assert found == wanted
-    assert plain._pieces is not None and not plain._pieces._pieces
-    assert runner._pieces is not None
-    count = runner.model.config.num_layers + 1
-    assert {size: len(pieces) for size, pieces in runner._pieces._pieces.items()} == {12: count, 24: count}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("buckets", "pieces"), [((1, 2, 4, 8, 16, 24), ()), ((1, 2, 4, 8), (12, 24)), ((8,), ())])
-def test_a_launch_does_not_wait_for_the_gpu(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, buckets: tuple[int, ...], pieces: tuple[int, ...]
-) -> None:
-    """Nothing in launch synchronises: torch raises where it would."""
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
-    drive(tiny("llama"), "cuda", buckets, pieces=pieces)  # what is compiled and grown once may wait
-    launch, seen = Runner.launch, 0
-
-    def watched(self: Runner, step: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        torch.cuda.set_sync_debug_mode("error" if seen > 3 else "default")
-        try:
-            return launch(self, step)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(Runner, "launch", watched)
-    drive(tiny("llama"), "cuda", buckets, pieces=pieces)
-    assert seen > 20
-
-
-@pytest.mark.gpu
-def test_the_cache_takes_what_the_gpu_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATOM_UNVERIFIED_KERNELS", "1")
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    others = total - free - torch.cuda.memory_reserved()  # of other processes, which come and go
-    options = {"load_format": "dummy", "device": "cuda", "gpu_memory_utilization": 0.5, "max_num_seqs": 16}
-    with LLM("tiny", **options) as llm:
-        assert 0.4 * total < others + torch.cuda.memory_reserved() < 0.55 * total
-        assert llm.ready.facts["decode_buckets"] == 5 + 8 and llm.ready.runner.depth == 2  # 8: with prompts' rows
-        params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
-        assert [len(c.token_ids) for c in llm.generate(PROMPTS, params)] == [20] * len(PROMPTS)
-        assert llm.engine.stats().used_blocks == 0
