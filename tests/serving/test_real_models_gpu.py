@@ -157,9 +157,11 @@ def test_greedy_text_is_the_references(path: Path, definition: Definition, guess
 
     Engine and reference are compared token by token on the engine's own texts. A tie is where the reference's lead of
     its choice over the engine's is within its own rounding: VARIANTS runs of it, each rounded otherwise, give that
-    lead's standard deviation at this very place. What is rounded to 4 bits moves by a whole step or not at all, which
-    eight runs may not show: there a lead may be as large as the largest by which the reference in bfloat16 and in
-    float32 choose otherwise. As a whole the engine may be no further off than the reference in float32 is.
+    lead's variance at this very place; half of what counts is the mean of all places, as eight runs tell little of
+    one (a lead of three steps of bfloat16 was 5.5 standard deviations). What is rounded to 4 bits moves by a whole
+    step or not at all, which eight runs may not show: there a lead may be as large as the largest by which the
+    reference in bfloat16 and in float32 choose otherwise. As a whole the engine may be no further off than the
+    reference in float32 is.
     """
     tokenizer = load_tokenizer(path)
     prompts = [tokenizer.encode(text) for text in (*PROMPTS, *MORE)]
@@ -194,7 +196,8 @@ def test_greedy_text_is_the_references(path: Path, definition: Definition, guess
     reference = logits[torch.bfloat16]
     lead = leads(reference, choices, tokens)
     step = 2.0 ** (reference.max(-1).values.abs().log2().floor() - 7)  # of bfloat16, in which logits are
-    noise = (torch.stack(others).var(0) + step**2 / 6).sqrt()
+    moved = torch.stack(others).var(0)
+    noise = ((moved + moved.mean()) / 2 + step**2 / 6).sqrt()
     firsts, name = [], f"{path.name}, {definition.__name__}{', guessing' * (guesses > 0)}"
     for index in range(len(prompts)):
         (places,) = (choices != tokens)[NEW * index : NEW * (index + 1)].nonzero(as_tuple=True)
