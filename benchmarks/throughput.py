@@ -36,7 +36,7 @@ from atom.serving.bench.window import STEADY, WINDOW_S
 
 PAPER_SCHEMES = ("bf16", "w8a8+kv16", "w8a8", "fp8", "w4a16", "w4a8", "w4a4")
 TODAY_SCHEMES = ("bf16", "fp8", "w8a8", "w4a16", "w4a8", "w4a4")
-PAPER_BATCHES = (4, 6, 8, 16, 24, 32, 40, 48, 64, 72, 80, 96, 128, 192, 256, 384)
+PAPER_BATCHES = (4, 6, 8, 16, 24, 32, 40, 64, 80, 96, 128, 192, 384)
 EQUAL_BATCHES = (32, 64, 128)  # on the whole GPU: what some scheme cannot hold in 24 GiB
 LENGTHS = ("512/256", *(f"steady:{x}" for x in ("1000/1000", "20000/2000", "128/128", "2048/2048", "500/2000")))
 CODE_REQUESTS = 512  # of Azure's code trace: a million prompt tokens

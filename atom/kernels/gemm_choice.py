@@ -4,6 +4,8 @@ from .gemm_config import GemmConfig
 from .gemm_kinds import KINDS
 
 SMS = 132
+# of "int4_uint4_bf16" beyond 64 tokens: up to so many a tile of how many, warpgroups, CTAs that share tokens
+BF16_TILES = ((128, 128, 2, 1), (192, 96, 2, 1), (256, 128, 2, 1), (1024, 128, 2, 2), (2**31, 128, 2, 2))
 
 
 def choose_config(
@@ -54,12 +56,17 @@ def choose_config(
         split = _split(-(-features // (64 * warpgroups)), sms)
         clustered = split <= 2
         two_fit = two_fit and (units < 64 or by_factor)
+    elif weight == "int4_uint4_bf16":
+        tile_m, warpgroups, multicast = next(choice for most, *choice in BF16_TILES if tokens <= most)
+        split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), sms) if tokens <= 256 else 1
+        clustered = split <= 2
     elif tokens <= 256:
         gate_up = features >= 16384 and kind.operand == "int8" and not kind.promoted
-        tile_m = 256 if gate_up and tokens > 128 else 128
+        tile_m, warpgroups = 128, 2
         if 128 < tokens <= 192:  # the same tiles, three quarters of them
-            tile_m = 192 if weight == "int4_uint4" and units >= 64 else tile_m * 3 // 4
-        warpgroups = 4 if gate_up and tokens <= 128 else 2
+            tile_m = 192 if weight == "int4_uint4" and units >= 64 else 96
+        if gate_up:
+            tile_m, warpgroups = _wide_tile(tokens, features, sms)
         if weight == "int4_uint4" and units < 64 and tokens > 128 and not gate_up and features > 64 * sms:
             tile_m *= 2  # one round of tiles for two
         split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), sms)
@@ -98,6 +105,23 @@ def choose_config(
         clustered=clustered or split == 1,
         ways=ways,
     ).with_most_stages()
+
+
+def _wide_tile(tokens: int, features: int, sms: int) -> tuple[int, int]:
+    """(tokens, warpgroups) of a tile of a linear that has one for every SM: the fewest products an SM, in whole rounds.
+
+    Of 22016 features (Llama-2-7B) 172 tiles of 128 rows are two rounds of 132 SMs, 115 of 192 rows one.
+    """
+    if tokens <= 128:
+        shapes = [(128, 4), (128, 3), (128, 2)]
+    else:
+        shapes = [(192, 2), (192, 3)] if tokens <= 192 else [(256, 2), (128, 3)]
+
+    def products(shape: tuple[int, int]) -> int:
+        tile, warpgroups = shape
+        return tile * warpgroups * -(-(-(-features // (64 * warpgroups)) * -(-tokens // tile)) // sms)
+
+    return min(shapes, key=products)
 
 
 def _tile_of_many(weight: str, tokens: int, features: int) -> int:

@@ -60,8 +60,12 @@ class GemmConfig:
 
     @property
     def fetches_ahead(self) -> bool:
-        """A unit's codes leave shared memory while the one before is multiplied, where registers suffice."""
-        return not (self.scaled_early and self.tile_m == 128 and self.warpgroups == 4)
+        """A unit's codes leave shared memory while the one before is multiplied, where registers suffice.
+
+        Of a ring of two stages of bfloat16, all that fit for many tokens, both would have to be full.
+        """
+        tight = self.scaled_early and self.tile_m == 128 and self.warpgroups == 4
+        return not tight and not (self.kind.operand == "bf16" and self.stages == 2)
 
     @property
     def sums_float(self) -> bool:

@@ -68,8 +68,9 @@ def test_configs_fit_the_machine(weight: str, tokens: int, features: int, units:
 WIDE = [  # tokens, features, and the tile's tokens and warpgroups
     (192, 12288, (192, 2)),  # Llama-2-7B's qkv: 96 tiles of 128 rows, one round of the SMs; 192 of 96 tokens are two
     (256, 12288, (256, 2)),
-    (96, 22016, (128, 4)),  # its gate_up: 86 tiles of 256 rows
-    (192, 22016, (192, 2)),
+    (96, 22016, (128, 3)),  # its gate_up: 115 tiles of 192 rows are one round, 172 of 128 two
+    (192, 22016, (192, 3)),
+    (256, 22016, (128, 3)),  # two rounds, as 172 of 128 rows and 256 tokens, but smaller tiles
     (128, 28672, (128, 4)),  # Llama-3-8B's gate_up: 112 tiles of 256
     (192, 28672, (192, 2)),
     (256, 28672, (256, 2)),
