@@ -18,6 +18,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from .dsl.arguments import row_major
 from .dsl.arithmetic import reciprocal_root
+from .dsl.held import hold_address, hold_word
 from .dsl.memory import bulk_load
 from .dsl.wide_access import load_floats, load_words
 from .producer_config import CHUNK, ProducerConfig
@@ -84,6 +85,7 @@ class Producer(ProducerRows, ProducerRotation, ProducerWrite):
     def kernel(self, mX: cute.Tensor, mU: cute.Tensor, mT: cute.Tensor, mG: cute.Tensor, mP: cute.Tensor,
                mQ: cute.Tensor, mS: cute.Tensor, eps: Float32):  # fmt: skip
         config = self.config
+        cute.arch.griddepcontrol_launch_dependents()
         tid, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
@@ -113,11 +115,11 @@ class Producer(ProducerRows, ProducerRotation, ProducerWrite):
                     cute.arch.mbarrier_init(met + s, 1)
             cute.arch.mbarrier_init_fence()
             if tid == 0:
+                sR[self.room] = Float32(0.0)  # the largest value so far
                 for s in cutlass.range_constexpr(2):
                     cute.arch.mbarrier_arrive_and_expect_tx(met + s, 4 * self.warps * config.parts)
-            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_arrive()
             peers = self.find_peers(sR, met, tid, rank)
-        cute.arch.griddepcontrol_launch_dependents()
 
         # What does not depend on the launch before this one: columns and gains of this thread's slots.
         rI = cute.make_rmem_tensor((CHUNK, config.chunks), Int32)
@@ -132,7 +134,10 @@ class Producer(ProducerRows, ProducerRotation, ProducerWrite):
                 sV[tid // CHUNK * self.row + config.row_chunks * CHUNK + tid % CHUNK] = dtype(0.0)
         if cutlass.const_expr(self.stays):
             cute.arch.sync_threads()
-        places = None if self.stays else self.places(mX, mU, first, tid, rank)
+        places = None
+        if cutlass.const_expr(not self.stays):
+            places = self.places(mX, mU, first, tid, rank)
+            self.hold_arguments(mX, mU, mT, mQ, mS, eps)
         cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(self.stays):
             for s in cutlass.range_constexpr(config.stages):
@@ -149,6 +154,24 @@ class Producer(ProducerRows, ProducerRotation, ProducerWrite):
                 phase = phase ^ 1
         else:
             self.token(mX, places, mT, mQ, mS, sV, sR, full, met, peers, rI, rG, rO, eps, 0, first, M, tid, rank)
+
+    @cute.jit
+    def hold_arguments(self, mX, mU, mT, mQ, mS, eps):
+        """Read what is used behind the wait for the launch in front."""
+        config = self.config
+        tensors = [mX, mQ]
+        if cutlass.const_expr(config.reads_two):
+            tensors.append(mU)
+        if cutlass.const_expr(config.source == "add_norm"):
+            tensors.append(mT)
+        if cutlass.const_expr(config.rounding != "none" and config.scale_format != "e8m0"):
+            tensors.append(mS)
+        for tensor in tensors:
+            hold_address(tensor.iterator.toint())
+        if cutlass.const_expr(config.outliers > 0):
+            hold_word(Int32(mS.stride[0]))
+        if cutlass.const_expr(config.is_norm):
+            hold_word(eps)
 
     @cute.jit
     def fetch(self, mX, sV, full, stage: cutlass.Constexpr, token, tid):
@@ -274,7 +297,7 @@ class Producer(ProducerRows, ProducerRotation, ProducerWrite):
         rU.fill(0)
         self.load(places, rX, rU)
         if cutlass.const_expr(config.clustered):
-            cute.arch.cluster_wait()  # the others' barriers stand
+            cute.arch.cluster_wait()  # the others' barriers and zeros stand
         squares = [Float32(0.0), Float32(0.0)]
         for j in cutlass.range_constexpr(self.reads):
             value = values[j if not config.permuted else 0]

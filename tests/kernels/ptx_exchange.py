@@ -170,9 +170,10 @@ def mbarrier(warp: Warp, op: str, args: list[Any]) -> None:
             count = int(warp.read(args[1], U32)[0])
             cta.barriers[int(address)] = Barrier(count, count)
         return
-    where = args[0] if action == "try_wait" and args[0].startswith("[") else next(a for a in args if a.startswith("["))
+    waits = action in ("try_wait", "test_wait")
+    where = args[0] if waits and args[0].startswith("[") else next(a for a in args if a.startswith("["))
     addresses = warp.address(where, U32)[warp.active]
-    if action == "try_wait":
+    if waits:
         assert len(set(addresses.tolist())) == 1
         after = args[args.index(where) + 1]
         ready = cta.barriers[int(addresses[0])].phase != int(warp.read(after, U32)[warp.active][0])

@@ -269,13 +269,15 @@ def _map_to_peer(warp: Warp, op: str, args: list[Any]) -> None:
 
 
 def _send_to_peer(warp: Warp, op: str, args: list[Any]) -> None:
-    """st.async: a word into a peer's shared memory, counted by a barrier there."""
+    """st.async, red.async.max: a word into a peer's shared memory, or the larger, counted by a barrier there."""
     cluster: Cluster = warp.kernel.cluster  # type: ignore[attr-defined]
     words = warp.read(args[1], U32)[warp.active]
     places, barriers = (warp.address(arg, U32)[warp.active].tolist() for arg in (args[0], args[2]))
     for place, barrier, word in zip(places, barriers, words, strict=True):
         cta = cluster.ctas[(place >> PEER) - 1]
         at = cta.shared.index(np.array([place & ((1 << PEER) - 1)]), 4)[0]
+        if op.startswith("red"):
+            word = max(word, np.ascontiguousarray(cta.shared.bytes[at]).view(U32)[0])
         cta.shared.bytes[at] = np.array([word]).view(np.uint8)
         counts = cta.barriers[barrier & ((1 << PEER) - 1)]
         counts.bytes -= 4
@@ -324,7 +326,7 @@ HANDLERS[:0] = [
     (r"barrier\.cluster\..*", _cluster_barrier),
     (r"mapa\..*", _map_to_peer),
     (r"mbarrier\.arrive\.shared::cluster\.b64", _arrive_at_peer),
-    (r"st\.async\.shared::cluster\..*", _send_to_peer),
+    (r"st\.async\.shared::cluster\..*|red\.async\..*\.max\.u32", _send_to_peer),
     (r"ld\.(acquire|relaxed)\..*", _load_acquire),
     (r"red\.release\.gpu\.global\.add\.s32", _increment),
     (r"bar\.arrive|barrier(\.cta)?\.arrive", _bar_arrive),

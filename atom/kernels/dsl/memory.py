@@ -169,6 +169,16 @@ def peer_address(address: Any, rank: Any):
 
 
 @cute.jit
+def raise_at_peer(address: Any, barrier: Any, value: Any):
+    """A float32 that is not negative to a peer's address, where the largest of all stays; counted as send_to_peer's."""
+    cute.arch.inline_ptx(
+        "{ .reg .b32 t; mov.b32 t, {$r2};"
+        " red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.max.u32 [{$r0}], t, [{$r1}]; }",
+        read_only_args=[address, barrier, value],
+    )
+
+
+@cute.jit
 def send_to_peer(address: Any, barrier: Any, value: Any):
     """A float32 to a peer's address; the barrier at the other, of the same peer, counts it."""
     cute.arch.inline_ptx(
