@@ -3,15 +3,18 @@
 from typing import Any
 
 import cutlass
-from cutlass import BFloat16, Float32, Int32, Int64, cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
 
 from .dsl.memory import (
     increment_release,
     load_global_f32x4,
     load_relaxed,
+    load_shared_f32x2,
+    load_u32x4,
     pack_bf16x2,
     store_matrix_transposed,
 )
+from .dsl.wide_access import store_words_if
 from .gemm_config import COUNTER_WORDS, MOST_TILES, GemmConfig
 from .gemm_kinds import WeightKind
 
@@ -30,8 +33,7 @@ class GemmEpilogue:
     def fetch_row_values(self, mC, mB, values, thread, row0, features):
         """Scales and biases of this thread's two rows, into registers.
 
-        Where tiles are small this and the next are done before the main loop, which hides how long they take; others
-        need the registers.
+        This and the next are done before the main loop, which hides how long they take.
         """
         row = row0 + (thread // 32) * 16 + (thread % 32) // 4
         for r in cutlass.range_constexpr(2):
@@ -52,11 +54,8 @@ class GemmEpilogue:
                 values[self.config.scale_rows * i + row] = mS[row, token]
 
     @cute.jit
-    def share_scales(self, sT, mS, mC, mB, mY, row_values, values, thread, group, row0, token0):
+    def share_scales(self, sT, values, thread, group):
         """Token scales from registers to where all threads of the warpgroup read them."""
-        if cutlass.const_expr(self.tile_m > 64):
-            self.fetch_row_values(mC, mB, row_values, thread, row0, mY.shape[1])
-            self.fetch_token_scales(mS, values, thread, token0, mY.shape[0])
         if cutlass.const_expr(self.config.scale_rows > 0):
             for i in cutlass.range_constexpr(-(-self.tile_m // 128)):
                 for row in cutlass.range_constexpr(self.config.scale_rows):
@@ -73,30 +72,28 @@ class GemmEpilogue:
         config = self.config
         by_channel = self.kind.channel_scaled and not config.scaled_early
         by_token = config.token_scales == "token" and not config.scaled_early
-        features = mY.shape[1]
         lane = thread % 32
         # stmatrix: lane l addresses token l % 8 (+ 8 for l >= 16) and features 8 * (l // 8 % 2) of its warp's 16
         target = staging + ((lane % 8 + 8 * (lane // 16)) * 144 + ((thread // 32) * 2 + lane // 8 % 2) * 16)
+        scales_at = sT.iterator.toint() + 8 * (lane % 4)
         chunk_tokens = config.chunk_tokens
         for chunk in cutlass.range_constexpr(self.tile_m // chunk_tokens):
             if token0 + chunk * chunk_tokens < high and token0 + (chunk + 1) * chunk_tokens > low:
+                after = self.scales_of(scales_at, chunk * chunk_tokens)
                 for t in cutlass.range_constexpr(chunk_tokens // 16):
+                    scales = after
+                    if cutlass.const_expr(t + 1 < chunk_tokens // 16):  # they arrive while these are used
+                        after = self.scales_of(scales_at, chunk * chunk_tokens + 16 * (t + 1))
                     words = []
                     for half in cutlass.range_constexpr(2):
                         pair = []
                         j = (chunk * chunk_tokens + 16 * t) // 8 + half  # 8 tokens each
-                        scales = []
-                        for c in cutlass.range_constexpr(2):
-                            factor = Float32(1.0)
-                            if cutlass.const_expr(by_token):
-                                factor = sT[8 * j + 2 * (lane % 4) + c, 0]
-                            scales.append(factor)
                         for r in cutlass.range_constexpr(2):
                             for c in cutlass.range_constexpr(2):
                                 i = 4 * j + 2 * r + c
                                 value = Float32(sums[i])
                                 if cutlass.const_expr(by_token):
-                                    value = value * scales[c]
+                                    value = value * scales[2 * half + c]
                                 if cutlass.const_expr(by_channel):
                                     value = value * row_values[r]
                                 if cutlass.const_expr(config.bias):
@@ -106,26 +103,52 @@ class GemmEpilogue:
                         words.append(pack_bf16x2(pair[2], pair[3]))
                     store_matrix_transposed(target + 144 * 16 * t, words[0], words[1], words[2], words[3])
                 cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
-                for i in cutlass.range_constexpr(chunk_tokens // 16):
-                    local = i * 16 + thread // 8
-                    token = token0 + chunk * chunk_tokens + local
-                    feature = feature0 + (thread % 8) * 8
-                    source = staging + (local * 144 + (thread % 8) * 16)
-                    if token >= low and token < high and feature < features:
-                        row_bf16 = cute.make_tensor(
-                            cute.recast_ptr(source, dtype=BFloat16).align(16), cute.make_layout(8)
-                        )
-                        at = Int64(token) * features + feature
-                        if cutlass.const_expr(config.residual):
-                            self.add_residual(row_bf16, mR, at, features - feature)
-                        if cutlass.const_expr(config.aligned):
-                            place = mY.iterator + at
-                            cute.autovec_copy(row_bf16, cute.make_tensor(place.align(16), cute.make_layout(8)))
-                        else:
-                            for e in cutlass.range_constexpr(8):
-                                if feature + e < features:
-                                    mY[token, feature + e] = row_bf16[e]
+                self.copy_out(staging, mY, mR, thread, feature0, token0 + chunk * chunk_tokens, low, high)
                 cute.arch.barrier(barrier_id=2 + group, number_of_threads=128)
+
+    @cute.jit
+    def scales_of(self, address, token: cutlass.Constexpr):
+        """The scales of a lane's tokens of 16, from `token` of the tile on: two neighbours of each 8.
+
+        address  of the scales of its first two, in shared memory
+        """
+        found = [Float32(1.0)] * 4
+        if cutlass.const_expr(self.config.token_scales == "token" and not self.config.scaled_early):
+            for half in cutlass.range_constexpr(2):
+                found[2 * half], found[2 * half + 1] = load_shared_f32x2(address, 4 * (token + 8 * half))
+        return found
+
+    @cute.jit
+    def copy_out(self, staging, mY, mR, thread, feature0, first, low, high):
+        """A chunk of tokens from staging to memory; all of it is read before any is written, so that nothing waits."""
+        config = self.config
+        count = config.chunk_tokens // 16
+        features = mY.shape[1]
+        feature = feature0 + (thread % 8) * 8
+        held = cute.make_rmem_tensor((4, count), Uint32)
+        for i in cutlass.range_constexpr(count):
+            words = load_u32x4(staging + ((i * 16 + thread // 8) * 144 + (thread % 8) * 16))
+            for e in cutlass.range_constexpr(4):
+                held[e, i] = words[e]
+        at = Int64(first + thread // 8) * features + feature
+        for i in cutlass.range_constexpr(count):
+            token = first + (i * 16 + thread // 8)
+            here = (token >= low) & (token < high) & (feature < features)
+            if cutlass.const_expr(config.aligned and not config.residual):
+                address = (mY.iterator + (at + Int64(16 * i) * features)).toint()
+                store_words_if(address, [held[e, i] for e in range(4)], here)
+            elif here:
+                row = cute.recast_tensor(held[None, i], BFloat16)
+                at_i = at + Int64(16 * i) * features
+                if cutlass.const_expr(config.residual):
+                    self.add_residual(row, mR, at_i, features - feature)
+                if cutlass.const_expr(config.aligned):
+                    place = mY.iterator + at_i
+                    cute.autovec_copy(row, cute.make_tensor(place.align(16), cute.make_layout(8)))
+                else:
+                    for e in cutlass.range_constexpr(8):
+                        if feature + e < features:
+                            mY[token, feature + e] = row[e]
 
     @cute.jit
     def add_residual(self, row, mR, at, width):

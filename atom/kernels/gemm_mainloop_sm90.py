@@ -48,8 +48,7 @@ class GemmMainloop:
 
     @cute.jit
     def consume(
-        self, sX, sW, sS, sT, acc, out, full, empty, thread, group, end, middle, stage, phase,
-        mS, mC, mB, mY, row0, token0, row_values, token_values,
+        self, sX, sW, sS, sT, acc, out, full, empty, thread, group, end, middle, stage, phase, row_values, token_values
     ):  # fmt: skip
         """One warpgroup: decode `end` units of its 64 rows, `middle` of them INT4, and multiply them with tokens."""
         config = self.config
@@ -117,7 +116,7 @@ class GemmMainloop:
             self.promote(acc, out, sS, scale, thread, this)
             self.release(empty, this)
         if cutlass.const_expr(config.scaled_early):
-            self.share_scales(sT, mS, mC, mB, mY, row_values, token_values, thread, group, row0, token0)
+            self.share_scales(sT, token_values, thread, group)
             self.scale_sums(acc, out, sT, row_values, thread)
             sums = cute.make_rmem_tensor(self.outlier_mma().partition_shape_C((64, self.outlier_tokens)), Int32)
             for unit in cutlass.range(cutlass.max(start, middle), end, 2, unroll=1):

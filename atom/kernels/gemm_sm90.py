@@ -202,8 +202,7 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
                 row0 = row_tile * self.rows
                 if cutlass.const_expr(config.ways == 1):
                     row0 = row0 + group * 64
-                if cutlass.const_expr(self.tile_m <= 64):
-                    self.fetch_row_values(mC, mB, row_values, thread, row0, mY.shape[1])
+                self.fetch_row_values(mC, mB, row_values, thread, row0, mY.shape[1])
                 if cutlass.const_expr(config.pdl):
                     if first == 1:
                         cute.arch.griddepcontrol_wait()
@@ -211,8 +210,7 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
                 met = Int32(0)
                 if cutlass.const_expr(not config.clustered):
                     met = self.count_to_meet(mE, tid, item)
-                if cutlass.const_expr(self.tile_m <= 64):
-                    self.fetch_token_scales(mS, token_values, thread, token0, mY.shape[0])
+                self.fetch_token_scales(mS, token_values, thread, token0, mY.shape[0])
                 (out if cutlass.const_expr(self.kind.promoted) else acc).fill(0)
                 own_units, own_int4 = self.units_of(group, begin, end, int4_units)
                 if cutlass.const_expr(self.kind.is_verbatim):
@@ -221,7 +219,7 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
                 else:
                     stage, phase = self.consume(
                         sX, sW, sS, sT, acc, out, full, empty, thread, group, own_units, own_int4, stage, phase,
-                        mS, mC, mB, mY, row0, token0, row_values, token_values,
+                        row_values, token_values,
                     )  # fmt: skip
                 if cutlass.const_expr(config.ways > 1):
                     if own_units < (end - begin + config.ways - 1) // config.ways:  # a stage without a unit for it
@@ -230,7 +228,7 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
                         stage, phase = self.advance(stage, phase)
                     self.merge(pool, sums, thread, group)
                 if cutlass.const_expr(not config.scaled_early):
-                    self.share_scales(sT, mS, mC, mB, mY, row_values, token_values, thread, group, row0, token0)
+                    self.share_scales(sT, token_values, thread, group)
                 place = (row0, token0, split_rank, item, met)
                 if cutlass.const_expr(config.ways > 1):
                     if group == 0:

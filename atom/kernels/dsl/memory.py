@@ -155,6 +155,16 @@ def load_shared_f32(address: Any, offset: Any):
 
 
 @cute.jit
+def load_shared_f32x2(address: Any, offset: Any):
+    """Two floats at an 8-byte aligned shared address and a constant offset in bytes, which costs no instruction."""
+    return cute.arch.inline_ptx(
+        "ld.shared.v2.f32 {{$w0}, {$w1}}, [{$r0}+" + str(offset) + "];",
+        write_only_types=[Float32] * 2,
+        read_only_args=[address],
+    )
+
+
+@cute.jit
 def store_shared_u32x4(address: Any, words: Any):
     """Four 32-bit words into 16-byte aligned shared memory."""
     cute.arch.inline_ptx("st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words])

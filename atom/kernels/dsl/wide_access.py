@@ -60,3 +60,13 @@ def store_words(address: Any, words: Any):
         cute.arch.inline_ptx(
             "st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words]
         )
+
+
+@cute.jit
+def store_words_if(address: Any, words: Any, condition: Any):
+    """Four 32-bit words, 16-byte aligned, where `condition` holds: without a branch."""
+    cute.arch.inline_ptx(
+        "st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+        read_only_args=[address, *words],
+        predicate=condition,
+    )
