@@ -5,7 +5,7 @@ itself is gemm_sm90.py; this file and gemm_config.py start no compiler.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -97,24 +97,39 @@ def build_linear_add(
     return AddingLinearSm90(Gemm(pack_weight(linear, weight), token_scales(linear), offset, adds=True))
 
 
-@dataclass(frozen=True)
 class LinearSm90:
-    """A Gemm as a quantized linear calls it."""
+    """A Gemm as a quantized linear calls it, again and again: one frame of Python around the kernel."""
 
-    gemm: "Gemm"
+    __slots__ = ("chosen", "features", "gemm", "new_empty")
     writes_out = True
+
+    def __init__(self, gemm: "Gemm") -> None:
+        self.gemm = gemm
+        self.features = gemm.features
+        self.chosen = gemm.chosen
+        self.new_empty = gemm.bias.new_empty  # half of torch.empty's time
 
     def __call__(self, x: Activation, out: Tensor | None = None) -> Tensor:
         """x -> y bfloat16 [T, N], in `out` if given: of that shape, contiguous."""
         assert isinstance(x, QuantizedActivation), "the GEMM takes what its own producers hand on"
-        return self.gemm(x.packed, x.scale, out)
+        codes = x.packed
+        tokens = codes.shape[0]
+        launch = self.chosen.get(tokens)
+        if launch is None:  # the first of so many tokens
+            return self.gemm(codes, x.scale, out)
+        kernel, units, channel, bias, scratch, int4_units, limit = launch
+        y = self.new_empty(tokens, self.features) if out is None else out
+        kernel(units, codes, x.scale, channel, bias, y, scratch, int4_units, limit)
+        return y
 
 
-@dataclass(frozen=True)
 class AddingLinearSm90:
     """A Gemm that adds its products to a residual."""
 
-    gemm: "Gemm"
+    __slots__ = ("gemm",)
+
+    def __init__(self, gemm: "Gemm") -> None:
+        self.gemm = gemm
 
     def __call__(self, x: Activation, residual: Tensor, out: Tensor | None = None) -> Tensor:
         """residual + y bfloat16 [T, N], in `out` if given: contiguous, and `residual` itself if it pleases."""
@@ -166,7 +181,7 @@ class Gemm:
         Raises ValueError where a residual is not a contiguous bfloat16 [T, N], or there is none where it adds one.
         """
         tokens = codes.shape[0]
-        y = self.bias.new_empty(tokens, self.features) if out is None else out  # half of torch.empty's time
+        y = self.bias.new_empty(tokens, self.features) if out is None else out
         if self.adds or residual is not None:
             self.check_residual(tokens, residual)
         if tokens == 0:
