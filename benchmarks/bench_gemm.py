@@ -60,9 +60,10 @@ FEW: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def schemes() -> dict[str, LinearScheme]:
-    """The presets, and w4a4 with bfloat16 scales of groups."""
+    """The presets, w4a4 with bfloat16 scales of groups, and FP8 whose sums the tensor cores keep."""
     found = {name: get_scheme(name).for_linear("x") for name in PRESETS if name not in ("bf16", "w3a3")}
-    return found | {"w4a4-bf16-scales": Switches(group_scales="bf16").apply(get_scheme("w4a4")).for_linear("x")}
+    switches = {"w4a4-bf16-scales": Switches(group_scales="bf16"), "fp8-fast-sums": Switches(fast_sums=True)}
+    return found | {n: s.apply(get_scheme(n.partition("-")[0])).for_linear("x") for n, s in switches.items()}
 
 
 def chosen(linear: LinearScheme, shape: str, M: int) -> Iterator[GemmConfig]:

@@ -44,7 +44,7 @@ def pack_weight(linear: LinearScheme, weight: MixedWeight) -> PackedWeight:
     """A quantized weight as the kernel reads it; on the weight's device."""
     spec, codes, scale, kind = linear.weight, weight.normal.codes, weight.normal.scale, weight_kind(linear)
     assert spec is not None
-    if kind in ("int8", "e4m3"):
+    if KINDS[kind].is_verbatim:
         return pack_verbatim(codes, scale.scale, kind)
     if kind == "int4_bf16":
         return pack_row_scaled(codes, scale.scale)

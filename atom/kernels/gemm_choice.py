@@ -1,5 +1,7 @@
 """Which config a GEMM runs with: a short table, measured on Llama-3-8B shapes on one H200 (docs/kernels/gemm.md)."""
 
+from dataclasses import replace
+
 from .gemm_config import GemmConfig
 from .gemm_kinds import KINDS
 
@@ -25,6 +27,9 @@ def choose_config(
     sms       of the GPU: no more CTAs than that wait for each other
     Raises nothing: every problem has a config.
     """
+    if weight == "e4m3_fast":  # the bytes and the sums of INT8; two CTAs that share tokens draw less power
+        config = choose_config("int8", token_scales, tokens, features, units, int8_units, bias, sms)
+        return replace(config, weight=weight, multicast=2 if tokens > 512 and config.tile_m == 256 else 1)
     kind = KINDS[weight]
     multicast, clustered, pairs = 1, True, False
     by_factor = weight in ("int4_uint4", "int4_uint4_g32")

@@ -65,6 +65,7 @@ KINDS = {
         WeightKind("int4_uint4_g32", "int8", 4, 128, 128, promoted=False, channel_scaled=True),
         WeightKind("int8", "int8", 8, 128, 0, promoted=False, channel_scaled=True),
         WeightKind("e4m3", "e4m3", 8, 128, 0, promoted=True, channel_scaled=True),
+        WeightKind("e4m3_fast", "e4m3", 8, 128, 0, promoted=False, channel_scaled=True),  # adds coarsely, by choice
         # 4-bit codes that become bfloat16, exactly: alone, times an integer factor per row and unit, or times an 8-bit
         # scale per row and 16 or 32 columns
         WeightKind("int4_bf16", "bf16", 4, 128, 128, promoted=True, channel_scaled=False),

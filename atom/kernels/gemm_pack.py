@@ -150,7 +150,7 @@ def outlier_units(outliers: Tensor | None, scale: Tensor | None) -> list[Tensor]
 
 
 def pack_verbatim(codes: Tensor, channel_scale: Tensor, kind: str) -> PackedWeight:
-    """Codes of 8 bits as wgmma reads them from shared memory ("int8", "e4m3") under one float32 scale per row.
+    """Codes of 8 bits as wgmma reads them from shared memory (int8, e4m3) under one float32 scale per row.
 
     codes          int8 or float8_e4m3fn [N, K]
     channel_scale  float32 [N, 1]

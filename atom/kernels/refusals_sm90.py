@@ -50,7 +50,7 @@ def weight_kind(linear: LinearScheme) -> str:
     weight, activation = linear.weight, linear.activation
     assert weight is not None
     if weight.format == "fp8_e4m3":
-        return "e4m3"
+        return "e4m3_fast" if linear.fast_sums else "e4m3"
     if weight.format == "int8":
         return "int8"
     if weight.outer == "channel" and weight.scale_format == "uint4":

@@ -72,7 +72,10 @@ class RotationSpec:
 
 @dataclass(frozen=True)
 class LinearScheme:
-    """What one linear layer runs: a scheme after its overrides. `weight` None means full precision."""
+    """What one linear layer runs: a scheme after its overrides. `weight` None means full precision.
+
+    fast_sums   of FP8 products stay in the tensor cores, with some 14 bits, as vLLM's and torch's `use_fast_accum`
+    """
 
     weight: TensorSpec | None = None
     activation: TensorSpec | None = None
@@ -80,8 +83,11 @@ class LinearScheme:
     rotation: RotationSpec | None = None
     reorder: bool = False
     residual: int = 0
+    fast_sums: bool = False
 
     def __post_init__(self) -> None:
+        if self.fast_sums and (self.weight is None or self.weight.format != "fp8_e4m3"):
+            raise ValueError("fast sums are those of FP8 products; take fp8, or fast_sums=False")
         if self.weight is None and (self.activation is not None or self.outliers.count or self.rotation is not None):
             raise ValueError("quantized activations, outliers or a rotation need a quantized weight; give `weight`")
         if self.outliers.count and not self.reorder:
@@ -101,7 +107,7 @@ class LinearScheme:
         return K - self.outliers.count, self.outliers.count
 
     def to_dict(self) -> dict[str, Any]:
-        return plain_fields(self, idle=("residual",))
+        return plain_fields(self, idle=("residual", "fast_sums"))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LinearScheme":

@@ -64,6 +64,7 @@ class Scheme:
                    their products stay the same
     overrides      first match wins
     kv_overrides   layers whose cache has another format than `kv`; offset and rotation are the same
+    fast_sums      of FP8 products: see LinearScheme
     """
 
     name: str
@@ -79,6 +80,7 @@ class Scheme:
     overrides: tuple[Override, ...] = ()
     residual: int = 0
     kv_overrides: tuple[CacheOverride, ...] = ()
+    fast_sums: bool = False
 
     def __post_init__(self) -> None:
         self.default_linear  # noqa: B018  its checks are ours too
@@ -102,7 +104,9 @@ class Scheme:
 
     @property
     def default_linear(self) -> LinearScheme:
-        return LinearScheme(self.weight, self.activation, self.outliers, self.rotation, self.reorder, self.residual)
+        return LinearScheme(
+            self.weight, self.activation, self.outliers, self.rotation, self.reorder, self.residual, self.fast_sums
+        )
 
     def for_linear(self, name: str) -> LinearScheme:
         """What the linear called `name` runs (model.layers.3.mlp.down_proj, say)."""
@@ -155,7 +159,7 @@ class Scheme:
         return replace(self, kv=kv, kv_overrides=())
 
     def to_dict(self) -> dict[str, Any]:
-        data = plain_fields(self, idle=("residual", "kv_overrides"))
+        data = plain_fields(self, idle=("residual", "kv_overrides", "fast_sums"))
         data["overrides"] = [override.to_dict() for override in self.overrides]
         if self.kv_overrides:
             data["kv_overrides"] = [override.to_dict() for override in self.kv_overrides]

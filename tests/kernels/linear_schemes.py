@@ -11,13 +11,13 @@ from atom.quant.switches import Switches
 def linear_scheme(name: str) -> LinearScheme:
     """What the linears of a preset run.
 
-    `w4a4-bf16` has bfloat16 scales of its groups instead of factors; `w4a8-g32` groups of 32, of its activations too
-    if they have any.
+    `fp8-fast` leaves sums to the tensor cores; `w4a4-bf16` has bfloat16 scales of its groups instead of factors;
+    `w4a8-g32` groups of 32, of its activations too if they have any.
     """
     if name in PRESETS:
         return get_scheme(name).for_linear("x")
     preset, _, more = name.partition("-")
-    switches = Switches(group_scales="bf16") if more == "bf16" else Switches()
+    switches = Switches(group_scales="bf16" if more == "bf16" else None, fast_sums=more == "fast")
     linear = switches.apply(get_scheme(preset)).for_linear("x")
     if not more.startswith("g"):
         return linear
@@ -31,6 +31,5 @@ def linear_scheme(name: str) -> LinearScheme:
 def gemm_schemes() -> dict[str, LinearScheme]:
     """What the GEMM's tests run: the linears of every preset, and groups of other sizes and scales."""
     names = [name for name in PRESETS if name != "bf16"]
-    return {
-        name: linear_scheme(name) for name in (*names, "w4a4-bf16", "w4a16-bf16", "w4a4-g32", "w4a4-g64", "w4a8-g32")
-    }
+    others = ("w4a4-bf16", "w4a16-bf16", "w4a4-g32", "w4a4-g64", "w4a8-g32", "fp8-fast")
+    return {name: linear_scheme(name) for name in (*names, *others)}

@@ -267,6 +267,21 @@ def test_one_hot_rows_return_the_weights(scheme: LinearScheme) -> None:
 
 @GPU
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("K", [512, 4096])
+def test_fast_sums_are_those_of_torch_on_the_gpu(K: int) -> None:
+    """What the tensor cores keep of a sum of E4M3 products is what they keep for `use_fast_accum`."""
+    M, N, scheme = 250, 208, linear_scheme("fp8-fast")
+    weight, x = random_weight(scheme, N, K, "cuda"), random_activation(scheme, M, K, "cuda")
+    y = Gemm(pack_weight(scheme, weight), "token")(x.codes, x.scales).double()
+    codes, columns = (part.contiguous().view(torch.float8_e4m3fn) for part in (x.codes[:, :K], weight.normal.codes))
+    scales = x.scales.reshape(M, 1), weight.normal.scale.scale.reshape(1, N)
+    torchs = torch._scaled_mm(codes, columns.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True).double()
+    apart = (y - torchs).abs() > torchs.abs() * 2**-7 + 1e-4 * torchs.abs().mean()
+    assert float(apart.float().mean()) < 1e-3
+
+
+@GPU
+@pytest.mark.usefixtures("compiled")
 def test_whole_numbers_add_up_exactly_in_fp8() -> None:
     """Codes up to 8 in E4M3: sums of 128 products stay within 14 bits, and longer ones are float32."""
     M, N, K = 65, 200, 4096

@@ -30,6 +30,7 @@ ODD = (("w4a4", 333), ("w4a8", 325), ("w8a8", 129), ("fp8", 257), ("w4a16", 131)
 CASES = [(name, 19, 75, 328, 16, 2, True) for name in LOW_BIT if name != "w3a3"] + [
     ("fp8", 200, 72, 136, 192, 2, False),
     ("w8a8", 260, 72, 136, 256, 2, False),
+    ("fp8-fast", 260, 72, 136, 256, 2, False),
     ("w4a16", 130, 72, 136, 128, 2, False),
     ("w4a16", 200, 72, 328, 192, 2, False),
     ("w4a16", 260, 136, 328, 256, 2, False),
@@ -86,6 +87,7 @@ SHARED = {
         ("fp8", "multicast"),
         ("fp8", "alternating sums"),
         ("nvfp4", "multicast"),
+        ("fp8-fast", "multicast"),
         ("w4a4", "warpgroups share rows"),
         ("w8a8", "warpgroups share rows"),
         ("w4a4", "four of them, several tiles a CTA"),

@@ -1,12 +1,13 @@
 """The recipe's steps as switches over a preset."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from atom.quant.granularity import Channel, Group, Token
 from atom.quant.presets import PRESETS, get_scheme
-from atom.quant.schemes import OutlierSpec, RotationSpec
+from atom.quant.schemes import OutlierSpec, RotationSpec, Scheme
 from atom.quant.switches import Switches
 
 
@@ -68,3 +69,13 @@ def test_what_is_asked_of_keys_turns_off_what_does_not_go_with_it() -> None:
     assert Switches(kv_offset="mean").apply(scheme).kv_rotation == "none"
     assert Switches(kv_offset="none").apply(scheme).kv_rotation == "hadamard"
     assert Switches(kv_rotation="none").apply(scheme).kv_offset == "centre"
+
+
+def test_fast_sums_are_a_switch_of_fp8() -> None:
+    found = Switches(fast_sums=True).apply(get_scheme("fp8"))
+    assert found.for_linear("x").fast_sums and Scheme.from_dict(found.to_dict()) == found
+    assert "fast_sums" not in get_scheme("fp8").to_dict()
+    with pytest.raises(ValueError, match="needs FP8 weights, which w8a8 has not"):
+        Switches(fast_sums=True).apply(get_scheme("w8a8"))
+    with pytest.raises(ValueError, match="those of FP8 products"):
+        replace(get_scheme("w8a8").for_linear("x"), fast_sums=True)
