@@ -142,12 +142,14 @@ def dense_prefills(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int
 def plan_rows() -> Iterator[dict[str, Any]]:
     """On the host: the median of many, in the quietest of some rounds, since other programs may use its cores too."""
     lengths = np.random.default_rng(0).integers(1, 8000, 256).astype(np.int32)
+    config = choose_decode("int4", 128, 4, BLOCK, False, False)
+    ctas, sizes = config.ctas_per_sm * 132, (config.stage_blocks, config.overhead_blocks, config.least_blocks)
     rounds = []
     for _ in range(12):
         took = []
         for _ in range(200):
             start = time.perf_counter()
-            plan_balanced(lengths, BLOCK, 8, 396, None, 2)
+            plan_balanced(lengths, BLOCK, 8, ctas, None, *sizes)
             took.append(time.perf_counter() - start)
         rounds.append(float(np.median(took)) * 1e6)
         time.sleep(0.1)

@@ -103,26 +103,29 @@ def plan_balanced(
     used = max(1, min(ctas, max(few, blocks // least)))
     targets = _numbers(used) * total // used
     seqs = done.searchsorted(targets, side="right")  # of each cut
-    cost = costs[seqs]
-    heads, cuts = np.divmod(targets - done[seqs] + num_kv_heads * cost, cost)
-    most = counts[seqs]
-    cuts = np.minimum(np.maximum(cuts - (overhead - grain // 2), 0) & -grain, most)  # within its row
+    cost, most = costs.take(seqs), counts.take(seqs)
+    into = targets - done.take(seqs) + num_kv_heads * cost
+    heads = into // cost
+    cuts = (into - heads * cost - (overhead - grain // 2)) & -grain  # within its row; may be before it or behind
     rows = num_kv_heads * seqs + heads
     inner = (cuts > 0) & (cuts < most)
-    places = (rows << 32) + cuts
-    inner[1:] &= places[1:] != places[:-1]  # two targets may round to one cut
+    if total <= used * (grain + 1):  # two targets may round to one cut
+        inner[1:] &= (rows[1:] != rows[:-1]) | (cuts[1:] != cuts[:-1])
     before = rows if active is None else num_kv_heads * (active.cumsum() - active)[seqs] + heads  # that are read
     # the segment that a cut opens: inner cuts one of their own, others their row's first or the next row's
-    opened = before + inner.cumsum() + (cuts == most)
-    parts = np.bincount(rows[inner], minlength=num_seqs * num_kv_heads)
+    opened = before + inner.cumsum() + (cuts >= most)
+    kept = inner.nonzero()[0]
+    parts = np.bincount(rows.take(kept), minlength=num_seqs * num_kv_heads)
     parts += 1 if active is None else active.repeat(num_kv_heads)
     segments = _split_rows(firsts, ends, parts, num_kv_heads, shared)
     work = np.empty(ctas + 1, dtype=np.int32)
     work[0] = 0
     work[1:used] = opened  # a CTA whose cut was another's has no segment
     work[used:] = len(segments)
-    begins = cuts[inner] if from_start else firsts[seqs[inner]] + cuts[inner]
-    flat, where = segments.reshape(-1), SEGMENT_FIELDS * opened[inner]
+    begins = cuts.take(kept)
+    if not from_start:
+        begins += firsts.take(seqs.take(kept))
+    flat, where = segments.reshape(-1), SEGMENT_FIELDS * opened.take(kept)
     flat.put(where + 2, begins)
     flat.put(where + (3 - SEGMENT_FIELDS), begins)
     return AttentionPlan(work, segments)
@@ -156,22 +159,25 @@ def _whole_rows(counts: Ints, active: NDArray[Any] | None, rows: int, ctas: int)
     each = -(-rows // ctas)
     if not each or -(-rows // each) < WHOLE_CTAS * ctas:
         return 0
-    longest, shortest = int(counts.max()), int((counts if active is None else counts[active]).min())
+    lengths = counts if active is None else counts[active]
+    if abs(int(lengths[0]) - int(lengths[-1])) * WHOLE_SPREAD > lengths[0] + lengths[-1]:
+        return 0  # the quick way
+    longest, shortest = int(lengths.max()), int(lengths.min())
     return each if (longest - shortest) * WHOLE_SPREAD < longest else 0
 
 
 def _split_rows(firsts: Ints, ends: Ints, parts: NDArray[Any], heads: int, shared: Int32 | None) -> Int32:
     """Segments of rows in parts [B * heads], each with all of its row's blocks."""
-    rows = _rows(len(firsts), heads).copy()
-    pairs = rows.view(np.int64)  # (sequence, head), blocks, (first, parts), (shared slot, ahead)
+    pairs = _rows(len(firsts), heads).copy()  # (sequence, head), blocks, (first, parts), (shared slot, ahead)
     pairs.reshape(-1, heads, 4)[..., 1] = (firsts + (ends << 32))[:, None]
     starts = parts.cumsum()
     starts += parts * ((1 << 32) - 1)
     pairs[:, 2] = starts
     if shared is not None:
+        rows = pairs.view(np.int32)
         rows[:, 5] += shared[..., 1].reshape(-1) << 16
         rows[:, 6] = shared[..., 0].reshape(-1)
-    found: Int32 = rows.view("V32").reshape(-1).repeat(parts).view(np.int32).reshape(-1, SEGMENT_FIELDS)
+    found: Int32 = pairs.repeat(parts, axis=0).view(np.int32)
     return found
 
 
@@ -196,9 +202,9 @@ def _numbers(count: int) -> NDArray[np.int64]:
 
 
 @lru_cache
-def _rows(seqs: int, heads: int) -> Int32:
-    """Sequence and KV head of each row, int32 [seqs * heads, 8]; zeros otherwise."""
+def _rows(seqs: int, heads: int) -> NDArray[np.int64]:
+    """Sequence and KV head of each row in the halves of the first column, int64 [seqs * heads, 4]; zeros otherwise."""
     rows = np.zeros((seqs * heads, SEGMENT_FIELDS), dtype=np.int32)
     rows[:, 0] = np.repeat(np.arange(seqs), heads)
     rows[:, 1] = np.tile(np.arange(heads), seqs)
-    return rows
+    return rows.view(np.int64)
