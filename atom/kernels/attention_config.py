@@ -41,7 +41,7 @@ class DecodeConfig:
     has_cap: bool = False
     has_offset: bool = False
     warps: int = 4
-    ctas_per_sm: int = 3
+    ctas_per_sm: int = 2
     members: int = 0
     least_tokens: int = 32
 
@@ -172,21 +172,19 @@ def choose_decode(
 ) -> DecodeConfig:
     """The config of a problem: of those whose registers and shared memory fit, the one with the largest rings.
 
-    Warps of a CTA and CTAs of an SM are few where a lane holds many outputs.
+    Warps of a CTA and CTAs of an SM are few where a lane holds many outputs. Two CTAs are better than three otherwise
+    too (H200: by 1 to 18 %): their rings are larger, and rows of one length can be dealt whole more often. Tiles of
+    short rows of codes come in larger stages, since a stage costs its barriers whatever is in it.
     """
     size = head_dim * -(-queries // 8)
     if (size >= 256 and (kv in ("int8", "bf16") or has_offset)) or size > 256:
         shapes = [(1, 4), (1, 3), (1, 2)]
-    elif size > 128 or has_offset or (kv == "int4" and head_dim == 128):  # H200: 1 to 18 % faster than three an SM
-        shapes = [(2, 4), (2, 3), (1, 4), (1, 3), (1, 2)]
     else:
-        shapes = [(3, 4), (2, 4), (2, 3), (1, 4), (1, 3), (1, 2)]
-    configs = [
-        DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, has_offset, warps, ctas)
-        for ctas, warps in shapes
-    ]
-    enough = [config for config in configs if config.ring_bytes >= ENOUGH_BYTES]
-    return enough[0] if enough else max(configs, key=lambda config: config.ring_bytes)
+        shapes = [(2, 4), (2, 3), (1, 4), (1, 3), (1, 2)]
+    config = DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, has_offset)
+    if kv == "int4" and head_dim <= 64:
+        config = replace(config, least_tokens=64)
+    return _largest_ring(config, shapes)
 
 
 @lru_cache(None)
@@ -194,7 +192,16 @@ def choose_prefix(kv: str, head_dim: int, queries: int, block_size: int, has_cap
     """The config of prefixes that sequences of `queries` heads share: every warp's 16 columns as full as may be."""
     beside = MOST_QUERIES // queries
     base = choose_decode(kv, head_dim, beside * queries, block_size, False, has_cap)
+    if head_dim <= 64:  # instructions bind: more warps
+        base = _largest_ring(replace(base, least_tokens=32), [(3, 4), (2, 4)])
     return replace(base, members=beside * base.warps)
+
+
+def _largest_ring(config: DecodeConfig, shapes: list[tuple[int, int]]) -> DecodeConfig:
+    """With the first of `shapes` (CTAs of an SM, computing warps of each) whose rings hold enough, or hold most."""
+    configs = [replace(config, ctas_per_sm=ctas, warps=warps) for ctas, warps in shapes]
+    enough = [each for each in configs if each.ring_bytes >= ENOUGH_BYTES]
+    return enough[0] if enough else max(configs, key=lambda each: each.ring_bytes)
 
 
 def word_index(sharers: int, words: int, row_words: int, sharer: int, word: int) -> int:
