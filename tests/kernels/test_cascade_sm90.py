@@ -109,7 +109,7 @@ def test_tokens_of_this_step_are_no_prefix(emulator: None) -> None:
     assert float((found - exact).norm() / exact.norm()) < 5e-3
     assert attend.plans[8].buffers.segments[0, 7] == 0 and 5 in attend.plans[8].buffers.segments[:, 7].tolist()
     following = replace(step, seqlens_k=lengths + 1, ahead=None, _derived={})
-    assert not attend.plans[8].goes_on(following.seqlens_k, np.arange(7), step.tables)
+    assert not attend.plans[8].goes_on(following, following.seqlens_k, np.arange(7))
 
 
 @pytest.mark.parametrize("kv", KV_FORMATS)
