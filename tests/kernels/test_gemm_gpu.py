@@ -25,7 +25,7 @@ from atom.kernels.gemm_choice import choose_config
 from atom.kernels.gemm_config import GemmConfig
 from atom.kernels.gemm_kinds import KINDS
 from atom.kernels.gemm_pack import pack_verbatim
-from atom.kernels.producers import QuantizingProducer
+from atom.kernels.producers import QuantizingProducer, producer_kernel
 from atom.kernels.refusals_sm90 import refuses_producer, weight_kind
 from atom.kernels.registry import Problem
 from atom.quant.formats import get_format
@@ -38,6 +38,7 @@ from .linear_schemes import gemm_schemes, linear_scheme
 GPU = pytest.mark.gpu
 # a tail row tile, a tail unit, one unit more; an odd N; SmolLM2's 576 with outliers is 3.5 groups
 SHAPES = ((576, 576), (999, 512), (2048, 2048))
+SHAPES_OF_BOTH = (*SHAPES, (200, 509))  # of producer and GEMM together; K is odd
 TOKENS = (0, 1, 3, 16, 63, 64, 65, 129, 250, 300, 1000, 2100, 8192)
 ADDED_TOKENS = (3, 64, 129, 1000)
 OPERAND = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}
@@ -49,9 +50,13 @@ LAYER_TOKENS = (1, 17, 31, 32, 64, 100, 160, 256, 330, 1030)
 @pytest.fixture(scope="module")
 def compiled() -> None:
     """All kernels of the tests below, compiled in parallel: one by one they would take minutes."""
-    configs = set()
+    configs, producers = set(), set()
     for name, linear in gemm_schemes().items():
-        for N, K in (*SHAPES, (200, 512), (200, 4096), (200, 255)):
+        for N, K in SHAPES_OF_BOTH:
+            if refuses_producer(Problem("sm_90", linear, N, K)) is None:
+                perm = torch.arange(K) if linear.reorder else None
+                producers |= QuantizingProducer("plain", linear, perm, None, 0.0).configs(torch.bfloat16, K)
+        for N, K in (*SHAPES_OF_BOTH, (200, 512), (208, 512), (200, 4096), (208, 4096), (200, 255)):
             packed = pack_weight(linear, random_weight(linear, N, K, "cpu"))
             for bias in (None, torch.zeros(N)):
                 gemm = Gemm(packed, token_scales(linear), bias)
@@ -65,7 +70,8 @@ def compiled() -> None:
                 configs.add(choose_config(kind, token_scales(linear), token_bucket(M), N, units, outliers))
         if name in COMPETING_SCHEMES:
             configs |= {competing(linear, tile, N, **more) for tile, more in COMPETING for N in (1000, 136)}
-    compile_together([partial(gemm_kernel, config) for config in configs])
+    jobs: list[Any] = [partial(producer_kernel, config) for config in producers]
+    compile_together([*jobs, *(partial(gemm_kernel, config) for config in configs)])
 
 
 @pytest.fixture(params=gemm_schemes())
@@ -76,7 +82,7 @@ def scheme(request: pytest.FixtureRequest) -> LinearScheme:
 @GPU
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES_OF_BOTH, ids=str)
 def test_linear_on_the_gpu(scheme: LinearScheme, shape: tuple[int, int], bias: bool) -> None:
     """Producer and GEMM against float64 from the dequantized operands, fresh inputs, every element, twice the same.
 
