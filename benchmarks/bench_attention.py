@@ -41,6 +41,7 @@ from atom.kernels.bench_attention import (
 from atom.kernels.bounds import GPUS
 from atom.kernels.cache import compile_together
 from atom.kernels.dense_attention import AttentionSpec
+from atom.kernels.kv_layout import zero_bias
 
 from .timing import COLD_BYTES, keep, save, time_calls
 
@@ -165,14 +166,16 @@ def compile_all(formats: list[str]) -> int:
         name = "fp8_e4m3" if kv == "fp8" else kv
         for shape in CELLS:
             queries = shape.heads // shape.kv_heads
+            spec = FORMATS[kv]
+            bias = 0 if spec is None else zero_bias(spec)
             config = choose_decode(
-                name, shape.head_dim, queries, BLOCK, shape.window is not None, False, shape.has_offset
+                name, shape.head_dim, queries, BLOCK, shape.window is not None, False, shape.has_offset, bias
             )
             configs[config] = decode_kernel
             if shape.shared:
-                prefixes[choose_prefix(name, shape.head_dim, queries, BLOCK, False)] = prefix_kernel
+                prefixes[choose_prefix(name, shape.head_dim, queries, BLOCK, False, bias)] = prefix_kernel
         for parts in (1, MANY_PARTS):
-            configs[AppendConfig(name, 128, BLOCK, 1.0, False, parts)] = append_kernel
+            configs[AppendConfig(name, 128, BLOCK, 1.0, False, parts, zero_bias=bias)] = append_kernel
     jobs = [partial(kernel, config) for config, kernel in (*configs.items(), *prefixes.items())]
     compile_together(jobs)
     return len(jobs)

@@ -35,6 +35,7 @@ from atom.quant.permutation import energy_order, invert
 from atom.quant.presets import KV_SUFFIXES, get_scheme
 from atom.quant.schemes import CacheOverride, LinearScheme, OutlierSpec, Override, Scheme, TensorSpec
 
+from .keys import mirror_of, second_moments
 from .observe import hooked
 from .plan import unrotate_input
 
@@ -335,7 +336,11 @@ class _CentredKV(DenseKV):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
         if self.centred:
-            spec = replace(spec, key_centre=rotation.apply(k.float()).mean(0))
+            centre = rotation.apply(k.float()).mean(0)
+            if self.rotates and self.scheme_kv is not None and self.scheme_kv.zero == "mean":
+                moments = second_moments(rotation.apply(q.float()), k.shape[1])
+                centre = torch.stack((centre, mirror_of(moments, is_rotated=True)))
+            spec = replace(spec, key_centre=centre)
         return super().attend(layer, q, k, v, rotation, spec)
 
 

@@ -1,6 +1,6 @@
-"""What calibration finds for keys that a low-bit cache rounds: their centre, and factors that queries undo.
+"""What calibration finds for keys that a low-bit cache rounds: their centre, factors that queries undo, a mirror.
 
-All three act on keys after RoPE, as the cache rounds them (atom/quant/keys.py).
+All act on keys after RoPE, as the cache rounds them (atom/quant/keys.py).
 
 Centre c: softmax does not see a constant taken off all keys. c is the mean key over tokens and positions. What RoPE
 turns fast has no mean; what it turns slowly keeps it, and there the loud biases lie that would set every token's range.
@@ -12,6 +12,10 @@ then k_0 less the new c is a point of the grid, and other keys do not notice hal
 Factors f of the pairs that RoPE turns: keys are divided, queries multiplied, which commutes with RoPE and is folded
 into the weights. Behind the Hadamard matrix all channels of a key have the same error, in size like the whole key's
 norm; scores have it times the query's norm, and sum |k_j / f_j|^2 sum |q_j f_j|^2 is least at f_j^2 = |k_j| / |q_j|.
+
+Mirror: queries have a main direction, the first eigenvector of their second moment, with a third of their energy. The
+reflection that takes it to the direction of equal channels puts it into the zero point, where rounding leaves the mean
+of a row as it was (atom/quant/mean_zero.py): along it scores have no error.
 """
 
 import torch
@@ -20,7 +24,7 @@ from torch import Tensor, nn
 from atom.models.attention import Attention
 from atom.models.norm import RMSNorm
 from atom.models.rope import Rope
-from atom.quant.keys import prepare_keys, rotate_head
+from atom.quant.keys import prepare_keys, restore_keys, rotate_head
 from atom.quant.rounding import fake_quantize
 from atom.quant.schemes import Scheme
 
@@ -28,12 +32,17 @@ MOST_DOUBLINGS = 8  # a factor lies between 2^-8 and 2^8
 
 
 class KeyStatistics:
-    """Means over the keys and queries of a layer, of windows of `length` tokens that begin at position 0."""
+    """Means over the keys and queries of a layer, of windows of `length` tokens that begin at position 0.
 
-    def __init__(self, rope: Rope, length: int, device: torch.device) -> None:
+    num_kv_heads  where second moments of queries are wanted, for a mirror; else 0
+    """
+
+    def __init__(self, rope: Rope, length: int, device: torch.device, num_kv_heads: int = 0) -> None:
+        self._num_kv_heads = num_kv_heads
         self._rotation = rope(torch.arange(length, device=device))
         self._length = length
-        self._mean = self._centre = self._keys = self._queries = torch.zeros((), dtype=torch.float64, device=device)
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        self._mean = self._centre = self._keys = self._queries = self._moments = nothing
         self._windows = self._query_windows = 0
 
     def add_keys(self, k: Tensor) -> None:
@@ -47,6 +56,9 @@ class KeyStatistics:
     def add_queries(self, q: Tensor) -> None:
         """q [T, num_heads, head_dim] before RoPE, of whole windows."""
         self._queries = self._queries + _pair_energy(q) / self._length
+        if self._num_kv_heads:
+            for window in q.split(self._length):
+                self._moments = self._moments + second_moments(self._rotation.apply(window.float()), self._num_kv_heads)
         self._query_windows += q.shape[0] // self._length
 
     @property
@@ -73,6 +85,35 @@ class KeyStatistics:
         doublings = (keys / queries).log2() / 4
         doublings = doublings - doublings.mean(-1, keepdim=True)
         return doublings.clamp(-MOST_DOUBLINGS, MOST_DOUBLINGS).exp2().float()
+
+    def mirror(self, factors: Tensor | None) -> Tensor:
+        """What takes the main direction of queries, times their factors, to equal channels: see `mirror_of`."""
+        moments = self._moments
+        if factors is not None:
+            both = torch.cat((factors, factors), -1).double()
+            moments = moments * both[:, :, None] * both[:, None, :]
+        return mirror_of(moments, is_rotated=True)
+
+
+def second_moments(x: Tensor, groups: int) -> Tensor:
+    """x [T, heads, head_dim] -> the sum over tokens and the heads of each group of x x^T, float64 [groups, d, d]."""
+    by_group = x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2).float()
+    found: Tensor = (by_group.mT @ by_group).double()
+    return found
+
+
+def mirror_of(moments: Tensor, is_rotated: bool) -> Tensor:
+    """float32 [heads, head_dim] with |w|^2 = 2: x - (w . x) w takes the main direction of each head to equal channels.
+
+    moments     [heads, head_dim, head_dim], second moments of a head
+    is_rotated  a Hadamard matrix turns heads before the reflection
+    """
+    main = torch.linalg.eigh(moments.double())[1][..., -1].float()
+    main = rotate_head(main) if is_rotated else main
+    equal = torch.full_like(main, main.shape[-1] ** -0.5)
+    away = torch.where((main * equal).sum(-1, keepdim=True) > 0, -main, main) - equal  # its norm is at least 1
+    mirror: Tensor = away * (2**0.5 / away.norm(dim=-1, keepdim=True))
+    return mirror
 
 
 def _pair_energy(x: Tensor) -> Tensor:
@@ -113,8 +154,9 @@ def _scale_gain_(norm: RMSNorm, scale: Tensor) -> None:
 
 
 def centre_on_sink(centre: Tensor, first: Tensor, scheme: Scheme, layer: int) -> Tensor:
-    """The centre [num_kv_heads, head_dim] of a layer moved so that the `first` key of sequences is on the grid."""
+    """The centre of a layer (keys.prepare_keys) moved so that the `first` key of sequences is on the grid."""
     kv = scheme.kv_of(layer)
     assert kv is not None
     rounded = fake_quantize(prepare_keys(first, centre, scheme.rotates_keys), kv)
-    return first - (rotate_head(rounded) if scheme.rotates_keys else rounded)
+    moved = first - restore_keys(rounded, centre, scheme.rotates_keys)
+    return moved if centre.ndim == 2 else torch.stack((moved, centre[1]))

@@ -36,6 +36,7 @@ from .latent import REST, rest_of
 from .observe import Sample, first_keys, observe_energies, observe_hessians, sample_outputs
 from .plan import InputPlan, plan_layer, unrotate_input
 from .stats import HessianAccumulator
+from .values import ValueStatistics, mirror_values_
 
 REFERENCE: Kernels = "reference"  # rounding that is the same on every device
 ENERGY_BINS = 64  # channel energies in the report: the largest in each of so many runs of adjacent channels
@@ -69,7 +70,11 @@ class LayerQuantizer:
         plans = plan_layer(self.model.family, self.scheme, index)
         balances = bool(self.config.balance)
         with self.clock.phase("stats"):
-            energies, keys, before = observe_energies(layer, index, plans, hidden, self.runner, balances)
+            values = ValueStatistics(self.model.config.num_kv_heads) if self.scheme.mirrors_keys else None
+            energies, keys, before = observe_energies(layer, index, plans, hidden, self.runner, balances, values)
+            if values is not None and self._mirrors_values(plans):
+                name = "self_attn.v_proj"
+                before.linears[name] = mirror_values_(layer.self_attn, values.mirror(), before.linears[name])
             self._prepare_keys(layer, index, plans, keys, before)
             factors = self._balance(layer, index, plans, energies) if balances else {}
             for plan in plans:
@@ -96,6 +101,7 @@ class LayerQuantizer:
     ) -> None:
         """Fold the keys' factors into the weights, and into the sample; set their mean or centre."""
         attention, centre = layer.self_attn, keys.centre
+        factors = None
         if self.scheme.rotates_keys and self.config.balance_keys:
             factors = keys.factors(has_norms(attention))
             for name, rows in fold_factors_(attention, factors).items():
@@ -108,7 +114,13 @@ class LayerQuantizer:
         if self.scheme.stores_key_offset:
             attention.key_offset = keys.mean.to(torch.bfloat16)
         if self.scheme.stores_key_centre:
-            attention.key_centre = centre
+            mirrors = self.scheme.mirrors_keys
+            attention.key_centre = torch.stack((centre, keys.mirror(factors))) if mirrors else centre
+
+    def _mirrors_values(self, plans: list[InputPlan]) -> bool:
+        """Values were turned, and o takes them as they are."""
+        is_rounded = any(p.linear.activation is not None for p in plans if "self_attn.o_proj" in p.group.linears)
+        return self.config.rotate != "none" and not is_rounded
 
     def _centre_on_sink(
         self, layer: DecoderLayer, tensors: dict[str, Tensor], index: int, hidden: HiddenStates

@@ -21,6 +21,7 @@ from .hidden import HiddenStates, LayerRunner
 from .keys import KeyStatistics
 from .plan import InputPlan, unrotate_input
 from .stats import EnergyAccumulator, HessianAccumulator
+from .values import ValueStatistics
 
 SAMPLE_TOKENS = 1024  # of the first batch, over which the report compares outputs
 
@@ -42,20 +43,26 @@ def observe_energies(
     hidden: HiddenStates,
     runner: LayerRunner,
     all_batches: bool = False,
+    values: ValueStatistics | None = None,
 ) -> tuple[dict[str, Tensor], KeyStatistics, Sample]:
     """Run the full-precision layer: channel energies [K] of every input group, what keys and queries are like, and a
     sample of its outputs.
 
+    `values`, where they are wanted, see those of the first batch at least; with them the queries' second moments are.
     All batches run if an input is to be reordered, or if asked for, else only the first, which the report wants.
     """
     energies: dict[str, EnergyAccumulator] = {}
-    keys = KeyStatistics(layer.rope, hidden.length, hidden.device)
+    keys = KeyStatistics(layer.rope, hidden.length, hidden.device, 0 if values is None else values.num_kv_heads)
 
     def watch_keys(module: nn.Module, args: Any, k: Tensor) -> None:
         keys.add_keys(k)
 
     def watch_queries(module: nn.Module, args: Any, q: Tensor) -> None:
         keys.add_queries(q)
+
+    def watch_values(module: nn.Module, args: Any, v: Tensor) -> None:
+        if values is not None:
+            values.add(v)
 
     def watch(plan: InputPlan) -> Hook:
         name = plan.group.name
@@ -69,7 +76,8 @@ def observe_energies(
         return hook
 
     watched = {plan.group.producer: watch(plan) for plan in plans}
-    with hooked({**watched, "self_attn.q_norm": watch_queries, "self_attn.k_norm": watch_keys}, layer):
+    heads: dict[str, Hook] = {"self_attn.q_norm": watch_queries, "self_attn.k_norm": watch_keys}
+    with hooked({**watched, **heads, "self_attn.v_proj": watch_values}, layer):
         sample = sample_outputs(layer, plans, hidden, runner, None)
         if all_batches or any(plan.needs_order for plan in plans):
             with stopped_after(plans[-1].group.producer, layer):

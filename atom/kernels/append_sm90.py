@@ -58,7 +58,8 @@ class RopeAppendSm90:
         norm = "none" if norms is None else "shifted" if norms.offset else "plain"
         config = AppendConfig(
             self.kv, dim, self.layout.block_size, self.clip, offset is not None, parts, norm=norm,
-            has_centre=centre is not None, rotates=self.rotates,
+            has_centre=centre is not None, rotates=self.rotates, has_mirror=centre is not None and centre.ndim == 3,
+            zero_bias=self.layout.zero_bias,
         )  # fmt: skip
         if config not in self.kernels:  # with its sibling, so that the first long prompt does not wait for a compiler
             for each in (replace(config, parts=1), replace(config, parts=MANY_PARTS)):
@@ -70,7 +71,7 @@ class RopeAppendSm90:
             )
         floats, words = self.nothing
         if centre is not None:
-            floats = centre.float().contiguous()
+            floats = centre.float().contiguous().view(-1, dim)
         self.kernels[config](
             _heads(q), _heads(k), _heads(v), cos.contiguous(), sin.contiguous(), slots,
             words if offset is None else self.offsets.get(offset), floats,

@@ -31,6 +31,7 @@ class DecodeConfig:
                   side, `queries` of them in each warp's columns, and every warp takes every stage. 0: a row is one
                   sequence's
     least_tokens  of a stage, so that the cost of a softmax step is shared; a power of two
+    zero_bias     what stored zero points are less of
     """
 
     kv: str
@@ -44,6 +45,7 @@ class DecodeConfig:
     ctas_per_sm: int = 2
     members: int = 0
     least_tokens: int = 32
+    zero_bias: int = 0
 
     @property
     def own_queries(self) -> int:
@@ -168,7 +170,14 @@ class DecodeConfig:
 
 @lru_cache(None)  # every step asks
 def choose_decode(
-    kv: str, head_dim: int, queries: int, block_size: int, has_window: bool, has_cap: bool, has_offset: bool = False
+    kv: str,
+    head_dim: int,
+    queries: int,
+    block_size: int,
+    has_window: bool,
+    has_cap: bool,
+    has_offset: bool = False,
+    zero_bias: int = 0,
 ) -> DecodeConfig:
     """The config of a problem: of those whose registers and shared memory fit, the one with the largest rings.
 
@@ -181,17 +190,19 @@ def choose_decode(
         shapes = [(1, 4), (1, 3), (1, 2)]
     else:
         shapes = [(2, 4), (2, 3), (1, 4), (1, 3), (1, 2)]
-    config = DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, has_offset)
+    config = DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, has_offset, zero_bias=zero_bias)
     if kv == "int4" and head_dim <= 64:
         config = replace(config, least_tokens=64)
     return _largest_ring(config, shapes)
 
 
 @lru_cache(None)
-def choose_prefix(kv: str, head_dim: int, queries: int, block_size: int, has_cap: bool) -> DecodeConfig:
+def choose_prefix(
+    kv: str, head_dim: int, queries: int, block_size: int, has_cap: bool, zero_bias: int = 0
+) -> DecodeConfig:
     """The config of prefixes that sequences of `queries` heads share: every warp's 16 columns as full as may be."""
     beside = MOST_QUERIES // queries
-    base = choose_decode(kv, head_dim, beside * queries, block_size, False, has_cap)
+    base = choose_decode(kv, head_dim, beside * queries, block_size, False, has_cap, zero_bias=zero_bias)
     if head_dim <= 64:  # instructions bind: more warps
         base = _largest_ring(replace(base, least_tokens=32), [(3, 4), (2, 4)])
     return replace(base, members=beside * base.warps)
@@ -233,6 +244,8 @@ class AppendConfig:
     has_offset    keys are rounded less their offset, which is taken off before they are turned
     has_centre    a constant is taken off turned keys
     rotates       turned queries and keys are transformed by a block Hadamard matrix
+    has_mirror    and reflected behind it
+    zero_bias     zero points keep the mean of a row and are stored less so much; 0: they are whole
     parts         tasks (heads of one kind that fill a warp) that a warp takes: several hide latency in prefill, one
                   spreads few tokens wide
     """
@@ -247,6 +260,8 @@ class AppendConfig:
     norm: str = "none"
     has_centre: bool = False
     rotates: bool = False
+    has_mirror: bool = False
+    zero_bias: int = 0
 
     @property
     def cache(self) -> DecodeConfig:
@@ -265,8 +280,8 @@ class AppendConfig:
 
     @property
     def is_exact(self) -> bool:
-        """Keys are rounded from float32, not from bfloat16."""
-        return self.has_centre or self.rotates
+        """Heads are rounded from float32, not from pairs of bfloat16."""
+        return self.has_centre or self.rotates or self.zero_bias > 0
 
     @property
     def hadamard(self) -> int:
@@ -293,12 +308,16 @@ class AppendConfig:
 
 @dataclass(frozen=True)
 class GatherConfig:
-    """Compile-time choices of the kernel that reads blocks into dense keys and values."""
+    """Compile-time choices of the kernel that reads blocks into dense keys and values.
+
+    zero_bias  what stored zero points are less of
+    """
 
     kv: str
     head_dim: int
     block_size: int
     threads: int = 128
+    zero_bias: int = 0
 
     @property
     def cache(self) -> DecodeConfig:

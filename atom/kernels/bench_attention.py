@@ -111,7 +111,7 @@ def random_layers(layout: KVLayout, blocks: int, copies: int) -> list[Tensor]:
                 codes.view(torch.bfloat16).normal_()
                 continue
             codes.random_(0, 120 if layout.spec.format == "fp8_e4m3" else 256)  # no NaN
-            zero = {"int4": 8.0, "int8": 128.0}.get(layout.spec.format, 0.0)
+            zero = {"int4": 8.0, "int8": 128.0}.get(layout.spec.format, 0.0) - layout.zero_bias
             layout.words(layer, part)[:] = torch.tensor([0.01, zero], dtype=torch.bfloat16, device="cuda")
         layers.append(layer)
     return layers

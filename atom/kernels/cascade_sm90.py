@@ -34,7 +34,7 @@ class SharedPrefixes:
     def config(self, queries: int, has_cap: bool) -> DecodeConfig:
         layout = self.layout
         kv = "bf16" if layout.spec is None else layout.spec.format
-        return choose_prefix(kv, layout.head_dim, queries, layout.block_size, has_cap)
+        return choose_prefix(kv, layout.head_dim, queries, layout.block_size, has_cap, layout.zero_bias)
 
     def find(self, tables: Ints, stored: Ints, queries: int, share: Share = "auto") -> Cascade | None:
         """What decoding sequences should read together; None where that does not pay. See plan_cascade."""

@@ -94,7 +94,10 @@ class DecodeStage(KeyOffset):
                         word = load_word(words + block + 4 * (part * config.block_size + first + 8 * r))
                         if cutlass.const_expr(is_edge):
                             word = word if is_seen else Uint32(0)  # what was never written may be NaN
-                        of_token.append((from_bits(word << 16), from_bits(word & Uint32(0xFFFF0000))))
+                        zero = from_bits(word & Uint32(0xFFFF0000))
+                        if cutlass.const_expr(config.zero_bias):
+                            zero = zero + Float32(config.zero_bias)
+                        of_token.append((from_bits(word << 16), zero))
                 scales.append(of_token)
             rE = cute.make_rmem_tensor((2, 2, config.column_tiles), Float32)  # row, head, column tile
             self.scores(base, step, rQ, rSum, rM, rE, rB, rN, scales, turns, unit, cap, lane)

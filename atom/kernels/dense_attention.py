@@ -21,7 +21,8 @@ class AttentionSpec:
     key_offset  [num_kv_heads, head_dim], what every key (before RoPE) has in common: its projection's bias, or the
                 mean that calibration found; None where nothing is known
     key_centre  float32 [num_kv_heads, head_dim], a constant after RoPE that calibration found; keys less of it give the
-                same softmax (without a soft cap), so it is never added back; None where nothing is known
+                same softmax (without a soft cap), so it is never added back; [2, ...] with a mirror behind it
+                (atom/quant/keys.py); None where nothing is known
     norms       of query and key heads, before RoPE, for caches that take them; None where that is done, or no norm is
     """
 

@@ -1,4 +1,4 @@
-"""What the append kernel may do to a head besides turning it: the RMS norm before, centre and Hadamard transform after.
+"""What the append kernel may do to a head besides turning it: the RMS norm before; Hadamard transform, mirror after.
 
 A head of head_dim channels lies in the registers of several lanes: octet `share` (8 neighbouring channels) of its first
 half and the same octet of its second half, as [.., 2]. Sums run in a fixed order that atom/kernels/head_norm.py and the
@@ -12,6 +12,7 @@ from .dsl.arithmetic import reciprocal
 from .dsl.memory import pack_bf16x2
 from .dsl.packed_bf16 import high_float, low_float, multiply_pairs
 from .dsl.rounded_float import add_exactly, multiply_add, multiply_exactly, square_root
+from .dsl.wide_access import load_floats
 
 
 @cute.jit
@@ -37,19 +38,11 @@ def round_pairs(values, x):
 def normalize(config: cutlass.Constexpr, x, weights, eps, share):
     """head_norm.normalize_heads in place: x and weights are pairs of bfloat16 [4, 2]."""
     values = expand_pairs(x)
-    sums = cute.make_rmem_tensor((8,), Float32)
-    for i in cutlass.range_constexpr(8):
-        first, second = values[i, 0], values[i, 1]
-        sums[i] = add_exactly(multiply_exactly(first, first), multiply_exactly(second, second))
-    for width in (4, 2, 1):
-        for i in cutlass.range_constexpr(width):
-            sums[i] = add_exactly(sums[i], sums[i + width])
-    total = sums[0]
-    if cutlass.const_expr(config.head_dim != 16 * config.lanes):  # noqa: SIM102  one is for the compiler
-        if share >= config.head_dim // 16:  # lanes past the end repeat the last
-            total = Float32(0.0)
-    for step in reversed(range(config.lanes.bit_length() - 1)):
-        total = add_exactly(total, cute.arch.shuffle_sync_bfly(total, offset=1 << step))
+    squares = cute.make_rmem_tensor((8, 2), Float32)
+    for h in cutlass.range_constexpr(2):
+        for i in cutlass.range_constexpr(8):
+            squares[i, h] = multiply_exactly(values[i, h], values[i, h])
+    total = sum_in_order(config, squares, share)
     mean = multiply_exactly(total, Float32(1.0 / config.head_dim))
     factor = reciprocal(square_root(add_exactly(mean, eps)))
     for h in cutlass.range_constexpr(2):
@@ -62,6 +55,47 @@ def normalize(config: cutlass.Constexpr, x, weights, eps, share):
                 x[w, h] = pack_bf16x2(low, high)
             else:
                 x[w, h] = multiply_pairs(pack_bf16x2(low, high), weights[w, h])
+
+
+@cute.jit
+def sum_in_order(config: cutlass.Constexpr, values, share):
+    """atom/quant/ordered_sum.py of a head, float32 [8, 2] in each of its lanes; all of them have it."""
+    sums = cute.make_rmem_tensor((8,), Float32)
+    for i in cutlass.range_constexpr(8):
+        sums[i] = add_exactly(values[i, 0], values[i, 1])
+    for width in (4, 2, 1):
+        for i in cutlass.range_constexpr(width):
+            sums[i] = add_exactly(sums[i], sums[i + width])
+    return sum_lanes(config, sums[0], share)
+
+
+@cute.jit
+def sum_lanes(config: cutlass.Constexpr, own, share):
+    """What the lanes of a head have, added in the order of sum_in_order."""
+    total = own
+    if cutlass.const_expr(config.head_dim != 16 * config.lanes):  # noqa: SIM102  one is for the compiler
+        if share >= config.head_dim // 16:  # lanes past the end repeat the last
+            total = Float32(0.0)
+    for step in reversed(range(config.lanes.bit_length() - 1)):
+        total = add_exactly(total, cute.arch.shuffle_sync_bfly(total, offset=1 << step))
+    return total
+
+
+@cute.jit
+def reflect(config: cutlass.Constexpr, values, address, share):
+    """keys.reflect_head in place; the mirror's float32 of the lane's first octet lie at `address`."""
+    mirror = cute.make_rmem_tensor((8, 2), Float32)
+    products = cute.make_rmem_tensor((8, 2), Float32)
+    for h in cutlass.range_constexpr(2):
+        for part in cutlass.range_constexpr(2):
+            found = load_floats(address + 2 * h * config.head_dim + 16 * part)
+            for i in cutlass.range_constexpr(4):
+                mirror[4 * part + i, h] = found[i]
+                products[4 * part + i, h] = multiply_exactly(values[4 * part + i, h], found[i])
+    along = sum_in_order(config, products, share)
+    for h in cutlass.range_constexpr(2):
+        for i in cutlass.range_constexpr(8):
+            values[i, h] = add_exactly(values[i, h], -multiply_exactly(along, mirror[i, h]))
 
 
 @cute.jit

@@ -2,20 +2,21 @@
 
 One launch reads the blocks of all sequences that prefill. A CTA reads one block of one KV head; a thread takes 8
 channels of a token at a time and all its loads are under way before it converts the first. What comes out equals
-KVLayout.read bit for bit: a code less its zero point is exact in bfloat16, and the product with the scale is rounded
-once. Tokens outside the work's range are not looked at.
+KVLayout.read bit for bit: a code less its zero point is exact in bfloat16 (in float32 where zero points are not whole),
+and the product with the scale is rounded once. Tokens outside the work's range are not looked at.
 """
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Int32, Int64, Uint8, Uint32, cute
+from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_stream
 
 from .attention_config import GatherConfig
 from .codes_bf16_sm90 import BIAS, expand
 from .dsl.arguments import row_major
 from .dsl.memory import pack_bf16x2
-from .dsl.packed_bf16 import high_float, multiply_pairs, subtract_pairs
+from .dsl.packed_bf16 import high_float, low_float, multiply_pairs, subtract_pairs
+from .dsl.rounded_float import multiply_add
 from .dsl.tensor_core import pick_bytes
 from .dsl.wide_access import load_some, store_words
 
@@ -92,11 +93,21 @@ class KVGather:
         if cutlass.const_expr(config.kv == "bf16"):
             return pairs
         low = pick_bytes(scale, scale, Uint32(0x1010))
-        if cutlass.const_expr(config.kv != "fp8_e4m3"):
+        if cutlass.const_expr(config.zero_bias):  # a zero point of any size: in float32
+            zero = high_float(scale) + Float32(config.zero_bias)
+            factor = low_float(scale)
+            nothing = Float32(0.0)  # added: where a block is missing all is zero, not minus zero
+            halves = []
+            for pair in pairs:
+                numbers = [half(pair) - Float32(BIAS[config.kv]) - zero for half in (low_float, high_float)]
+                halves.append([multiply_add(number, factor, nothing) for number in numbers])
+            pairs = [pack_bf16x2(*both) for both in halves]
+        elif cutlass.const_expr(config.kv != "fp8_e4m3"):
             zero = high_float(scale) + BIAS[config.kv]
             both = pack_bf16x2(zero, zero)
             pairs = [subtract_pairs(pair, both) for pair in pairs]
-        pairs = [multiply_pairs(pair, low) for pair in pairs]
+        if cutlass.const_expr(not config.zero_bias):
+            pairs = [multiply_pairs(pair, low) for pair in pairs]
         if cutlass.const_expr(config.kv == "int4"):  # (0, 4), (1, 5), (2, 6), (3, 7)
             near = [pick_bytes(pairs[i], pairs[i + 1], Uint32(0x5410)) for i in (0, 2)]
             pairs = near + [pick_bytes(pairs[i], pairs[i + 1], Uint32(0x7632)) for i in (0, 2)]

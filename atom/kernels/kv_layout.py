@@ -9,7 +9,8 @@ One layer is uint8 [num_blocks, num_kv_heads, tile_bytes]. A *tile* holds the ke
     filling        to a multiple of 128 bytes
 
 so that one bulk copy brings all that a KV head of a block is, in whole cache lines. Integer codes are unsigned under a
-zero point (a symmetric format's is constant); FP8's zero point is 0. Keys and values in full precision have no words.
+zero point (a symmetric format's is constant; one that keeps the mean is stored less half the codes); FP8's zero point
+is 0. Keys and values in full precision have no words.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ..errors import UnsupportedError
 from ..quant.formats import get_format
 from ..quant.granularity import Group
 from ..quant.granularity import Tensor as PerTensor
+from ..quant.mean_zero import half_codes
 from ..quant.packing import pack, packed_columns, unpack_bits
 from ..quant.rounding import choose_scale, encode
 from ..quant.schemes import TensorSpec
@@ -71,6 +73,11 @@ class KVLayout:
     def word_bytes(self) -> int:
         """Scale and zero point of one token and head, keys or values."""
         return 0 if self.spec is None else 4
+
+    @property
+    def zero_bias(self) -> int:
+        """What stored zero points are less of (atom/quant/mean_zero.py)."""
+        return 0 if self.spec is None else zero_bias(self.spec)
 
     @property
     def tile_bytes(self) -> int:
@@ -132,7 +139,7 @@ class KVLayout:
         words = self.words(tiles, part).float()
         values = code_floats(rows, self.spec, self.head_dim)
         if get_format(self.spec.format).is_integer:
-            values.sub_(words[..., 1:])
+            values.sub_(words[..., 1:] + self.zero_bias)
         return values.mul_(words[..., :1]).to(self.dtype)
 
 
@@ -145,10 +152,16 @@ def encode_rows(x: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     if fmt.is_integer and spec.symmetric:
         half = 1 << (fmt.bits - 1)
         codes, zero = (codes.to(torch.int16) + half).to(torch.uint8), zero + half
+    zero = zero - zero_bias(spec)
     codes = codes.view(torch.uint8)
     if fmt.bits < 8:
         codes = pack(codes, fmt)
     return codes, torch.cat((scale.scale, zero), -1).to(torch.bfloat16)
+
+
+def zero_bias(spec: TensorSpec) -> int:
+    """KVLayout.zero_bias."""
+    return half_codes(get_format(spec.format).code_range(symmetric=False)[1]) if spec.zero == "mean" else 0
 
 
 def code_floats(rows: Tensor, spec: TensorSpec, columns: int) -> Tensor:

@@ -3,14 +3,14 @@
 One call takes all tokens of a step, of prefill chunks and of decodes alike: where a token's key and value go is said by
 its slot. Keys are stored turned unless `pre_rope`; where the scheme keeps a key offset apart, the offset is taken off
 before anything else and comes back when keys are read (paged_attention.py). A centre is taken off after RoPE and never
-comes back, and heads of keys and queries may be turned by a Hadamard matrix last (atom/quant/keys.py).
+comes back, and heads of keys and queries may be turned by a Hadamard matrix and reflected last (atom/quant/keys.py).
 """
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from ..quant.keys import prepare_keys, rotate_head
+from ..quant.keys import prepare_keys, prepare_queries
 from .attention_refusals_sm90 import refuses_attention
 from .head_norm import HeadNorms, normalize_heads
 from .kv_layout import KVLayout
@@ -29,7 +29,8 @@ def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False, rotates: 
     slots   [T] int64
     layer   uint8, KVLayout.shape: written in place
     offset  [num_kv_heads, head_dim], taken off every key, or None
-    centre  float32 [num_kv_heads, head_dim], taken off every key after RoPE, or None
+    centre  float32 [num_kv_heads, head_dim], taken off every key after RoPE, or [2, num_kv_heads, head_dim] with the
+            mirror behind it (atom/quant/keys.py), or None
     norms   of heads of q and k, before anything else, or None
     returns q turned
 
@@ -59,14 +60,14 @@ def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False, rotates: 
         layout.write(layer, slots, 0, k)
         layout.write(layer, slots, 1, v)
         q = rotate(q, cos, sin)
-        return rotate_head(q).to(q.dtype) if rotates else q
+        return prepare_queries(q, centre, rotates)
 
     return run
 
 
 ROPE_APPEND_KV = Op(
     name="rope_append_kv",
-    formula="blocks[slots] = quantize((rope(norm(k) - offset) - centre) H), quantize(v); returns rope(norm(q)) H",
+    formula="blocks[slots] = quantize((rope(norm(k) - offset) - centre) H M), quantize(v); returns rope(norm(q)) H M",
     reference=rope_append_kv_reference,
     implementations=(Implementation("rope_append_sm90", "atom.kernels.append_sm90:RopeAppendSm90", refuses_attention),),
 )

@@ -25,14 +25,16 @@ from .dsl.packed_bf16 import (
     smaller_pairs,
     subtract_pairs,
 )
+from .dsl.rounded_float import add_exactly, multiply_exactly
 from .dsl.tensor_core import pick_bytes
 from .dsl.wide_access import load_floats, load_streamed, load_words, store_words
-from .head_transforms_sm90 import expand_pairs, hadamard, normalize, round_pairs
+from .head_transforms_sm90 import expand_pairs, hadamard, normalize, reflect, round_pairs, sum_in_order, sum_lanes
 
 LARGEST_RANGE = 2.0**126
 SMALLEST_SCALE = 2.0**-126
 ROUNDER = 12582912.0  # 1.5 * 2^23: added to a small number, it leaves the nearest integer in the low bits
 ROUNDER_BITS = 0x4B400000
+MASK = 0xFFFFFFFF
 
 
 class RopeAppend:
@@ -53,7 +55,7 @@ class RopeAppend:
         mSin: cute.Tensor,  # [T, head_dim / 2] float32
         mSlot: cute.Tensor,  # [T] int64
         mOffset: cute.Tensor,  # [num_kv_heads, head_dim / 2] uint32 where keys have an offset, else any
-        mCentre: cute.Tensor,  # [num_kv_heads, head_dim] float32 where keys have a centre, else any
+        mCentre: cute.Tensor,  # [num_kv_heads, head_dim] float32 where keys have a centre, mirrors behind it; else any
         mNorm: cute.Tensor,  # [2, head_dim / 2] uint32: weights of the norms of queries and keys, if there are any
         mKV: cute.Tensor,  # [num_blocks, num_kv_heads, tile_bytes] uint8
         mOut: cute.Tensor,  # [T, num_heads, head_dim / 2] uint32: turned queries
@@ -122,6 +124,9 @@ class RopeAppend:
                     if cutlass.const_expr(config.rotates):
                         values = expand_pairs(x)
                         hadamard(config, values, lane)
+                        if cutlass.const_expr(config.has_mirror):
+                            kv_head = cutlass.min(head, heads - 1) // (heads // kv_heads)
+                            reflect(config, values, self.mirror(mCentre, kv_heads + kv_head, column), share)
                         round_pairs(values, x)
                     if (head < heads) & (8 * share < self.half):
                         target = self.row(mOut, token, head)
@@ -145,6 +150,9 @@ class RopeAppend:
                                 self.centre(values, mCentre, cutlass.min(head, kv_heads - 1), column)
                             if cutlass.const_expr(config.rotates):
                                 hadamard(config, values, lane)
+                            if cutlass.const_expr(config.has_mirror):
+                                row = kv_heads + cutlass.min(head, kv_heads - 1)
+                                reflect(config, values, self.mirror(mCentre, row, column), share)
                         self.store(values, mKV, slot, head, is_value, column, share, is_there, largest_scale)
                     else:
                         self.store(x, mKV, slot, head, is_value, column, share, is_there, largest_scale)
@@ -186,6 +194,11 @@ class RopeAppend:
                     values[4 * part + i, h] = values[4 * part + i, h] - found[i]
 
     @cute.jit
+    def mirror(self, mCentre, row, column):
+        """Where the mirror of a head has this lane's first octet."""
+        return mCentre[row, None].iterator.toint() + 4 * column
+
+    @cute.jit
     def turn(self, x, cos, sin):
         """RoPE, each operation rounded to bfloat16 as torch rounds it."""
         for w in cutlass.range_constexpr(4):
@@ -221,9 +234,12 @@ class RopeAppend:
                 for h in cutlass.range_constexpr(2):
                     store_words(tile + (codes + h * half_bytes), self.pairs(x, h))
         else:
-            scale, zero = self.choose(x, largest_scale)
-            inverse = reciprocal(scale)
-            coded = [self.encode(x, h, inverse, zero) for h in range(2)]
+            if cutlass.const_expr(config.zero_bias):
+                coded, scale, zero = self.keep_mean(x, share)
+            else:
+                scale, zero = self.choose(x, largest_scale)
+                inverse = reciprocal(scale)
+                coded = [self.encode(x, h, inverse, zero) for h in range(2)]
             if is_there:
                 if share == 0:
                     store_words(tile + word_at, [pack_bf16x2(scale, zero)])
@@ -251,6 +267,52 @@ class RopeAppend:
             shifted = cute.arch.fmin(cute.arch.fmax(shifted, Float32(0.0)), Float32(self.qmax))
             zero = Float32(Int32(round_to_int(shifted)))
         return scale, zero
+
+    @cute.jit
+    def keep_mean(self, x, share):
+        """Codes, scale and stored zero point of a row as mean_zero.py chooses them."""
+        config = self.config
+        low, high = self.extremes(x)
+        low = cute.arch.fmin(cute.arch.fmax(low, Float32(-LARGEST_RANGE)), Float32(LARGEST_RANGE))
+        high = cute.arch.fmin(cute.arch.fmax(high, Float32(-LARGEST_RANGE)), Float32(LARGEST_RANGE))
+        span = high - low
+        is_far = low > span or -high > span
+        if is_far:
+            low = cute.arch.fmin(low, Float32(0.0))
+            high = cute.arch.fmax(high, Float32(0.0))
+        raw = (high - low) * Float32(1.0 / self.qmax)
+        if raw <= Float32(0.0):
+            raw = Float32(1.0)
+        scale = low_float(pack_bf16x2(cute.arch.fmax(raw, Float32(SMALLEST_SCALE)), raw))
+        if is_far:
+            low = scale * Float32(-self.qmax) if low < Float32(0.0) else Float32(0.0)
+        inverse = reciprocal(scale)
+        bits = config.cache.code_bits
+        each = 32 // bits
+        ones = sum(1 << (bits * i) for i in range(each))
+        total = Uint32(-16 * ROUNDER_BITS & MASK)
+        steps = cute.make_rmem_tensor((8, 2), Float32)
+        coded = []
+        for h in cutlass.range_constexpr(2):
+            words = []
+            for first in cutlass.range_constexpr(0, 8, each):
+                word = Uint32(-ones * ROUNDER_BITS & MASK)
+                for i in cutlass.range_constexpr(each):
+                    value = multiply_exactly(add_exactly(self.value(x, first + i, h), -low), inverse)
+                    value = cute.arch.fmin(cute.arch.fmax(value, Float32(0.0)), Float32(self.qmax))
+                    steps[first + i, h] = value
+                    code = as_bits(value + Float32(ROUNDER))
+                    word = word + (code << (bits * i))
+                    total = total + code
+                words.append(word)
+            coded.append(words)
+        half = Float32(config.zero_bias)
+        more = add_exactly(sum_lanes(config, Float32(Int32(total)), share), -sum_in_order(config, steps, share))
+        more = multiply_exactly(more, Float32(1.0 / config.head_dim))
+        more = Float32(0.0) if is_far else more
+        zero = add_exactly(add_exactly(more, -half), -multiply_exactly(low, inverse))
+        zero = low_float(pack_bf16x2(zero, zero))
+        return coded, scale, add_exactly(add_exactly(zero, half), -half)  # as the reference holds it
 
     @cute.jit
     def extremes(self, x):

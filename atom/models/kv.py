@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..kernels.dense_attention import AttentionSpec, attend_dense
-from ..quant.keys import prepare_keys, rotate_head
+from ..quant.keys import prepare_keys, prepare_queries
 from ..quant.rounding import fake_quantize
 from ..quant.schemes import Scheme, TensorSpec
 from .config import ModelConfig
@@ -132,11 +132,10 @@ class DenseKV:
                 f"pass a multiple of {self.batch} tokens, or make the cache with another batch."
             )
         q = rotation.apply(q)
-        if self.rotates:
-            q = rotate_head(q).to(q.dtype)
         kv = self.overrides.get(layer, self.scheme_kv)
         offset = spec.key_offset if self.offset_apart and kv is not None else None
         centre = spec.key_centre if self.centred else None
+        q = prepare_queries(q, centre, self.rotates)
         if centre is not None or self.rotates:
             k = self._round(prepare_keys(rotation.apply(k), centre, self.rotates), kv).to(k.dtype)
         else:

@@ -65,14 +65,14 @@ def layer_tensors(layer: nn.Module, family: Family, scheme: Scheme | None, prefi
 def key_tensors(layer: nn.Module, scheme: Scheme) -> dict[str, Expected]:
     """What calibration stores of a layer's keys, [num_kv_heads, head_dim], by name within the layer.
 
-    The mean before RoPE in bfloat16, or the centre after RoPE in float32.
+    The mean before RoPE in bfloat16, or the centre after RoPE in float32, [2, ...] where a mirror stands behind it.
     """
     if not scheme.stores_key_offset and not scheme.stores_key_centre:
         return {}
     head_dim = cast(int, layer.get_submodule("self_attn").head_dim)
     shape = (layer.get_parameter("self_attn.k_proj.weight").shape[0] // head_dim, head_dim)
     if scheme.stores_key_centre:
-        return {KEY_CENTRE: Expected(shape, torch.float32)}
+        return {KEY_CENTRE: Expected((2, *shape) if scheme.mirrors_keys else shape, torch.float32)}
     return {KEY_OFFSET: Expected(shape, torch.bfloat16)}
 
 

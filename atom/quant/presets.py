@@ -5,9 +5,10 @@ from dataclasses import replace
 from .granularity import Channel, Group, Head, Token
 from .schemes import OutlierSpec, RotationSpec, Scheme, TensorSpec
 
-KV2 = TensorSpec("int2", Head(), symmetric=False, dynamic=True)
-KV3 = TensorSpec("int3", Head(), symmetric=False, dynamic=True)
-KV4 = TensorSpec("int4", Head(), symmetric=False, dynamic=True)
+KV2 = TensorSpec("int2", Head(), symmetric=False, dynamic=True, zero="mean")
+KV3 = TensorSpec("int3", Head(), symmetric=False, dynamic=True, zero="mean")
+KV4 = TensorSpec("int4", Head(), symmetric=False, dynamic=True, zero="mean")
+KV4_WHOLE = TensorSpec("int4", Head(), symmetric=False, dynamic=True)
 KV8 = TensorSpec("int8", Head(), symmetric=False, dynamic=True)
 KVFP8 = TensorSpec("fp8_e4m3", Head(), dynamic=True)
 KV_SUFFIXES: dict[str, TensorSpec | None] = {

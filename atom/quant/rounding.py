@@ -16,6 +16,7 @@ from torch import Tensor
 from .formats import Format, get_format
 from .granularity import Group
 from .granularity import Tensor as PerTensor
+from .mean_zero import choose_mean_zero, steps_from
 from .scales import LARGEST, LARGEST_DYNAMIC, floor_log2, power_of_two, round_scale
 from .schemes import TensorSpec
 
@@ -28,13 +29,15 @@ class Scale:
     """Scales of a tensor, all float32 and on the grid of their storage formats.
 
     scale        granularity.scale_shape(x.shape), never zero; negative only under the rule "signed"
-    zero_point   same shape, whole numbers; None if symmetric
+    zero_point   same shape, whole numbers unless the spec's zero is "mean"; None if symmetric
     outer        [1, ..., 1] (tensor) or [..., 1] (channel, token); None if the spec has none
+    low          like scale: what has code 0, where the zero point does not say it (zero "mean")
     """
 
     scale: Tensor
     zero_point: Tensor | None = None
     outer: Tensor | None = None
+    low: Tensor | None = None
 
     @property
     def effective(self) -> Tensor:
@@ -104,6 +107,10 @@ def encode(x: Tensor, scale: Scale, spec: TensorSpec) -> Tensor:
     """Codes [..., K] of x [..., K] under given scales: int8, uint8 for E2M1, or an 8-bit float dtype."""
     fmt = get_format(spec.format)
     columns = x.shape[-1]
+    if scale.low is not None:
+        levels = fmt.code_range(symmetric=False)[1]
+        steps = steps_from(x.float(), scale.scale[..., 0].reciprocal(), scale.low[..., 0], levels)
+        return steps.round_().to(torch.uint8)
     scaled = x.float() * expand_scale(scale.effective, columns, spec).reciprocal()
     if not fmt.is_integer:
         return encode_float(scaled, fmt)
@@ -195,6 +202,9 @@ def _choose(blocks: Tensor, spec: TensorSpec, clip: float, outer: Tensor | None 
 def _choose_asymmetric(blocks: Tensor, spec: TensorSpec, fmt: Format, clip: float) -> Scale:
     """Unsigned codes over a range that always holds zero, so that zero itself is exact."""
     _, qmax = fmt.code_range(symmetric=False)
+    if spec.zero == "mean" and blocks.numel():
+        scale, zero, low = choose_mean_zero(blocks, qmax, spec.scale_format)
+        return Scale(scale, zero, low=low)
     whole = isinstance(spec.granularity, PerTensor)
     low = _extreme(blocks, whole, lowest=True).clamp(-(2.0**126), 0.0)  # their difference stays finite
     high = _extreme(blocks, whole).clamp(0.0, 2.0**126)
@@ -238,6 +248,9 @@ def _round_blocks(blocks: Tensor, scale: Scale, spec: TensorSpec) -> Tensor:
     """Blocks [..., groups, columns] rounded under scales [..., groups]."""
     fmt = get_format(spec.format)
     effective = scale.effective.unsqueeze(-1)
+    if scale.low is not None and scale.zero_point is not None:
+        steps = steps_from(blocks, scale.scale.reciprocal(), scale.low, fmt.code_range(symmetric=False)[1])
+        return steps.round_().sub_(scale.zero_point.unsqueeze(-1)).mul_(effective)
     scaled = blocks * effective.reciprocal()
     if not fmt.is_integer:
         return _round_float(scaled, fmt).mul_(effective)

@@ -135,6 +135,12 @@ class Scheme:
         return self.kv is not None and self.kv_rotation == "hadamard"
 
     @property
+    def mirrors_keys(self) -> bool:
+        """Heads are reflected behind the rotation, so that zero points keep the queries' main direction; a checkpoint
+        holds the mirrors with the centre."""
+        return self.stores_key_centre and self.rotates_keys and self.kv is not None and self.kv.zero == "mean"
+
+    @property
     def is_quantized(self) -> bool:
         return self.weight is not None or self.kv is not None or bool(self.overrides)
 

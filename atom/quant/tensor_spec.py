@@ -9,6 +9,7 @@ from .plain import plain_fields, refuse_unknown
 
 ScaleRule = Literal["max", "range", "signed", "four_six"]
 Outer = Literal["tensor", "channel", "token"]
+ZeroRule = Literal["whole", "mean"]
 SIGNED_SCALES = ("fp32", "bf16", "fp16", "e4m3")
 SCALE_FORMATS = {"fp32": 32, "bf16": 16, "fp16": 16, "e4m3": 8, "e8m0": 8, "uint4": 4}  # name -> bits of one scale
 
@@ -28,6 +29,10 @@ class TensorSpec:
                   takes the lowest code (integers); "four_six": as "max", or half as large again so that the largest
                   value lies at 4 instead of 6, whichever leaves less squared error (e2m1)
     outer         a second FP32 scale over the scales: one per tensor (NVFP4), channel or token, or None
+    zero          of asymmetric codes. "whole": the range holds zero, which is exact; the zero point is a code. "mean":
+                  the range is that of the values, and the zero point a bfloat16 number, stored less half the codes,
+                  under which rounding leaves the mean of a row as it was: what all channels of a row have in common
+                  costs neither range nor accuracy
     """
 
     format: str
@@ -38,6 +43,7 @@ class TensorSpec:
     scale_format: str = "bf16"
     scale_rule: ScaleRule = "max"
     outer: Outer | None = None
+    zero: ZeroRule = "whole"
 
     def __post_init__(self) -> None:
         fmt = get_format(self.format)
@@ -72,6 +78,13 @@ class TensorSpec:
             )
         if self.scale_format == "uint4" and self.outer is None:
             raise ValueError("uint4 scales are multiples of an outer scale; set outer='channel'")
+        if self.zero not in get_args(ZeroRule):
+            raise ValueError(f"unknown zero rule {self.zero!r}; use one of {', '.join(get_args(ZeroRule))}")
+        if self.zero == "mean" and (self.symmetric or self.clip != 1.0 or isinstance(self.granularity, Group | Tensor)):
+            raise ValueError(
+                "zero 'mean' goes with asymmetric codes over the whole range of a row or head; use symmetric=False, "
+                "clip=1.0 and granularity head, or zero='whole'"
+            )
         if self.clip == "mse":
             if self.dynamic:
                 raise ValueError("clip 'mse' is a search, too slow at run time; give dynamic tensors a number, 0.9 say")
@@ -94,7 +107,8 @@ class TensorSpec:
         return get_format(self.format).bits + row / columns
 
     def to_dict(self) -> dict[str, Any]:
-        return plain_fields(self)
+        found = plain_fields(self)
+        return {name: item for name, item in found.items() if name != "zero" or item != "whole"}  # as before there was
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "TensorSpec":

@@ -10,14 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from atom.calibration.config import CalibrationConfig
-from atom.calibration.keys import centre_on_sink
+from atom.calibration.keys import centre_on_sink, mirror_of, second_moments
 from atom.calibration.stream import quantize_model
+from atom.calibration.values import ValueStatistics, mirror_values_
 from atom.errors import CheckpointError
+from atom.models.attention import Attention
+from atom.models.family import model_config
 from atom.models.loader import load_model
 from atom.models.source import open_source
-from atom.quant.keys import prepare_keys, rotate_head
+from atom.quant.keys import prepare_keys, reflect_head, restore_keys, rotate_head, split_centre
 from atom.quant.presets import get_scheme
 from atom.quant.rounding import fake_quantize
+
+from ..conftest import MODELS
 
 Tiny = Callable[[str], Path]
 KEY = "model.layers.1.self_attn.key_offset"
@@ -67,17 +72,66 @@ def test_a_rotated_cache_with_factors_and_a_centre(
             errors.append(logit_error(out, source))
         assert errors[1] < errors[0] and errors[2] < errors[1] / 5, (name, errors)
     stored = open_source(tmp_path / "loud-1").get("model.layers.1.self_attn.key_centre")
-    assert stored.dtype == torch.float32 and stored.shape == (2, 32)
+    assert stored.dtype == torch.float32 and stored.shape == (2, 2, 32)
+    assert torch.allclose(stored[1].square().sum(-1), torch.tensor(2.0))
+    assert open_source(tmp_path / "loud-2").get("model.layers.1.self_attn.key_centre").shape == (2, 32)
 
 
-def test_the_first_key_of_a_sequence_is_on_the_grid() -> None:
+def test_a_mirror_takes_the_main_direction_to_equal_channels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    main = torch.nn.functional.normalize(torch.randn(2, 64, generator=generator), dim=-1)
+    queries = torch.randn(500, 2, 64, generator=generator) + 5 * torch.randn(500, 2, 1, generator=generator) * main
+    for is_rotated in (False, True):
+        mirror = mirror_of(second_moments(queries, 2), is_rotated)
+        assert torch.allclose(mirror.square().sum(-1), torch.tensor(2.0))
+        turned = reflect_head(rotate_head(queries) if is_rotated else queries, mirror)
+        assert torch.allclose(turned.norm(dim=-1), queries.norm(dim=-1), rtol=1e-5)
+        share = turned.sum(-1).square().sum(0) / 64 / turned.square().sum((0, -1))
+        assert (share > 0.25).all()  # of 26/90 that lie along it
+
+
+def test_mirrored_values_leave_the_model_what_it_is() -> None:
+    attention = Attention(model_config(MODELS["llama-biased"]), 0)
+    x = torch.randn(40, attention.v_proj.in_features, generator=torch.Generator().manual_seed(0))
+    heads = attention.v_proj.out_features // attention.head_dim
+    statistics = ValueStatistics(heads)
+    with torch.no_grad():
+        values = attention.v_proj(x)
+        statistics.add(values)
+        repeats = attention.o_proj.in_features // values.shape[1]
+
+        def output(v: torch.Tensor) -> torch.Tensor:
+            repeated = v.unflatten(-1, (heads, 1, -1)).expand(-1, -1, repeats, -1).flatten(1)
+            found: torch.Tensor = attention.o_proj(repeated)
+            return found
+
+        before = output(values)
+        sample = mirror_values_(attention, statistics.mirror(), values)
+        after = attention.v_proj(x)
+        assert torch.allclose(after, sample, atol=1e-5) and not torch.allclose(after, values, atol=1e-2)
+        assert torch.allclose(output(after), before, atol=1e-4)
+        moments = sample.unflatten(-1, (heads, -1))
+        along = moments.mean(-1).square().sum(0) * moments.shape[-1]
+        assert (along >= moments.square().sum(0).amax(-1)).all()  # more than along any one channel
+
+
+@pytest.mark.parametrize("has_mirror", [False, True])
+def test_the_first_key_of_a_sequence_is_on_the_grid(has_mirror: bool) -> None:
     scheme = replace(get_scheme("bf16+kv4"), kv_offset="centre", kv_rotation="hadamard")
     generator = torch.Generator().manual_seed(0)
     first, centre = torch.randn(3, 64, generator=generator) * 9, torch.randn(3, 64, generator=generator)
+    if has_mirror:
+        queries = torch.randn(100, 3, 64, generator=generator)
+        centre = torch.stack((centre, mirror_of(second_moments(queries, 3), True)))
     moved = centre_on_sink(centre, first, scheme, 0)
     assert scheme.kv is not None
-    read = rotate_head(fake_quantize(prepare_keys(first, moved, True), scheme.kv)) + moved
-    plain = rotate_head(fake_quantize(prepare_keys(first, centre, True), scheme.kv)) + centre
+
+    def read_back(given: torch.Tensor) -> torch.Tensor:
+        taken_off = split_centre(given)[0]
+        assert scheme.kv is not None and taken_off is not None
+        return restore_keys(fake_quantize(prepare_keys(first, given, True), scheme.kv), given, True) + taken_off
+
+    read, plain = read_back(moved), read_back(centre)
     assert (read - first).norm() < 1e-3 * (plain - first).norm()
 
 

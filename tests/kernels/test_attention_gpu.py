@@ -19,7 +19,7 @@ from atom.kernels.paged_step import PagedStep
 from atom.kernels.rope_append import rope_append_kv_reference
 from atom.kernels.rotate import rotate
 from atom.models.rope import Rope, RopeConfig
-from atom.quant.presets import KV4, KV8, KVFP8
+from atom.quant.presets import KV4, KV4_WHOLE, KV8, KVFP8
 from atom.quant.schemes import TensorSpec
 
 from .test_cascade_sm90 import share
@@ -31,7 +31,7 @@ captures = pytest.mark.skipif(
     os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") is not None,
     reason="without torch's caching allocator every tensor is a cudaMalloc, which a graph cannot capture",
 )
-SPECS: dict[str, TensorSpec | None] = {"int4": KV4, "int8": KV8, "fp8": KVFP8, "bf16": None}
+SPECS: dict[str, TensorSpec | None] = {"int4": KV4, "int4 whole": KV4_WHOLE, "int8": KV8, "fp8": KVFP8, "bf16": None}
 
 
 def to_gpu(case: Case) -> Case:

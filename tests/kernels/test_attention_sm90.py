@@ -23,7 +23,7 @@ from atom.kernels.paged_attention import RopeTable
 from atom.kernels.paged_step import PagedStep
 from atom.kernels.rotate import rotate
 from atom.models.rope import Rope, RopeConfig
-from atom.quant.presets import KV4, KV8, KVFP8
+from atom.quant.presets import KV4, KV4_WHOLE, KV8, KVFP8
 from atom.quant.schemes import TensorSpec
 
 from .machine_code import disassemble, needs_dsl
@@ -31,7 +31,7 @@ from .ptx_emulator import Kernel
 from .ptx_memory import Tensor as Argument
 from .test_paged_attention import Case, expected, make_case
 
-SPECS: dict[str, TensorSpec | None] = {"int4": KV4, "int8": KV8, "fp8_e4m3": KVFP8, "bf16": None}
+SPECS: dict[str, TensorSpec | None] = {"int4": KV4_WHOLE, "int8": KV8, "fp8_e4m3": KVFP8, "bf16": None}
 
 
 @pytest.mark.parametrize("kv", SPECS)
@@ -190,7 +190,7 @@ def test_rings_that_go_round(tmp_path: Path) -> None:
     lengths = (1100, 610, 33, 700)
     case = make_case(KV4, lengths, (1,) * 4, 3, 1, 64, dtype=torch.bfloat16)
     spec = AttentionSpec(0.25)
-    config = replace(choose_decode("int4", 64, 3, 16, False, False), ctas_per_sm=6)
+    config = replace(choose_decode("int4", 64, 3, 16, False, False, zero_bias=case.layout.zero_bias), ctas_per_sm=6)
     assert config.stages < 20
     plan = plan_balanced(np.array(lengths) - 20, 16, 1, 2, None, config.stage_blocks)  # they have grown since
     found = emulate_decode(case, spec, plan, config, decode_ptx(config, tmp_path)).double()
@@ -203,7 +203,7 @@ def test_rings_that_go_round(tmp_path: Path) -> None:
 def test_a_cta_of_many_parts(tmp_path: Path) -> None:
     """More than a warp tells of at once, of a row with more parts than are merged at once."""
     lengths = (1120, 5, 40)
-    case = make_case(KV4, lengths, (1,) * 3, 4, 1, 64, dtype=torch.bfloat16)
+    case = make_case(KV4_WHOLE, lengths, (1,) * 3, 4, 1, 64, dtype=torch.bfloat16)
     spec, config = AttentionSpec(0.25), choose_decode("int4", 64, 4, 16, False, False)
     kernel = decode_ptx(config, tmp_path)
     exact = expected(case, spec)

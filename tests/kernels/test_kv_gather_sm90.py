@@ -1,7 +1,9 @@
 """The sm_90a gather kernel: its PTX run on a CPU, its machine code without a GPU."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,29 +17,34 @@ from .ptx_memory import Tensor as Argument
 from .test_attention_sm90 import SPECS, needs_dsl, ptx
 from .test_paged_attention import make_case
 
-# kv, head_dim, block size
+# kv, head_dim, block size, rule of zero points
 GATHERS = [
-    ("int4", 128, 16),
-    ("int4", 80, 32),
-    ("int8", 64, 64),
-    ("fp8_e4m3", 96, 16),
-    ("bf16", 256, 16),
+    ("int4", 128, 16, "whole"),
+    ("int4", 80, 32, "whole"),
+    ("int8", 64, 64, "whole"),
+    ("fp8_e4m3", 96, 16, "whole"),
+    ("bf16", 256, 16, "whole"),
+    ("int4", 64, 16, "mean"),
+    ("int4", 128, 32, "mean"),
+    ("int8", 80, 16, "mean"),
 ]
 
 
 @needs_dsl
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("kv,dim,block_size", GATHERS)
+@pytest.mark.parametrize("kv,dim,block_size,zero", GATHERS)
 def test_reads_on_a_model_of_the_machine(
-    kv: str, dim: int, block_size: int, window: int | None, tmp_path: Path
+    kv: str, dim: int, block_size: int, zero: Any, window: int | None, tmp_path: Path
 ) -> None:
     """Equal to KVLayout.read bit for bit, from scattered blocks among NaN, and zeros; decodes are not read."""
     from atom.kernels.kv_gather_sm90 import compile_gather
 
-    case = make_case(
-        SPECS[kv], (block_size + 3, 70, 2 * block_size, 1), (5, 1, 2, 0), 2, 2, dim, block_size, dtype=torch.bfloat16
-    )
+    spec = SPECS[kv]
+    if spec is not None and not spec.symmetric:
+        spec = replace(spec, zero=zero)
+    lengths, counts = (block_size + 3, 70, 2 * block_size, 1), (5, 1, 2, 0)
+    case = make_case(spec, lengths, counts, 2, 2, dim, block_size, dtype=torch.bfloat16)
     step, layout = case.step, case.layout
     work = plan_prefill(step, window, block_size)
     assert work is not None
@@ -46,7 +53,7 @@ def test_reads_on_a_model_of_the_machine(
     assert total == sum(step.seqlens_k[i] - first for i, first in zip((0, 2), firsts, strict=True))
     keys, values = np.full((2, total + 7, 2, dim // 2), -1, dtype=np.int32)
     work_tiles = np.concatenate((work.tiles, np.array([[-1, total, 0, 7]], dtype=np.int32)))
-    config = GatherConfig(kv, dim, block_size)
+    config = GatherConfig(kv, dim, block_size, zero_bias=layout.zero_bias)
     kernel = ptx(compile_gather(config, f"--keep-ptx --dump-dir {tmp_path}"))
     kernel.launch(
         (len(work_tiles), 2),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from atom.kernels.dense_attention import AttentionSpec
-from atom.kernels.kv_layout import KVLayout, code_floats, encode_rows
+from atom.kernels.kv_layout import KVLayout, code_floats, encode_rows, zero_bias
 from atom.kernels.paged_attention import (
     PAGED_ATTENTION,
     PagedAttentionReference,
@@ -21,11 +21,11 @@ from atom.kernels.registry import Problem
 from atom.kernels.rope_append import ROPE_APPEND_KV, rope_append_kv_reference
 from atom.kernels.rotate import rotate
 from atom.quant.formats import get_format
-from atom.quant.presets import KV4, KV8, KVFP8
+from atom.quant.presets import KV4, KV4_WHOLE, KV8, KVFP8
 from atom.quant.rounding import fake_quantize
 from atom.quant.schemes import TensorSpec
 
-SPECS: dict[str, TensorSpec | None] = {"16 bits": None, "int4": KV4, "int8": KV8, "fp8": KVFP8}
+SPECS: dict[str, TensorSpec | None] = {"16 bits": None, "int4": KV4, "int4 whole": KV4_WHOLE, "int8": KV8, "fp8": KVFP8}
 NAN = float("nan")
 
 
@@ -86,7 +86,7 @@ def dequantized(x: Tensor, kv: TensorSpec) -> Tensor:
     codes, words = encode_rows(x, kv)
     values = code_floats(codes, kv, x.shape[-1]).double()
     if get_format(kv.format).is_integer:
-        values -= words[..., 1:].double()
+        values -= words[..., 1:].double() + zero_bias(kv)
     return values * words[..., :1].double()
 
 
@@ -134,14 +134,14 @@ def test_lengths_around_edges(name: str, block_size: int) -> None:
 @pytest.mark.parametrize("heads,kv_heads", [(1, 1), (8, 1), (16, 1), (12, 4), (10, 2), (7, 1)])
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_shapes_of_heads(heads: int, kv_heads: int, dim: int) -> None:
-    case = make_case(KV4, (33, 18, 5), (1, 3, 1), heads, kv_heads, dim)
+    case = make_case(KV4_WHOLE, (33, 18, 5), (1, 3, 1), heads, kv_heads, dim)
     check(case, AttentionSpec(dim**-0.5))
 
 
 @pytest.mark.parametrize("window", [1, 5, 15, 16, 17, 32, 100])
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_windows_and_soft_caps(window: int, cap: float | None) -> None:
-    case = make_case(KV4, (1, 16, 33, 50, 64, 40), (1, 1, 1, 20, 2, 40))
+    case = make_case(KV4_WHOLE, (1, 16, 33, 50, 64, 40), (1, 1, 1, 20, 2, 40))
     check(case, AttentionSpec(0.5, window, cap))
 
 
@@ -167,15 +167,15 @@ def test_keys_are_stored_turned_and_the_offset_comes_back() -> None:
     step = PagedStep(np.array([0, 20]), np.array([20]), np.array([[2, 0]]), torch.arange(20), torch.tensor([[0, 1]]))
     spec = AttentionSpec(0.125, key_offset=offset)
     for pre_rope in (False, True):
-        layout = KVLayout(KV4, torch.float32, 2, 64, 16)
+        layout = KVLayout(KV4_WHOLE, torch.float32, 2, 64, 16)
         layer = torch.full(layout.shape(2), 255, dtype=torch.uint8)
         turned = rope_append_kv_reference(layout, pre_rope)(q, k, v, cos, sin, step.slots, layer, offset)
         assert torch.equal(turned, rotate(q, cos, sin))
-        rest = fake_quantize(k - offset if pre_rope else rotate(k - offset, cos, sin), KV4)
+        rest = fake_quantize(k - offset if pre_rope else rotate(k - offset, cos, sin), KV4_WHOLE)
         read = rotate(rest + offset, cos, sin) if pre_rope else rest + rotate(offset.expand(20, 2, 64), cos, sin)
         attend = PagedAttentionReference(layout, pre_rope)
         found = attend(turned, layer, step, spec, RopeTable(cos, sin))
-        heads = [x.repeat_interleave(2, 1).transpose(0, 1) for x in (read, fake_quantize(v, KV4))]
+        heads = [x.repeat_interleave(2, 1).transpose(0, 1) for x in (read, fake_quantize(v, KV4_WHOLE))]
         exact = torch.nn.functional.scaled_dot_product_attention(
             turned.transpose(0, 1)[None], heads[0][None], heads[1][None], is_causal=True, scale=0.125
         )
@@ -184,14 +184,14 @@ def test_keys_are_stored_turned_and_the_offset_comes_back() -> None:
 
 def test_the_layout_byte_by_byte() -> None:
     """What the kernels rely on: where in a tile a code, a scale and a zero point stand."""
-    layout = KVLayout(KV4, torch.float32, 2, 64, 16)
+    layout = KVLayout(KV4_WHOLE, torch.float32, 2, 64, 16)
     assert (layout.row_bytes, layout.tile_bytes, layout.block_bytes) == (32, 128 + 2 * 16 * 32, 2 * 1152)
     layer = torch.zeros(layout.shape(3), dtype=torch.uint8)
     k, v = torch.randn(2, 1, 2, 64)
     turn = torch.ones(1, 32), torch.zeros(1, 32)
     rope_append_kv_reference(layout)(torch.zeros(1, 2, 64), k, v, *turn, torch.tensor([2 * 16 + 5]), layer)
     for part, x in ((0, k), (1, v)):
-        codes, words = encode_rows(x[0], KV4)
+        codes, words = encode_rows(x[0], KV4_WHOLE)
         for head in range(2):
             tile = layer[2, head]
             at = part * 64 + 4 * 5
@@ -200,14 +200,14 @@ def test_the_layout_byte_by_byte() -> None:
             assert torch.equal(tile[row : row + 32], codes[head])
             scale, zero = words[head].float()
             low_first = torch.stack((codes[head] & 15, codes[head] >> 4), -1).flatten().float()
-            assert torch.equal((low_first - zero) * scale, fake_quantize(x[0, head], KV4))
+            assert torch.equal((low_first - zero) * scale, fake_quantize(x[0, head], KV4_WHOLE))
     assert int((layer != 0).sum()) <= 2 * 2 * (32 + 4)
 
 
 @pytest.mark.parametrize("bits", ["int4", "int8"])
 def test_extremes_round_as_everywhere(bits: str) -> None:
     """Zeros, one loud channel, all positive, all negative, the largest finite values."""
-    spec = {"int4": KV4, "int8": KV8}[bits]
+    spec = {"int4": KV4_WHOLE, "int8": KV8}[bits]
     x = torch.zeros(6, 64)
     x[1, 7] = 1e4
     x[2] = torch.rand(64) + 3
@@ -239,5 +239,5 @@ def test_cpu_runs_the_reference(op: object) -> None:
     from atom.kernels.registry import Op
 
     assert isinstance(op, Op)
-    choice = op.choose(Problem("cpu", kv=KV4, head_dim=128, num_heads=32, num_kv_heads=8))
+    choice = op.choose(Problem("cpu", kv=KV4_WHOLE, head_dim=128, num_heads=32, num_kv_heads=8))
     assert choice.name == "reference" and choice.build is op.reference

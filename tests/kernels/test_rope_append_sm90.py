@@ -1,6 +1,7 @@
 """The sm_90a rope_append_kv kernel: its PTX run on a CPU, its machine code without a GPU, its bytes on one."""
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -105,34 +106,47 @@ def test_bytes_on_a_model_of_the_machine(
     assert torch.equal(torch.from_numpy(found), wanted)
 
 
-# kv, head_dim, norm, centre, transform
+# kv, head_dim, norm, centre, transform, mirror and zero points that keep the mean
 TRANSFORMS = [
-    ("int4", 128, "none", True, False),
-    ("int4", 128, "none", False, True),
-    ("int4", 64, "plain", True, True),
-    ("int4", 256, "shifted", True, True),
-    ("int8", 80, "plain", False, True),
-    ("fp8_e4m3", 96, "shifted", True, True),
-    ("bf16", 128, "plain", False, False),
-    ("bf16", 128, "none", False, True),
+    ("int4", 128, "none", True, False, False),
+    ("int4", 128, "none", False, True, False),
+    ("int4", 64, "plain", True, True, False),
+    ("int4", 256, "shifted", True, True, False),
+    ("int8", 80, "plain", False, True, False),
+    ("fp8_e4m3", 96, "shifted", True, True, False),
+    ("bf16", 128, "plain", False, False, False),
+    ("bf16", 128, "none", False, True, False),
+    ("int4", 64, "plain", True, True, True),
+    ("int4", 96, "none", True, True, True),
+    ("int4", 128, "none", True, True, True),
+    ("int4", 256, "shifted", True, True, True),
+    ("int8", 80, "plain", True, True, True),
 ]
 
 
 @needs_dsl
 @pytest.mark.slow
-@pytest.mark.parametrize("kv,dim,norm,has_centre,rotates", TRANSFORMS, ids=lambda v: str(v))
+@pytest.mark.parametrize("kv,dim,norm,has_centre,rotates,has_mirror", TRANSFORMS, ids=lambda v: str(v))
 def test_transformed_bytes_on_a_model_of_the_machine(
-    kv: str, dim: int, norm: str, has_centre: bool, rotates: bool, tmp_path: Path
+    kv: str, dim: int, norm: str, has_centre: bool, rotates: bool, has_mirror: bool, tmp_path: Path
 ) -> None:
-    """The norm before turning, the centre and the Hadamard transform after it, bit for bit."""
+    """The norm before turning, the centre, the Hadamard transform and the mirror after it, bit for bit."""
     from atom.kernels.rope_append_sm90 import compile_append
 
-    tokens, heads, kv_heads, eps = 4, 5, 2, 1e-6
+    tokens, heads, kv_heads, eps = 4, 6 if has_mirror else 5, 2, 1e-6
     q, k, v, cos, sin = inputs(dim, heads, kv_heads, tokens)
-    layout = KVLayout(SPECS[kv], torch.bfloat16, kv_heads, dim, 16)
+    spec = SPECS[kv]
+    if has_mirror:
+        assert spec is not None
+        spec = replace(spec, zero="mean")
+        v[3] = 2.5  # all alike
+    layout = KVLayout(spec, torch.bfloat16, kv_heads, dim, 16)
     slots = torch.tensor([15, 32, 55, 5])
     weights = torch.randn(2, dim, generator=torch.Generator().manual_seed(2)).bfloat16()
     centre = offset_for(kv_heads, dim)
+    if has_mirror:
+        mirror = torch.randn(kv_heads, dim, generator=torch.Generator().manual_seed(3))
+        centre = torch.stack((centre, mirror * 2**0.5 / mirror.norm(dim=-1, keepdim=True)))
     wanted = torch.full(layout.shape(4), 255, dtype=torch.uint8)
     given = {
         "centre": centre if has_centre else None,
@@ -140,11 +154,13 @@ def test_transformed_bytes_on_a_model_of_the_machine(
     }
     turned = rope_append_kv_reference(layout, rotates=rotates)(q, k, v, cos, sin, slots, wanted, **given)
 
-    config = AppendConfig(kv, dim, 16, parts=2, norm=norm, has_centre=has_centre, rotates=rotates)
+    config = AppendConfig(
+        kv, dim, 16, parts=2, norm=norm, has_centre=has_centre, rotates=rotates, has_mirror=has_mirror,
+        zero_bias=layout.zero_bias,
+    )  # fmt: skip
     kernel = ptx(compile_append(config, f"--keep-ptx --dump-dir {tmp_path}"))
     found = np.full(layout.shape(4), 255, dtype=np.uint8)
     out = np.zeros((tokens, heads, dim // 2), dtype=np.int32)
-    spec = SPECS[kv]
     kernel.launch(
         (config.ctas(tokens, heads, kv_heads), 1),
         32 * config.warps,
@@ -154,7 +170,7 @@ def test_transformed_bytes_on_a_model_of_the_machine(
             Argument(sin.numpy(), (1,)),
             Argument(slots.numpy()),
             Argument(np.zeros((1, dim // 2), dtype=np.int32), (1,)),
-            Argument(centre.numpy(), (1,)),
+            Argument(centre.view(-1, dim).numpy(), (1,)),
             Argument(weights.view(torch.int32).numpy(), (1,)),
             Argument(found, (2,)),
             Argument(out, (2,)),
@@ -168,11 +184,15 @@ def test_transformed_bytes_on_a_model_of_the_machine(
 
 @needs_dsl
 @pytest.mark.slow
+@pytest.mark.parametrize("has_mirror", [False, True])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
-def test_transforms_spill_nothing(dim: int, tmp_path: Path) -> None:
+def test_transforms_spill_nothing(dim: int, has_mirror: bool, tmp_path: Path) -> None:
     from atom.kernels.rope_append_sm90 import compile_append
 
-    config = AppendConfig("int4", dim, 16, parts=2, norm="shifted", has_centre=True, rotates=True)
+    config = AppendConfig(
+        "int4", dim, 16, parts=2, norm="shifted", has_centre=True, rotates=True, has_mirror=has_mirror,
+        zero_bias=8 * has_mirror,
+    )  # fmt: skip
     compiled = compile_append(config, f"--keep-cubin --dump-dir {tmp_path}")
     sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]
     assert not re.findall(r"\b(?:LDL|STL)\b", sass), "registers spilled"

@@ -15,7 +15,7 @@ from atom.models.family import model_config
 from atom.models.generate import scheme_cache
 from atom.models.model import Model, build_model
 from atom.quant.granularity import Group
-from atom.quant.presets import KV4, KV8, KVFP8, get_scheme
+from atom.quant.presets import KV4, KV4_WHOLE, KV8, KVFP8, get_scheme
 from atom.quant.schemes import CacheOverride, Scheme
 from atom.serving.batch import Batch, unsampled
 from atom.serving.kv_pool import KVPool, PagedKV, bytes_per_block
@@ -53,13 +53,14 @@ RAW: dict[str, dict[str, Any]] = {
 SCHEMES = {
     "16 bits": get_scheme("bf16"),
     "int4": get_scheme("bf16").with_kv(KV4),
+    "int4, whole zero points": get_scheme("bf16").with_kv(KV4_WHOLE),
     "int8": get_scheme("bf16").with_kv(KV8),
     "fp8": get_scheme("bf16").with_kv(KVFP8),
     "int3": get_scheme("bf16+kv3"),
     "int2": get_scheme("bf16+kv2"),
-    "int4 symmetric": get_scheme("bf16").with_kv(replace(KV4, symmetric=True)),
-    "int4 before RoPE": replace(get_scheme("bf16").with_kv(KV4), kv_pre_rope=True),
-    "int4, offset inside": replace(get_scheme("bf16").with_kv(KV4), kv_offset="none"),
+    "int4 symmetric": get_scheme("bf16").with_kv(replace(KV4_WHOLE, symmetric=True)),
+    "int4 before RoPE": replace(get_scheme("bf16").with_kv(KV4_WHOLE), kv_pre_rope=True),
+    "int4, offset inside": replace(get_scheme("bf16").with_kv(KV4_WHOLE), kv_offset="none"),
     "int4, centred and turned": get_scheme("bf16+kv4"),
     "int4, one layer in int8": replace(get_scheme("bf16+kv4"), kv_overrides=(CacheOverride(1, KV8),)),
     "fp8, turned": replace(get_scheme("bf16+kvfp8"), kv_offset="none"),
@@ -315,9 +316,9 @@ def test_bytes_of_a_real_shape() -> None:
 def test_formats_without_a_layout_are_refused() -> None:
     config = model_config(LLAMA)
     for spec, reason in (
-        (replace(KV4, format="e2m1", symmetric=True), "e2m1.*choose one of"),
-        (replace(KV4, scale_format="fp32"), "bf16 scales"),
-        (replace(KV4, granularity=Group(8)), "one scale per token and head"),
+        (replace(KV4_WHOLE, format="e2m1", symmetric=True), "e2m1.*choose one of"),
+        (replace(KV4_WHOLE, scale_format="fp32"), "bf16 scales"),
+        (replace(KV4_WHOLE, granularity=Group(8)), "one scale per token and head"),
     ):
         with pytest.raises(UnsupportedError, match=reason):
             bytes_per_block(config, SCHEMES["int4"].with_kv(spec), torch.float32, 16)
