@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bench_attention import FORMATS
+from ..quant.presets import KV4_WHOLE
+from ..quant.tensor_spec import TensorSpec
+from .bench_attention import FORMATS as MEASURED
 from .dense_attention import AttentionSpec
 from .kv_layout import KVLayout
 from .paged_attention import PAGED_ATTENTION
@@ -13,6 +15,7 @@ from .paged_step import PagedStep
 from .registry import Problem, device_arch
 from .rope_append import ROPE_APPEND_KV
 
+FORMATS: dict[str, TensorSpec | None] = {**MEASURED, "int4": KV4_WHOLE}  # zero points of the definitions are whole
 BLOCK = 16
 _caches: dict[int, tuple[Tensor, Any, PagedStep]] = {}
 

@@ -216,7 +216,7 @@ def test_the_first_key_is_on_the_grid_again(tiny: Tiny, quick: CalibrationConfig
     for layer, k in zip(student.model.model.decoder_layers(), seen, strict=True):
         centre = layer.self_attn.key_centre
         assert centre is not None
-        first = k.unflatten(-1, centre.shape).mean(0)  # at position 0 RoPE turns nothing
+        first = k.unflatten(-1, centre.shape[-2:]).mean(0)  # at position 0 RoPE turns nothing
         keys = prepare_keys(first, centre, scheme.rotates_keys)
         torch.testing.assert_close(fake_quantize(keys, scheme.kv), keys, rtol=1e-3, atol=1e-4)
 

@@ -100,7 +100,8 @@ def quantized_state(
             shape = (model.config.num_kv_heads, model.config.head_dim)
             state[f"{prefix}.{KEY_OFFSET}"] = torch.zeros(shape, dtype=torch.bfloat16)
         if scheme.stores_key_centre:
-            state[f"{prefix}.{KEY_CENTRE}"] = torch.zeros(model.config.num_kv_heads, model.config.head_dim)
+            heads = (model.config.num_kv_heads, model.config.head_dim)
+            state[f"{prefix}.{KEY_CENTRE}"] = torch.zeros((2, *heads) if scheme.mirrors_keys else heads)
         for group in reversed(model.family.groups):  # down first: its order is the rows of gate and up
             names = [f"{prefix}.{name}" for name in group.linears]
             if scheme.for_linear(names[0]).weight is None:
