@@ -336,12 +336,15 @@ def test_appended_bytes(kv: str, tokens: int, dim: int) -> None:
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("norm", [None, 0.0, 1.0])
 def test_transformed_bytes(kv: str, dim: int, norm: float | None) -> None:
-    """Norms of heads, centre and Hadamard transform: the reference's bits, few tokens and many."""
+    """Norms of heads, centre, Hadamard transform and mirror: the reference's bits, few tokens and many."""
     layout = KVLayout(SPECS[kv], torch.bfloat16, 2, dim, 16)
     weights = torch.randn(2, dim, generator=torch.Generator().manual_seed(2)).bfloat16()
     norms = None if norm is None else HeadNorms(*weights, 1e-6, norm)
     on_gpu = None if norms is None else HeadNorms(norms.q.cuda(), norms.k.cuda(), 1e-6, norms.offset)
     centre = offset_for(2, dim)
+    if layout.zero_bias:
+        mirror = torch.nn.functional.normalize(torch.randn(2, dim, generator=torch.Generator().manual_seed(3)), dim=-1)
+        centre = torch.stack((centre, mirror * 2**0.5))
     for tokens in (3, 2100):
         q, k, v, cos, sin = (x[:tokens] for x in inputs(dim, 6, 2, max(tokens, 4)))
         slots = torch.randperm(2176, generator=torch.Generator().manual_seed(0))[:tokens]

@@ -50,7 +50,7 @@ SCHEMES = {name: small(scheme) for name, scheme in PRESETS.items()} | {
 
 
 def run(model: Model, scheme: Scheme, tokens: Tensor = TOKENS, batch: int = 2) -> Tensor:
-    """Under whole zero points: those that keep the mean show every sum's last bit, and the weights are what is tested."""
+    """Under whole zero points: those that keep the mean show every sum's last bit, and weights are what is tested."""
     spec = scheme.kv if scheme.kv is None else replace(scheme.kv, zero="whole")
     kv = DenseKV(model.config, batch, spec, scheme.kv_pre_rope)
     with torch.inference_mode():
