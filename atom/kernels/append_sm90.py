@@ -45,6 +45,7 @@ class RopeAppendSm90:
         self.kernels: dict[AppendConfig, Any] = {}
         self.offsets = OffsetWords()
         self.norms: dict[int, tuple[HeadNorms, Tensor]] = {}
+        self.centres: dict[int, tuple[Tensor, Tensor]] = {}
         self.nothing: tuple[Tensor, Tensor] | None = None
 
     def __call__(
@@ -71,7 +72,7 @@ class RopeAppendSm90:
             )
         floats, words = self.nothing
         if centre is not None:
-            floats = centre.float().contiguous().view(-1, dim)
+            floats = self._rows(centre)
         self.kernels[config](
             _heads(q), _heads(k), _heads(v), cos.contiguous(), sin.contiguous(), slots,
             words if offset is None else self.offsets.get(offset), floats,
@@ -79,6 +80,13 @@ class RopeAppendSm90:
             0.0 if norms is None else norms.eps,
         )  # fmt: skip
         return out
+
+    def _rows(self, centre: Tensor) -> Tensor:
+        """The rows of a layer's centre, mirrors behind it: float32 [heads or twice as many, head_dim]; made once."""
+        key = centre.data_ptr()
+        if key not in self.centres:
+            self.centres[key] = (centre, centre.float().contiguous().view(-1, centre.shape[-1]))
+        return self.centres[key][1]
 
     def _norm_words(self, norms: HeadNorms) -> Tensor:
         """The weights of both norms as the kernel reads them: uint32 [2, head_dim / 2]; made once for a layer."""

@@ -117,7 +117,7 @@ class TensorSpec:
 
     def __str__(self) -> str:
         parts = [self.format, str(self.granularity)]
-        parts += [] if self.symmetric else ["asym"]
+        parts += [] if self.symmetric else ["asym"] if self.zero == "whole" else ["asym, mean kept"]
         parts += [] if self.clip == 1.0 else [f"clip {self.clip}"]
         scale = self.scale_format if self.outer is None else f"{self.scale_format} under fp32 per {self.outer}"
         return ", ".join([*parts, f"{scale} scales"])
