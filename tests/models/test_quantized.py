@@ -49,13 +49,13 @@ SCHEMES = {name: small(scheme) for name, scheme in PRESETS.items()} | {
 }
 
 
-def whole(kv: TensorSpec | None) -> TensorSpec | None:
+def whole_zeros(kv: TensorSpec | None) -> TensorSpec | None:
     """Under whole zero points: those that keep the mean show every sum's last bit, and weights are what is tested."""
     return kv if kv is None else replace(kv, zero="whole")
 
 
 def run(model: Model, scheme: Scheme, tokens: Tensor = TOKENS, batch: int = 2) -> Tensor:
-    kv = DenseKV(model.config, batch, whole(scheme.kv), scheme.kv_pre_rope)
+    kv = DenseKV(model.config, batch, whole_zeros(scheme.kv), scheme.kv_pre_rope)
     with torch.inference_mode():
         return model.logits(model(tokens, kv.positions(len(tokens) // batch), kv))
 
@@ -122,7 +122,7 @@ def test_decode_equals_prefill() -> None:
     for scheme in (W4A4, SCHEMES["w4a4 pre-rope"], SCHEMES["nvfp4"]):
         model = quantize_in_place(random_model(LLAMA), scheme)
         whole = run(model, scheme, TOKENS[:13], batch=1)
-        kv = DenseKV(model.config, 1, whole(scheme.kv), scheme.kv_pre_rope, max_len=13)
+        kv = DenseKV(model.config, 1, whole_zeros(scheme.kv), scheme.kv_pre_rope, max_len=13)
         with torch.inference_mode():
             steps = [model.logits(model(token[None], kv.positions(1), kv))[0] for token in TOKENS[:13]]
         close = torch.isclose(torch.stack(steps), whole, atol=1e-3, rtol=1e-3).float().mean()
