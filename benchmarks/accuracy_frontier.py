@@ -133,6 +133,7 @@ class Runner(AccuracyRun):
         with scratch(self.options.scratch) as folder:
             loaded = self.loaded(method, scheme, folder)
             row = {"model": self.options.name, "method": method.name, "scheme": bits, "kv": kv_name(scheme)}
+            row |= {} if scheme.kv is None or scheme.kv.symmetric else {"kv_zero": scheme.kv.zero}
             row |= effective_bits(self.source, scheme) | {"ppl_fp": None}
             row |= {"source": self.options.source, "seconds": round(time.perf_counter() - started, 1)}
             row |= {} if method.name == "fp" else self.described()
@@ -267,10 +268,13 @@ def join(options: Join) -> None:
 
 
 def finish(rows: list[Row]) -> None:
-    """Keep the first of several rows of one measurement, sorted; full precision stands beside every scheme."""
+    """Keep the first of several rows of one measurement, sorted; full precision stands beside every scheme.
+
+    Caches whose zero points keep the mean (`kv_zero`) are others than those of rows before there were any.
+    """
     first: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        scheme = None if row["method"] == "fp" else row["scheme"]
+        scheme = None if row["method"] == "fp" else (row["scheme"], row.get("kv_zero", "whole"))
         first.setdefault((*(row[k] for k in ("model", "text", "method", "path", "dtype")), scheme), row)
     known = {(row["model"], row["text"], row["scheme"]) for row in rows}
     full = [row for row in first.values() if row["method"] == "fp"]
