@@ -142,6 +142,15 @@ def test_a_batch_that_did_not_fit_is_not_called_one(tmp_path: Path, runs: FakeRu
     assert sorted(row["batch"] for row in rows if row["batch_mode"] == "equal") == [8, 33]
 
 
+@pytest.mark.parametrize(("largest", "called"), [(512, 512), (508, 512), (480, 480)])
+def test_all_at_once_is_what_the_engine_takes(largest: int, called: int, tmp_path: Path) -> None:
+    """Of 512 under way some are in their prompts; 480 are all that memory holds."""
+    found = point("bf16", 0.0, 0, None, "128/128") | {"batch": largest, "asked_scheme": "bf16", "model": "llama-2-7b"}
+    found["engine"] = {**found["engine"], "max_num_seqs": 512}
+    (row, _) = throughput_rows(config(tmp_path), [found])
+    assert row["batch"] == called
+
+
 def test_rates_are_swept_too(tmp_path: Path, runs: FakeRuns) -> None:
     sweep = config(tmp_path, schemes=("bf16",), rate=(1.0, 2.5))
     entries = run_sweep(sweep)
