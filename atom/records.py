@@ -120,7 +120,7 @@ SCHEMAS: dict[str, RecordSchema] = {
     "kv-rope": RecordSchema(
         ("model", "text", "kv", "place", "ppl", "windows", "path"),
         PERPLEXITY_EXTRAS,
-        {"place": ("before", "after"), "path": PATHS, **_KV},
+        {"place": ("16 bits", "before", "after", "after, calibrated"), "path": PATHS, **_KV},
     ),
     "lm-eval-agreement": RecordSchema(("model", "task", "metric", "atom", "hf", "documents", "max_difference")),
     "calibration-8b": RecordSchema(
