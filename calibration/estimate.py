@@ -87,13 +87,12 @@ def estimate(model: Model, scheme: Scheme, config: CalibrationConfig, machine: M
             # Reading, rounding and writing activations: a dozen float32 passes where they are rounded, a few elsewhere.
             moved += 4 * tokens * (K * (12 * (PASSES - 1) + 4 * PASSES) + N * 3 * PASSES)
             moved += 4 * len(CANDIDATES) * probed * K * 12
-            runs = 2 if config.gptq and scheme.weight is not None and scheme.weight.scale_format == "uint4" else 1
             if scheme.weight is not None and scheme.weight.clip == "mse":
-                moved += 4 * N * K * 13 * len(MSE_RATIOS) * runs
+                moved += 4 * N * K * 13 * len(MSE_RATIOS)
             if config.gptq:
-                flops += 2 * K * K * tokens + K**3 * 2 + 2 * N * K * K * runs
-                moved += 4 * N * K * 10 * runs
-                columns += K * (runs if machine.is_cpu else 1)  # recorded, both runs take what one does in launches
+                flops += 2 * K * K * tokens + K**3 * 2 + 2 * N * K * K
+                moved += 4 * N * K * 10
+                columns += K
                 hessians += 4 * K * K
             widest = max(widest, K, N)
         seconds += flops / machine.flops + moved / machine.bytes_per_s + columns * 12 * machine.op_s
