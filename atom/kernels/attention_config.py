@@ -13,6 +13,7 @@ CTA_BYTES = 70_000  # that a CTA is started for: merging what it leaves takes lo
 ENOUGH_BYTES = (
     120_000  # that rings of an SM should hold: 33 KB are under way in a microsecond, and warps hold a stage each
 )
+SMALL_STAGE = 5000  # bytes; of smaller stages the fetching warp takes two at a time (H200: up to 2 % faster)
 MOST_QUERIES = 16  # query heads of one KV head: two column tiles of mma
 
 
@@ -31,6 +32,7 @@ class DecodeConfig:
                   side, `queries` of them in each warp's columns, and every warp takes every stage. 0: a row is one
                   sequence's
     least_tokens  of a stage, so that the cost of a softmax step is shared; a power of two
+    at_once       stages that the fetching warp takes together, where they are small
     zero_bias     what stored zero points are less of
     """
 
@@ -45,6 +47,7 @@ class DecodeConfig:
     ctas_per_sm: int = 2
     members: int = 0
     least_tokens: int = 32
+    at_once: int = 1
     zero_bias: int = 0
 
     @property
@@ -193,6 +196,8 @@ def choose_decode(
     config = DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, has_offset, zero_bias=zero_bias)
     if kv == "int4" and head_dim <= 64:
         config = replace(config, least_tokens=64)
+    if config.stage_bytes <= SMALL_STAGE:
+        config = replace(config, at_once=2)
     return _largest_ring(config, shapes)
 
 
@@ -205,7 +210,7 @@ def choose_prefix(
     base = choose_decode(kv, head_dim, beside * queries, block_size, False, has_cap, zero_bias=zero_bias)
     if head_dim <= 64:  # instructions bind: more warps
         base = _largest_ring(replace(base, least_tokens=32), [(3, 4), (2, 4)])
-    return replace(base, members=beside * base.warps)
+    return replace(base, members=beside * base.warps, at_once=1)
 
 
 def _largest_ring(config: DecodeConfig, shapes: list[tuple[int, int]]) -> DecodeConfig:

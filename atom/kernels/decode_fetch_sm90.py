@@ -53,9 +53,10 @@ class DecodeFetch:
             old = cutlass.min((length - 1 - mSegment[first, 7]) // config.block_size, end) - begin
             old = cutlass.max(cutlass.min(old, Int32(32)), Int32(0))
             begun = cutlass.min(old // ahead, Int32(config.stages))
-            for i in cutlass.range(begun, unroll=1):
-                self.fetch(origin, stride, full, empty, ring, entry, ahead * i, Int32(32), slot, phase)
-                slot, phase = self.advance(slot, phase)
+            for i in cutlass.range(0, begun, config.at_once, unroll=1):
+                slot, phase = self.fetch(
+                    origin, stride, full, empty, ring, entry, ahead * i, ahead * begun, slot, phase
+                )  # fmt: skip
         cute.arch.griddepcontrol_wait()
         for index in cutlass.range(first, last, unroll=1):
             turn = index - first
@@ -83,9 +84,8 @@ class DecodeFetch:
                     row = following[0]
                     column = following[2] + lane
                 entry = mTable[row, cutlass.min(column, mTable.shape[1] - 1)]  # for the next chunk
-                for i in cutlass.range(begun, (here + ahead - 1) // ahead, unroll=1):
-                    self.fetch(origin, stride, full, empty, ring, now, ahead * i, here, slot, phase)
-                    slot, phase = self.advance(slot, phase)
+                for i in cutlass.range(begun, (here + ahead - 1) // ahead, config.at_once, unroll=1):
+                    slot, phase = self.fetch(origin, stride, full, empty, ring, now, ahead * i, here, slot, phase)
                 begun = Int32(0)
             sequence, head, begin, end, place, length, token = following
 
@@ -105,20 +105,33 @@ class DecodeFetch:
 
     @cute.jit
     def fetch(self, origin, stride, full, empty, ring, entry, block, here, slot, phase):
-        """A stage: blocks `block` ... of the 32 (of which `here` are there) whose places the lanes hold in `entry`.
+        """Stages, `at_once` of them or what is left: blocks `block` ... of those (`here`) whose places lanes hold.
 
-        origin  the KV head's tile of the pool's first block; stride  bytes from one block to the next
+        origin   the KV head's tile of the pool's first block; stride  bytes from one block to the next
+        entry    of each lane, the place of one of 32 blocks
+        returns  the ring's next stage
         """
         config = self.config
-        present = cutlass.min(here - block, Int32(config.stage_blocks))
-        places = [cute.arch.shuffle_sync(entry, block + k) for k in range(config.stage_blocks)]
-        target = ring + slot * config.stage_bytes
+        size = config.stage_blocks
+        places = [cute.arch.shuffle_sync(entry, block + k) for k in range(config.at_once * size)]
+        slots = [slot]
         cute.arch.mbarrier_wait(empty + slot, phase)
+        slot, phase = self.advance(slot, phase)
+        for i in cutlass.range_constexpr(1, config.at_once):
+            slots.append(slot)
+            if here - block > size * i:
+                cute.arch.mbarrier_wait(empty + slot, phase)
+                slot, phase = self.advance(slot, phase)
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full + slot, present * config.tile_bytes)
-            for k in cutlass.range_constexpr(config.stage_blocks):
-                if k < present:
-                    bulk_stream(
-                        target + k * config.tile_bytes, origin + Int64(places[k]) * Int64(stride),
-                        Int32(config.tile_bytes), full + slot,
-                    )  # fmt: skip
+            for i in cutlass.range_constexpr(config.at_once):
+                present = cutlass.min(here - block - size * i, Int32(size))
+                target = ring + slots[i] * config.stage_bytes
+                if present > 0:
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + slots[i], present * config.tile_bytes)
+                for k in cutlass.range_constexpr(size):
+                    if k < present:
+                        bulk_stream(
+                            target + k * config.tile_bytes, origin + Int64(places[size * i + k]) * Int64(stride),
+                            Int32(config.tile_bytes), full + slots[i],
+                        )  # fmt: skip
+        return slot, phase

@@ -118,8 +118,7 @@ class PrefixDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeM
                     if has_waited > 0 and is_asked == 0:
                         self.ask(mQ, mMember, ready, queries, head, row, buffer, lane)
                         is_asked = Int32(1)
-                    self.fetch(origin, stride, full, empty, ring, entry, ahead * i, here, slot, phase)
-                    slot, phase = self.advance(slot, phase)
+                    slot, phase = self.fetch(origin, stride, full, empty, ring, entry, ahead * i, here, slot, phase)
             if has_waited == 0:
                 cute.arch.griddepcontrol_wait()
                 has_waited = Int32(1)
