@@ -9,6 +9,7 @@ A config that does not match float64 in this run, or not bit for bit over 200 re
 """
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from atom.kernels.gemm_choice import choose_config
 from atom.kernels.gemm_config import GemmConfig
 from atom.kernels.gemm_pack import PackedWeight
 from atom.kernels.refusals_sm90 import weight_kind
-from atom.kernels.timing import HEAVY, calls_in_graph, time_products
+from atom.kernels.timing import HEAVY, REST_S, calls_in_graph, time_products
 from atom.quant.presets import PRESETS, get_scheme
 from atom.quant.schemes import LinearScheme
 from atom.quant.switches import Switches
@@ -192,6 +193,8 @@ def measure_shape(
     for name in names:
         linear = schemes()[name]
         weights = copies_of(pack_weight(linear, random_weight(linear, N, K, "cuda")))
+        torch.cuda.synchronize()
+        time.sleep(REST_S)  # packing costs power too
         for M in tokens:
             row = best(name, linear, shape, M, weights, verdicts, cells)
             if row is None:
