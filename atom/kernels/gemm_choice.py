@@ -6,8 +6,6 @@ from .gemm_config import GemmConfig
 from .gemm_kinds import KINDS
 
 SMS = 132
-# of "int4_uint4_bf16" beyond 64 tokens: up to so many a tile of how many, warpgroups, CTAs that share tokens
-BF16_TILES = ((128, 128, 2, 1), (192, 96, 2, 1), (256, 128, 2, 1), (1024, 128, 2, 2), (2**31, 128, 2, 2))
 
 
 def choose_config(
@@ -62,7 +60,7 @@ def choose_config(
         clustered = split <= 2
         two_fit = two_fit and (units < 64 or by_factor)
     elif weight == "int4_uint4_bf16":
-        tile_m, warpgroups, multicast = next(choice for most, *choice in BF16_TILES if tokens <= most)
+        tile_m, warpgroups, multicast = _bf16_tile(tokens, features, sms)
         split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), sms) if tokens <= 256 else 1
         clustered = split <= 2
     elif tokens <= 256:
@@ -127,6 +125,23 @@ def _wide_tile(tokens: int, features: int, sms: int) -> tuple[int, int]:
         return tile * warpgroups * -(-(-(-features // (64 * warpgroups)) * -(-tokens // tile)) // sms)
 
     return min(shapes, key=products)
+
+
+def _bf16_tile(tokens: int, features: int, sms: int) -> tuple[int, int, int]:
+    """(tokens, warpgroups, CTAs that share tokens) of a tile of "int4_uint4_bf16", of more than 64 tokens.
+
+    Of more than 256 what ends first, in rounds of one tile an SM. A product takes the least in the largest tile.
+    """
+    if tokens <= 256:
+        return next(tile for tile in (128, 192, 256) if tokens <= tile), 2, 1
+    time = {(128, 2, 2): 1.0, (128, 3, 1): 0.92, (256, 2, 1): 0.85}  # of a product
+
+    def all_rounds(shape: tuple[int, int, int]) -> float:
+        tile, warpgroups, _ = shape
+        rounds = -(-(-(-features // (64 * warpgroups)) * -(-tokens // tile)) // sms)
+        return rounds * tile * warpgroups * time[shape]
+
+    return min(time, key=all_rounds)
 
 
 def _tile_of_many(weight: str, tokens: int, features: int) -> int:

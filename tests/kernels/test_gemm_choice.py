@@ -83,6 +83,20 @@ def test_tiles_of_wide_products_fill_a_round_of_the_sms(tokens: int, features: i
     assert (config.tile_m, config.warpgroups) == tile and config.split == 1
 
 
+W4A16 = [  # of Llama-3-8B's qkv, o, gate_up and down: the fastest of nine on an H200 at 512 and 8192 tokens
+    (512, ((128, 3), (128, 2), (256, 2), (128, 2))),
+    (8192, ((256, 2),) * 4),
+    (192, ((192, 2),) * 4),
+]
+
+
+@pytest.mark.parametrize("tokens,tiles", W4A16)
+def test_tiles_of_bfloat16_products(tokens: int, tiles: tuple[tuple[int, int], ...]) -> None:
+    for (features, units), tile in zip(((6144, 32), (4096, 32), (28672, 32), (4096, 112)), tiles, strict=True):
+        config = choose_config("int4_uint4_bf16", "none", tokens, features, units)
+        assert (config.tile_m, config.warpgroups) == tile
+
+
 def test_residuals_that_do_not_fit_are_refused() -> None:
     scheme = linear_scheme("w4a8")
     packed = pack_weight(scheme, random_weight(scheme, 64, 128, "cpu"))
