@@ -39,7 +39,7 @@ class RopeAppendSm90:
         self.layout = layout
         self.rotates = rotates
         spec = layout.spec
-        self.kv = "bf16" if spec is None else spec.format
+        self.kv = layout.kv
         self.clip = 1.0 if spec is None else float(spec.clip)
         self.largest = 1.0 if spec is None else largest_scale(get_format(spec.format))
         self.kernels: dict[AppendConfig, Any] = {}

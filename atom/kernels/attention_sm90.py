@@ -138,9 +138,8 @@ class PagedAttentionSm90:
 
     def _config(self, queries: int, has_window: bool, has_cap: bool, has_offset: bool) -> DecodeConfig:
         layout = self.layout
-        kv = "bf16" if layout.spec is None else layout.spec.format
         return choose_decode(
-            kv, layout.head_dim, queries, layout.block_size, has_window, has_cap, has_offset, layout.zero_bias
+            layout.kv, layout.head_dim, queries, layout.block_size, has_window, has_cap, has_offset, layout.zero_bias
         )
 
     def _turns(self, table: RopeTable, config: DecodeConfig) -> Tensor:

@@ -33,8 +33,7 @@ class SharedPrefixes:
 
     def config(self, queries: int, has_cap: bool) -> DecodeConfig:
         layout = self.layout
-        kv = "bf16" if layout.spec is None else layout.spec.format
-        return choose_prefix(kv, layout.head_dim, queries, layout.block_size, has_cap, layout.zero_bias)
+        return choose_prefix(layout.kv, layout.head_dim, queries, layout.block_size, has_cap, layout.zero_bias)
 
     def find(self, tables: Ints, stored: Ints, queries: int, share: Share = "auto") -> Cascade | None:
         """What decoding sequences should read together; None where that does not pay. See plan_cascade."""
@@ -42,8 +41,7 @@ class SharedPrefixes:
         costs = Costs()
         if share != "always":
             block_us = layout.tile_bytes * layout.num_kv_heads / READ_BYTES_PER_US
-            kv = "bf16" if layout.spec is None else layout.spec.format
-            costs = Costs(ROW_COST[kv], MEMBER_US / block_us, STEP_US / block_us)
+            costs = Costs(ROW_COST[layout.kv], MEMBER_US / block_us, STEP_US / block_us)
         found = plan_cascade(tables, stored, layout.block_size, members, costs)
         if share == "always":
             return found

@@ -5,7 +5,7 @@ itself is gemm_sm90.py; this file and gemm_config.py start no compiler.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -123,13 +123,11 @@ class LinearSm90:
         return y
 
 
+@dataclass(frozen=True)
 class AddingLinearSm90:
     """A Gemm that adds its products to a residual."""
 
-    __slots__ = ("gemm",)
-
-    def __init__(self, gemm: "Gemm") -> None:
-        self.gemm = gemm
+    gemm: "Gemm"
 
     def __call__(self, x: Activation, residual: Tensor, out: Tensor | None = None) -> Tensor:
         """residual + y bfloat16 [T, N], in `out` if given: contiguous, and `residual` itself if it pleases."""

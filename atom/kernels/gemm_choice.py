@@ -61,7 +61,7 @@ def choose_config(
         two_fit = two_fit and (units < 64 or by_factor)
     elif weight == "int4_uint4_bf16":
         tile_m, warpgroups, multicast = _bf16_tile(tokens, features, sms)
-        split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), sms) if tokens <= 256 else 1
+        split = _split(_tiles(tile_m, warpgroups, tokens, features), sms) if tokens <= 256 else 1
         clustered = split <= 2
     elif tokens <= 256:
         gate_up = features >= 16384 and kind.operand == "int8" and not kind.promoted
@@ -72,7 +72,7 @@ def choose_config(
             tile_m, warpgroups = _wide_tile(tokens, features, sms)
         if weight == "int4_uint4" and units < 64 and tokens > 128 and not gate_up and features > 64 * sms:
             tile_m *= 2  # one round of tiles for two
-        split = _split(-(-features // (64 * warpgroups)) * -(-tokens // tile_m), sms)
+        split = _split(_tiles(tile_m, warpgroups, tokens, features), sms)
         clustered = split <= 2
     elif kind.operand == "int8":
         tile_m, warpgroups = (128 if kind.promoted else _tile_of_many(weight, tokens, features)), 2
@@ -122,7 +122,7 @@ def _wide_tile(tokens: int, features: int, sms: int) -> tuple[int, int]:
 
     def products(shape: tuple[int, int]) -> int:
         tile, warpgroups = shape
-        return tile * warpgroups * -(-(-(-features // (64 * warpgroups)) * -(-tokens // tile)) // sms)
+        return tile * warpgroups * _rounds(tile, warpgroups, tokens, features, sms)
 
     return min(shapes, key=products)
 
@@ -138,8 +138,7 @@ def _bf16_tile(tokens: int, features: int, sms: int) -> tuple[int, int, int]:
 
     def all_rounds(shape: tuple[int, int, int]) -> float:
         tile, warpgroups, _ = shape
-        rounds = -(-(-(-features // (64 * warpgroups)) * -(-tokens // tile)) // sms)
-        return rounds * tile * warpgroups * time[shape]
+        return _rounds(tile, warpgroups, tokens, features, sms) * tile * warpgroups * time[shape]
 
     return min(time, key=all_rounds)
 
@@ -153,8 +152,17 @@ def _tile_of_many(weight: str, tokens: int, features: int) -> int:
     time = {256: 1.0, 128: 0.53 if KINDS[weight].is_verbatim else 0.59}  # of a round
     if weight == "int4_uint4" and tokens <= 512:
         time |= {192: 0.76}
-    rounds = {tile: -(-(-(-features // 128) * -(-tokens // tile)) // SMS) for tile in time}
-    return min(time, key=lambda tile: rounds[tile] * time[tile])
+    return min(time, key=lambda tile: _rounds(tile, 2, tokens, features, SMS) * time[tile])
+
+
+def _rounds(tile: int, warpgroups: int, tokens: int, features: int, sms: int) -> int:
+    """How often the SMs take a tile each: tiles are of `tile` tokens and 64 features a warpgroup."""
+    return -(-_tiles(tile, warpgroups, tokens, features) // sms)
+
+
+def _tiles(tile: int, warpgroups: int, tokens: int, features: int) -> int:
+    """How many tiles a product has."""
+    return -(-features // (64 * warpgroups)) * -(-tokens // tile)
 
 
 def _split(tiles: int, sms: int) -> int:

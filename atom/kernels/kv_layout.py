@@ -62,6 +62,11 @@ class KVLayout:
             )
 
     @property
+    def kv(self) -> str:
+        """The format of codes by name; bf16 where there are none."""
+        return "bf16" if self.spec is None else self.spec.format
+
+    @property
     def row_bytes(self) -> int:
         """Codes of one token and head, keys or values."""
         if self.spec is None:

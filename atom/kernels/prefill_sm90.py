@@ -67,8 +67,7 @@ class Prefill:
     def __init__(self, layout: KVLayout, is_invariant: bool = False) -> None:
         self.layout = layout
         self.is_invariant = is_invariant
-        kv = "bf16" if layout.spec is None else layout.spec.format
-        self.config = GatherConfig(kv, layout.head_dim, layout.block_size, zero_bias=layout.zero_bias)
+        self.config = GatherConfig(layout.kv, layout.head_dim, layout.block_size, zero_bias=layout.zero_bias)
         self.kernel: Any = None
         self.is_warm = False
 

@@ -85,7 +85,7 @@ class ProducerRows:
         found = []
         for j in cutlass.range_constexpr(self.reads):
             chunk, there = self.place_of_read(j, tid, rank)
-            at = Int64(token * (config.row_chunks) + chunk) * (CHUNK * self.size)  # chunks are counted in 32 bits
+            at = Int64(token * config.row_chunks + chunk) * (CHUNK * self.size)  # chunks are counted in 32 bits
             if cutlass.const_expr(config.strided):
                 at = (Int64(token) * (mX.stride[0] // CHUNK) + chunk) * (CHUNK * self.size)
             second = None
@@ -147,7 +147,7 @@ class ProducerRows:
             if cutlass.const_expr(config.permuted and config.parts > 1):
                 there = there and j // config.chunks == rank
             if there:
-                at = mT.iterator.toint() + Int64(token * (config.row_chunks) + chunk) * (CHUNK * self.size)
+                at = mT.iterator.toint() + Int64(token * config.row_chunks + chunk) * (CHUNK * self.size)
                 for q in cutlass.range_constexpr(self.words // 4):
                     store_words(at + 16 * q, [rX[4 * q + w, j] for w in range(4)])
 
