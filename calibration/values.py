@@ -9,6 +9,7 @@ Hadamard matrix of its own, equal channels would be one loud channel: there valu
 from torch import Tensor, nn
 
 from atom.models.attention import Attention
+from atom.quant.keys import reflect_head
 
 from .keys import mirror_of, second_moments
 
@@ -45,6 +46,4 @@ def mirror_values_(attention: Attention, mirror: Tensor, sample: Tensor) -> Tens
 
 def _reflect(x: Tensor, mirror: Tensor) -> Tensor:
     """x [..., heads * head_dim]."""
-    heads = x.unflatten(-1, mirror.shape)
-    turned: Tensor = heads - (heads * mirror).sum(-1, keepdim=True) * mirror
-    return turned.flatten(-2)
+    return reflect_head(x.unflatten(-1, mirror.shape), mirror).flatten(-2)

@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 from .formats import get_format
 from .granularity import Granularity
-from .plain import plain_fields, refuse_unknown
+from .plain import Plain, plain_fields, refuse_unknown
 from .tensor_spec import TensorSpec
 
 
 @dataclass(frozen=True)
-class OutlierSpec:
+class OutlierSpec(Plain):
     """The channels kept in higher precision: the last `count` after the permutation, one scale per row, no clip.
 
     `format` is int8, fp8_e4m3 or bf16 (kept as they are).
@@ -35,17 +35,9 @@ class OutlierSpec:
     def bits(self) -> int:
         return get_format(self.format).bits
 
-    def to_dict(self) -> dict[str, Any]:
-        return plain_fields(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "OutlierSpec":
-        refuse_unknown(cls, data)
-        return cls(**data)
-
 
 @dataclass(frozen=True)
-class RotationSpec:
+class RotationSpec(Plain):
     """An orthogonal transform of the normal columns of every linear's input, and of its weight's columns.
 
     kind   "block_hadamard": blocks of `block` columns, a tail shorter than a block stays as it is
@@ -60,14 +52,6 @@ class RotationSpec:
             raise ValueError(f"unknown rotation {self.kind!r}; use hadamard or block_hadamard")
         if self.block < 2 or self.block & (self.block - 1):
             raise ValueError(f"a Hadamard block is a power of two from 2, got {self.block}; use 128")
-
-    def to_dict(self) -> dict[str, Any]:
-        return plain_fields(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "RotationSpec":
-        refuse_unknown(cls, data)
-        return cls(**data)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,21 @@ A key that nobody knows is refused, never dropped: a newer version may have mean
 """
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Self
 
 from .granularity import Granularity
+
+
+class Plain:
+    """A dataclass whose fields are JSON values already."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return plain_fields(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        refuse_unknown(cls, data)
+        return cls(**data)
 
 
 def plain_fields(value: Any, idle: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .formats import Format, get_format
 from .granularity import Group
 from .granularity import Tensor as PerTensor
-from .mean_zero import choose_mean_zero, steps_from
+from .mean_zero import LARGEST_RANGE, choose_mean_zero, steps_from
 from .scales import LARGEST, LARGEST_DYNAMIC, floor_log2, power_of_two, round_scale
 from .schemes import TensorSpec
 
@@ -206,8 +206,8 @@ def _choose_asymmetric(blocks: Tensor, spec: TensorSpec, fmt: Format, clip: floa
         scale, zero, low = choose_mean_zero(blocks, qmax, spec.scale_format)
         return Scale(scale, zero, low=low)
     whole = isinstance(spec.granularity, PerTensor)
-    low = _extreme(blocks, whole, lowest=True).clamp(-(2.0**126), 0.0)  # their difference stays finite
-    high = _extreme(blocks, whole).clamp(0.0, 2.0**126)
+    low = _extreme(blocks, whole, lowest=True).clamp(-LARGEST_RANGE, 0.0)  # their difference stays finite
+    high = _extreme(blocks, whole).clamp(0.0, LARGEST_RANGE)
     raw = (high - low) * (clip / qmax)
     scale = round_scale(torch.where(raw > 0, raw, 1.0), spec.scale_format)
     zero = (low * (-clip) * scale.reciprocal()).round().clamp(0, qmax)
