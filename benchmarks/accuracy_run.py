@@ -92,7 +92,7 @@ class AccuracyRun:
 
     def __init__(self, options: MeasureOptions, bos: Bos = "auto", **calibration: Any) -> None:
         """`calibration` are fields of CalibrationConfig that the script has options of its own for."""
-        self.name, self.device = options.name, options.device
+        self.device = options.device
         self.part = Part.open(options.output, options.machine, options.commit)
         self.source = open_source(options.model)
         self.tokenizer = load_tokenizer(self.source.path)

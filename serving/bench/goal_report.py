@@ -27,7 +27,7 @@ def goals_table(rows: Sequence[Row], gpu: Gpu) -> tuple[Sequence[str], list[list
         allowed = goal.allowed(gpu)
         verdict = "met"
         if found < goal.wanted:
-            verdict = f"missed by {100 * (1 - found / goal.wanted):.0f} %"
+            verdict = _missed(found, goal)
             if allowed is not None and allowed < goal.wanted:
                 verdict += "; beyond both at their bounds" if goal.over else "; beyond the GPU"
         shares = [_share(goal.case.row_of(scheme, rows)) for scheme in (goal.scheme, goal.over) if scheme]
@@ -42,7 +42,7 @@ def missed_goals(rows: Sequence[Row], profiles: Sequence[Row], gpu: Gpu) -> list
         value = goal.measured(rows)
         if value is None or value >= goal.wanted:
             continue
-        words = [f"{goal.text}: {value:.2f} of {goal.wanted:g}, missed by {100 * (1 - value / goal.wanted):.0f} %"]
+        words = [f"{goal.text}: {value:.2f} of {goal.wanted:g}, {_missed(value, goal)}"]
         words += _taken_apart(goal, rows, gpu)
         words += _profiled(goal, profiles)
         found.append("; ".join(words) + ".")
@@ -92,6 +92,10 @@ def _profiled(goal: Goal, profiles: Sequence[Row]) -> list[str]:
                     f"{100 * row['idle']:.1f} %{step}"
                 )
     return words
+
+
+def _missed(found: float, goal: Goal) -> str:
+    return f"missed by {100 * (1 - found / goal.wanted):.0f} %"
 
 
 def _share(row: Row | None) -> str | None:
