@@ -1,6 +1,7 @@
 """The sm_90a rope_append_kv kernel: its PTX run on a CPU, its machine code without a GPU, its bytes on one."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -51,6 +52,45 @@ def offset_for(kv_heads: int, dim: int) -> Tensor:
     return torch.randn(kv_heads, dim, generator=torch.Generator().manual_seed(1)) * 5
 
 
+def appended(
+    config: AppendConfig,
+    layout: KVLayout,
+    q_k_v: Sequence[Part | Argument],
+    steps: tuple[Tensor, Tensor, Tensor],
+    heads: int,
+    constants: tuple[np.ndarray, ...],
+    eps: float,
+    tmp_path: Path,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the kernel returns, and a cache of four blocks that it wrote to, 255 before.
+
+    steps      cosines, sines, slots
+    constants  of keys the offset, then centre and mirrors; of norms the weights
+    """
+    from atom.kernels.rope_append_sm90 import compile_append
+
+    cos, sin, slots = (x.numpy() for x in steps)
+    kernel = ptx(compile_append(config, f"--keep-ptx --dump-dir {tmp_path}"))
+    found = np.full(layout.shape(4), 255, dtype=np.uint8)
+    out = np.zeros((len(slots), heads, layout.head_dim // 2), dtype=np.int32)
+    kernel.launch(
+        (config.ctas(len(slots), heads, layout.num_kv_heads), 1),
+        32 * config.warps,
+        [
+            *q_k_v,
+            Argument(cos, (1,)),
+            Argument(sin, (1,)),
+            Argument(slots),
+            *(Argument(x, (1,)) for x in constants),
+            Argument(found, (2,)),
+            Argument(out, (2,)),
+            1.0 if layout.spec is None else largest_scale(get_format(layout.spec.format)),
+            eps,
+        ],
+    )
+    return out, found
+
+
 @needs_dsl
 @pytest.mark.slow
 @pytest.mark.parametrize("kv,dim,heads,kv_heads,block_size,has_offset,parts", APPENDS, ids=lambda v: str(v))
@@ -65,8 +105,6 @@ def test_bytes_on_a_model_of_the_machine(
     tmp_path: Path,
 ) -> None:
     """Equal to the reference's bit for bit; a token without a slot writes nothing."""
-    from atom.kernels.rope_append_sm90 import compile_append
-
     tokens = 5
     q, k, v, cos, sin = inputs(dim, heads, kv_heads, tokens)
     layout = KVLayout(SPECS[kv], torch.bfloat16, kv_heads, dim, block_size)
@@ -78,30 +116,12 @@ def test_bytes_on_a_model_of_the_machine(
     turned = append(q, k, v, cos, sin, slots.clamp(min=0), wanted.clone(), offset)
 
     config = AppendConfig(kv, dim, block_size, 1.0, has_offset, parts)
-    kernel = ptx(compile_append(config, f"--keep-ptx --dump-dir {tmp_path}"))
-    found = np.full(layout.shape(4), 255, dtype=np.uint8)
-    out = np.zeros((tokens, heads, dim // 2), dtype=np.int32)
     whole = torch.cat((q, k, v), 1).view(torch.int32).numpy()  # as one product of the stacked projections gives them
     ends = (0, heads, heads + kv_heads, heads + 2 * kv_heads)
     offsets = (torch.zeros(1, dim) if offset is None else offset).bfloat16().view(torch.int32).numpy()
-    spec = SPECS[kv]
-    kernel.launch(
-        (config.ctas(tokens, heads, kv_heads), 1),
-        32 * config.warps,
-        [
-            *(Part(whole, (2,), start, stop) for start, stop in pairwise(ends)),
-            Argument(cos.numpy(), (1,)),
-            Argument(sin.numpy(), (1,)),
-            Argument(slots.numpy()),
-            Argument(offsets, (1,)),
-            Argument(np.zeros((1, dim), dtype=np.float32), (1,)),
-            Argument(np.zeros((2, dim // 2), dtype=np.int32), (1,)),
-            Argument(found, (2,)),
-            Argument(out, (2,)),
-            1.0 if spec is None else largest_scale(get_format(spec.format)),
-            0.0,
-        ],
-    )
+    parts = [Part(whole, (2,), start, stop) for start, stop in pairwise(ends)]
+    constants = (offsets, np.zeros((1, dim), dtype=np.float32), np.zeros((2, dim // 2), dtype=np.int32))
+    out, found = appended(config, layout, parts, (cos, sin, slots), heads, constants, 0.0, tmp_path)
     assert torch.equal(torch.from_numpy(out).view(torch.bfloat16), turned)
     assert torch.equal(torch.from_numpy(found), wanted)
 
@@ -131,8 +151,6 @@ def test_transformed_bytes_on_a_model_of_the_machine(
     kv: str, dim: int, norm: str, has_centre: bool, rotates: bool, has_mirror: bool, tmp_path: Path
 ) -> None:
     """The norm before turning, the centre, the Hadamard transform and the mirror after it, bit for bit."""
-    from atom.kernels.rope_append_sm90 import compile_append
-
     tokens, heads, kv_heads, eps = 4, 6 if has_mirror else 5, 2, 1e-6
     q, k, v, cos, sin = inputs(dim, heads, kv_heads, tokens)
     spec = SPECS[kv]
@@ -158,26 +176,10 @@ def test_transformed_bytes_on_a_model_of_the_machine(
         kv, dim, 16, parts=2, norm=norm, has_centre=has_centre, rotates=rotates, has_mirror=has_mirror,
         zero_bias=layout.zero_bias,
     )  # fmt: skip
-    kernel = ptx(compile_append(config, f"--keep-ptx --dump-dir {tmp_path}"))
-    found = np.full(layout.shape(4), 255, dtype=np.uint8)
-    out = np.zeros((tokens, heads, dim // 2), dtype=np.int32)
-    kernel.launch(
-        (config.ctas(tokens, heads, kv_heads), 1),
-        32 * config.warps,
-        [
-            *(Argument(x.contiguous().view(torch.int32).numpy(), (2,)) for x in (q, k, v)),
-            Argument(cos.numpy(), (1,)),
-            Argument(sin.numpy(), (1,)),
-            Argument(slots.numpy()),
-            Argument(np.zeros((1, dim // 2), dtype=np.int32), (1,)),
-            Argument(centre.view(-1, dim).numpy(), (1,)),
-            Argument(weights.view(torch.int32).numpy(), (1,)),
-            Argument(found, (2,)),
-            Argument(out, (2,)),
-            1.0 if spec is None else largest_scale(get_format(spec.format)),
-            eps,
-        ],
-    )
+    separate = [Argument(x.contiguous().view(torch.int32).numpy(), (2,)) for x in (q, k, v)]
+    offsets = np.zeros((1, dim // 2), dtype=np.int32)
+    constants = (offsets, centre.view(-1, dim).numpy(), weights.view(torch.int32).numpy())
+    out, found = appended(config, layout, separate, (cos, sin, slots), heads, constants, eps, tmp_path)
     assert torch.equal(torch.from_numpy(out).view(torch.bfloat16), turned)
     assert torch.equal(torch.from_numpy(found), wanted)
 
