@@ -17,6 +17,7 @@ from ..quant.mixed import MixedWeight
 from ..quant.rounding import Quantized
 from ..quant.schemes import LinearScheme
 from .activation import Activation, QuantizedActivation
+from .allocation import allocator
 from .cache import kept_argument, kernel_key, kernel_path, load_kernel
 from .gemm_choice import choose_config
 from .gemm_config import COUNTER_WORDS, GemmConfig
@@ -35,6 +36,7 @@ Launch = tuple[Any, Any, Any, Any, Any, int, int]
 """Kernel, weights, channel scales, bias, scratch memory, INT4 units, most CTAs."""
 
 ARCH = "sm_90a"
+BF16 = torch.bfloat16
 SCRATCH_WORDS = (
     COUNTER_WORDS + 132 * 2 * 128 * 256
 )  # the largest exchange of a split: two CTAs an SM of 128 tokens x 256 rows
@@ -100,14 +102,14 @@ def build_linear_add(
 class LinearSm90:
     """A Gemm as a quantized linear calls it, again and again: one frame of Python around the kernel."""
 
-    __slots__ = ("chosen", "features", "gemm", "new_empty")
+    __slots__ = ("allocate", "chosen", "features", "gemm")
     writes_out = True
 
     def __init__(self, gemm: "Gemm") -> None:
         self.gemm = gemm
         self.features = gemm.features
         self.chosen = gemm.chosen
-        self.new_empty = gemm.bias.new_empty  # half of torch.empty's time
+        self.allocate = gemm.allocate
 
     def __call__(self, x: Activation, out: Tensor | None = None) -> Tensor:
         """x -> y bfloat16 [T, N], in `out` if given: of that shape, contiguous."""
@@ -118,7 +120,8 @@ class LinearSm90:
         if launch is None:  # the first of so many tokens
             return self.gemm(codes, x.scale, out)
         kernel, units, channel, bias, scratch, int4_units, limit = launch
-        y = self.new_empty(tokens, self.features) if out is None else out
+        features = self.features
+        y = self.allocate((tokens, features), (features, 1), BF16) if out is None else out
         kernel(units, codes, x.scale, channel, bias, y, scratch, int4_units, limit)
         return y
 
@@ -153,6 +156,7 @@ class Gemm:
         self.channel = weight.channel_scale if weight.channel_scale.numel() else torch.empty(1, device=device)
         self.ctas = 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
         self.device = device
+        self.allocate = allocator(device)
         self.buckets: dict[int, Launch] = {}
         self.chosen: dict[int, Launch] = {}  # the same, by tokens
 
@@ -179,7 +183,7 @@ class Gemm:
         Raises ValueError where a residual is not a contiguous bfloat16 [T, N], or there is none where it adds one.
         """
         tokens = codes.shape[0]
-        y = self.bias.new_empty(tokens, self.features) if out is None else out
+        y = self.allocate((tokens, self.features), (self.features, 1), BF16) if out is None else out
         if self.adds or residual is not None:
             self.check_residual(tokens, residual)
         if tokens == 0:
