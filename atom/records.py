@@ -89,6 +89,14 @@ SCHEMAS: dict[str, RecordSchema] = {
     "quality-variants": RecordSchema(
         ("model", "text", "variant", "ppl", *BITS, "windows", "path"), PERPLEXITY_EXTRAS, {"path": PATHS}
     ),
+    "quality-budget": RecordSchema(  # benchmarks/budget_quality.py has the words
+        (
+            *("model", "text", "base", "choice", "limit", "bits", *BITS, "kv", "predicted"),
+            *("ppl", "ppl_fp", "windows", "path"),
+        ),
+        ("measuring_seconds", "ppl_reference", "change", "change_se", *PERPLEXITY_EXTRAS),
+        {"path": PATHS},
+    ),
     "accuracy-frontier": RecordSchema(
         ("model", "text", "method", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
         # what is kept of the mean over tasks in percent, half of its 95 % interval, and over how many documents;

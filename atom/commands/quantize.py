@@ -44,6 +44,9 @@ class Options:
     budget_windows: int = 8
     """Calibration windows that the choice is measured on."""
 
+    budget_length: int = 512
+    """Tokens of each of them."""
+
     budget_context: int = 2048
     """Tokens whose cached values count, once each, beside the weights; 0 leaves the cache as the scheme has it."""
 
@@ -64,8 +67,11 @@ class Options:
             raise ValueError("--budget and --max-loss exclude each other; give one of them")
         if self.budget_context < 0:
             raise ValueError(f"budget_context counts tokens from 0, got {self.budget_context}; leave it out for 2048")
-        if self.budget_windows < 1:
-            raise ValueError(f"budget_windows must be at least 1, got {self.budget_windows}; leave it out for 8")
+        if self.budget_windows < 1 or self.budget_length < 2:
+            raise ValueError(
+                f"{self.budget_windows} budget_windows of budget_length {self.budget_length} measure nothing; give at "
+                "least 1 of at least 2 tokens, or leave both out for 8 of 512"
+            )
 
     def build_scheme(self) -> Scheme:
         """The scheme after the switches; ValueError if they do not fit together."""
@@ -122,6 +128,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def _choose_scheme(options: Options, base: Scheme) -> Scheme:
     """`base` with the formats that the budget affords, after printing the frontier and what was chosen."""
+    import time
     from collections import Counter
 
     import torch
@@ -137,10 +144,12 @@ def _choose_scheme(options: Options, base: Scheme) -> Scheme:
     chosen: Scheme
     source, config = open_source(options.model, options.revision), options.config
     tokenizer = load_tokenizer(source.path)
-    windows = load_windows(config.calib, tokenizer, options.budget_windows, config.window_length, config.seed)
+    windows = load_windows(config.calib, tokenizer, options.budget_windows, options.budget_length, config.seed)
+    torch.set_float32_matmul_precision(config.matmul_precision)
     kept = options.directory.with_name(f"{options.directory.name}.sensitivity-{windows.sha256[:8]}.json")
+    started = time.perf_counter()
     with progress_console.status("measuring what each choice loses") as status:
-        chosen, plan, points = choose_by_budget(
+        chosen, plan, points, bits = choose_by_budget(
             source,
             base,
             windows.tokens,
@@ -151,10 +160,16 @@ def _choose_scheme(options: Options, base: Scheme) -> Scheme:
             lambda done, total: status.update(f"measuring what each choice loses: {done}/{total} inputs"),
             options.budget_context,
         )
+    seconds = time.perf_counter() - started
+    names = {"weight": "a weight", "activation": "an activation", "kv": "a cached value"}
     table = Table("bits an operand", "predicted loss, nats a token", "inputs and caches by choice")
     for point in [*points, plan]:
         counts = Counter(point.chosen.values()).most_common()
         name = f"{point.bits:.3f}" + (" (chosen)" if point is plan else "")
         table.add_row(name, f"{point.loss:.4f}", ", ".join(f"{count} {choice}" for choice, count in counts))
     console.print(table)
+    chosen_bits = ", ".join(f"{names[kind]} {mean:.3f}" for kind, mean in bits.items())
+    console.print(
+        f"chosen bits: {chosen_bits}; {len(plan.chosen)} inputs and caches in {seconds:.0f} s, kept in {kept}"
+    )
     return chosen

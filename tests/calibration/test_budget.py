@@ -9,18 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from atom.calibration.budget import (
-    Place,
-    Plan,
-    Sensitivity,
-    build_scheme,
-    choose_by_budget,
-    find_places,
-    frontier,
-    solve,
-    solve_for_loss,
-)
+from atom.calibration.budget import Plan, build_scheme, choose_by_budget, frontier, solve, solve_for_loss
 from atom.calibration.config import CalibrationConfig
+from atom.calibration.places import Place, find_places
+from atom.calibration.sensitivity import Sensitivity
 from atom.calibration.stream import quantize_model
 from atom.models.family import input_groups
 from atom.models.loader import load_model, load_source
@@ -107,10 +99,11 @@ def test_a_mixed_scheme_quantizes_and_loses_what_lies_between(
     source, base = open_source(tiny("llama")), get_scheme("w4a4+kv16")
     errors = {}
     for budget in (4.6, 6.5, 8.5):
-        scheme, plan, points = choose_by_budget(
+        scheme, plan, points, bits = choose_by_budget(
             source, base, TOKENS, tmp_path / "s.json", torch.device("cpu"), budget=budget
         )
         assert plan.bits <= budget and len(points) == 9
+        assert set(bits) == {"weight", "activation"} and sum(bits.values()) / 2 == pytest.approx(plan.bits)
         out = tmp_path / str(budget)
         quantize_model(tiny("llama"), scheme, out, quick)
         errors[budget] = logit_error(out, tiny("llama"))

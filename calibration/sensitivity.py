@@ -1,0 +1,170 @@
+"""What a choice of formats loses at one place: the divergence of the model's predictions, measured, kept in a file."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atom.kernels.dense_attention import AttentionSpec
+from atom.models.family import InputGroup
+from atom.models.kv import DenseKV
+from atom.models.layers import DecoderLayer
+from atom.models.model import Model
+from atom.models.rope import Rotation
+from atom.quant.mixed import dequantize_weight, fake_quantize_activation, quantize_weight
+from atom.quant.permutation import energy_order, invert
+from atom.quant.presets import get_scheme
+from atom.quant.schemes import LinearScheme, Scheme, TensorSpec
+
+from .keys import mirror_of, second_moments
+from .observe import hooked
+from .places import Choices, Losses, Place
+from .plan import unrotate_input
+
+LOGITS = 2**26  # elements of a block of logits, 256 MiB
+KEPT_LOGITS = 2**30  # elements of full precision's that are kept, on a GPU: 4 GiB
+
+
+class Sensitivity:
+    """Measures what every choice at every place loses; what is measured is kept in a file and not measured again.
+
+    model   in full precision, on the device
+    base    how its cache treats keys
+    tokens  [windows, length] of calibration text
+    """
+
+    def __init__(self, model: Model, base: Scheme, tokens: Tensor, file: Path) -> None:
+        self.model = model
+        self.base = base
+        self.tokens = tokens.to(model.device)
+        self.file = file
+        self.losses: Losses = json.loads(file.read_text()) if file.exists() else {}
+        self.config = model.config
+        self._kept: dict[int, Tensor] = {}  # first token -> log probabilities [rows, vocab_size]
+
+    @torch.no_grad()
+    def measure(
+        self,
+        places: list[Place],
+        choices: Choices,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Losses:
+        """The losses of all choices; `progress` is told (places done, places in all)."""
+        inputs = list(self._inputs())
+        final = inputs.pop()
+        for number, place in enumerate(places):
+            if place.name not in self.losses:
+                hidden = inputs[place.layer]
+                found = {
+                    name: max(self._loss(place, choice, hidden, final), 0.0)
+                    for name, choice in choices[place.name].items()
+                }
+                self.losses[place.name] = found
+                partial = self.file.with_suffix(".partial")
+                partial.write_text(json.dumps(self.losses))
+                partial.replace(self.file)
+            if progress is not None:
+                progress(number + 1, len(places))
+        return self.losses
+
+    def _inputs(self) -> Iterator[Tensor]:
+        """What enters each layer [T, hidden_size], and what the last one gives."""
+        hidden = self.model.model.embed(self.tokens.flatten())
+        for layer in self.model.model.decoder_layers():
+            yield hidden
+            hidden = self._run(layer, hidden)
+        yield hidden
+
+    def _run(self, layer: DecoderLayer, hidden: Tensor, scheme: Scheme | None = None) -> Tensor:
+        kv = _CentredKV.for_scheme(self.config, scheme, self.tokens.shape[0], self.model.device)
+        out: Tensor = layer(hidden, layer.rope(kv.positions(self.tokens.shape[1])), kv)
+        return out
+
+    def _loss(self, place: Place, choice: LinearScheme | TensorSpec, hidden: Tensor, final: Tensor) -> float:
+        """Mean KL(full || rounded) of the next token with `choice` at `place` alone."""
+        layers = list(self.model.model.decoder_layers())
+        if isinstance(choice, TensorSpec):
+            hidden = self._run(layers[place.layer], hidden, replace(get_scheme("bf16"), **_cache(self.base, choice)))
+        else:
+            assert place.group is not None
+            hidden = self._run_rounded(layers[place.layer], place.group, choice, hidden)
+        for later in layers[place.layer + 1 :]:
+            hidden = self._run(later, hidden)
+        return self._divergence(hidden, final) / self.tokens.numel()
+
+    def _run_rounded(self, layer: DecoderLayer, group: InputGroup, linear: LinearScheme, hidden: Tensor) -> Tensor:
+        """What `layer` makes of `hidden` with the inputs of `group` and its linears rounded."""
+        modules = [layer.get_submodule(name) for name in group.linears]
+        weights = [layer.get_parameter(f"{name}.weight") for name in group.linears]
+        perm: Tensor | None = None
+
+        def round_input(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+            nonlocal perm
+            if not linear.reorder:
+                return unrotate_input(fake_quantize_activation(x, linear), linear)
+            perm = energy_order(x.square().mean(0))
+            for module_, weight in zip(modules, weights, strict=True):
+                module_.weight = _rounded(weight, linear, perm)
+            back: Tensor = unrotate_input(fake_quantize_activation(x[:, perm], linear), linear)
+            return back[:, invert(perm)]
+
+        try:
+            if not linear.reorder:
+                for module, weight in zip(modules, weights, strict=True):
+                    module.weight = _rounded(weight, linear, None)
+            with hooked({group.producer: round_input}, layer):
+                return self._run(layer, hidden)
+        finally:
+            for module, weight in zip(modules, weights, strict=True):
+                module.weight = weight
+
+    def _divergence(self, found: Tensor, exact: Tensor) -> float:
+        """The sum over tokens of KL(full || rounded), of what the last layer gives, in nats."""
+        rows = max(1, LOGITS // self.config.vocab_size)
+        total = torch.zeros((), device=found.device)
+        for start in range(0, found.shape[0], rows):
+            rounded = self._log_probabilities(found[start : start + rows])
+            wanted = self._exact(exact, start, rows)
+            total += nn.functional.kl_div(rounded, wanted, reduction="sum", log_target=True)
+        return total.item()
+
+    def _exact(self, final: Tensor, start: int, rows: int) -> Tensor:
+        """Full precision's log probabilities [rows, vocab_size] of the tokens from `start` on; kept where they fit."""
+        if final.device.type == "cpu" or final.shape[0] * self.config.vocab_size > KEPT_LOGITS:
+            return self._log_probabilities(final[start : start + rows])
+        if start not in self._kept:
+            self._kept[start] = self._log_probabilities(final[start : start + rows])
+        return self._kept[start]
+
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(self.model.model.norm(hidden)).float().log_softmax(-1)
+
+
+class _CentredKV(DenseKV):
+    """The dense cache, whose keys' centre is their mean in the very call."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
+        if self.centred:
+            centre = rotation.apply(k.float()).mean(0)
+            if self.rotates and self.scheme_kv is not None and self.scheme_kv.zero == "mean":
+                moments = second_moments(rotation.apply(q.float()), k.shape[1])
+                centre = torch.stack((centre, mirror_of(moments, is_rotated=True)))
+            spec = replace(spec, key_centre=centre)
+        return super().attend(layer, q, k, v, rotation, spec)
+
+
+def _cache(base: Scheme, kv: TensorSpec) -> dict[str, Any]:
+    """Fields of a scheme whose cache is `kv` and treats keys as that of `base`."""
+    keys = {"kv_pre_rope": base.kv_pre_rope, "kv_offset": base.kv_offset, "kv_rotation": base.kv_rotation}
+    return {"kv": kv, **keys}
+
+
+def _rounded(weight: Tensor, linear: LinearScheme, perm: Tensor | None) -> nn.Parameter:
+    """The weight [N, K] as it is read once rounded, its columns in their own order."""
+    ordered = weight if perm is None else weight[:, perm]
+    found = unrotate_input(dequantize_weight(quantize_weight(ordered, linear), linear), linear)
+    return nn.Parameter(found if perm is None else found[:, invert(perm)], requires_grad=False)
