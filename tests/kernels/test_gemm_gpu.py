@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from atom.kernels import bench_operands
 from atom.kernels.bench import SHAPES as MODELS
 from atom.kernels.bench_linear import fault, tolerance
 from atom.kernels.bench_operands import product, random_activation, random_weight
@@ -30,8 +31,8 @@ from atom.kernels.refusals_sm90 import refuses_producer, weight_kind
 from atom.kernels.registry import Problem
 from atom.quant.formats import get_format
 from atom.quant.mixed import dequantize_weight, fake_quantize_activation, quantize_weight
-from atom.quant.rounding import code_values, expand_scale
-from atom.quant.schemes import LinearScheme
+from atom.quant.rounding import Quantized, code_values, expand_scale
+from atom.quant.schemes import LinearScheme, TensorSpec
 
 from .linear_schemes import gemm_schemes, linear_scheme
 
@@ -211,6 +212,30 @@ def test_layers_on_the_gpu(scheme: LinearScheme, layer: str) -> None:
     weight = random_weight(scheme, N, K, "cuda")
     gemm = Gemm(pack_weight(scheme, weight), token_scales(scheme))
     for M in LAYER_TOKENS:
+        x = random_activation(scheme, M, K, "cuda")
+        assert fault(gemm, x.codes, x.scales, product(x, weight, scheme), tolerance(scheme), 3) is None, f"M={M}"
+
+
+@GPU
+@pytest.mark.usefixtures("compiled")
+def test_largest_sums_on_the_gpu(scheme: LinearScheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every code at an end of its range, under the largest factor, 14336 columns: the largest sums of either sign."""
+    if scheme.activation is None or not get_format(scheme.activation.format).is_integer:
+        pytest.skip("activations are no integers")
+    draw = bench_operands._random
+
+    def at_the_ends(spec: TensorSpec, rows: int, columns: int, device: torch.device | str) -> Quantized:
+        found = draw(spec, rows, columns, device)
+        found.codes[::2], found.codes[1::2] = get_format(spec.format).code_range(True)
+        if spec.scale_format == "uint4":
+            found.scale.scale.fill_(15)
+        return found
+
+    monkeypatch.setattr(bench_operands, "_random", at_the_ends)
+    N, K = MODELS["llama-3-8b"]["down"]
+    weight = random_weight(scheme, N, K, "cuda")
+    gemm = Gemm(pack_weight(scheme, weight), token_scales(scheme))
+    for M in (1, 64, 256, 1030):
         x = random_activation(scheme, M, K, "cuda")
         assert fault(gemm, x.codes, x.scales, product(x, weight, scheme), tolerance(scheme), 3) is None, f"M={M}"
 
