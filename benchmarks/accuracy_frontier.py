@@ -19,7 +19,16 @@ from typing import Any
 import torch
 import tyro
 from accuracy_run import AccuracyRun, Join, MeasureOptions
-from measured import Tasks, effective_bits, fill_in_full_precision, recovery_keys, retrieval_keys, task_keys
+from gaps import WINDOW_LOSSES, add_gaps
+from measured import (
+    Tasks,
+    effective_bits,
+    fill_in_full_precision,
+    perplexity_keys,
+    recovery_keys,
+    retrieval_keys,
+    task_keys,
+)
 from parts import join_parts, scratch
 
 from atom.calibration.config import CalibrationConfig, ScaleSearch
@@ -30,6 +39,7 @@ from atom.errors import AtomError, UnsupportedError
 from atom.eval.engine import EngineGenerator
 from atom.eval.load import Loaded, load
 from atom.eval.results import TaskResult
+from atom.models.model import Model
 from atom.quant.presets import get_scheme, kv_name
 from atom.quant.schemes import Scheme
 from atom.records import Row
@@ -142,10 +152,10 @@ class Runner(AccuracyRun):
                 row["flat_steps"] = self.flat_steps
             is_compared, is_full = method.name in COMPARED, method.name == "fp"
             full = self.full.model if self.options.divergence and not is_full else None
-            first = row | self.texts.measure(loaded, 0, full)
+            first = row | self.scored(loaded, 0, full)
             self.part.add(RECORD, first)
             for number in range(1, len(self.texts.texts) if is_compared else 1):
-                self.part.add(RECORD, row | self.texts.measure(loaded, number))
+                self.part.add(RECORD, row | self.scored(loaded, number))
             if method.name in ("fp", "ours") and self.tasks.names:
                 found = self.full_tasks if is_full else self.tasks.run(loaded)
                 self.extend(first, task_keys(found) | ({} if is_full else recovery_keys(self.full_tasks, found)))
@@ -157,6 +167,11 @@ class Runner(AccuracyRun):
                 self.add_kernels_row(folder / "checkpoint", row)
             if self.generative.names and (is_full or is_ours):
                 self.add_generative_row(folder / "checkpoint" if is_ours else self.source.path, row)
+
+    def scored(self, loaded: Loaded, number: int, full: Model | None = None) -> dict[str, Any]:
+        """Keys of a row for text `number`, with the mean loss of each window, which `join` makes intervals of."""
+        found = self.texts.score(loaded, number, full)
+        return perplexity_keys(loaded, found) | {WINDOW_LOSSES: [round(loss, 6) for loss in found.window_nll]}
 
     def extend(self, row: dict[str, Any], keys: dict[str, Any]) -> None:
         """Add keys to a row of the part."""
@@ -290,6 +305,7 @@ def finish(rows: list[Row]) -> None:
     kept = [row for row in beside if (row["model"], row["text"], row["scheme"]) in known]
     rows[:] = sorted([*kept, *others], key=lambda row: [order.index(row[key]) for key, order in orders.items()])
     fill_in_full_precision(rows)
+    add_gaps(rows)
 
 
 if __name__ == "__main__":
