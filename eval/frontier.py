@@ -1,4 +1,4 @@
-"""Loss against bits: what the accuracy records say of every model and scheme, as a table and a plot.
+"""Loss against bits: what the accuracy records say of every model and scheme, as points and a table of recovery.
 
 Recovery is full precision's perplexity over the scheme's, and for tasks that of their mean, as the row says it, or
 else the mean over tasks of the scheme's score over full precision's. In the second case the 95 % interval is that of
@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atom.plots import load_matplotlib
 from atom.records import Row, read_record
 
 from .compare import Z95
 from .table import format_table
 
-PLOT = "loss_against_bits.png"
-COLUMNS = 3  # of panels in the plot
+FULL = "full precision"
 
 
 @dataclass(frozen=True)
@@ -42,27 +40,43 @@ class Point:
 
 
 def read_points(paths: Iterable[Path]) -> list[Point]:
-    """The points of records accuracy-frontier and quality-presets, of the reference path and each model's first text.
+    """The points of accuracy records, of the reference path and each model's first text; the last row of a way counts.
 
     Raises ValueError if no row can be used.
     """
-    points: list[Point] = []
+    points: dict[tuple[str, str], Point] = {}
     for path in paths:
-        record = read_record(path.stem, path.absolute().parent.name, path.absolute().parent.parent)
-        rows = [row for row in record.rows if row["path"] == "reference" and row.get("ppl_fp")]
+        rows = [row for row in read_rows(path) if row["path"] == "reference" and row.get("ppl_fp")]
         rows = [row for row in rows if row.get("dtype") in (None, "float32")]
         first: dict[str, str] = {}
         for row in rows:
             first.setdefault(row["model"], row["text"])
         rows = [row for row in rows if row["text"] == first[row["model"]]]
         full = {row["model"]: row for row in rows if is_full(row)}
-        points += [_point(row, full.get(row["model"])) for row in rows if not is_full(row) and row["ppl"]]
+        found = [_point(row, full.get(row["model"])) for row in rows if not is_full(row) and row["ppl"]]
+        new = {(point.model, point.way): point for point in found}
+        points |= {key: point for key, point in new.items() if key not in points}  # the first record's stays
     if not points:
         raise ValueError(
             "no row with a perplexity beside full precision's; name records accuracy-frontier.json or "
             "quality-presets.json"
         )
-    return list({(point.model, point.way): point for point in points}.values())
+    return list(points.values())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a record file, checked against its schema."""
+    return read_record(path.stem, path.absolute().parent.name, path.absolute().parent.parent).rows
+
+
+def name_way(row: Row) -> str:
+    """How a row's model ran: a method and what it rounds, or a preset and its cache."""
+    if is_full(row):
+        return FULL
+    if "method" in row:
+        return f"{row['method']} {row['scheme']}"
+    way = f"{row['scheme']}+{row['kv']}" + (", distilled" if row.get("distill_steps") else "")
+    return way if row.get("cache", row["kv"]) == row["kv"] else f"{way}, through a {row['cache']} cache"
 
 
 def is_full(row: Row) -> bool:
@@ -72,6 +86,11 @@ def is_full(row: Row) -> bool:
 
 def recovery_table(points: Sequence[Point]) -> str:
     """One line a way, one column a model: recovery of perplexity in percent, and of tasks where they ran."""
+    return format_table(*recovery_rows(points))
+
+
+def recovery_rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of that table."""
     models = list(dict.fromkeys(point.model for point in points))
     found = {(point.way, point.model): point for point in points}
     has_tasks = [model for model in models if any(p.tasks for p in points if p.model == model)]
@@ -86,55 +105,14 @@ def recovery_table(points: Sequence[Point]) -> str:
                 "" if scored is None or scored.tasks is None else "{:.1f} [{:.1f}, {:.1f}]".format(*scored.tasks)
             )
         lines.append([way, *cells])
-    return format_table(header, lines)
-
-
-def draw_frontier(points: Sequence[Point], directory: Path) -> Path:
-    """Write a plot of loss against bits, one panel a model, into `directory`; its path.
-
-    The cache alone has no place on this axis: it is left out. Raises UnsupportedError where matplotlib is not there.
-    """
-    load_matplotlib()
-    from matplotlib import pyplot
-
-    points = [point for point in points if point.bits < 16] or list(points)
-    models = list(dict.fromkeys(point.model for point in points))
-    ways = list(dict.fromkeys(point.way for point in points))
-    columns = min(len(models), COLUMNS)
-    rows = -(-len(models) // columns)
-    size = (4 * columns + 2, 3.6 * rows)
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
-    for axis in axes.flat[len(models) :]:
-        axis.set_axis_off()
-    for axis, model in zip(axes.flat, models, strict=False):
-        for number, way in enumerate(ways):
-            here = [point for point in points if point.model == model and point.way == way]
-            marker = "osD^v<>PX*"[number // 10 % 10]
-            axis.scatter(
-                [p.bits for p in here], [max(p.loss, 1e-4) for p in here], label=way, c=f"C{number % 10}", marker=marker
-            )
-        axis.set(title=model, xlabel="bits, mean of weights and activations", yscale="log")
-        axis.tick_params(labelbottom=True)
-        axis.grid(alpha=0.3)
-    for row in axes:
-        row[0].set_ylabel("loss, nats a token")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper right", fontsize=7)
-    figure.tight_layout(rect=(0, 0, 1 - 2 / size[0], 1))
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / PLOT
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
+    return header, lines
 
 
 def _point(row: Row, full: Row | None) -> Point:
-    way = f"{row['method']} {row['scheme']}" if "method" in row else f"{row['scheme']}+{row['kv']}"
-    if row.get("distill_steps") and "method" not in row:
-        way += ", distilled"
     loss = math.log(row["ppl"] / row["ppl_fp"])
     bits = (row["bits_weight"] + row["bits_activation"]) / 2
     tasks = None if full is None else task_recovery(row, full)
-    return Point(row["model"], way, bits, row["bits_kv"], loss, 100 * math.exp(-loss), tasks)
+    return Point(row["model"], name_way(row), bits, row["bits_kv"], loss, 100 * math.exp(-loss), tasks)
 
 
 def task_recovery(row: Row, full: Row) -> tuple[float, float, float] | None:

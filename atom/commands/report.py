@@ -37,13 +37,13 @@ class Eval:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Recovery of every model and scheme as a table, and a plot of loss against bits."""
+    """Recovery, perplexities, divergences, tasks and retrieval by model and scheme; loss against bits as a plot."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Records accuracy-frontier.json and quality-presets.json."""
+    """Records accuracy-frontier.json, quality-presets.json, cache-quality.json."""
 
     output: Path = Path("accuracy-report")
-    """Folder for the plot."""
+    """Folder for report.md and the plot."""
 
     plots: bool = True
     """Draw the plot; it needs matplotlib."""
@@ -86,13 +86,16 @@ def run(options: Quant | Eval | Accuracy | Bench) -> dict[str, Any]:
 def _accuracy(options: Accuracy) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from atom.eval.frontier import draw_frontier, read_points, recovery_table
+    from atom.eval.accuracy_report import write_report
+    from atom.eval.frontier import read_points, recovery_table
+    from atom.eval.frontier_plot import draw_frontier
 
     if not options.files:
         raise ValueError("no file to report on; name accuracy-frontier.json, quality-presets.json or both")
     points = read_points(options.files)
     console.print(recovery_table(points), highlight=False, markup=False, soft_wrap=True)
     files = [draw_frontier(points, options.output)] if options.plots else []
+    files.insert(0, write_report(options.files, points, options.output, *files))
     for path in files:
         console.print(f"wrote {path}")
     return {"points": [asdict(point) for point in points], "files": [str(path) for path in files]}

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from atom.commands.report import Accuracy, run
-from atom.eval.frontier import read_points, recovery_table, task_recovery
+from atom.eval.accuracy_report import write_report
+from atom.eval.frontier import Point, read_points, recovery_table, task_recovery
+from atom.eval.frontier_plot import best_of
 from atom.records import write_record
 
 FULL = {"bits_weight": 16.0, "bits_activation": 16.0, "bits_kv": 16.0}
@@ -15,7 +17,15 @@ LOW = {"bits_weight": 4.0, "bits_activation": 8.0, "bits_kv": 4.5}
 
 
 def row(method: str, ppl: float, bits: dict[str, float], **more: Any) -> dict[str, Any]:
-    known = {"model": "m", "text": "t", "method": method, "scheme": "w4a8", "kv": "int4", "ppl": ppl, "ppl_fp": 10.0}
+    known: dict[str, Any] = {
+        "model": "m",
+        "text": "t",
+        "method": method,
+        "scheme": "w4a8",
+        "kv": "int4",
+        "ppl": ppl,
+        "ppl_fp": 10.0,
+    }
     return {**known, "windows": 2, "path": "reference", **bits, **more}
 
 
@@ -49,8 +59,41 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     pytest.importorskip("matplotlib")
     path = written(tmp_path, [row("fp", 10.0, FULL), row("atom", 12.5, LOW), row("ours", 11.0, LOW)])
     found = run(Accuracy((path,), tmp_path / "out"))
-    assert Path(found["files"][0]).stat().st_size > 5000 and len(found["points"]) == 2
+    page, plot = (Path(file) for file in found["files"])
+    assert plot.stat().st_size > 5000 and len(found["points"]) == 2
     assert "90.9" in capsys.readouterr().out
+    assert f"]({plot.name})" in page.read_text()
+
+
+def test_the_page_puts_rows_of_one_way_together(tmp_path: Path) -> None:
+    rows = [
+        row("fp", 10.0, FULL, **{"task:a": 0.8, "task:a:stderr": 0.02}),
+        row("ours", 11.0, LOW, kl=0.0625, dtype="float32"),
+        row("ours", 21.0, LOW, text="c4", ppl_fp=20.0, dtype="float32"),
+        row("ours", 11.1, LOW, path="kernels", **{"retrieval:2048": 0.5, "retrieval:2048:stderr": None}),
+        row("other", 12.0, LOW, model="n"),
+    ]
+    path = written(tmp_path, rows)
+    page = write_report([path], read_points([path]), tmp_path / "out").read_text().split("## ")
+    assert page[1].splitlines() == [
+        "m, accuracy-frontier",
+        "",
+        "|  | path | W / A / KV bits | ppl t | ppl c4 | KL t, nats | a | retrieval:2048 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| full precision | reference | 16.00 / 16.00 / 16.00 | 10.00 |  |  | 0.800 ± 0.020 |  |",
+        "| ours w4a8 | reference float32 | 4.00 / 8.00 / 4.50 | 11.00 (+10.0 %) | 21.00 (+5.0 %) | 0.0625 |  |  |",
+        "| ours w4a8 | kernels | 4.00 / 8.00 / 4.50 | 11.10 (+11.0 %) |  |  |  | 0.500 |",
+        "",
+    ]
+    assert "| other w4a8 | reference | 4.00 / 8.00 / 4.50 | 12.00 (+20.0 %) |" in page[2]
+
+
+def test_the_line_joins_what_no_other_beats() -> None:
+    def point(bits: float, loss: float) -> Point:
+        return Point("m", f"{bits} {loss}", bits, 4.0, loss, 0.0)
+
+    best = best_of([point(6, 0.1), point(4, 0.5), point(8, 0.2), point(4, 0.4), point(5, 0.4)])
+    assert [(p.bits, p.loss) for p in best] == [(4, 0.4), (6, 0.1)]
 
 
 def test_full_precision_alone_is_refused(tmp_path: Path) -> None:
