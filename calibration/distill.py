@@ -35,8 +35,9 @@ from .config import CalibrationConfig
 from .data import SELF, Windows, load_windows
 from .latent import REST
 from .progress import Progress, Silent
+from .recorded import PLAIN_STEPS
 from .student import Student, TrainingKV
-from .training_step import PLAIN_STEPS, TrainingStep, schedule
+from .training_step import TrainingStep, schedule
 
 log = logging.getLogger(__name__)
 

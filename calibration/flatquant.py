@@ -25,6 +25,7 @@ from atom.models.layers import DecoderLayer
 from atom.models.model import Model
 from atom.quant.schemes import Scheme
 
+from .recorded import RecordedStep
 from .student import TrainingKV, straight_through
 
 REACH = 4.0  # logit of the share that a grid reaches at first: 0.98
@@ -81,7 +82,7 @@ class FlatInput(nn.Module):
     def transform_weight(self, W: Tensor) -> Tensor:
         """W [N, K] for inputs that `transform` has changed."""
         folded = (W * self.log_scale.exp()).unflatten(-1, (self.rows, -1))
-        left, right = torch.linalg.inv(self.left), torch.linalg.inv(self.right)
+        left, right = _inverse(self.left), _inverse(self.right)
         y: Tensor = (left @ folded @ right.T).flatten(-2)
         return y
 
@@ -167,20 +168,33 @@ def _learn(
     for parameter in (*shapes, *reaches):
         parameter.requires_grad_(True)
     learned = [(part, rate) for part, rate in ((shapes, config.rate), (reaches, config.clip_rate)) if part]
-    optimizer = torch.optim.AdamW([{"params": part, "lr": rate} for part, rate in learned], weight_decay=0.0)
+    on_gpu = model.device.type == "cuda"
+    rates = [torch.tensor(rate, device=model.device) if on_gpu else rate for _, rate in learned]
+    optimizer = torch.optim.AdamW(
+        [{"params": part, "lr": rate} for (part, _), rate in zip(learned, rates, strict=True)],
+        weight_decay=0.0,
+        fused=on_gpu,
+        capturable=on_gpu,
+    )
     size = float(target.square().mean())
+
+    def step(rows: Tensor) -> Tensor:
+        loss = (_run(layer, model, hidden[rows], scheme) - target[rows]).square().mean() / size
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    run = RecordedStep(step, lambda: optimizer.zero_grad(set_to_none=True), model.device)
     first = last = 0.0
     done, started = 0, time.perf_counter()
     while done < config.steps and (late := (time.perf_counter() - started) / config.seconds) < 1:
         falling = (1 + cos(pi * max(done / config.steps, late))) / 2
         for parameters, (_, rate) in zip(optimizer.param_groups, learned, strict=True):
-            parameters["lr"] = rate * falling
-        rows = torch.randint(0, len(hidden), (4,), generator=generator).to(hidden.device)
-        loss = (_run(layer, model, hidden[rows], scheme) - target[rows]).square().mean() / size
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        last = loss.item()
+            if isinstance(parameters["lr"], Tensor):
+                parameters["lr"].fill_(rate * falling)
+            else:
+                parameters["lr"] = rate * falling
+        last = run(torch.randint(0, len(hidden), (4,), generator=generator)).item()
         first = last if done == 0 else first
         done += 1
     for parameter in (*shapes, *reaches):
@@ -202,6 +216,12 @@ def _run(layer: DecoderLayer, model: Model, hidden: Tensor, scheme: Scheme | Non
         kv = TrainingKV.for_scheme(model.config, scheme, count, model.device)
     out: Tensor = layer(hidden.flatten(0, 1), layer.rope(kv.positions(length)), kv)
     return out.view(hidden.shape)
+
+
+def _inverse(A: Tensor) -> Tensor:
+    """Of a square matrix, without asking the GPU whether it has one."""
+    inverse: Tensor = torch.linalg.inv_ex(A).inverse
+    return inverse
 
 
 def _orthogonal(n: int, generator: torch.Generator) -> Tensor:
