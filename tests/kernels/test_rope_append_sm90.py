@@ -15,6 +15,7 @@ from atom.kernels.attention_config import AppendConfig
 from atom.kernels.head_norm import HeadNorms
 from atom.kernels.kv_layout import KVLayout
 from atom.kernels.rope_append import rope_append_kv_reference
+from atom.quant import mean_zero
 from atom.quant.formats import get_format
 from atom.quant.rounding import largest_scale
 
@@ -182,6 +183,13 @@ def test_transformed_bytes_on_a_model_of_the_machine(
     out, found = appended(config, layout, separate, (cos, sin, slots), heads, constants, eps, tmp_path)
     assert torch.equal(torch.from_numpy(out).view(torch.bfloat16), turned)
     assert torch.equal(torch.from_numpy(found), wanted)
+
+
+@needs_dsl
+def test_ranges_end_where_the_reference_s_do() -> None:
+    from atom.kernels import append_codes_sm90
+
+    assert append_codes_sm90.LARGEST_RANGE == mean_zero.LARGEST_RANGE
 
 
 @needs_dsl
