@@ -17,6 +17,51 @@ from atom.quant.schemes import TensorSpec
 
 
 @dataclass(frozen=True)
+class Block:
+    """Columns that are rounded together, and the scales that they get.
+
+    W       [n, N] float32, the transposed block; spent
+    R       [n, n] float32, the block of the unit Cholesky factor of the inverse Hessian
+    spec    granularity channel: one scale a row; None keeps bf16
+    group   choose new scales from the updated columns at each multiple of `group`; None uses `scale`
+    scale   scales [N, 1] for all columns of the block, where they were chosen before
+    outer   outer scales [N, 1] that chosen scales lie under, or None
+    cost    [n], what a unit of squared error in each column costs (see gptq.inverse_factor): groups that search their
+            clip try every one with GPTQ's feedback; None: by rounding error alone
+    """
+
+    W: Tensor
+    R: Tensor
+    spec: TensorSpec | None
+    group: int | None = None
+    scale: Scale | None = None
+    outer: Tensor | None = None
+    cost: Tensor | None = None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What two blocks that run the same kernels have in common."""
+        return (self.W.shape, self.W.device, self.spec, self.group, tuple(part is not None for part in self._parts))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that there are, in an order that blocks of a kind share."""
+        return [self.W, self.R, *(part for part in self._parts if part is not None)]
+
+    @property
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        scale = self.scale
+        of_scale = (None, None, None) if scale is None else (scale.scale, scale.zero_point, scale.outer)
+        return (self.outer, self.cost, *of_scale)
+
+    def copy(self) -> "Block":
+        """The same in memory of its own."""
+        outer, cost = (None if part is None else part.clone() for part in (self.outer, self.cost))
+        scale = None if self.scale is None else _copy(self.scale)
+        return replace(self, W=self.W.clone(), R=self.R.clone(), scale=scale, outer=outer, cost=cost)
+
+
+@dataclass(frozen=True)
 class Rounded:
     """A block of n columns after rounding; on a GPU valid until the next block of this shape.
 
@@ -30,26 +75,9 @@ class Rounded:
     scales: list[Scale]
 
 
-def round_columns(
-    W: Tensor,
-    R: Tensor,
-    spec: TensorSpec | None,
-    group: int | None,
-    scale: Scale | None,
-    outer: Tensor | None,
-    cost: Tensor | None = None,
-) -> Rounded:
-    """Round the columns of a block in order.
-
-    W       [n, N] float32, the transposed block; spent
-    R       [n, n] float32, the block of the unit Cholesky factor of the inverse Hessian
-    spec    granularity channel: one scale a row; None keeps bf16
-    group   choose new scales from the updated columns at each multiple of `group`; None uses `scale`
-    scale   scales [N, 1] for all columns of the block, where they were chosen before
-    outer   outer scales [N, 1] that chosen scales lie under, or None
-    cost    [n], what a unit of squared error in each column costs (see gptq.inverse_factor): groups that search their
-            clip try every one with GPTQ's feedback; None: by rounding error alone
-    """
+def round_columns(block: Block) -> Rounded:
+    """Round the columns of a block in order."""
+    W, R, spec, group = block.W, block.R, block.spec, block.group
     n, rows = W.shape
     dtype = torch.bfloat16 if spec is None else get_format(spec.format).dtype
     if spec is not None and not spec.symmetric:
@@ -57,14 +85,15 @@ def round_columns(
     codes = torch.empty(n, rows, dtype=dtype, device=W.device)
     error = torch.empty_like(W)
     scales: list[Scale] = []
-    applied = None if scale is None else _fold(scale)
+    applied = None if block.scale is None else _fold(block.scale)
     for j in range(n):
         if group is not None and j % group == 0 and spec is not None:
             columns = slice(j, min(j + group, n))
-            if cost is not None and spec.clip == "mse":
-                scales.append(choose_with_feedback(W[columns], R[columns, columns], cost[columns], spec, outer))
+            if block.cost is not None and spec.clip == "mse":
+                cost = block.cost[columns]
+                scales.append(choose_with_feedback(W[columns], R[columns, columns], cost, spec, block.outer))
             else:
-                scales.append(choose_scale(W[columns].T, spec, outer))
+                scales.append(choose_scale(W[columns].T, spec, block.outer))
             applied = _fold(scales[-1])
         w = W[j].unsqueeze(1)  # [N, 1]
         if spec is None:
@@ -83,7 +112,7 @@ def round_columns(
 def choose_with_feedback(W: Tensor, R: Tensor, cost: Tensor, spec: TensorSpec, outer: Tensor | None) -> Scale:
     """The scales [N, 1] of one group under which GPTQ's own loop over it loses least.
 
-    W [n, N], R [n, n], cost [n] as in round_columns. For every row and clip r in MSE_RATIOS the columns are
+    W [n, N], R [n, n], cost [n] as in Block. For every row and clip r in MSE_RATIOS the columns are
     rounded with feedback, and sum_j cost_j e_j^2 is what the linear's output error grows by if all later columns make
     up for it as well as they can (GPTQ, arXiv:2210.17323, equation 2). Ties go to the larger clip.
     """
@@ -122,10 +151,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Recording:
     graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]
+    block: Block
     result: Rounded
 
 
@@ -135,61 +164,36 @@ class ColumnRounder:
     def __init__(self) -> None:
         self._recordings: dict[tuple[object, ...], _Recording] = {}
 
-    def __call__(
-        self,
-        W: Tensor,
-        R: Tensor,
-        spec: TensorSpec | None,
-        group: int | None,
-        scale: Scale | None,
-        outer: Tensor | None,
-        cost: Tensor | None = None,
-    ) -> Rounded:
-        """As round_columns; W is left alone on a GPU."""
-        if not W.is_cuda:
+    def __call__(self, block: Block) -> Rounded:
+        """As round_columns; the block is left alone on a GPU."""
+        if not block.W.is_cuda:
             with _one_thread():
-                return round_columns(W, R, spec, group, scale, outer, cost)
-        given = [W, R, outer, cost, *((scale.scale, scale.zero_point, scale.outer) if scale is not None else ())]
-        key = (W.shape, W.device, spec, group, tuple(t is not None for t in given))
-        if key not in self._recordings:
-            self._recordings[key] = _record(W, R, spec, group, scale, outer, cost)
-        recording = self._recordings[key]
-        for static, tensor in zip(recording.inputs, [t for t in given if t is not None], strict=True):
+                return round_columns(block)
+        if block.kind not in self._recordings:
+            self._recordings[block.kind] = _record(block)
+        recording = self._recordings[block.kind]
+        for static, tensor in zip(recording.block.tensors, block.tensors, strict=True):
             static.copy_(tensor)
         recording.graph.replay()
         result = recording.result
-        return replace(result, scales=[_map(s) for s in result.scales])
+        return replace(result, scales=[_copy(s) for s in result.scales])
 
 
-def _record(
-    W: Tensor,
-    R: Tensor,
-    spec: TensorSpec | None,
-    group: int | None,
-    scale: Scale | None,
-    outer: Tensor | None,
-    cost: Tensor | None,
-) -> _Recording:
-    """Capture round_columns on copies of its inputs, after one plain run that loads the kernels."""
-    static_W, static_R = W.clone(), R.clone()
-    static_outer = None if outer is None else outer.clone()
-    static_cost = None if cost is None else cost.clone()
-    static_scale = None if scale is None else _map(scale)
-    stream = torch.cuda.Stream(W.device)
-    stream.wait_stream(torch.cuda.current_stream(W.device))
+def _record(block: Block) -> _Recording:
+    """Capture round_columns on a copy of the block, after one plain run that loads the kernels."""
+    static, device = block.copy(), block.W.device
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        round_columns(static_W, static_R, spec, group, static_scale, static_outer, static_cost)
-    torch.cuda.current_stream(W.device).wait_stream(stream)
+        round_columns(static)
+    torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = round_columns(static_W, static_R, spec, group, static_scale, static_outer, static_cost)
-    inputs = [static_W, static_R, static_outer, static_cost]
-    if static_scale is not None:
-        inputs += [static_scale.scale, static_scale.zero_point, static_scale.outer]
-    return _Recording(graph, [t for t in inputs if t is not None], result)
+        result = round_columns(static)
+    return _Recording(graph, static, result)
 
 
-def _map(scale: Scale) -> Scale:
-    """A copy of the scales in memory of their own."""
+def _copy(scale: Scale) -> Scale:
+    """The scales in memory of their own."""
     zero, outer = scale.zero_point, scale.outer
     return Scale(scale.scale.clone(), None if zero is None else zero.clone(), None if outer is None else outer.clone())

@@ -26,7 +26,7 @@ from atom.quant.rotation import rotate
 from atom.quant.rounding import Quantized, Scale, choose_scale
 from atom.quant.schemes import LinearScheme, TensorSpec
 
-from .columns import ColumnRounder
+from .columns import Block, ColumnRounder
 from .config import ScaleSearch
 
 log = logging.getLogger(__name__)
@@ -122,18 +122,14 @@ class _Run:
             if refresh is None and fixed is None and spec is not None and (start - first) % size == 0:
                 scale = choose_scale(self.W[start : min(start + size, last)].T, spec, outer)
                 scales.append(scale)
-            block = self.rounder(
-                self.W[start:stop],
-                self.R[start:stop, start:stop],
-                spec,
-                refresh,
-                scale if refresh is None else None,
-                outer if refresh is not None else None,
-                None if self.cost is None or refresh is None else self.cost[start:stop],
-            )
-            codes.append(block.codes.clone())
-            scales += block.scales
-            self.W[stop:].addmm_(self.R[start:stop, stop:].T, block.error, alpha=-1.0)
+            block = Block(self.W[start:stop], self.R[start:stop, start:stop], spec, scale=scale)
+            if refresh is not None:
+                cost = None if self.cost is None else self.cost[start:stop]
+                block = replace(block, group=refresh, scale=None, outer=outer, cost=cost)
+            rounded = self.rounder(block)
+            codes.append(rounded.codes.clone())
+            scales += rounded.scales
+            self.W[stop:].addmm_(self.R[start:stop, stop:].T, rounded.error, alpha=-1.0)
         return torch.cat(codes), _join(scales)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atom.calibration.columns import ColumnRounder, round_columns
+from atom.calibration.columns import Block, ColumnRounder, round_columns
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.gptq import gptq
 from atom.calibration.stream import quantize_model
@@ -38,8 +38,9 @@ def test_recorded_steps_are_the_plain_ones(name: str) -> None:
         outer = None if outer is None else outer.expand(40, 1).contiguous()
         group = spec.group_size if spec.group_size is not None else None
         scale = None if group is not None else choose_scale(W.T, by_row)
-        recorded = rounder(W, R, by_row, group, scale, outer)
-        plain = round_columns(W.clone(), R, by_row, group, scale, outer)
+        block = Block(W, R, by_row, group, scale, outer)
+        recorded = rounder(block)
+        plain = round_columns(replace(block, W=W.clone()))
         assert torch.equal(recorded.codes.view(torch.uint8), plain.codes.view(torch.uint8))
         assert torch.equal(recorded.error, plain.error)
         assert all(torch.equal(a.scale, b.scale) for a, b in zip(recorded.scales, plain.scales, strict=True))
