@@ -56,8 +56,7 @@ def solve(places: list[Place], losses: Losses, budget: float) -> Plan:
     Raises ValueError if the cheapest choices need more. Costs are rounded up to the grid, so the budget always holds.
     """
     total = sum(place.macs for place in places)
-    cheapest = sum(place.macs * min(place.bits.values()) for place in places) / total
-    dearest = sum(place.macs * max(place.bits.values()) for place in places) / total
+    cheapest, dearest = _reach(places)
     if budget < cheapest:
         raise ValueError(f"a budget of {budget:g} bits cannot be met: the cheapest choices need {cheapest:.3f}")
     step = max(dearest - cheapest, 1e-9) / GRID
@@ -89,9 +88,7 @@ def solve(places: list[Place], losses: Losses, budget: float) -> Plan:
 
 def solve_for_loss(places: list[Place], losses: Losses, most: float) -> Plan:
     """The fewest bits whose predicted loss is at most `most`; ValueError if no choice is that good."""
-    total = sum(place.macs for place in places)
-    low = sum(place.macs * min(place.bits.values()) for place in places) / total
-    high = sum(place.macs * max(place.bits.values()) for place in places) / total
+    low, high = _reach(places)
     best = solve(places, losses, high)
     if best.loss > most:
         raise ValueError(f"a loss of {most:g} nats cannot be met: the best choices lose {best.loss:.4g}")
@@ -107,9 +104,7 @@ def solve_for_loss(places: list[Place], losses: Losses, most: float) -> Plan:
 
 def frontier(places: list[Place], losses: Losses) -> list[Plan]:
     """Solutions from the cheapest to the dearest budget."""
-    total = sum(place.macs for place in places)
-    low = sum(place.macs * min(place.bits.values()) for place in places) / total
-    high = sum(place.macs * max(place.bits.values()) for place in places) / total
+    low, high = _reach(places)
     return [solve(places, losses, low + (high - low) * i / (FRONTIER - 1) + 1e-9) for i in range(FRONTIER)]
 
 
@@ -165,3 +160,10 @@ def choose_by_budget(
         assert max_loss is not None
         plan = solve_for_loss(places, losses, max_loss)
     return Choice(build_scheme(base, plan, places, choices), plan, frontier(places, losses), mean_bits(plan, places))
+
+
+def _reach(places: list[Place]) -> tuple[float, float]:
+    """Mean bits of an operand under the cheapest choices, and under the dearest."""
+    total = sum(place.macs for place in places)
+    low = sum(place.macs * min(place.bits.values()) for place in places) / total
+    return low, sum(place.macs * max(place.bits.values()) for place in places) / total

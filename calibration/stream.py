@@ -9,7 +9,7 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,18 @@ from atom.circumstances import current_commit
 from atom.errors import CalibrationError, CheckpointError, UnsupportedError
 from atom.models.device import choose_device
 from atom.models.family import model_config
-from atom.models.layers import DecoderLayer
-from atom.models.layout import check_source, is_ignored, layer_prefix, model_tensors
+from atom.models.layout import check_source, is_ignored, model_tensors
 from atom.models.loader import meta_model
 from atom.models.model import Model
-from atom.models.shards import Shards
 from atom.models.source import Source, load_tokenizer, open_source
 from atom.models.tokens import Tokenizer
 from atom.quant.schemes import Scheme
 
-from .clips import ClipProbe, Measured, measured_groups, probe_windows
-from .clock import Clock
 from .config import CalibrationConfig
 from .data import SELF, Windows, load_windows
 from .distill import DistillText, distill_checkpoint, load_distill_text
 from .distill_plan import default_steps, free_gpu_bytes, plan_distillation
-from .hidden import HiddenStates
-from .layer import LayerQuantizer
+from .passes import Passes
 from .plan import check_sizes, plan_layer
 from .progress import Progress, Silent
 from .report import Report, total
@@ -49,7 +44,6 @@ from .sample import sample_windows
 log = logging.getLogger(__name__)
 
 GENERATION_FILE = "generation_config.json"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 def quantize_model(
@@ -145,12 +139,14 @@ def quantize_source(
         if not writer.has_shard(1):
             writer.write_shard(1, _outside(source, model))
         clips: dict[str, Any] | None = None
+        layers: list[dict[str, Any]] = []
+        passes = Passes(source, model, config, writer, progress)
         if windows is None:
-            layers = _copy_layers(source, model, writer, progress)
+            passes.copy_layers()
         else:
             if config.clip == "measured":
-                scheme, clips = _measure_clips(source, model, scheme, config, windows, writer, progress)
-            layers = _quantize_layers(source, model, scheme, config, windows, writer, progress)
+                scheme, clips = passes.measure_clips(scheme, windows)
+            layers = passes.quantize_layers(scheme, windows)
         written = sum(writer.shard_path(n).stat().st_size for n in range(1, writer.num_shards + 1))
         report = Report(provenance, scheme.to_dict(), config.to_dict(), layers, clips=clips)
         report.totals = total(layers, time.perf_counter() - started, written)
@@ -183,84 +179,6 @@ def is_calibrated(source: Source, scheme: Scheme) -> bool:
     )
 
 
-def _measure_clips(
-    source: Source,
-    model: Model,
-    scheme: Scheme,
-    config: CalibrationConfig,
-    windows: Windows,
-    writer: CheckpointWriter,
-    progress: Progress,
-) -> tuple[Scheme, dict[str, Any] | None]:
-    """`scheme` with the clips that fit this model, and the report's entry; a resumed run takes those of the first."""
-    groups = measured_groups(model, scheme)
-    if not groups:
-        return scheme, None
-    record = writer.noted("clips")
-    if record is None:
-        start = time.perf_counter()
-        device = torch.device(config.device)
-        quantizer = LayerQuantizer(source, model, scheme, config, device, Clock(device))
-        tokens = probe_windows(windows.tokens)
-        hidden = _embed(source, model, replace(config, offload="off"), tokens, device)
-
-        def layers() -> Iterator[DecoderLayer]:
-            for index in range(model.config.num_layers):
-                progress.layer(index, model.config.num_layers, "measuring clips")
-                yield quantizer.load(index)
-
-        probe = ClipProbe(model, scheme, quantizer.runner)
-        record = {**probe.measure(hidden, layers()).to_dict(), "seconds": round(time.perf_counter() - start, 3)}
-        writer.note("clips", record)
-    found = Measured(record["chosen"], record["errors"], record["tokens"])
-    return found.apply(scheme, groups), record
-
-
-def _quantize_layers(
-    source: Source,
-    model: Model,
-    scheme: Scheme,
-    config: CalibrationConfig,
-    windows: Windows,
-    writer: CheckpointWriter,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    device = torch.device(config.device)
-    hidden = _embed(source, model, config, windows.tokens, device)
-    clock = Clock(device)
-    quantizer = LayerQuantizer(source, model, scheme, config, device, clock)
-    records = []
-    for index in range(model.config.num_layers):
-        start = time.perf_counter()
-        done = writer.noted(f"layer-{index}")
-        if writer.has_shard(index + 2) and done is not None:
-            progress.layer(index, model.config.num_layers, "running the quantized layer again")
-            written = Source(writer.partial, source.config, {}, {}, Shards(writer.partial))
-            quantizer.rerun(index, written, hidden)
-            records.append(done)
-            continue
-        progress.layer(index, model.config.num_layers, "quantizing")
-        tensors, record = quantizer.quantize(index, hidden)
-        with clock.phase("io"):
-            writer.write_shard(index + 2, tensors)
-        record["seconds"] = clock.take()
-        record["seconds"]["total"] = round(time.perf_counter() - start, 4)
-        writer.note(f"layer-{index}", record)
-        records.append(record)
-        progress.done(record)
-    return records
-
-
-def _copy_layers(source: Source, model: Model, writer: CheckpointWriter, progress: Progress) -> list[dict[str, Any]]:
-    for index in range(model.config.num_layers):
-        progress.layer(index, model.config.num_layers, "copying")
-        if not writer.has_shard(index + 2):
-            prefix = f"{layer_prefix(index)}."
-            names = [n for n in source.names() if n.startswith(prefix) and not is_ignored(n, model)]
-            writer.write_shard(index + 2, {name: source.get(name) for name in names})
-    return []
-
-
 def _outside(source: Source, model: Model) -> dict[str, Tensor]:
     """Everything that is in no decoder layer: embedding, final norm, head."""
     names = [n for n in source.names() if not n.startswith("model.layers.") and not is_ignored(n, model)]
@@ -272,26 +190,6 @@ def _outside(source: Source, model: Model) -> dict[str, Tensor]:
                 "download the model again, or start from another checkpoint"
             )
     return tensors
-
-
-def _embed(
-    source: Source, model: Model, config: CalibrationConfig, tokens: Tensor, device: torch.device
-) -> HiddenStates:
-    """The hidden states that enter the first layer, of tokens [windows, length]."""
-    scale = model.config.embedding_scale
-    embedding = source.get(EMBEDDING)
-    offload = config.offload == "on"
-    if config.offload == "auto" and device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        offload = tokens.numel() * embedding.shape[1] * 4 > free // 4
-    if not offload:
-        embedding, tokens = embedding.to(device), tokens.to(device)
-    states = embedding[tokens].float()
-    if scale is not None:
-        states *= torch.tensor(scale)
-    return HiddenStates(
-        states.pin_memory() if offload and device.type == "cuda" else states, config.windows_per_batch, device
-    )
 
 
 def _windows(source: Source, tokenizer: Tokenizer, config: CalibrationConfig) -> Windows:
