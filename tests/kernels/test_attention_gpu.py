@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from atom.kernels import prefill_plan
 from atom.kernels.append_sm90 import RopeAppendSm90
 from atom.kernels.attention_sm90 import PagedAttentionSm90
 from atom.kernels.dense_attention import AttentionSpec
-from atom.kernels.head_norm import HeadNorms
 from atom.kernels.kv_layout import KVLayout
 from atom.kernels.paged_attention import PagedAttentionReference, RopeTable
 from atom.kernels.paged_step import PagedStep
@@ -24,7 +22,6 @@ from atom.quant.schemes import TensorSpec
 
 from .test_cascade_sm90 import share
 from .test_paged_attention import Case, expected, make_case
-from .test_rope_append_sm90 import inputs, offset_for
 
 pytestmark = pytest.mark.gpu
 captures = pytest.mark.skipif(
@@ -313,92 +310,3 @@ def test_key_offsets(kv: str) -> None:
     exact = expected(case, spec, common)
     rounded = expected(case, spec, common, bfloat16_keys=True)
     assert (found - exact).norm() < 2 * (rounded - exact).norm() + 4e-3 * exact.norm()
-
-
-@pytest.mark.parametrize("kv", SPECS)
-@pytest.mark.parametrize("tokens", [1, 3, 64, 700])
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-def test_appended_bytes(kv: str, tokens: int, dim: int) -> None:
-    """Equal to the reference's on the CPU, bit for bit."""
-    q, k, v, cos, sin = (x[:tokens] for x in inputs(dim, 6, 2, max(tokens, 4)))
-    layout = KVLayout(SPECS[kv], torch.bfloat16, 2, dim, 16)
-    slots = torch.randperm(800, generator=torch.Generator().manual_seed(0))[:tokens]
-    wanted = torch.full(layout.shape(50), 255, dtype=torch.uint8)
-    offset = offset_for(2, dim).bfloat16() if kv == "int4" else None
-    turned = rope_append_kv_reference(layout)(q, k, v, cos, sin, slots, wanted, offset)
-    found = torch.full(layout.shape(50), 255, dtype=torch.uint8, device="cuda")
-    on_gpu = [x.cuda() for x in (q, k, v, cos, sin, slots)]
-    out = RopeAppendSm90(layout)(*on_gpu, found, None if offset is None else offset.cuda())
-    assert torch.equal(out.cpu(), turned) and torch.equal(found.cpu(), wanted)
-
-
-@pytest.mark.parametrize("kv", SPECS)
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("norm", [None, 0.0, 1.0])
-def test_transformed_bytes(kv: str, dim: int, norm: float | None) -> None:
-    """Norms of heads, centre, Hadamard transform and mirror: the reference's bits, few tokens and many."""
-    layout = KVLayout(SPECS[kv], torch.bfloat16, 2, dim, 16)
-    weights = torch.randn(2, dim, generator=torch.Generator().manual_seed(2)).bfloat16()
-    norms = None if norm is None else HeadNorms(*weights, 1e-6, norm)
-    on_gpu = None if norms is None else HeadNorms(norms.q.cuda(), norms.k.cuda(), 1e-6, norms.offset)
-    centre = offset_for(2, dim)
-    if layout.zero_bias:
-        mirror = torch.nn.functional.normalize(torch.randn(2, dim, generator=torch.Generator().manual_seed(3)), dim=-1)
-        centre = torch.stack((centre, mirror * 2**0.5))
-    for tokens in (3, 2100):
-        q, k, v, cos, sin = (x[:tokens] for x in inputs(dim, 6, 2, max(tokens, 4)))
-        slots = torch.randperm(2176, generator=torch.Generator().manual_seed(0))[:tokens]
-        wanted = torch.full(layout.shape(136), 255, dtype=torch.uint8)
-        found = wanted.cuda()
-        turned = rope_append_kv_reference(layout, rotates=True)(q, k, v, cos, sin, slots, wanted, None, centre, norms)
-        moved = [x.cuda() for x in (q, k, v, cos, sin, slots)]
-        out = RopeAppendSm90(layout, rotates=True)(*moved, found, None, centre.cuda(), on_gpu)
-        assert torch.equal(out.cpu(), turned), f"queries of {tokens} tokens"
-        differs = (found.cpu() != wanted).nonzero()
-        assert not len(differs), f"{len(differs)} bytes of {tokens} tokens, {differs[:3].tolist()} first"
-
-
-@pytest.mark.parametrize("kv", SPECS)
-@pytest.mark.parametrize("block_size", [16, 32, 64])
-def test_prefill(kv: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole prompts, chunks behind prefixes, decodes and empty sequences between them, ragged and in squares."""
-    lengths, counts = (130, 90, 256, 300, 300, 17, 33, 70), (130, 1, 128, 100, 100, 17, 0, 69)
-    case = make_case(SPECS[kv], lengths, counts, 8, 2, 128, block_size, dtype=torch.bfloat16)
-    check(case, AttentionSpec(0.09))
-    monkeypatch.setattr(prefill_plan, "SQUARE", 64)
-    monkeypatch.setattr(prefill_plan, "SQUARE_FLOPS", 1)
-    monkeypatch.setattr(prefill_plan, "PREFIX_FLOPS", 1)
-    check(case, AttentionSpec(0.09))
-    check(case, AttentionSpec(0.09, 40))
-
-
-@pytest.mark.parametrize("heads,kv_heads", [(1, 1), (32, 32), (14, 2), (16, 1)])
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-def test_prefill_of_shapes_of_heads(heads: int, kv_heads: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(KV4, (70, 33, 5, 150), (70, 3, 5, 20), heads, kv_heads, dim, dtype=torch.bfloat16)
-    check(case, AttentionSpec(dim**-0.5))
-    monkeypatch.setattr(prefill_plan, "SQUARE", 64)
-    monkeypatch.setattr(prefill_plan, "SQUARE_FLOPS", 1)
-    monkeypatch.setattr(prefill_plan, "PREFIX_FLOPS", 1)
-    check(case, AttentionSpec(dim**-0.5))
-
-
-@pytest.mark.parametrize("window", [1, 16, 17, 100])
-@pytest.mark.parametrize("cap", [None, 20.0])
-def test_prefill_with_windows_and_soft_caps(window: int, cap: float | None) -> None:
-    case = make_case(KV4, (2, 33, 90, 240), (2, 30, 20, 130), dim=128, dtype=torch.bfloat16)
-    check(case, AttentionSpec(0.3, window, cap))
-
-
-def test_a_chunk_is_the_same_alone_and_in_a_batch_where_splits_are_fixed() -> None:
-    case = to_gpu(make_case(KV4, (300, 900, 2300), (300, 400, 2300), 8, 2, 128, dtype=torch.bfloat16))
-    attend, spec, step = PagedAttentionSm90(case.layout, False, 256), AttentionSpec(0.09), case.step
-    together = attend(case.q, case.layer, step, spec)
-    for row in range(3):
-        part = slice(row, row + 1)
-        tokens = slice(int(step.cu_seqlens_q[row]), int(step.cu_seqlens_q[row + 1]))
-        alone = PagedStep(
-            np.array([0, step.counts[row]]), step.seqlens_k[part], step.tables[part], step.slots[tokens],
-            step.block_tables[part],
-        )  # fmt: skip
-        assert torch.equal(attend(case.q[tokens], case.layer, alone, spec), together[tokens])
