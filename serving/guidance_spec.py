@@ -55,24 +55,34 @@ def schema_spec(field: str, schema: Mapping[str, Any] | bool | str) -> GuidanceS
     try:
         if isinstance(schema, str):
             schema = json.loads(schema)
+        if not isinstance(schema, dict | bool):
+            raise probe.wrong("a JSON schema, which is an object", type(schema).__name__, "send an object")
+        _check_parts(probe, schema)
         text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except InvalidRequestError:
+        raise
     except (ValueError, TypeError) as error:
         raise probe.wrong("a JSON schema", error, "send valid JSON") from error
     except RecursionError as error:
         raise probe.wrong(f"nested at most {MAX_SCHEMA_DEPTH} deep", "more", "flatten the schema") from error
-    if not isinstance(schema, dict | bool):
-        raise probe.wrong("a JSON schema, which is an object", text, "send an object")
-    level, depth = [schema], 0
+    return GuidanceSpec("json_schema", text, field)
+
+
+def _check_parts(probe: GuidanceSpec, schema: object) -> None:
+    """Its depth, the number of its values and the length of each string; before it is written as text."""
+    level, depth, count = [schema], 0, 0
     while level:
+        count += len(level)
         if depth > MAX_SCHEMA_DEPTH:
             raise probe.wrong(f"nested at most {MAX_SCHEMA_DEPTH} deep", "more", "flatten the schema")
+        if count > MAX_SCHEMA:
+            raise probe.wrong(f"at most {MAX_SCHEMA} characters", f"{count} values and more", "simplify it")
         keys = [key for each in level if isinstance(each, dict) for key in each]
         longest = max((len(each) for each in (*level, *keys) if isinstance(each, str)), default=0)
         if longest > MAX_LITERAL:
             raise probe.wrong(f"of strings of at most {MAX_LITERAL} characters", f"one of {longest}", "shorten it")
         level = [each for one in level for each in _children(one)]
         depth += 1
-    return GuidanceSpec("json_schema", text, field)
 
 
 def object_spec(field: str) -> GuidanceSpec:

@@ -23,6 +23,7 @@ from atom.env import api_keys
 from atom.errors import AtomError
 from atom.models.source import read_config
 
+from .connection import connection_class
 from .engine_config import EngineConfig
 from .errors import EngineDeadError
 from .frontend import Frontend
@@ -173,6 +174,8 @@ async def _serve(service: Service, config: ServerConfig, listener: socket.socket
     server = _Server(
         uvicorn.Config(
             app,
+            http=connection_class(config.body_timeout),
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="on",

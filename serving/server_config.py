@@ -37,7 +37,7 @@ class ServerConfig:
     """Largest body of a request."""
 
     body_timeout: float = 60.0
-    """Seconds in which a body must arrive."""
+    """Seconds in which a request's head must arrive, and then its body."""
 
     allowed_origins: tuple[str, ...] = ()
     """Other sites whose pages may call this server from a browser."""

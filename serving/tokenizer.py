@@ -1,21 +1,27 @@
 """The model's tokenizer as serving uses it: text and conversations to token ids, single tokens to text and bytes.
 
-Long texts are encoded in threads beside the event loop. The Rust tokenizer is called directly: transformers' wrapper
-resets padding and truncation with each call, which fails when two threads do it at once.
+Long texts are encoded in threads beside the event loop, very long ones in threads of their own: behind four texts of
+8 MB every conversation waited for 20 s. The Rust tokenizer is called directly: transformers' wrapper resets padding and
+truncation with each call, which fails when two threads do it at once.
 """
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import InvalidRequestError
 from .text import byte_table
 
+T = TypeVar("T")
+
 THREADS = 4  # the Rust tokenizer works without the interpreter's lock
 THREAD_FROM = 2000  # characters; shorter texts take well under a millisecond
+LARGE_THREADS = 2
+LARGE_FROM = 2**18  # characters, a tenth of a second: such texts wait for each other, and nobody else for them
+LARGE_MESSAGES = 1024  # of a conversation: a template takes some 20 us for each
 RESERVED = {  # parameters of apply_chat_template that are no variables of a template
     "conversation",
     "messages",
@@ -45,6 +51,7 @@ class Tokenizer:
     def __init__(self, hf: Any, chat_template: str | None = None) -> None:
         self.hf = hf
         self._threads = ThreadPoolExecutor(THREADS, "tokenizer")
+        self._large = ThreadPoolExecutor(LARGE_THREADS, "tokenizer-large")
         self.token_bytes = lru_cache(65536)(self._token_bytes)
         self.token_text = lru_cache(65536)(self._token_text)
         self.chat_template = chat_template
@@ -72,9 +79,7 @@ class Tokenizer:
             )
         if len(text) < THREAD_FROM:
             return self._encode(text, add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._encode_long, text, add_special_tokens
-        )
+        return await self._run(len(text) >= LARGE_FROM, lambda: self._encode_long(text, add_special_tokens))
 
     async def render(
         self,
@@ -114,7 +119,7 @@ class Tokenizer:
             return text
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, apply)
+            return await self._run(len(messages) > LARGE_MESSAGES, apply)
         except Exception as error:  # a template is a program of the model's author; it fails as it likes
             reason = str(error)[:300] or type(error).__name__
             raise InvalidRequestError(
@@ -128,7 +133,12 @@ class Tokenizer:
         return text
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._large):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, is_large: bool, work: Callable[[], T]) -> T:
+        """`work` in a thread, in its turn among those of its size."""
+        return await asyncio.get_running_loop().run_in_executor(self._large if is_large else self._threads, work)
 
     async def decode_long(self, token_ids: Sequence[int]) -> str:
         """`decode`, while the event loop and other threads go on."""
@@ -140,7 +150,15 @@ class Tokenizer:
             texts: list[str] = decode([list(token_ids)], skip_special_tokens=False)
             return texts[0]
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+        return await self._run(len(token_ids) >= LARGE_FROM // 4, run)
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """`token_text` of each."""
+
+        def run() -> list[str]:
+            return [self.token_text(token) for token in token_ids]
+
+        return run() if len(token_ids) < THREAD_FROM else await self._run(len(token_ids) >= LARGE_FROM // 4, run)
 
     def _encode_long(self, text: str, add_special_tokens: bool) -> list[int]:
         """As a batch of one: `encode` keeps Python's lock all the time (1.6 s for 1.2 million characters)."""

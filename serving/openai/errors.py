@@ -76,7 +76,7 @@ def from_pydantic(error: ValidationError) -> ApiError:
     first = details[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InvalidRequestError):  # raised by one of our own validators
-        return invalid(cause.field, str(cause))
+        return invalid(field_path((*first["loc"], cause.field)), str(cause))
     param = field_path(first["loc"])
     if first["type"] == "extra_forbidden":
         message = f"unknown field {param!r}: it is not part of this API; leave it out."

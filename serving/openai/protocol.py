@@ -14,6 +14,11 @@ from ..errors import InvalidRequestError
 from ..sampling_params import SamplingParams
 
 IGNORED = "Accepted and ignored."
+MAX_FIELDS = 256
+MAX_ITEMS = 4096  # of a field, before each is looked at
+MAX_MESSAGES = 2**16
+MAX_TOKENS = 2**20  # of /tokenize and /detokenize
+LONG = ("prompt", "tokens", "messages")  # fields with limits of their own
 
 
 class Body(BaseModel):
@@ -23,8 +28,20 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, value: Any) -> Any:
-        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+    def _bound(cls, value: Any) -> Any:
+        """Without what is null. What is far too much is refused as a whole: to tell each item's fault takes seconds."""
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MAX_FIELDS:
+            raise InvalidRequestError(
+                "body", f"body must have at most {MAX_FIELDS} fields, got {len(value)}; leave out what is unknown."
+            )
+        for name, field in value.items():
+            if isinstance(field, list | dict) and len(field) > MAX_ITEMS and name not in LONG:
+                raise InvalidRequestError(
+                    name[:80], f"{name[:80]} must have at most {MAX_ITEMS} items, got {len(field)}; send fewer."
+                )
+        return {k: v for k, v in value.items() if v is not None}
 
 
 class StreamOptions(Body):
@@ -185,7 +202,9 @@ class CompletionRequest(Sampling):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(description="The conversation: role, content, tool_calls, tool_call_id.")
+    messages: list[dict[str, Any]] = Field(
+        max_length=MAX_MESSAGES, description="The conversation: role, content, tool_calls, tool_call_id."
+    )
     max_completion_tokens: int | None = Field(None, description="The newer name of max_tokens.")
     logprobs: bool = False
     top_logprobs: int | None = None
@@ -211,7 +230,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[dict[str, Any]] | None = Field(None, max_length=MAX_MESSAGES)
     tools: list[dict[str, Any]] = Field(default_factory=list)
     add_special_tokens: bool | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: bool = True
@@ -224,7 +243,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize: the text of tokens."""
 
     model: str | None = None
-    tokens: list[int] = Field(max_length=2**20)
+    tokens: list[int] = Field(max_length=MAX_TOKENS)
 
 
 class AbortRequest(Body):

@@ -7,7 +7,7 @@ from ..errors import InvalidRequestError
 from .answers import JsonAnswer
 from .chat import render
 from .errors import ApiError
-from .protocol import DetokenizeRequest, TokenizeRequest
+from .protocol import MAX_TOKENS, DetokenizeRequest, TokenizeRequest
 from .service import Service
 
 
@@ -18,8 +18,12 @@ async def tokenize(service: Service, http: HttpRequest) -> Response:
     field, adds = ("prompt", True) if body.messages is None else ("messages", False)
     text = body.prompt if body.prompt is not None else await render(service, body)
     tokenizer = service.frontend.tokenizer
-    ids = await tokenizer.encode(field, text, adds if body.add_special_tokens is None else body.add_special_tokens)
-    texts = [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
+    ids = await tokenizer.encode(
+        field, text, adds if body.add_special_tokens is None else body.add_special_tokens, MAX_TOKENS
+    )
+    if len(ids) > MAX_TOKENS:
+        raise InvalidRequestError(field, f"{field} has {len(ids)} tokens, at most {MAX_TOKENS} are told; split it.")
+    texts = await tokenizer.token_texts(ids) if body.return_token_strs else None
     return JsonAnswer({"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids, "token_strs": texts})
 
 

@@ -13,6 +13,7 @@ import uvicorn
 
 from atom.serving.batch import Entry, Step
 from atom.serving.config import SchedulerConfig
+from atom.serving.connection import connection_class
 from atom.serving.engine import Engine
 from atom.serving.frontend import Frontend
 from atom.serving.metrics import Metrics
@@ -162,11 +163,12 @@ def scripted_service(
 
 
 @contextlib.contextmanager
-def serve_app(app: Any) -> Iterator[str]:
+def serve_app(app: Any, timeout_s: float = 60) -> Iterator[str]:
     """The app behind uvicorn on a port of its own, in a thread; yields the URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="on")
+        http = connection_class(timeout_s)
+        config = uvicorn.Config(app, http=http, ws="none", log_level="critical", access_log=False, lifespan="on")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
