@@ -1,7 +1,7 @@
 """What a choice of formats loses at one place: the divergence of the model's predictions, measured, kept in a file."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ from .observe import hooked
 from .places import Choices, Losses, Place
 from .plan import unrotate_input
 
-LOGITS = 2**26  # elements of a block of logits, 256 MiB
-KEPT_LOGITS = 2**30  # elements of full precision's that are kept, on a GPU: 4 GiB
+KEPT_LOGITS = 2**30  # log probabilities of full precision that are kept, on a GPU: 4 GiB
 
 
 class Sensitivity:
@@ -44,6 +43,11 @@ class Sensitivity:
         self.file = file
         self.losses: Losses = json.loads(file.read_text()) if file.exists() else {}
         self.config = model.config
+        self.layers = list(model.model.decoder_layers())
+        on_gpu = model.device.type == "cuda"
+        self._together = 2**16 if on_gpu else 2**13  # tokens that run through layers at once
+        self._logits = 2**28 if on_gpu else 2**26  # elements of a block of logits: 1 GiB, 256 MiB
+        self._keeps = on_gpu and tokens.numel() * model.config.vocab_size <= KEPT_LOGITS
         self._kept: dict[int, Tensor] = {}  # first token -> log probabilities [rows, vocab_size]
 
     @torch.no_grad()
@@ -58,12 +62,7 @@ class Sensitivity:
         final = inputs.pop()
         for number, place in enumerate(places):
             if place.name not in self.losses:
-                hidden = inputs[place.layer]
-                found = {
-                    name: max(self._loss(place, choice, hidden, final), 0.0)
-                    for name, choice in choices[place.name].items()
-                }
-                self.losses[place.name] = found
+                self.losses[place.name] = self._measure_place(place, choices[place.name], inputs[place.layer], final)
                 partial = self.file.with_suffix(".partial")
                 partial.write_text(json.dumps(self.losses))
                 partial.replace(self.file)
@@ -74,67 +73,80 @@ class Sensitivity:
     def _inputs(self) -> Iterator[Tensor]:
         """What enters each layer [T, hidden_size], and what the last one gives."""
         hidden = self.model.model.embed(self.tokens.flatten())
-        for layer in self.model.model.decoder_layers():
+        for layer in self.layers:
             yield hidden
-            hidden = self._run(layer, hidden)
+            hidden = self._run([layer], hidden)
         yield hidden
 
-    def _run(self, layer: DecoderLayer, hidden: Tensor, scheme: Scheme | None = None) -> Tensor:
-        kv = _CentredKV.for_scheme(self.config, scheme, self.tokens.shape[0], self.model.device)
-        out: Tensor = layer(hidden, layer.rope(kv.positions(self.tokens.shape[1])), kv)
-        return out
+    def _run(self, layers: Sequence[DecoderLayer], hidden: Tensor, scheme: Scheme | None = None) -> Tensor:
+        """Hidden states [several T, hidden_size] behind `layers`, of the same texts several times over."""
+        length = self.tokens.shape[1]
+        batch = hidden.shape[0] // length
+        rotations = self.model.model.rotations(torch.arange(length, device=hidden.device).repeat(batch))
+        for layer in layers:
+            kv = _CentredKV.for_scheme(self.config, scheme, batch, hidden.device)
+            hidden = layer(hidden, rotations[layer.rope.config], kv)
+        return hidden
 
-    def _loss(self, place: Place, choice: LinearScheme | TensorSpec, hidden: Tensor, final: Tensor) -> float:
-        """Mean KL(full || rounded) of the next token with `choice` at `place` alone."""
-        layers = list(self.model.model.decoder_layers())
+    def _measure_place(
+        self, place: Place, choices: Mapping[str, LinearScheme | TensorSpec], hidden: Tensor, final: Tensor
+    ) -> dict[str, float]:
+        """Mean KL(full || rounded) of the next token with each choice at `place` alone, by its name.
+
+        hidden [T, hidden_size] enters the place's layer, final [T, hidden_size] is what the last layer gives. Layers
+        behind the place see the states of several choices as one batch.
+        """
+        layer, later = self.layers[place.layer], self.layers[place.layer + 1 :]
+        sums: list[Tensor] = []
+        several = max(1, self._together // hidden.shape[0])
+        known = list(choices.values())
+        for start in range(0, len(known), several):
+            states = [self._behind(layer, place, choice, hidden) for choice in known[start : start + several]]
+            found = self._run(later, torch.cat(states))
+            sums += [self._divergence(part, final) for part in found.chunk(len(states))]
+        means = torch.stack(sums).div(self.tokens.numel()).clamp(min=0.0).tolist()
+        return dict(zip(choices, means, strict=True))
+
+    def _behind(self, layer: DecoderLayer, place: Place, choice: LinearScheme | TensorSpec, hidden: Tensor) -> Tensor:
+        """What `layer` makes of `hidden` with `choice` at `place`."""
         if isinstance(choice, TensorSpec):
-            hidden = self._run(layers[place.layer], hidden, replace(get_scheme("bf16"), **_cache(self.base, choice)))
-        else:
-            assert place.group is not None
-            hidden = self._run_rounded(layers[place.layer], place.group, choice, hidden)
-        for later in layers[place.layer + 1 :]:
-            hidden = self._run(later, hidden)
-        return self._divergence(hidden, final) / self.tokens.numel()
+            return self._run([layer], hidden, replace(get_scheme("bf16"), **_cache(self.base, choice)))
+        assert place.group is not None
+        return self._run_rounded(layer, place.group, choice, hidden)
 
     def _run_rounded(self, layer: DecoderLayer, group: InputGroup, linear: LinearScheme, hidden: Tensor) -> Tensor:
         """What `layer` makes of `hidden` with the inputs of `group` and its linears rounded."""
         modules = [layer.get_submodule(name) for name in group.linears]
-        weights = [layer.get_parameter(f"{name}.weight") for name in group.linears]
-        perm: Tensor | None = None
+        weights: list[Tensor] = [layer.get_parameter(f"{name}.weight") for name in group.linears]
 
         def round_input(module: nn.Module, args: Any, x: Tensor) -> Tensor:
-            nonlocal perm
-            if not linear.reorder:
-                return unrotate_input(fake_quantize_activation(x, linear), linear)
-            perm = energy_order(x.square().mean(0))
-            for module_, weight in zip(modules, weights, strict=True):
-                module_.weight = _rounded(weight, linear, perm)
-            back: Tensor = unrotate_input(fake_quantize_activation(x[:, perm], linear), linear)
-            return back[:, invert(perm)]
+            perm = energy_order(x.square().mean(0)) if linear.reorder else None
+            rounded = _rounded(torch.cat(weights), linear, perm).split([len(weight) for weight in weights])
+            for module_, weight in zip(modules, rounded, strict=True):
+                module_.weight = nn.Parameter(weight, requires_grad=False)
+            back: Tensor = unrotate_input(fake_quantize_activation(x if perm is None else x[:, perm], linear), linear)
+            return back if perm is None else back[:, invert(perm)]
 
         try:
-            if not linear.reorder:
-                for module, weight in zip(modules, weights, strict=True):
-                    module.weight = _rounded(weight, linear, None)
             with hooked({group.producer: round_input}, layer):
-                return self._run(layer, hidden)
+                return self._run([layer], hidden)
         finally:
             for module, weight in zip(modules, weights, strict=True):
                 module.weight = weight
 
-    def _divergence(self, found: Tensor, exact: Tensor) -> float:
-        """The sum over tokens of KL(full || rounded), of what the last layer gives, in nats."""
-        rows = max(1, LOGITS // self.config.vocab_size)
+    def _divergence(self, found: Tensor, exact: Tensor) -> Tensor:
+        """The sum over tokens of KL(full || rounded), of what the last layer gives, in nats: a scalar."""
+        rows = max(1, self._logits // self.config.vocab_size)
         total = torch.zeros((), device=found.device)
         for start in range(0, found.shape[0], rows):
             rounded = self._log_probabilities(found[start : start + rows])
             wanted = self._exact(exact, start, rows)
             total += nn.functional.kl_div(rounded, wanted, reduction="sum", log_target=True)
-        return total.item()
+        return total
 
     def _exact(self, final: Tensor, start: int, rows: int) -> Tensor:
         """Full precision's log probabilities [rows, vocab_size] of the tokens from `start` on; kept where they fit."""
-        if final.device.type == "cpu" or final.shape[0] * self.config.vocab_size > KEPT_LOGITS:
+        if not self._keeps:
             return self._log_probabilities(final[start : start + rows])
         if start not in self._kept:
             self._kept[start] = self._log_probabilities(final[start : start + rows])
@@ -163,8 +175,11 @@ def _cache(base: Scheme, kv: TensorSpec) -> dict[str, Any]:
     return {"kv": kv, **keys}
 
 
-def _rounded(weight: Tensor, linear: LinearScheme, perm: Tensor | None) -> nn.Parameter:
-    """The weight [N, K] as it is read once rounded, its columns in their own order."""
+def _rounded(weight: Tensor, linear: LinearScheme, perm: Tensor | None) -> Tensor:
+    """The weights [N, K] of linears, stacked, as they are read once rounded, their columns in their own order.
+
+    Scales are of rows, or of groups in them, so that stacked weights are rounded as each alone.
+    """
     ordered = weight if perm is None else weight[:, perm]
-    found = unrotate_input(dequantize_weight(quantize_weight(ordered, linear), linear), linear)
-    return nn.Parameter(found if perm is None else found[:, invert(perm)], requires_grad=False)
+    found: Tensor = unrotate_input(dequantize_weight(quantize_weight(ordered, linear), linear), linear)
+    return found if perm is None else found[:, invert(perm)]

@@ -93,6 +93,16 @@ def test_measurement_resumes_and_leaves_the_model_alone(name: str, tiny: Tiny, t
     assert again["0.o_input"]["w8a8"] == 9.0 and again["1.o_input"] == losses["1.o_input"]
 
 
+def test_choices_run_together_as_one_by_one(tiny: Tiny, tmp_path: Path) -> None:
+    model = load_model(tiny("llama"))
+    places, choices = find_places(model, get_scheme("w4a4"))
+    together, alone = (Sensitivity(model, get_scheme("w4a4"), TOKENS, tmp_path / name) for name in ("a", "b"))
+    alone._together = 1
+    together.measure(places, choices)
+    for name, losses in alone.measure(places, choices).items():
+        assert losses == pytest.approx(together.losses[name], rel=1e-3, abs=1e-7)
+
+
 def test_a_mixed_scheme_quantizes_and_loses_what_lies_between(
     tiny: Tiny, logit_error: Close, quick: CalibrationConfig, tmp_path: Path
 ) -> None:
