@@ -103,7 +103,7 @@ SCHEMAS: dict[str, RecordSchema] = {
         # kv_zero: the rule of a cache's zero points, whole in rows that do not say; above_fp, closed: gaps.py
         (
             *("scheme", "kv_zero", "task:", "recovery", "recovery:95", "documents", "retrieval:", "flat_steps"),
-            *("above_fp", "above_fp_se", "closed", "closed_se", *PERPLEXITY_EXTRAS),
+            *("above_fp", "above_fp:stderr", "closed", "closed:stderr", *PERPLEXITY_EXTRAS),
         ),
         {"path": PATHS, "scheme": ("w4a4", "w4a8", "kv4"), "kv_zero": ("whole", "mean"), **_KV},
     ),

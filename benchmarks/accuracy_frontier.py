@@ -92,7 +92,7 @@ class Measure(MeasureOptions):
     distill_tokens: int = 4096
     """Tokens of a step of it."""
 
-    distill_rate: float = 0.003
+    distill_rate: float = CalibrationConfig.distill_rate
     """Its learning rate."""
 
     distill_codes: bool = False
@@ -253,6 +253,7 @@ class Runner(AccuracyRun):
         o, keys = self.options, self.calibration(self.distilled)
         switches = {"codes too": o.distill_codes, "true-sequential": o.true_sequential, "act-order": o.act_order}
         switches["scales searched with feedback"] = o.scale_search == "feedback"
+        switches[f"at a rate of {o.distill_rate:g}"] = o.distill_rate != CalibrationConfig.distill_rate
         if self.distilled:
             keys["calibration"] += "".join(f", {name}" for name, is_on in switches.items() if is_on)
         return keys
@@ -285,11 +286,11 @@ def join(options: Join) -> None:
 def finish(rows: list[Row]) -> None:
     """Keep the first of several rows of one measurement, sorted; full precision stands beside every scheme.
 
-    Caches whose zero points keep the mean (`kv_zero`) are others than those of rows before there were any.
+    Caches whose zero points keep the mean (`kv_zero`) take the places of those before there were any.
     """
     first: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        scheme = None if row["method"] == "fp" else (row["scheme"], row.get("kv_zero", "whole"))
+        scheme = None if row["method"] == "fp" else row["scheme"]
         first.setdefault((*(row[k] for k in ("model", "text", "method", "path", "dtype")), scheme), row)
     known = {(row["model"], row["text"], row["scheme"]) for row in rows}
     full = [row for row in first.values() if row["method"] == "fp"]

@@ -18,9 +18,10 @@ Key = tuple[Any, ...]
 def add_gaps(rows: Sequence[Row]) -> None:
     """Take the windows' losses out of `rows` and write what follows from them.
 
-    above_fp   perplexity over full precision's on the same windows, less 1; above_fp_se its standard error
+    above_fp   how much perplexity lies above full precision's on the same windows, in percent
     closed     in rows of `ours`: the part of Atom's gap in perplexity to full precision that is not there any more, at
-               the same scheme, cache and path; closed_se its standard error
+               the same scheme, cache and path, in percent
+    and the standard error of each under the same key with `:stderr`.
     Rows without losses stay as they are, and so do those whose full precision has none.
     """
     losses = [row.pop(WINDOW_LOSSES, None) for row in rows]
@@ -30,7 +31,7 @@ def add_gaps(rows: Sequence[Row]) -> None:
         whole, other = full.get(_text(row)), baseline.get(_scheme(row))
         if not own or not whole or row["method"] == "fp":
             continue
-        row |= with_error("above_fp", lambda own, whole: math.exp(own) / math.exp(whole) - 1, (own, whole))
+        row |= with_error("above_fp", lambda own, whole: 100 * math.expm1(own - whole), (own, whole))
         if row["method"] == COMPARED and other:
             row |= with_error("closed", _closed, (own, other, whole))
 
@@ -41,18 +42,18 @@ def with_error(name: str, value: Callable[..., float], losses: Sequence[Sequence
     if any(len(own) != n for own in losses):
         raise ValueError(f"{name}: {', '.join(str(len(own)) for own in losses)} windows; measure all on the same")
     sums = [math.fsum(own) for own in losses]
-    found = {name: round(value(*(total / n for total in sums)), 6)}
+    found = {name: round(value(*(total / n for total in sums)), 3)}
     if n == 1:
         return found
     left = [value(*((total - own[i]) / (n - 1) for total, own in zip(sums, losses, strict=True))) for i in range(n)]
     mean = math.fsum(left) / n
     error = math.sqrt((n - 1) / n * math.fsum((one - mean) ** 2 for one in left))
-    return {**found, f"{name}_se": round(error, 6)}
+    return {**found, f"{name}:stderr": round(error, 3)}
 
 
 def _closed(ours: float, other: float, full: float) -> float:
     gap = math.exp(other) - math.exp(full)
-    return (math.exp(other) - math.exp(ours)) / gap
+    return 100 * (math.exp(other) - math.exp(ours)) / gap
 
 
 def _text(row: Row) -> Key:
