@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from atom.eval.compare import average_recovery
 from atom.eval.load import Loaded
-from atom.eval.perplexity import Bos, Perplexity, Windows, make_windows, measure_perplexity
+from atom.eval.perplexity import Bos, Perplexity, Reference, Windows, make_windows, measure_perplexity
 from atom.eval.results import TaskResult
 from atom.eval.retrieval import measure_retrieval
 from atom.eval.texts import Text, load_text
@@ -48,6 +48,7 @@ class Perplexities:
     bos: Bos = "auto"
     texts: list[Text] = field(init=False)
     _windows: dict[int, Windows] = field(default_factory=dict)
+    _reference: Reference | None = None  # full precision, whose hidden states are kept
 
     def __post_init__(self) -> None:
         self.texts = [load_text(name) for name in self.names]
@@ -64,8 +65,15 @@ class Perplexities:
         text = self.texts[number]
         if number not in self._windows:
             self._windows[number] = make_windows(self.tokenizer, text, self.length, self.bos, self.limit)
+        if full is not None and (self._reference is None or self._reference.model is not full):
+            self._reference = Reference(full)
         return measure_perplexity(
-            loaded.model, self.tokenizer, text, window=self.length, windows=self._windows[number], reference=full
+            loaded.model,
+            self.tokenizer,
+            text,
+            window=self.length,
+            windows=self._windows[number],
+            reference=None if full is None else self._reference,
         )
 
 

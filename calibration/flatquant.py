@@ -30,6 +30,7 @@ from .student import TrainingKV, straight_through
 
 REACH = 4.0  # logit of the share that a grid reaches at first: 0.98
 WHOLE = 20.0  # of all of it
+CHECKED_STEPS = 8  # are enqueued on a GPU before the clock is read
 
 Learned = Literal["transforms", "factors", "clips"]
 ALL: tuple[Learned, ...] = ("transforms", "factors", "clips")
@@ -185,7 +186,7 @@ def _learn(
         return loss.detach()
 
     run = RecordedStep(step, lambda: optimizer.zero_grad(set_to_none=True), model.device)
-    first = last = 0.0
+    first, loss = 0.0, torch.zeros(())
     done, started = 0, time.perf_counter()
     while done < config.steps and (late := (time.perf_counter() - started) / config.seconds) < 1:
         falling = (1 + cos(pi * max(done / config.steps, late))) / 2
@@ -194,9 +195,12 @@ def _learn(
                 parameters["lr"].fill_(rate * falling)
             else:
                 parameters["lr"] = rate * falling
-        last = run(torch.randint(0, len(hidden), (4,), generator=generator)).item()
-        first = last if done == 0 else first
+        loss = run(torch.randint(0, len(hidden), (4,), generator=generator))
+        first = loss.item() if done == 0 else first
         done += 1
+        if done % CHECKED_STEPS == 0:
+            loss.item()
+    last = loss.item()
     for parameter in (*shapes, *reaches):
         parameter.requires_grad_(False)
     for name, flat in linears.items():

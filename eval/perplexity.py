@@ -98,6 +98,22 @@ def make_windows(
     return Windows(torch.tensor(rows, dtype=torch.int64), bos, len(ids) - count * body)
 
 
+class Reference:
+    """A model that others are compared with. What it makes of tokens is kept on its device, so that a second
+    comparison on the same windows does not run it: 4 bytes times hidden_size a token."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._hidden: dict[bytes, Tensor] = {}
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Its final hidden states [batch, seq, hidden_size] of tokens [batch, seq]."""
+        key = tokens.cpu().numpy().tobytes()
+        if key not in self._hidden:
+            self._hidden[key] = hidden_states(self.model, tokens)
+        return self._hidden[key]
+
+
 def measure_perplexity(
     model: Model,
     tokenizer: Tokenizer,
@@ -107,7 +123,7 @@ def measure_perplexity(
     limit: int | None = None,
     batch_size: int | None = None,
     bos: Bos = "auto",
-    reference: Model | None = None,
+    reference: Model | Reference | None = None,
     reference_name: str | None = None,
     windows: Windows | None = None,
     progress: Callable[[int, int, float], None] | None = None,
@@ -117,16 +133,17 @@ def measure_perplexity(
     window      tokens; default 2048, or the model's context where that is shorter
     limit       score only the first windows
     batch_size  windows that go through the model at once; changes the speed, not the result
-    reference   a model with the same vocabulary to measure the KL divergence to
+    reference   a model with the same vocabulary to measure the KL divergence to; as a Reference it remembers
     windows     of `text`, from make_windows, for several models with one tokenizer; `limit` and `bos` are then theirs
     progress    called with (windows done, windows in all, perplexity so far)
     """
     if window is None:
         window = min(DEFAULT_WINDOW, model.config.max_position_embeddings)
     check_fits(model, window, "a window")
-    if reference is not None and reference.config.vocab_size != model.config.vocab_size:
+    known = Reference(reference) if isinstance(reference, Model) else reference
+    if known is not None and known.model.config.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"the reference model's vocabulary has {reference.config.vocab_size:,} tokens, the model's "
+            f"the reference model's vocabulary has {known.model.config.vocab_size:,} tokens, the model's "
             f"{model.config.vocab_size:,}; the KL divergence needs the same tokenizer: name the model it was made from"
         )
     began = time.perf_counter()
@@ -138,7 +155,7 @@ def measure_perplexity(
     with torch.inference_mode():
         for start in range(0, count, batch_size):
             tokens = windows.tokens[start : start + batch_size]
-            scores = _score(model, tokens, reference)
+            scores = _score(model, tokens, known)
             means += scores.nll.double().mean(1).tolist()
             kl, agree = kl + scores.kl, agree + scores.agree
             if progress is not None:
@@ -159,8 +176,8 @@ def measure_perplexity(
         tokenizer=tokenizer_name(tokenizer),
         seconds=round(time.perf_counter() - began, 3),
         window_nll=tuple(means),
-        kl=None if reference is None else kl / predicted,
-        top1=None if reference is None else agree / predicted,
+        kl=None if known is None else kl / predicted,
+        top1=None if known is None else agree / predicted,
         reference=reference_name,
     )
 
@@ -185,18 +202,20 @@ class _Scores:
     agree: float
 
 
-def _score(model: Model, tokens: Tensor, reference: Model | None) -> _Scores:
-    """Score tokens [batch, window], all but the first of each window being predicted."""
+def _score(model: Model, tokens: Tensor, reference: Reference | None) -> _Scores:
+    """Score tokens [batch, window], all but the first of each window being predicted.
+
+    Sums stay on the device until all chunks of logits are enqueued: asking for each would leave a GPU idle between.
+    """
     targets = tokens[:, 1:].to(model.device).flatten()
     hidden = hidden_states(model, tokens)[:, :-1].flatten(0, 1)  # [batch * (window - 1), hidden_size]
-    other = None if reference is None else hidden_states(reference, tokens)[:, :-1].flatten(0, 1)
+    other = None if reference is None else reference.hidden(tokens)[:, :-1].flatten(0, 1)
     nll = torch.empty(targets.shape, dtype=torch.float32, device=model.device)
-    kl = agree = 0.0
+    kl, agree = (torch.zeros((), dtype=torch.float64, device=model.device) for _ in range(2))
     for rows, logits in logit_chunks(model, hidden):
         nll[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
         if reference is not None and other is not None:
-            expected = reference.logits(other[rows]).float().to(logits.device)
-            divergence = F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="sum", log_target=True)
-            kl += float(divergence)
-            agree += float((logits.argmax(-1) == expected.argmax(-1)).sum())
-    return _Scores(nll.unflatten(0, (tokens.shape[0], -1)).cpu(), kl, agree)
+            expected = reference.model.logits(other[rows]).float().to(logits.device)
+            kl += F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="sum", log_target=True)
+            agree += (logits.argmax(-1) == expected.argmax(-1)).sum()
+    return _Scores(nll.unflatten(0, (tokens.shape[0], -1)).cpu(), float(kl), float(agree))

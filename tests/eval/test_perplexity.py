@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from atom.eval import forward
 from atom.eval.load import Loaded
-from atom.eval.perplexity import make_windows, measure_perplexity
+from atom.eval.perplexity import Reference, make_windows, measure_perplexity
 from atom.eval.texts import Text, load_text
 
 WINDOW = 24
@@ -92,6 +92,21 @@ def test_limit_takes_the_first_windows(loaded: Loaded, text_file: Path) -> None:
     )
     assert some.window_nll == pytest.approx(all_.window_nll[:4], rel=1e-5)
     assert seen == [(3, 4), (4, 4)]
+
+
+def test_a_reference_runs_once_for_the_same_windows(loaded: Loaded, text_file: Path) -> None:
+    text, runs = load_text(str(text_file)), []
+    handle = loaded.model.register_forward_hook(lambda *args: runs.append(1))
+    known = Reference(loaded.model)
+    try:
+        found = [
+            measure_perplexity(loaded.model, loaded.tokenizer, text, window=WINDOW, limit=2, reference=known)
+            for _ in range(2)
+        ]
+    finally:
+        handle.remove()
+    assert len(runs) == 3  # twice as the model, once as the reference
+    assert found[0].kl == found[1].kl == pytest.approx(0.0, abs=1e-6)
 
 
 def test_default_window_is_the_context_and_a_short_text_one_window(loaded: Loaded) -> None:
