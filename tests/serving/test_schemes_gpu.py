@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from atom.errors import UnsupportedError
 from atom.models.dummy import SHAPES
 from atom.quant.presets import KV_SUFFIXES, PRESETS
 from atom.serving.llm import LLM
@@ -26,7 +27,9 @@ PROMPTS = [[DRAW.randrange(258) for _ in range(length)] for length in (1, 3, 15,
     [*COMMON, 7],
     [*COMMON, 9, 30],
 ]
-SCHEMES = (*PRESETS, *(f"bf16+{name}" for name in KV_SUFFIXES if name != "kv16"), "w4a8+kv8", "w4a4+kvfp8")
+CACHES = ("kv4", "kv8", "kvfp8")
+REFUSED = [name for name in KV_SUFFIXES if name not in (*CACHES, "kv16")]
+SCHEMES = (*PRESETS, *(f"bf16+{name}" for name in CACHES), "w4a8+kv8", "w4a4+kvfp8")
 OPTIONS: dict[str, Any] = {"load_format": "dummy", "max_model_len": 512, "kv_cache_bytes": "64MiB"}
 
 
@@ -46,8 +49,20 @@ def test_scores_are_the_references(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     compare(tmp_path, scheme, "cuda")
 
 
-def compare(folder: Path, scheme: str, device: str) -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", REFUSED)
+def test_caches_without_kernels_are_refused(tmp_path: Path, cache: str) -> None:
+    write_model(tmp_path)
+    with pytest.raises(UnsupportedError, match="Pass --kernels reference"):
+        LLM(str(tmp_path), scheme=f"bf16+{cache}", device="cuda", dtype="bfloat16", **OPTIONS)
+
+
+def write_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**SHAPES["tiny"], **SIZES, "head_dim": 128}))
+
+
+def compare(folder: Path, scheme: str, device: str) -> None:
+    write_model(folder)
     params = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True, logprobs=0, prompt_logprobs=0)
     with LLM(
         str(folder),
