@@ -296,19 +296,34 @@ def test_one_hot_rows_return_the_weights(scheme: LinearScheme) -> None:
     assert torch.equal(y, dense.T.bfloat16())
 
 
-@GPU
-@pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("K", [512, 4096])
-def test_fast_sums_are_those_of_torch_on_the_gpu(K: int) -> None:
-    """What the tensor cores keep of a sum of E4M3 products is what they keep for `use_fast_accum`."""
-    M, N, scheme = 250, 208, linear_scheme("fp8-fast")
+def products_of_e4m3(M: int, N: int, K: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """float64 [M, N] of random operands: exact, ours with fast sums, torch's with fast accumulation."""
+    scheme = linear_scheme("fp8-fast")
     weight, x = random_weight(scheme, N, K, "cuda"), random_activation(scheme, M, K, "cuda")
-    y = Gemm(pack_weight(scheme, weight), "token")(x.codes, x.scales).double()
+    ours = Gemm(pack_weight(scheme, weight), "token")(x.codes, x.scales).double()
     codes, columns = (part.contiguous().view(torch.float8_e4m3fn) for part in (x.codes[:, :K], weight.normal.codes))
     scales = x.scales.reshape(M, 1), weight.normal.scale.scale.reshape(1, N)
     torchs = torch._scaled_mm(codes, columns.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True).double()
-    apart = (y - torchs).abs() > torchs.abs() * 2**-7 + 1e-4 * torchs.abs().mean()
+    return product(x, weight, scheme), ours, torchs
+
+
+@GPU
+@pytest.mark.usefixtures("compiled")
+def test_fast_sums_are_those_of_torch_on_the_gpu() -> None:
+    """What the tensor cores keep of a sum of E4M3 products is what they keep for `use_fast_accum`."""
+    _, ours, torchs = products_of_e4m3(250, 208, 512)
+    apart = (ours - torchs).abs() > torchs.abs() * 2**-7 + 1e-4 * torchs.abs().mean()
     assert float(apart.float().mean()) < 1e-3
+
+
+@GPU
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("layer", ["o", "down"])
+def test_fast_sums_err_no_more_than_torch_s_on_the_gpu(layer: str) -> None:
+    """Long sums, which either may form in an order of its own."""
+    exact, ours, torchs = products_of_e4m3(1030, *MODELS["llama-3-8b"][layer])
+    error, torchs_error = ((y - exact).square().mean().sqrt() for y in (ours, torchs))
+    assert float(error) < 1.05 * float(torchs_error)
 
 
 @GPU
