@@ -23,6 +23,7 @@ class QuantizedActivation:
 
     packed          normal columns [T, ...], packed as the implementation wants them
     scale           their scales [T, groups] or [T, 1]
+    num_tokens      T
     outlier         outlier columns [T, outliers], or None
     outlier_scale   their scales [T, 1], or None
     outer           float32 [T] over the scales of each token, or None
@@ -30,13 +31,10 @@ class QuantizedActivation:
 
     packed: Tensor
     scale: Tensor
+    num_tokens: int
     outlier: Tensor | None = None
     outlier_scale: Tensor | None = None
     outer: Tensor | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.packed.shape[0]
 
 
 Activation = Tensor | QuantizedActivation

@@ -34,9 +34,11 @@ from .refusals_sm90 import weight_kind
 
 Launch = tuple[Any, Any, Any, Any, Any, int, int]
 """Kernel, weights, channel scales, bias, scratch memory, INT4 units, most CTAs."""
+Output = tuple[tuple[int, int], tuple[int, int], torch.dtype]
+"""Shape, strides and dtype."""
 
 ARCH = "sm_90a"
-BF16 = torch.bfloat16
+MOST_KEPT = 1024  # tokens of a launch that is looked up by their number; the GPU takes long over more
 SCRATCH_WORDS = (
     COUNTER_WORDS + 132 * 2 * 128 * 256
 )  # the largest exchange of a split: two CTAs an SM of 128 tokens x 256 rows
@@ -102,27 +104,22 @@ def build_linear_add(
 class LinearSm90:
     """A Gemm as a quantized linear calls it, again and again: one frame of Python around the kernel."""
 
-    __slots__ = ("allocate", "chosen", "features", "gemm")
+    __slots__ = ("allocate", "chosen", "gemm")
     writes_out = True
 
     def __init__(self, gemm: "Gemm") -> None:
         self.gemm = gemm
-        self.features = gemm.features
         self.chosen = gemm.chosen
         self.allocate = gemm.allocate
 
-    def __call__(self, x: Activation, out: Tensor | None = None) -> Tensor:
-        """x -> y bfloat16 [T, N], in `out` if given: of that shape, contiguous."""
-        assert isinstance(x, QuantizedActivation), "the GEMM takes what its own producers hand on"
-        codes = x.packed
-        tokens = codes.shape[0]
-        launch = self.chosen.get(tokens)
-        if launch is None:  # the first of so many tokens
-            return self.gemm(codes, x.scale, out)
-        kernel, units, channel, bias, scratch, int4_units, limit = launch
-        features = self.features
-        y = self.allocate((tokens, features), (features, 1), BF16) if out is None else out
-        kernel(units, codes, x.scale, channel, bias, y, scratch, int4_units, limit)
+    def __call__(self, x: Any, out: Tensor | None = None) -> Tensor:
+        """x (a QuantizedActivation) -> y bfloat16 [T, N], in `out` if given: of that shape, contiguous."""
+        known = self.chosen.get(x.num_tokens)
+        if known is None:  # the first of so many tokens
+            return self.gemm(x.packed, x.scale, out)
+        (kernel, units, channel, bias, scratch, int4_units, limit), output = known
+        y = self.allocate(*output) if out is None else out
+        kernel(units, x.packed, x.scale, channel, bias, y, scratch, int4_units, limit)
         return y
 
 
@@ -158,7 +155,7 @@ class Gemm:
         self.device = device
         self.allocate = allocator(device)
         self.buckets: dict[int, Launch] = {}
-        self.chosen: dict[int, Launch] = {}  # the same, by tokens
+        self.chosen: dict[int, tuple[Launch, Output]] = {}  # the same and what it writes, by tokens: of few
 
     def config(self, tokens: int) -> GemmConfig:
         """What runs with so many tokens."""
@@ -183,15 +180,18 @@ class Gemm:
         Raises ValueError where a residual is not a contiguous bfloat16 [T, N], or there is none where it adds one.
         """
         tokens = codes.shape[0]
-        y = self.allocate((tokens, self.features), (self.features, 1), BF16) if out is None else out
         if self.adds or residual is not None:
             self.check_residual(tokens, residual)
-        if tokens == 0:
-            return y
-        launch = self.chosen.get(tokens)
-        if launch is None:
-            launch = self.chosen[tokens] = self.launch_of(token_bucket(tokens))
-        kernel, units, channel, bias, scratch, int4_units, limit = launch
+        known = self.chosen.get(tokens)
+        if known is None:
+            output = output_of(tokens, self.features)
+            if tokens == 0:
+                return self.allocate(*output) if out is None else out
+            known = self.launch_of(token_bucket(tokens)), output
+            if tokens <= MOST_KEPT:
+                self.chosen[tokens] = known
+        (kernel, units, channel, bias, scratch, int4_units, limit), output = known
+        y = self.allocate(*output) if out is None else out
         if residual is None:
             kernel(units, codes, scales, channel, bias, y, scratch, int4_units, limit)
         else:
@@ -220,6 +220,12 @@ class Gemm:
             )
         if not residual.is_contiguous():
             raise ValueError(f"a residual must be contiguous, got strides {residual.stride()}; call contiguous()")
+
+
+@lru_cache(maxsize=4 * MOST_KEPT)
+def output_of(tokens: int, features: int) -> Output:
+    """What a product writes."""
+    return (tokens, features), (features, 1), torch.bfloat16
 
 
 def token_bucket(tokens: int) -> int:

@@ -62,7 +62,7 @@ def quantize_fp4(values: Tensor, linear: LinearScheme) -> QuantizedActivation:
     found = quantize(values, spec)
     outer = None if found.scale.outer is None else found.scale.outer[:, 0].contiguous()
     scales = pack_scales(found.scale.scale, values.shape[1], spec.group_size)
-    return QuantizedActivation(pack_codes(found.codes), scales, outer=outer)
+    return QuantizedActivation(pack_codes(found.codes), scales, len(values), outer=outer)
 
 
 class LinearFp4:

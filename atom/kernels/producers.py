@@ -98,7 +98,7 @@ class QuantizingProducer:
             codes, scales = plan.codes.new_empty(tokens, plan.width), plan.scales
             if plan.rows:
                 scales = scales.new_empty(plan.rows, -(-tokens // 16) * 16 if plan.pads else tokens)
-            out = QuantizedActivation(codes, scales)
+            out = QuantizedActivation(codes, scales, tokens)
         if tokens:
             unused = plan.unused
             other, total = unused if other is None else other, unused if total is None else total

@@ -177,7 +177,7 @@ def check_producer(
     )
     if is_bf16:
         assert not codes[:, K:].any(), "columns that fill up a row are zero"
-    found = dequantized(QuantizedActivation(codes, torch.from_numpy(scales)), linear, K)
+    found = dequantized(QuantizedActivation(codes, torch.from_numpy(scales), len(codes)), linear, K)
     values: Any = x
     if source == "add_norm":
         values = x + other
