@@ -29,7 +29,7 @@ def choose_config(
         config = choose_config("int8", token_scales, tokens, features, units, int8_units, bias, sms)
         return replace(config, weight=weight, multicast=2 if tokens > 512 and config.tile_m == 256 else 1)
     kind = KINDS[weight]
-    multicast, clustered, pairs = 1, True, False
+    multicast, clustered, pairs, tail = 1, True, False, 1
     by_factor = weight in ("int4_uint4", "int4_uint4_g32")
     small_groups = weight == "int4_uint4_g32" and tokens <= 16  # with a sweep of their own
     two_fit = tokens <= (32 if kind.operand == "bf16" else 64)  # CTAs of two warpgroups on an SM
@@ -60,7 +60,8 @@ def choose_config(
         clustered = split <= 2
         two_fit = two_fit and (units < 64 or by_factor)
     elif weight == "int4_uint4_bf16":
-        tile_m, warpgroups, multicast = _bf16_tile(tokens, features, sms)
+        tile_m, warpgroups, multicast = _bf16_tile(tokens, features, units, sms)
+        tail = 2 if tokens > 256 and multicast == 1 else 1
         split = _split(_tiles(tile_m, warpgroups, tokens, features), sms) if tokens <= 256 else 1
         clustered = split <= 2
     elif tokens <= 256:
@@ -107,6 +108,7 @@ def choose_config(
         pairs=pairs or (weight == "e4m3" and tile_m in (96, 128)),
         clustered=clustered or split == 1,
         ways=ways,
+        tail=tail if units >= 8 else 1,
     ).with_most_stages()
 
 
@@ -122,23 +124,24 @@ def _wide_tile(tokens: int, features: int, sms: int) -> tuple[int, int]:
 
     def products(shape: tuple[int, int]) -> int:
         tile, warpgroups = shape
-        return tile * warpgroups * _rounds(tile, warpgroups, tokens, features, sms)
+        return tile * warpgroups * -(-_tiles(tile, warpgroups, tokens, features) // sms)
 
     return min(shapes, key=products)
 
 
-def _bf16_tile(tokens: int, features: int, sms: int) -> tuple[int, int, int]:
+def _bf16_tile(tokens: int, features: int, units: int, sms: int) -> tuple[int, int, int]:
     """(tokens, warpgroups, CTAs that share tokens) of a tile of "int4_uint4_bf16", of more than 64 tokens.
 
     Of more than 256 what ends first, in rounds of one tile an SM. A product takes the least in the largest tile.
     """
     if tokens <= 256:
         return next(tile for tile in (128, 192, 256) if tokens <= tile), 2, 1
-    time = {(128, 2, 2): 1.0, (128, 3, 1): 0.92, (256, 2, 1): 0.85}  # of a product
+    time = {(128, 2, 2): 1.0, (128, 3, 1): 0.92, (256, 2, 1): 0.82}  # of a product
 
     def all_rounds(shape: tuple[int, int, int]) -> float:
-        tile, warpgroups, _ = shape
-        return _rounds(tile, warpgroups, tokens, features, sms) * tile * warpgroups * time[shape]
+        tile, warpgroups, multicast = shape
+        share = 1.0 if multicast > 1 else _share(3, units)
+        return _rounds(_tiles(tile, warpgroups, tokens, features), share, sms) * tile * warpgroups * time[shape]
 
     return min(time, key=all_rounds)
 
@@ -152,12 +155,20 @@ def _tile_of_many(weight: str, tokens: int, features: int) -> int:
     time = {256: 1.0, 128: 0.53 if KINDS[weight].is_verbatim else 0.59}  # of a round
     if weight == "int4_uint4" and tokens <= 512:
         time |= {192: 0.76}
-    return min(time, key=lambda tile: _rounds(tile, 2, tokens, features, SMS) * time[tile])
+    return min(time, key=lambda tile: -(-_tiles(tile, 2, tokens, features) // SMS) * time[tile])
 
 
-def _rounds(tile: int, warpgroups: int, tokens: int, features: int, sms: int) -> int:
-    """How often the SMs take a tile each: tiles are of `tile` tokens and 64 features a warpgroup."""
-    return -(-_tiles(tile, warpgroups, tokens, features) // sms)
+def _share(meeting: int, units: int) -> float:
+    """What a round takes in which two CTAs share each tile: half as long, and as long as `meeting` units to add up."""
+    return 0.5 + meeting / units
+
+
+def _rounds(tiles: int, share: float, sms: int) -> float:
+    """How many rounds of a tile an SM it takes; `share`: what the last one takes if it has tiles for half of them."""
+    whole, left = divmod(tiles, sms)
+    if left == 0:
+        return whole
+    return whole + (min(share, 1.0) if 2 * left <= sms else 1.0)
 
 
 def _tiles(tile: int, warpgroups: int, tokens: int, features: int) -> int:

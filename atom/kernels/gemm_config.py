@@ -29,6 +29,8 @@ class GemmConfig:
     bounded       registers and shared memory are such that `ctas_per_sm` CTAs fit for certain
     ways          warpgroups that share rows: each takes every `ways`-th unit of K; 1, or all of them
     residual      a bfloat16 matrix of the output's shape is added to the rounded products
+    tail          CTAs that share each tile of the last round along K, where that round has tiles for a part of the SMs
+                  only; they meet at a counter, as those of a split do. Without a split, ways and multicast
     """
 
     weight: str
@@ -48,6 +50,7 @@ class GemmConfig:
     bounded: bool = False
     ways: int = 1
     residual: bool = False
+    tail: int = 1
 
     @property
     def kind(self) -> WeightKind:
@@ -71,6 +74,21 @@ class GemmConfig:
     def sums_float(self) -> bool:
         """What leaves the main loop is float32."""
         return self.kind.promoted or self.scaled_early
+
+    @property
+    def parts(self) -> int:
+        """CTAs that add up a tile: of every one, or of those of the last round."""
+        return max(self.split, self.tail)
+
+    @property
+    def share_tokens(self) -> int:
+        """Tokens of a tile whose sums one of those CTAs adds up and stores."""
+        return 8 * -(-self.tile_m // (8 * self.parts))
+
+    @property
+    def meets_at_counter(self) -> bool:
+        """Those CTAs are no cluster."""
+        return self.tail > 1 or not self.clustered
 
     @property
     def x_bytes(self) -> int:

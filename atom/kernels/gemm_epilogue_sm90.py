@@ -192,8 +192,8 @@ class GemmEpilogue:
         """
         config = self.config
         blocks = self.tile_m // 8
-        split = config.split
-        share = -(-blocks // split)
+        split = config.parts
+        share = config.share_tokens // 8
         bx, _, _ = cute.arch.block_idx()
         dtype = sums.element_type
         part = cute.make_rmem_tensor((4,), Float32)
@@ -203,10 +203,10 @@ class GemmEpilogue:
                 for e in cutlass.range_constexpr(4):
                     part_sums[e] = sums[4 * j + e]
                 cute.autovec_copy(part, self.partial(mE, bx, j, tid))
-        if cutlass.const_expr(config.clustered):
-            self.cluster_sync(split)  # arriving releases what this thread has written
-        else:
+        if cutlass.const_expr(config.meets_at_counter):
             self.meet(mE, tid, item, met)
+        else:
+            self.cluster_sync(split)  # arriving releases what this thread has written
         for j in cutlass.range_constexpr(blocks):
             if 8 * j < tokens and rank == j // share:
                 total = cute.make_rmem_tensor((4,), dtype)
@@ -226,7 +226,6 @@ class GemmEpilogue:
                         total[e] = total[e] + parts_sums[e, p]
                 for e in cutlass.range_constexpr(4):
                     sums[4 * j + e] = total[e]
-        return share * 8
 
     @cute.jit
     def count_to_meet(self, mE, tid, item):
@@ -236,7 +235,7 @@ class GemmEpilogue:
         and after the launch before has ended, so it stands within this launch's `split` counts; long before it is
         needed, so that nobody waits for it.
         """
-        split = self.config.split
+        split = self.config.parts
         met = Int32(0)
         if tid == 0:
             seen = load_relaxed(mE.iterator + (split * MOST_TILES + item))
@@ -254,7 +253,7 @@ class GemmEpilogue:
         """
         cute.arch.barrier(barrier_id=1, number_of_threads=self.sharers)
         if tid == 0:
-            counter = mE.iterator + (self.config.split * MOST_TILES + item)
+            counter = mE.iterator + (self.config.parts * MOST_TILES + item)
             increment_release(counter)
             seen = load_relaxed(counter)
             while seen - met < 0:

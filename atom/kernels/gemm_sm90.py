@@ -87,8 +87,14 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
         token_tiles = cute.ceil_div(mY.shape[0], self.tile_m)
         clusters = row_groups * token_tiles
         if cutlass.const_expr(config.split == 1):
-            clusters = cutlass.min(clusters, max_ctas // config.multicast)
-        self.kernel(x_atom, x_tensor, x_layout, mW, mS, mC, mB, mY, mR, mE, int4_units, row_groups, token_tiles).launch(
+            clusters = cutlass.min(clusters * config.tail, max_ctas // config.multicast)
+        whole = row_groups * token_tiles  # tiles of one CTA each, or of a split; those behind them are shared
+        if cutlass.const_expr(config.tail > 1):
+            left = whole % clusters
+            whole = whole - (left if left * config.tail <= clusters else 0)
+        self.kernel(
+            x_atom, x_tensor, x_layout, mW, mS, mC, mB, mY, mR, mE, int4_units, row_groups, token_tiles, whole
+        ).launch(
             grid=(clusters * config.multicast * config.split, 1, 1),
             block=(self.threads, 1, 1),
             cluster=(self.cluster, 1, 1),
@@ -114,6 +120,7 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
         int4_units: Int32,
         row_groups: Int32,
         token_tiles: Int32,
+        whole: Int32,
     ):
         config = self.config
         tid, _, _ = cute.arch.thread_idx()
@@ -128,6 +135,8 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
         total = row_groups * token_tiles
         begin = units * split_rank // config.split
         end = units * (split_rank + 1) // config.split
+        if cutlass.const_expr(config.tail > 1):
+            total = whole + (total - whole) * config.tail
 
         smem = utils.SmemAllocator()
         full = smem.allocate_array(Int64, config.stages)
@@ -171,7 +180,10 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
                 stage = Int32(0)
                 phase = Int32(1)
                 first = Int32(1)
-                for item in cutlass.range(work, total, stride, unroll=1):
+                for part in cutlass.range(work, total, stride, unroll=1):
+                    item = part
+                    if cutlass.const_expr(config.tail > 1):
+                        item, begin, end = self.share_of(part, whole, units)
                     row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
                     stage, phase = self.produce(
                         x_atom, mX, sX, mW, sW, mS, sS, full, empty, rank, row_tile, token0, begin, end, int4_units,
@@ -197,7 +209,10 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
             sT = cute.make_tensor(scales, cute.make_layout((self.tile_m, max(config.scale_rows, 1))))
             row_values = cute.make_rmem_tensor((4,), Float32)
             token_values = cute.make_rmem_tensor((-(-self.tile_m // 128) * max(config.scale_rows, 1),), Float32)
-            for item in cutlass.range(work, total, stride, unroll=1):
+            for part in cutlass.range(work, total, stride, unroll=1):
+                item = part
+                if cutlass.const_expr(config.tail > 1):
+                    item, begin, end = self.share_of(part, whole, units)
                 row_tile, token0 = self.place(item, row_groups, token_tiles, rank)
                 row0 = row_tile * self.rows
                 if cutlass.const_expr(config.ways == 1):
@@ -229,7 +244,7 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
                     self.merge(pool, sums, thread, group)
                 if cutlass.const_expr(not config.scaled_early):
                     self.share_scales(sT, token_values, thread, group)
-                place = (row0, token0, split_rank, item, met)
+                place = (row0, token0, split_rank, item, met, own_units < units)
                 if cutlass.const_expr(config.ways > 1):
                     if group == 0:
                         self.finish(staging, sums, sT, row_values, mE, mY, mR, tid, thread, group, *place)
@@ -239,14 +254,25 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
                 self.cluster_sync(self.cluster)  # peers may still write to or signal this CTA's shared memory
 
     @cute.jit
-    def finish(self, staging, sums, sT, row_values, mE, mY, mR, tid, thread, group, row0, token0, rank, item, met):
-        """From sums in registers to memory."""
+    def finish(
+        self, staging, sums, sT, row_values, mE, mY, mR, tid, thread, group, row0, token0, rank, item, met, is_share
+    ):  # fmt: skip
+        """From sums in registers to memory; those of a tile of the last round may be of a share of K."""
         low = token0
         high = cutlass.min(token0 + self.tile_m, mY.shape[0])
         if cutlass.const_expr(self.config.split > 1):
-            share = self.exchange(mE, sums, tid, rank, high - token0, item, met)
-            low = token0 + rank * share
-            high = cutlass.min(low + share, high)
+            self.exchange(mE, sums, tid, rank, high - token0, item, met)
+            low = token0 + rank * self.config.share_tokens
+            high = cutlass.min(low + self.config.share_tokens, high)
+        if cutlass.const_expr(self.config.tail > 1):
+            if is_share:
+                bx, _, _ = cute.arch.block_idx()
+                rank = bx % self.config.tail
+                item = bx // self.config.tail
+                met = self.count_to_meet(mE, tid, item)  # here, for want of registers in the main loop
+                self.exchange(mE, sums, tid, rank, high - token0, item, met)
+                low = token0 + rank * self.config.share_tokens
+                high = cutlass.min(low + self.config.share_tokens, high)
         self.store(staging, sums, sT, row_values, mY, mR, thread, group, row0, token0, low, high)
 
     @cute.jit
@@ -259,6 +285,23 @@ class PackedWeightGemm(GemmLoads, GemmMainloop, GemmEpilogue):
             count = (count - group + (ways - 1)) // ways
             int4 = (int4 - group + (ways - 1)) // ways
         return count, int4
+
+    @cute.jit
+    def share_of(self, part, whole, units):
+        """(tile, first unit, end of its units): all of K of the first tiles, a share of the others.
+
+        Every CTA has one share at most, and those of a tile are neighbours: `whole` is a number of whole rounds.
+        """
+        tail = self.config.tail
+        item = part
+        begin = Int32(0)
+        end = units
+        if part >= whole:
+            item = whole + (part - whole) // tail
+            rank = (part - whole) % tail
+            begin = units * rank // tail
+            end = units * (rank + 1) // tail
+        return item, begin, end
 
     @cute.jit
     def place(self, item, row_groups, token_tiles, rank):

@@ -103,6 +103,20 @@ def test_gemm_of_several_ctas(name: str, how: str, tmp_path: Path) -> None:
     check(name, 37, 136, 456, tmp_path, 2, SHARED[how])
 
 
+LAST_ROUNDS = (  # rows: tiles for three CTAs, of which the last round has so many
+    ("w4a4", 72, 1),
+    ("w4a16", 200, 2),  # two tiles are too many for three CTAs: nothing is shared
+    ("w8a8", 456, 1),  # behind a whole round
+)
+
+
+@pytest.mark.parametrize("name,N,left", LAST_ROUNDS)
+def test_last_round_is_shared(name: str, N: int, left: int, tmp_path: Path) -> None:
+    """Tiles behind the last whole round, each along K by two CTAs, where the CTAs suffice."""
+    assert left == -(-N // 128) % 3
+    check(name, 21, N, 456, tmp_path, 3, GemmConfig("", "", 32, 2, tail=2))
+
+
 def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: GemmConfig) -> None:
     """Run the kernel of `config`, its kind and stages filled in, on random operands against float64."""
     from atom.kernels.gemm_sm90 import PackedWeightGemm, compile_gemm
@@ -124,6 +138,8 @@ def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: Ge
     token_tiles = -(-M // config.tile_m)
     if config.split > 1:
         grid = row_tiles * token_tiles * config.split  # one tile each
+    tiles = row_tiles * token_tiles
+    left = tiles % grid if config.tail > 1 else 0
     offset = torch.randn(N).bfloat16()
     residual = 30 * torch.randn(M, N).bfloat16()
     y = np.full((M, N), 0x7FFF, np.uint16)
@@ -145,8 +161,9 @@ def check(name: str, M: int, N: int, K: int, folder: Path, grid: int, config: Ge
             packed.int4_units,
             row_tiles,
             token_tiles,
+            tiles - left if left * config.tail <= grid else tiles,
         ],
-        together=grid if not config.clustered else config.split * config.multicast,
+        together=grid if config.meets_at_counter else config.split * config.multicast,
     )
     expected = product(x, weight, linear) + (offset.double() if config.bias else 0.0)
     if config.residual:
