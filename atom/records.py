@@ -226,7 +226,7 @@ SCHEMAS: dict[str, RecordSchema] = {
         ),
         (
             *("workload", "requests", "rate", "steady_tok_s", "overall_tok_s", "bound_tok_s", "ttft_ms_p99", "errors"),
-            *("weight_gb", "kv_gb", "kv_tokens"),
+            *("weight_gb", "kv_gb", "kv_tokens", "step_gb", "graphs_gb", "others_gb"),
         ),
         {"experiment": ("paper", "offline", "trace:"), "batch_mode": ("best", "equal"), **_KV},
     ),

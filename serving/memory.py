@@ -33,6 +33,26 @@ class CachePlan:
         return self.num_blocks * self.block_bytes
 
 
+@dataclass(frozen=True)
+class Reserve:
+    """Bytes of a GPU that the KV cache does not get.
+
+    weights  the model, and what else torch holds before a step
+    step     most that torch allocates on top during the largest step
+    graphs   kept free for what decode buckets and pieces of steps with prompts add when they are captured
+    others   CUDA itself, kernels, and whatever else runs on the device
+    """
+
+    weights: int
+    step: int
+    graphs: int
+    others: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.step + self.graphs + self.others
+
+
 def plan_cache(
     model: ModelConfig, scheme: Scheme | None, dtype: torch.dtype, options: EngineConfig, available: int
 ) -> CachePlan:
@@ -65,16 +85,16 @@ def plan_cache(
     return CachePlan(num_blocks, block_bytes, min(longest, held), longest > held)
 
 
-def gpu_cache_bytes(device: torch.device, utilization: float, peak_bytes: int) -> int:
-    """What is left for the cache of `utilization` of the GPU's memory.
+def gpu_cache_bytes(device: torch.device, utilization: float, reserve: Reserve) -> int:
+    """What is left for the cache of `utilization` of the GPU's memory."""
+    _, total = torch.cuda.mem_get_info(device)
+    return int(total * utilization) - reserve.total
 
-    peak_bytes  most that torch has allocated while the model ran its largest step
-    Everything that was in use on the device beside torch's own memory counts as used.
-    """
+
+def other_bytes(device: torch.device) -> int:
+    """What is in use on the GPU beside torch's own memory."""
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
-    return int(total * utilization) - others - peak_bytes
+    return used_bytes(device) - torch.cuda.memory_reserved(device)
 
 
 def used_bytes(device: torch.device) -> int:

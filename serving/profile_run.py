@@ -8,6 +8,7 @@ from atom.quant.schemes import Scheme
 from .config import SchedulerConfig
 from .engine_config import EngineConfig
 from .kv_pool import KVPool
+from .memory import Reserve, other_bytes
 from .prompt_pieces import memory_bytes
 from .request import Request
 from .runner import Runner
@@ -18,13 +19,15 @@ from .scheduler import Scheduler
 GRAPH_BYTES = 256 * 2**20  # that graphs may add: the decode buckets' workspaces, and what CUDA keeps
 
 
-def peak_bytes(model: Model, scheme: Scheme | None, options: EngineConfig) -> int:
-    """Bytes that torch has allocated at most during the largest step on the GPU, weights included and KV cache not."""
+def measure_reserve(model: Model, scheme: Scheme | None, options: EngineConfig) -> Reserve:
+    """What the engine needs of the GPU besides the KV cache, by running the largest step."""
+    weights = torch.cuda.memory_allocated(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
     cache_bytes = run_largest_step(model, scheme, options)
     torch.cuda.synchronize(model.device)
-    peak = torch.cuda.max_memory_allocated(model.device) - cache_bytes
-    return peak + (0 if options.enforce_eager else GRAPH_BYTES + memory_bytes(model.config))
+    step = torch.cuda.max_memory_allocated(model.device) - cache_bytes - weights
+    graphs = 0 if options.enforce_eager else GRAPH_BYTES + memory_bytes(model.config)
+    return Reserve(weights, step, graphs, other_bytes(model.device))
 
 
 def run_largest_step(model: Model, scheme: Scheme | None, options: EngineConfig) -> int:

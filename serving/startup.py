@@ -4,7 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from .decode_buckets import bucket_sizes
 from .engine import Engine
 from .engine_config import EngineConfig
 from .kv_pool import KVPool, bytes_per_block
-from .memory import CPU_CACHE_BYTES, CachePlan, gpu_cache_bytes, plan_cache, used_bytes
-from .profile_run import peak_bytes
+from .memory import CPU_CACHE_BYTES, CachePlan, Reserve, gpu_cache_bytes, plan_cache, used_bytes
+from .profile_run import measure_reserve
 from .prompt_pieces import SIZES
 from .rows import MOST_TOKENS
 from .runner import Runner
@@ -77,7 +77,7 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
     weights_s = time.perf_counter() - started - tokenizer_s
     scheme = cache_scheme(loaded.scheme, options.kv_cache_dtype)
     say("sizing the KV cache")
-    plan = _plan(loaded, scheme, options)
+    plan, reserve = _plan(loaded, scheme, options)
     cache_s = time.perf_counter() - started - tokenizer_s - weights_s
     limits = options.limits(loaded.config.vocab_size, plan.max_model_len, plan.num_blocks, device.type == "cpu")
     warm_up_s = -time.perf_counter()
@@ -102,6 +102,7 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
         "max_num_seqs": limits.max_num_seqs,
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "decode_buckets": len(runner.buckets.sizes) if runner.buckets else 0,
+        "reserved_bytes": None if reserve is None else asdict(reserve),
         "warm_up_bytes": warm_up_bytes,
         "tokenizer_s": round(tokenizer_s, 2),
         "weights_s": round(weights_s, 2),
@@ -168,15 +169,16 @@ def _load(model: str, options: EngineConfig, device: torch.device, dtype: torch.
     return load_source(source, device, dtype, options.kernels, options.head)
 
 
-def _plan(model: Model, scheme: Scheme | None, options: EngineConfig) -> CachePlan:
+def _plan(model: Model, scheme: Scheme | None, options: EngineConfig) -> tuple[CachePlan, Reserve | None]:
+    reserve = None
     available = options.cache_bytes
     if available is None and model.device.type == "cpu":
         available = CPU_CACHE_BYTES
     if model.device.type == "cuda":
-        peak = peak_bytes(model, scheme, options)  # warms up prefill, also where the size is known
+        reserve = measure_reserve(model, scheme, options)  # warms up prefill, also where the size is known
         if available is None:
-            available = gpu_cache_bytes(model.device, options.gpu_memory_utilization, peak)
+            available = gpu_cache_bytes(model.device, options.gpu_memory_utilization, reserve)
         if not options.enforce_eager:  # the block for padding rows
             available -= bytes_per_block(model.config, scheme, model.dtype, options.block_size)
     assert available is not None
-    return plan_cache(model.config, scheme, model.dtype, options, max(0, available))
+    return plan_cache(model.config, scheme, model.dtype, options, max(0, available)), reserve

@@ -316,6 +316,13 @@ def _equal(rows: Sequence[Row], title: str, path: Path) -> bool:
     return save_figure(figure, path)
 
 
+_WORKING = (  # row key, grey, name of what is neither weights nor cache
+    ("step_gb", "0.45", "a step's activations"),
+    ("graphs_gb", "0.6", "kept for graphs"),
+    ("others_gb", "0.75", "CUDA, kernels"),
+)
+
+
 def _memory(rows: Sequence[Row], title: str, path: Path) -> bool:
     """What the memory holds: weights, the KV cache with the tokens that it holds, and what steps need to work in."""
     known = [row for row in rows if row.get("weight_gb") and row.get("kv_gb")]
@@ -332,9 +339,14 @@ def _memory(rows: Sequence[Row], title: str, path: Path) -> bool:
         axis.bar(names, weights, color="#4c72b0", label="weights")
         axis.bar(names, caches, bottom=weights, color="#dd8452", label="KV cache")
         if memory:
-            rest = [max(0.0, memory - w - c) for w, c in zip(weights, caches, strict=True)]
             bottoms = [w + c for w, c in zip(weights, caches, strict=True)]
-            axis.bar(names, rest, bottom=bottoms, color="0.8", label="activations, graphs, CUDA")
+            for key, shade, name in _WORKING if all(row.get("step_gb") is not None for _, row in bars) else ():
+                parts = [row[key] / 1.073741824 for _, row in bars]
+                axis.bar(names, parts, bottom=bottoms, color=shade, label=name)
+                bottoms = [b + p for b, p in zip(bottoms, parts, strict=True)]
+            rest = [max(0.0, memory - b) for b in bottoms]
+            if max(rest) > 0.005 * memory:
+                axis.bar(names, rest, bottom=bottoms, color="0.85", label="activations, graphs, CUDA")
             axis.axhline(memory, color="0.3", linewidth=0.9, linestyle="--", label="budget")
         for place, (w, c) in enumerate(zip(weights, caches, strict=True)):
             share = max(w + c, 1e-9)

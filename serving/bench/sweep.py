@@ -243,6 +243,7 @@ def _row(config: SweepConfig, point: dict[str, Any], mode: str, target: float | 
     summary, workload = point["summary"], str(point["workload"])
     experiment = config.experiment or default_experiment(workload)
     overall, steady = round(summary["out_tok_s"], 1), point["steady_tok_s"]
+    reserved = point["engine"].get("reserved_bytes") or {}
     shape = point["model"] if point["model"] in SHAPES else Path(point["model"]).name
     return {
         "experiment": experiment,
@@ -270,6 +271,7 @@ def _row(config: SweepConfig, point: dict[str, Any], mode: str, target: float | 
         "weight_gb": round(point["weight_bytes"] / 1e9, 3),
         "kv_gb": round(point["engine"]["kv_cache_bytes"] / 1e9, 3),
         "kv_tokens": point["engine"]["kv_cache_tokens"],
+        **{f"{name}_gb": _gigabytes(reserved.get(name)) for name in ("step", "graphs", "others")},
         "seconds": point["seconds"],
     }
 
@@ -293,6 +295,10 @@ def default_experiment(workload: str) -> str:
 def _of(summary: dict[str, Any], measure: str, name: str) -> float | None:
     spread = summary[measure]
     return None if spread is None else round(spread[name], 3)
+
+
+def _gigabytes(size: int | None) -> float | None:
+    return None if size is None else round(size / 1e9, 3)
 
 
 def _whole(value: float) -> float | int:

@@ -25,6 +25,7 @@ def test_what_is_said_and_what_runs(tiny: Tiny, caplog: pytest.LogCaptureFixture
     assert facts["num_blocks"] == 2**20 // block == ready.limits.num_blocks
     assert facts["kv_cache_bytes"] == ready.runner.kv.pool.num_bytes == facts["num_blocks"] * block
     assert facts["kernels"] == {"rope_append_kv": "reference", "paged_attention": "reference"}
+    assert facts["reserved_bytes"] is None  # of a GPU alone
     assert (facts["scheme"], facts["kv"], facts["dtype"]) == ("none", "bf16", "float32")
     assert ready.eos_token_ids == (257,) and ready.tokenizer.encode("a") == [64]
     assert "num_blocks=42" in caplog.text and "max_num_batched_tokens=2048" in caplog.text
