@@ -70,9 +70,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def name_way(row: Row) -> str:
-    """How a row's model ran: a method and what it rounds, or a preset and its cache."""
+    """How a row's model ran: a method and what it rounds, a preset and its cache, or what a budget chose."""
     if is_full(row):
         return FULL
+    if "choice" in row:  # quality-budget
+        limit = "" if row["limit"] is None else f" --{row['choice']} {row['limit']:g}"
+        return f"{row['base']}{limit}" if limit else f"{row['choice']}+{row['kv']}, GPTQ alone"
     if "method" in row:
         return f"{row['method']} {row['scheme']}"
     way = f"{row['scheme']}+{row['kv']}" + (", distilled" if row.get("distill_steps") else "")

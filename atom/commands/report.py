@@ -40,7 +40,7 @@ class Accuracy:
     """Recovery, perplexities, divergences, tasks and retrieval by model and scheme; loss against bits as a plot."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Records accuracy-frontier.json, quality-presets.json, cache-quality.json."""
+    """Records accuracy-frontier.json, quality-presets.json, cache-quality.json, quality-budget.json."""
 
     output: Path = Path("accuracy-report")
     """Folder for report.md and the plot."""

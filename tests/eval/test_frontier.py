@@ -43,6 +43,17 @@ def test_one_point_a_way(tmp_path: Path) -> None:
     assert recovery_table([point]).splitlines()[-1].split() == ["ours", "w4a8", "80.0"]
 
 
+def test_what_a_budget_chose_is_a_way(tmp_path: Path) -> None:
+    common = {"model": "m", "text": "t", "base": "w4a4", "kv": "int4", "bits": 4.5, "predicted": 0.1, "ppl_fp": 10.0}
+    common |= {"windows": 2, "path": "reference", **LOW}
+    rows = [
+        {**common, "choice": "budget", "limit": 4.5, "ppl": 12.0},
+        {**common, "choice": "w4a4", "limit": None, "ppl": 13.0},
+    ]
+    path = write_record("quality-budget", rows, command="x", results=tmp_path)
+    assert [point.way for point in read_points([path])] == ["w4a4 --budget 4.5", "w4a4+int4, GPTQ alone"]
+
+
 def test_recovery_of_tasks_has_an_interval() -> None:
     full = {"task:a": 0.8, "task:a:stderr": 0.02, "task:b": 0.5, "task:b:stderr": 0.0}
     found = task_recovery({"task:a": 0.76, "task:a:stderr": 0.019, "task:b": 0.5, "task:b:stderr": 0.0}, full)
