@@ -15,7 +15,8 @@ norm; scores have it times the query's norm, and sum |k_j / f_j|^2 sum |q_j f_j|
 
 Mirror: queries have a main direction, the first eigenvector of their second moment, with a third of their energy. The
 reflection that takes it to the direction of equal channels puts it into the zero point, where rounding leaves the mean
-of a row as it was (atom/quant/mean_zero.py): along it scores have no error.
+of a row as it was (atom/quant/mean_zero.py): along it scores have no error. It costs keys no range either, so that
+factors and direction are best chosen together (key_tuning.py).
 """
 
 import torch
@@ -28,13 +29,15 @@ from atom.quant.keys import prepare_keys, restore_keys, rotate_head
 from atom.quant.rounding import fake_quantize
 from atom.quant.schemes import Scheme
 
+from .key_tuning import tune_keys
+
 MOST_DOUBLINGS = 8  # a factor lies between 2^-8 and 2^8
 
 
 class KeyStatistics:
     """Means over the keys and queries of a layer, of windows of `length` tokens that begin at position 0.
 
-    num_kv_heads  where second moments of queries are wanted, for a mirror; else 0
+    num_kv_heads  where second moments are wanted, for a mirror; else 0
     """
 
     def __init__(self, rope: Rope, length: int, device: torch.device, num_kv_heads: int = 0) -> None:
@@ -42,7 +45,8 @@ class KeyStatistics:
         self._rotation = rope(torch.arange(length, device=device))
         self._length = length
         nothing = torch.zeros((), dtype=torch.float64, device=device)
-        self._mean = self._centre = self._keys = self._queries = self._moments = nothing
+        self._mean = self._centre = self._keys = self._queries = nothing
+        self._key_moments = self._query_moments = nothing  # after RoPE
         self._windows = self._query_windows = 0
 
     def add_keys(self, k: Tensor) -> None:
@@ -51,14 +55,15 @@ class KeyStatistics:
         self._mean = self._mean + by_position.mean(0)
         self._centre = self._centre + self._rotation.apply(by_position).mean(0)
         self._keys = self._keys + _pair_energy(k) / self._length
+        if self._num_kv_heads:
+            self._key_moments = self._key_moments + self._moments(k) / self._length
         self._windows += k.shape[0] // self._length
 
     def add_queries(self, q: Tensor) -> None:
         """q [T, num_heads, head_dim] before RoPE, of whole windows."""
         self._queries = self._queries + _pair_energy(q) / self._length
         if self._num_kv_heads:
-            for window in q.split(self._length):
-                self._moments = self._moments + second_moments(self._rotation.apply(window.float()), self._num_kv_heads)
+            self._query_moments = self._query_moments + self._moments(q)
         self._query_windows += q.shape[0] // self._length
 
     @property
@@ -86,13 +91,24 @@ class KeyStatistics:
         doublings = doublings - doublings.mean(-1, keepdim=True)
         return doublings.clamp(-MOST_DOUBLINGS, MOST_DOUBLINGS).exp2().float()
 
-    def mirror(self, factors: Tensor | None) -> Tensor:
-        """What takes the main direction of queries, times their factors, to equal channels: see `mirror_of`."""
-        moments = self._moments
-        if factors is not None:
-            both = torch.cat((factors, factors), -1).double()
-            moments = moments * both[:, :, None] * both[:, None, :]
-        return mirror_of(moments, is_rotated=True)
+    def mirror(self) -> Tensor:
+        """What takes the main direction of queries to equal channels: see `mirror_of`."""
+        return mirror_of(self._query_moments, is_rotated=True)
+
+    def factors_and_mirror(self, is_shared: bool) -> tuple[Tensor, Tensor]:
+        """`factors`, and the mirror behind them, chosen together."""
+        centre = self.centre.double()
+        keys = self._key_moments / self._windows - centre[:, :, None] * centre[:, None, :]
+        factors, direction = tune_keys(keys, self._query_moments, self.factors(is_shared), is_shared)
+        return factors, mirror_to_equal(direction, is_rotated=True)
+
+    def _moments(self, x: Tensor) -> Tensor:
+        """The sum over tokens of x x^T after RoPE, float64 [num_kv_heads, head_dim, head_dim]."""
+        windows = x.split(self._length)
+        return sum(
+            (second_moments(self._rotation.apply(window.float()), self._num_kv_heads) for window in windows),
+            torch.zeros((), dtype=torch.float64, device=x.device),
+        )
 
 
 def second_moments(x: Tensor, groups: int) -> Tensor:
@@ -103,13 +119,17 @@ def second_moments(x: Tensor, groups: int) -> Tensor:
 
 
 def mirror_of(moments: Tensor, is_rotated: bool) -> Tensor:
-    """float32 [heads, head_dim] with |w|^2 = 2: x - (w . x) w takes the main direction of each head to equal channels.
+    """The mirror of each head's main direction, by its second moments [heads, head_dim, head_dim]."""
+    return mirror_to_equal(torch.linalg.eigh(moments.double())[1][..., -1].float(), is_rotated)
 
-    moments     [heads, head_dim, head_dim], second moments of a head
+
+def mirror_to_equal(direction: Tensor, is_rotated: bool) -> Tensor:
+    """float32 [heads, head_dim] with |w|^2 = 2: x - (w . x) w takes each head's direction to that of equal channels.
+
+    direction   float32 [heads, head_dim], of length 1
     is_rotated  a Hadamard matrix turns heads before the reflection
     """
-    main = torch.linalg.eigh(moments.double())[1][..., -1].float()
-    main = rotate_head(main) if is_rotated else main
+    main = rotate_head(direction) if is_rotated else direction
     equal = torch.full_like(main, main.shape[-1] ** -0.5)
     away = torch.where((main * equal).sum(-1, keepdim=True) > 0, -main, main) - equal  # its norm is at least 1
     mirror: Tensor = away * (2**0.5 / away.norm(dim=-1, keepdim=True))

@@ -36,7 +36,7 @@ from .latent import REST, rest_of
 from .observe import Sample, first_keys, observe_energies, observe_hessians, sample_outputs
 from .plan import InputPlan, plan_layer, unrotate_input
 from .stats import HessianAccumulator
-from .values import ValueStatistics, mirror_values_
+from .values import ValueStatistics, transform_values_
 
 REFERENCE: Kernels = "reference"  # rounding that is the same on every device
 ENERGY_BINS = 64  # channel energies in the report: the largest in each of so many runs of adjacent channels
@@ -72,9 +72,10 @@ class LayerQuantizer:
         with self.clock.phase("stats"):
             values = ValueStatistics(self.model.config.num_kv_heads) if self.scheme.mirrors_keys else None
             energies, keys, before = observe_energies(layer, index, plans, hidden, self.runner, balances, values)
-            if values is not None and self._mirrors_values(plans):
-                name = "self_attn.v_proj"
-                before.linears[name] = mirror_values_(layer.self_attn, values.mirror(), before.linears[name])
+            if values is not None and self._transforms_values(plans):
+                name, attention = "self_attn.v_proj", layer.self_attn
+                matrix = values.matrix(attention.o_proj.weight)
+                before.linears[name] = transform_values_(attention, matrix, before.linears[name])
             self._prepare_keys(layer, index, plans, keys, before)
             factors = self._balance(layer, index, plans, energies) if balances else {}
             for plan in plans:
@@ -101,9 +102,14 @@ class LayerQuantizer:
     ) -> None:
         """Fold the keys' factors into the weights, and into the sample; set their mean or centre."""
         attention, centre = layer.self_attn, keys.centre
-        factors = None
+        mirrors = self.scheme.mirrors_keys
+        mirror = keys.mirror() if mirrors else None
         if self.scheme.rotates_keys and self.config.balance_keys:
-            factors = keys.factors(has_norms(attention))
+            is_shared = has_norms(attention)
+            if mirrors:
+                factors, mirror = keys.factors_and_mirror(is_shared)
+            else:
+                factors = keys.factors(is_shared)
             for name, rows in fold_factors_(attention, factors).items():
                 before.linears[name] = before.linears[name] * rows
             centre = centre / torch.cat((factors, factors), -1)
@@ -114,10 +120,9 @@ class LayerQuantizer:
         if self.scheme.stores_key_offset:
             attention.key_offset = keys.mean.to(torch.bfloat16)
         if self.scheme.stores_key_centre:
-            mirrors = self.scheme.mirrors_keys
-            attention.key_centre = torch.stack((centre, keys.mirror(factors))) if mirrors else centre
+            attention.key_centre = centre if mirror is None else torch.stack((centre, mirror))
 
-    def _mirrors_values(self, plans: list[InputPlan]) -> bool:
+    def _transforms_values(self, plans: list[InputPlan]) -> bool:
         """Values were turned, and o takes them as they are."""
         is_rounded = any(p.linear.activation is not None for p in plans if "self_attn.o_proj" in p.group.linears)
         return self.config.rotate != "none" and not is_rounded

@@ -21,7 +21,7 @@ from .hidden import HiddenStates, LayerRunner
 from .keys import KeyStatistics
 from .plan import InputPlan, unrotate_input
 from .stats import EnergyAccumulator, HessianAccumulator
-from .values import ValueStatistics
+from .values import ValueStatistics, attention_paid
 
 SAMPLE_TOKENS = 1024  # of the first batch, over which the report compares outputs
 
@@ -48,21 +48,27 @@ def observe_energies(
     """Run the full-precision layer: channel energies [K] of every input group, what keys and queries are like, and a
     sample of its outputs.
 
-    `values`, where they are wanted, see those of the first batch at least; with them the queries' second moments are.
+    `values`, where they are wanted, see those of the first batch; with them come second moments of keys and queries.
     All batches run if an input is to be reordered, or if asked for, else only the first, which the report wants.
     """
     energies: dict[str, EnergyAccumulator] = {}
     keys = KeyStatistics(layer.rope, hidden.length, hidden.device, 0 if values is None else values.num_kv_heads)
+    seen: dict[str, Tensor] = {}  # of a batch whose values are wanted: those, then queries, before keys come
 
-    def watch_keys(module: nn.Module, args: Any, k: Tensor) -> None:
-        keys.add_keys(k)
+    def watch_values(module: nn.Module, args: Any, v: Tensor) -> None:
+        if values is not None and values.is_empty:
+            seen["v"] = v
 
     def watch_queries(module: nn.Module, args: Any, q: Tensor) -> None:
         keys.add_queries(q)
+        if "v" in seen:
+            seen["q"] = q
 
-    def watch_values(module: nn.Module, args: Any, v: Tensor) -> None:
-        if values is not None:
-            values.add(v)
+    def watch_keys(module: nn.Module, args: Any, k: Tensor) -> None:
+        keys.add_keys(k)
+        if values is not None and "v" in seen:
+            rotation = layer.rope(torch.arange(hidden.length, device=k.device))
+            values.add(seen.pop("v"), attention_paid(seen.pop("q"), k, rotation, layer.self_attn.rules))
 
     def watch(plan: InputPlan) -> Hook:
         name = plan.group.name

@@ -24,7 +24,7 @@ class Attention(nn.Module):
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
-        self._rules = AttentionSpec(config.attention_scale, config.windows[index], config.attention_soft_cap)
+        self.rules = AttentionSpec(config.attention_scale, config.windows[index], config.attention_soft_cap)
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
@@ -60,10 +60,10 @@ class Attention(nn.Module):
     def _spec(self) -> AttentionSpec:
         """The rules, with what keys have in common: as stored, else the bias of k where nothing stands behind it."""
         if self.key_centre is not None:
-            return replace(self._rules, key_centre=self.key_centre)
+            return replace(self.rules, key_centre=self.key_centre)
         if self.key_offset is not None:
-            return replace(self._rules, key_offset=self.key_offset)
+            return replace(self.rules, key_offset=self.key_offset)
         bias = self.k_proj.bias
         if bias is None or not isinstance(self.k_norm, nn.Identity):
-            return self._rules
-        return replace(self._rules, key_offset=bias.view(-1, self.head_dim))
+            return self.rules
+        return replace(self.rules, key_offset=bias.view(-1, self.head_dim))

@@ -12,17 +12,12 @@ from safetensors.torch import load_file, save_file
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.keys import centre_on_sink, mirror_of, second_moments
 from atom.calibration.stream import quantize_model
-from atom.calibration.values import ValueStatistics, mirror_values_
 from atom.errors import CheckpointError
-from atom.models.attention import Attention
-from atom.models.family import model_config
 from atom.models.loader import load_model
 from atom.models.source import open_source
 from atom.quant.keys import prepare_keys, reflect_head, restore_keys, rotate_head, split_centre
 from atom.quant.presets import get_scheme
 from atom.quant.rounding import fake_quantize
-
-from ..conftest import MODELS
 
 Tiny = Callable[[str], Path]
 KEY = "model.layers.1.self_attn.key_offset"
@@ -88,31 +83,6 @@ def test_a_mirror_takes_the_main_direction_to_equal_channels() -> None:
         assert torch.allclose(turned.norm(dim=-1), queries.norm(dim=-1), rtol=1e-5)
         share = turned.sum(-1).square().sum(0) / 64 / turned.square().sum((0, -1))
         assert (share > 0.25).all()  # of 26/90 that lie along it
-
-
-def test_mirrored_values_leave_the_model_what_it_is() -> None:
-    attention = Attention(model_config(MODELS["llama-biased"]), 0)
-    x = torch.randn(40, attention.v_proj.in_features, generator=torch.Generator().manual_seed(0))
-    heads = attention.v_proj.out_features // attention.head_dim
-    statistics = ValueStatistics(heads)
-    with torch.no_grad():
-        values = attention.v_proj(x)
-        statistics.add(values)
-        repeats = attention.o_proj.in_features // values.shape[1]
-
-        def output(v: torch.Tensor) -> torch.Tensor:
-            repeated = v.unflatten(-1, (heads, 1, -1)).expand(-1, -1, repeats, -1).flatten(1)
-            found: torch.Tensor = attention.o_proj(repeated)
-            return found
-
-        before = output(values)
-        sample = mirror_values_(attention, statistics.mirror(), values)
-        after = attention.v_proj(x)
-        assert torch.allclose(after, sample, atol=1e-5) and not torch.allclose(after, values, atol=1e-2)
-        assert torch.allclose(output(after), before, atol=1e-4)
-        moments = sample.unflatten(-1, (heads, -1))
-        along = moments.mean(-1).square().sum(0) * moments.shape[-1]
-        assert (along >= moments.square().sum(0).amax(-1)).all()  # more than along any one channel
 
 
 @pytest.mark.parametrize("has_mirror", [False, True])
