@@ -118,6 +118,12 @@ SCHEMAS: dict[str, RecordSchema] = {
             "step": ("fp", "calibrated", "trained"),
         },
     ),
+    "cache-parts": RecordSchema(
+        # part: what of a 4-bit cache is otherwise; change: of perplexity from full precision's, a fraction
+        ("model", "text", "part", "layer", "ppl", "change", "change_se", "kl", "windows", "path"),
+        PERPLEXITY_EXTRAS,
+        {"path": PATHS},
+    ),
     "kv-rope": RecordSchema(
         ("model", "text", "kv", "place", "ppl", "windows", "path"),
         PERPLEXITY_EXTRAS,
