@@ -26,7 +26,7 @@ def tune_keys(keys: Tensor, queries: Tensor, factors: Tensor, is_shared: bool) -
     is_shared      factors are the same for all heads
     """
     with torch.enable_grad():
-        keys, queries = (_unit(x.detach().float()) for x in (keys, queries))
+        keys, queries = (_unit(x.detach()) for x in (keys, queries))
         logs = factors.log()[:1] if is_shared else factors.log()
         logs = logs.detach().clone().requires_grad_()
         n = torch.linalg.eigh(_scaled(queries, _both(logs).detach()))[1][..., -1].clone().requires_grad_()
@@ -63,7 +63,9 @@ def _scaled(moments: Tensor, factors: Tensor) -> Tensor:
 
 
 def _unit(moments: Tensor) -> Tensor:
-    """`moments` of mean energy 1 a channel, a millionth of it added to each: none is without any."""
-    energy = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    eye = torch.eye(moments.shape[-1], device=moments.device)
-    return torch.where(energy > 0, moments / energy.clamp_min(1e-30), 0.0) + 1e-6 * eye
+    """`moments` of mean energy 1 a channel, and no direction without a millionth of that, whatever rounding left."""
+    energies, directions = torch.linalg.eigh(moments.double())
+    mean = energies.clamp_min(0).mean(-1, keepdim=True)
+    energies = torch.where(mean > 0, energies / mean.clamp_min(1e-30), 1.0).clamp_min(1e-6)
+    found: Tensor = (directions * energies.unsqueeze(-2)) @ directions.mT
+    return found.float()
