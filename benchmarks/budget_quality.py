@@ -21,7 +21,7 @@ from accuracy_run import AccuracyRun, Join, MeasureOptions
 from measured import change_keys, perplexity_keys
 from parts import join_parts, scratch
 
-from atom.calibration.budget import Plan, build_scheme, frontier, mean_bits, solve, solve_for_loss
+from atom.calibration.budget import Plan, build_scheme, frontier, mean_bits, plan_of, solve, solve_for_loss
 from atom.calibration.data import load_windows
 from atom.calibration.places import find_places
 from atom.calibration.sensitivity import Sensitivity
@@ -122,9 +122,7 @@ class Runner(AccuracyRun):
         for place in self.places:
             wanted = cache if place.group is None else linear
             chosen[place.name] = next(name for name, found in self.choices[place.name].items() if found == wanted)
-        total = sum(place.macs for place in self.places)
-        bits = sum(place.macs * place.bits[chosen[place.name]] for place in self.places) / total
-        return Plan(chosen, bits, sum(self.losses[name][choice] for name, choice in chosen.items()))
+        return plan_of(chosen, self.places, self.losses)
 
 
 def measure(options: Measure) -> None:

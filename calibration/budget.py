@@ -82,6 +82,12 @@ def solve(places: list[Place], losses: Losses, budget: float) -> Plan:
         i = int(index[left])
         chosen[place.name] = options[i]
         left -= steps[i]
+    return plan_of(chosen, places, losses)
+
+
+def plan_of(chosen: dict[str, str], places: list[Place], losses: Losses) -> Plan:
+    """The plan that takes the choice of this name at each place."""
+    total = sum(place.macs for place in places)
     bits = sum(place.macs * place.bits[chosen[place.name]] for place in places) / total
     return Plan(chosen, bits, sum(losses[place.name][chosen[place.name]] for place in places))
 
