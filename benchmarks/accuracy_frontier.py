@@ -274,9 +274,11 @@ def measure(options: Measure) -> None:
 
 
 def in_turn(names: Sequence[str], schemes: Sequence[Bits]) -> list[tuple[str, Bits]]:
-    """Methods and schemes, those first that a stopped run needs most: the compared methods, scheme by scheme."""
-    compared = [(name, bits) for bits in schemes for name in names if name in COMPARED]
-    return compared + [(name, bits) for bits in schemes for name in names if name not in COMPARED]
+    """Methods and schemes, those first that a stopped run needs most: the compared methods, scheme by scheme; those
+    whose transforms are learned, which take longest, last."""
+    learned = {method.name for bits in schemes for method in methods(bits).values() if method.learned}
+    ranks = {name: (name not in COMPARED) + (name in learned) for name in names}
+    return [(name, bits) for rank in range(3) for bits in schemes for name in names if ranks[name] == rank]
 
 
 def join(options: Join) -> None:

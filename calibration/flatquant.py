@@ -30,6 +30,7 @@ from .student import TrainingKV, straight_through
 
 REACH = 4.0  # logit of the share that a grid reaches at first: 0.98
 WHOLE = 20.0  # of all of it
+NEWTON_STEPS = 3  # from a matrix that one step of the optimizer lies behind: 0.3 away becomes 0.3 to the 16th
 CHECKED_STEPS = 8  # are enqueued on a GPU before the clock is read
 
 Learned = Literal["transforms", "factors", "clips"]
@@ -69,6 +70,7 @@ class FlatInput(nn.Module):
             _orthogonal(n, generator) if "transforms" in learns else torch.eye(n) for n in (self.rows, K // self.rows)
         ]
         self.left, self.right = (nn.Parameter(side.to(device)) for side in sides)
+        self.left_inverse, self.right_inverse = (side.T.to(device, copy=True) for side in sides)
         self.log_scale = nn.Parameter(torch.zeros(K, device=device))
         self.reach = nn.Parameter(torch.full((1,), REACH if "clips" in learns else WHOLE, device=device))
 
@@ -80,10 +82,15 @@ class FlatInput(nn.Module):
         y: Tensor = (self.left.T @ folded @ self.right).flatten(-2)
         return y
 
+    def solve(self) -> None:
+        """Find both inverses anew, exactly."""
+        for side, inverse in ((self.left, self.left_inverse), (self.right, self.right_inverse)):
+            inverse.copy_(torch.linalg.inv(side.detach()))
+
     def transform_weight(self, W: Tensor) -> Tensor:
         """W [N, K] for inputs that `transform` has changed."""
         folded = (W * self.log_scale.exp()).unflatten(-1, (self.rows, -1))
-        left, right = _inverse(self.left), _inverse(self.right)
+        left, right = inverse_nearby(self.left, self.left_inverse), inverse_nearby(self.right, self.right_inverse)
         y: Tensor = (left @ folded @ right.T).flatten(-2)
         return y
 
@@ -200,6 +207,8 @@ def _learn(
         done += 1
         if done % CHECKED_STEPS == 0:
             loss.item()
+            for source in inputs:
+                source.solve()
     last = loss.item()
     for parameter in (*shapes, *reaches):
         parameter.requires_grad_(False)
@@ -222,10 +231,17 @@ def _run(layer: DecoderLayer, model: Model, hidden: Tensor, scheme: Scheme | Non
     return out.view(hidden.shape)
 
 
-def _inverse(A: Tensor) -> Tensor:
-    """Of a square matrix, without asking the GPU whether it has one."""
-    inverse: Tensor = torch.linalg.inv_ex(A).inverse
-    return inverse
+def inverse_nearby(A: Tensor, near: Tensor) -> Tensor:
+    """The inverse of a square matrix, with its gradient, from that of one nearby, which it replaces in `near`.
+
+    Newton's iteration: products alone, which a recorded step may hold; solvers ask the GPU whether they succeeded.
+    """
+    with torch.no_grad():
+        X = near
+        for _ in range(NEWTON_STEPS):
+            X = 2 * X - X @ A @ X
+        near.copy_(X)
+    return 2 * X - X @ A @ X  # its derivative by A is the inverse's
 
 
 def _orthogonal(n: int, generator: torch.Generator) -> Tensor:

@@ -50,7 +50,7 @@ def test_rows_of_a_tiny_model(tiny_run: dict[str, Any]) -> None:
 
 
 def test_what_a_stopped_run_needs_most_comes_first() -> None:
-    found = in_turn(("rtn", "fp", "ours"), ("w4a4", "w4a8"))
+    found = in_turn(("flatquant", "rtn", "fp", "ours"), ("w4a4", "w4a8"))
     assert found == [
         ("fp", "w4a4"),
         ("ours", "w4a4"),
@@ -58,6 +58,8 @@ def test_what_a_stopped_run_needs_most_comes_first() -> None:
         ("ours", "w4a8"),
         ("rtn", "w4a4"),
         ("rtn", "w4a8"),
+        ("flatquant", "w4a4"),
+        ("flatquant", "w4a8"),
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atom.calibration.flatquant import ALL, FlatConfig, FlatInput, FlatLinear, flatten_model, round_rows
+from atom.calibration.flatquant import ALL, FlatConfig, FlatInput, FlatLinear, flatten_model, inverse_nearby, round_rows
 from atom.models.generate import scheme_cache
 from atom.models.loader import load_model
 from atom.models.model import Model
@@ -75,8 +75,22 @@ def test_learning_brings_the_model_closer(name: str, kv: str, tiny: Tiny) -> Non
     exact = hidden(load_model(tiny(name)))
     scheme = get_scheme(f"bf16+{kv}")
     errors = []
-    for steps in (0, 40):
+    for steps in (0, 100):
         model = load_model(tiny(name))
         flatten_model(model, TEXT, scheme, replace(FlatConfig(), steps=steps))
         errors.append(float((hidden(model) - exact).norm() / exact.norm()))
     assert errors[1] < 0.9 * errors[0] < 0.9
+
+
+def test_an_inverse_from_one_nearby_has_the_gradient_of_the_inverse() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q
+    near = A.T.clone()
+    A = (A + 0.03 * torch.randn(12, 12, generator=generator, dtype=torch.float64)).requires_grad_()
+    weight = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    found, exact = inverse_nearby(A, near), torch.linalg.inv(A)
+    (own,) = torch.autograd.grad((found * weight).sum(), A, retain_graph=True)
+    (wanted,) = torch.autograd.grad((exact * weight).sum(), A)
+    torch.testing.assert_close(found, exact, atol=1e-8, rtol=0)
+    torch.testing.assert_close(own, wanted, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(near, exact.detach(), atol=1e-6, rtol=0)
