@@ -15,7 +15,7 @@ import tyro
 
 from atom.commands.console import console
 from atom.serving.bench.engine_process import EngineProcesses
-from atom.serving.bench.joining import latest, read_parts, write_joined
+from atom.serving.bench.joining import latest, read_parts, rows_of, write_joined
 from atom.serving.bench.report_data import write_rows
 from atom.serving.bench.sweep import read_points
 from atom.serving.bench.tables import text_table
@@ -79,7 +79,7 @@ def ends(text: str, each: int = 2000) -> str:
 def join(options: Join) -> None:
     """Write benchmarks/results/<machine>/latency.json; of two measurements of one thing the later counts."""
     parts = read_parts(options.parts)
-    rows = latest([row for part in parts for row in part["rows"]], ("shape", "scheme", "kv", "batch", "context"))
+    rows = latest(rows_of(parts), ("shape", "scheme", "kv", "batch", "context"))
     console.print(f"wrote {write_joined('latency', parts, rows)}")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from atom.quant.presets import get_scheme, kv_name
 from atom.serving.bench.drive import Driver
 from atom.serving.bench.engine_run import running
-from atom.serving.bench.joining import latest, read_parts, write_joined
+from atom.serving.bench.joining import latest, read_parts, rows_of, write_joined
 from atom.serving.bench.lengths import parse_workload
 from atom.serving.bench.offline_config import ModelChoice
 from atom.serving.bench.report_data import write_rows
@@ -149,7 +149,7 @@ def join(files: list[Path]) -> Path:
     """Write benchmarks/results/<machine>/profile.json; of two profiles of one thing the later counts."""
     parts = read_parts(files)
     keys = ("shape", "scheme", "kv", "workload", "memory_gb", "batch")
-    rows = latest([row for part in parts for row in part["rows"]], keys)
+    rows = latest(rows_of(parts), keys)
     command = "python -m benchmarks.profile_steps SHAPE --scheme --workload --batch --memory-gb -o, --join"
     return write_joined("profile", parts, rows, command)
 

@@ -26,7 +26,7 @@ from atom.commands.console import console
 from atom.models.dummy import SHAPES
 from atom.quant.presets import get_scheme, kv_name
 from atom.serving.bench.config import ServeBenchConfig
-from atom.serving.bench.joining import latest, read_parts, write_joined
+from atom.serving.bench.joining import latest, read_parts, rows_of, write_joined
 from atom.serving.bench.report_data import machine_name
 from atom.serving.bench.result import KIND, ServeResult
 from atom.serving.bench.serve import bench_serve
@@ -187,7 +187,9 @@ def join(options: Join) -> None:
     parts = read_parts(files, KIND)
     if not parts:
         raise ValueError("these folders hold no result of a load; fill them with `run`")
-    rows = latest(map(row_of, parts), ("model", "scheme", "kv", "workload", "load"))
+    rows = latest(
+        rows_of([part | {"rows": [row_of(part)]} for part in parts]), ("model", "scheme", "kv", "workload", "load")
+    )
     console.print(f"wrote {write_joined('served', parts, rows)}")
 
 

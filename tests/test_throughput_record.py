@@ -43,6 +43,12 @@ def test_the_latest_counts() -> None:
     }
 
 
+def test_of_runs_that_came_to_one_batch_the_faster_counts() -> None:
+    """More were asked for than memory held: in a short window those that ended had no successors yet."""
+    rows = joined([part("old", row("bf16", 40, 900.0)), part("new", row("bf16", 40, 650.0), row("bf16", 40, 590.0))])
+    assert [r["out_tok_s"] for r in rows if r["batch_mode"] == "equal"] == [650.0]
+
+
 def test_all_is_the_three_experiments_with_few_engines(tmp_path: Path) -> None:
     found = sweeps(Run("all", tmp_path, data=tmp_path))
     runs = {

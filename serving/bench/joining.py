@@ -20,6 +20,15 @@ def read_parts(files: Iterable[Path], kind: str | None = None) -> list[Part]:
     return sorted(wanted, key=lambda part: str(part["date"]))
 
 
+def rows_of(parts: Sequence[Part]) -> list[Row]:
+    """All rows; one from another commit than the last part's says so under `source`."""
+    found = []
+    for part in parts:
+        other = {} if part["commit"] == parts[-1]["commit"] else {"source": f"commit {part['commit']}"}
+        found += [row | ({} if "source" in row else other) for row in part["rows"]]
+    return found
+
+
 def latest(rows: Iterable[Row], keys: Sequence[str]) -> list[Row]:
     """Of rows that are alike in `keys` the last, at the first one's place."""
     return list({tuple(row[key] for key in keys): row for row in rows}.values())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from atom.serving.bench.joining import latest, read_parts, write_joined
+from atom.serving.bench.joining import latest, read_parts, rows_of, write_joined
 
 
 def test_parts_are_in_order_of_time(tmp_path: Path) -> None:
@@ -24,6 +24,12 @@ def test_parts_are_in_order_of_time(tmp_path: Path) -> None:
 def test_the_last_of_rows_alike_counts() -> None:
     rows = [{"batch": 1, "ms": 3.0}, {"batch": 2, "ms": 4.0}, {"batch": 1, "ms": 2.0}]
     assert latest(rows, ["batch"]) == [{"batch": 1, "ms": 2.0}, {"batch": 2, "ms": 4.0}]
+
+
+def test_rows_of_other_commits_say_so() -> None:
+    rows: list[dict[str, object]] = [{"ms": 1}, {"ms": 2, "source": "commit z"}]
+    parts = [{"commit": "a", "rows": rows}, {"commit": "b", "rows": [{"ms": 3}]}]
+    assert rows_of(parts) == [{"ms": 1, "source": "commit a"}, {"ms": 2, "source": "commit z"}, {"ms": 3}]
 
 
 def test_one_machine_a_record() -> None:
