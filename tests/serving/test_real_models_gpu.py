@@ -76,7 +76,7 @@ class Reference:
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         self.model: Any = load_model(path, DEVICE, dtype, kernels="reference")
-        self.layers = self.model.model.decoder_layers()
+        self.layers = list(self.model.model.decoder_layers())
 
     def logits(self, ids: Tensor, count: int) -> Tensor:
         """Those of the last `count` tokens, [count, vocab_size]."""
