@@ -1,8 +1,9 @@
 """The last step of an answer: as JSON or as events, and errors that come when these have begun."""
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,6 +13,9 @@ from .errors import ApiError, api_error
 from .sse import EventStream, event, to_json, unless_left
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+LARGE = 10_000  # tokens of logprobs, some 20 ms
 
 
 class JsonAnswer(Response):
@@ -39,6 +43,11 @@ async def respond(http: Request, generated: Generated, stream: Stream, in_events
         return JsonAnswer(await unless_left(http, generated.whole()))
     finally:
         stream.close()
+
+
+async def beside_others(count: int, make: Callable[[], T]) -> T:
+    """What `make` makes of the logprobs of `count` tokens, alternatives included; many in a thread, streams go on."""
+    return make() if count < LARGE else await asyncio.to_thread(make)
 
 
 def error_answer(error: ApiError) -> Response:

@@ -13,9 +13,9 @@ from ..frontend import new_id
 from ..request import FinishReason
 from ..result import TokenLogprobs
 from ..stream import Chunk, Stream
-from .answers import ErrorEvents, respond
+from .answers import ErrorEvents, beside_others, respond
 from .guidance import guidance_spec
-from .logprobs import chat_logprobs, prompt_logprobs
+from .logprobs import chat_logprobs, prompt_logprobs, told
 from .messages import template_messages
 from .protocol import ChatRequest
 from .service import Service, usage
@@ -120,6 +120,10 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         async for chunk in self.stream:
             self._take(chunk)
+        count = told(self.of_prompt or ()) + sum(told(choice.logprobs) for choice in self.choices)
+        return await beside_others(count, self._whole)
+
+    def _whole(self) -> dict[str, Any]:
         answer: dict[str, Any] = {**self.head, "object": "chat.completion"}
         answer["choices"] = [self._whole_choice(index, choice) for index, choice in enumerate(self.choices)]
         answer["usage"] = self._usage()

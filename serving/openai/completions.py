@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -14,9 +15,9 @@ from ..frontend import new_id
 from ..result import TokenLogprobs
 from ..stream import Chunk, Stream
 from ..tokenizer import Tokenizer
-from .answers import ErrorEvents, respond
+from .answers import ErrorEvents, beside_others, respond
 from .guidance import guidance_spec
-from .logprobs import completion_logprobs, prompt_logprobs
+from .logprobs import completion_logprobs, prompt_logprobs, told
 from .protocol import CompletionRequest
 from .service import Service, usage
 from .sse import DONE, event
@@ -122,6 +123,10 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         async for chunk in self.stream:
             self._take(chunk)
+        count = sum(map(told, (*self.of_prompts.values(), *(choice.logprobs for choice in self.choices))))
+        return await beside_others(count, self._whole)
+
+    def _whole(self) -> dict[str, Any]:
         choices = []
         for index, choice in enumerate(self.choices):
             self._begin(index, choice)
@@ -140,7 +145,8 @@ class Answer:
             choice = self.choices[chunk.index]
             self._take(chunk)
             self._begin(chunk.index, choice)
-            made = {**self.head, "object": "text_completion", "choices": [self._choice(chunk.index, choice)]}
+            choices = [await beside_others(told(choice.logprobs), partial(self._choice, chunk.index, choice))]
+            made = {**self.head, "object": "text_completion", "choices": choices}
             if with_usage:
                 made["usage"] = self._usage() if options and options.continuous_usage_stats else None
             yield event(made)

@@ -9,6 +9,11 @@ from ..tokenizer import Tokenizer
 LOWEST = -9999.0  # what the API writes for a probability of zero: JSON has no infinity
 
 
+def told(found: Sequence[TokenLogprobs | None]) -> int:
+    """Tokens that are told of, alternatives included."""
+    return sum(1 + len(each.top) for each in found if each is not None)
+
+
 def finite(logprob: float) -> float:
     return logprob if logprob > LOWEST else LOWEST  # also for what is no number, which JSON has not either
 

@@ -30,6 +30,7 @@ class Limits:
     body_timeout_s: float = 60.0
     max_prompts: int = 1024
     max_samples: int = 4096  # of all prompts together
+    max_prompt_logprobs: int = 2**20  # of all prompts together, alternatives included: 70 MB of JSON
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,14 @@ class Service:
                 "prompt",
                 f"prompt asks for {samples} samples ({len(prompts)} texts, n = {params.n}), at most {most} are "
                 "served; send several requests.",
+            )
+        told = 0 if params.prompt_logprobs is None else sum(map(len, prompts)) * (1 + params.prompt_logprobs)
+        if told > self.limits.max_prompt_logprobs:
+            field = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+            raise InvalidRequestError(
+                field,
+                f"{field} asks for {told} logprobs of the prompt, at most {self.limits.max_prompt_logprobs} are told; "
+                "ask for fewer alternatives, or send several requests.",
             )
         log: dict[str, Any] = http.state.log
         requests = [

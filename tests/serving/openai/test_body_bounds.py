@@ -1,12 +1,16 @@
 """What a stranger may put into 32 MiB: refused before all other streams have stood still for long."""
 
 import asyncio
+import json
+import re
 import threading
 import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
+
+from atom.serving.openai.service import Limits
 
 from ..scripted import Running, running
 
@@ -102,6 +106,32 @@ def test_all_others_go_on_meanwhile(server: Running) -> None:
         done.set()
         thread.join()
     assert max(waits) < 5, "seconds; 1.3 on two busy cores"
+
+
+def test_logprobs_of_long_prompts_are_bounded_and_told_beside_others() -> None:
+    with running(limits_http=Limits(max_prompt_logprobs=1000)) as server:
+        for field in ({"prompt_logprobs": 9}, {"logprobs": 9, "echo": True}, {"logprobs": 9, "echo": True, "n": 2}):
+            body = json.dumps({"prompt": [5] * 101} | field).encode()
+            name = "prompt_logprobs" if "prompt_logprobs" in field else "logprobs"
+            refused(server, COMPLETIONS, body, 400, name, "asks for 1010 logprobs of the prompt, at most 1000")
+        assert server.post(COMPLETIONS, prompt=[5] * 100, prompt_logprobs=9).status_code == 200
+        chat = {"messages": [{"role": "user", "content": "x" * 200}], "prompt_logprobs": 9}
+        assert server.post(CHAT, **chat).status_code == 400
+        server.wait_idle()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_many_logprobs_are_those_of_few(server: Running, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"prompt": [5] * 300, "logprobs": 9, "echo": True, "stream": stream}
+    chat = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 9, "stream": stream}
+    found = []
+    for large in (10_000, 1):
+        monkeypatch.setattr("atom.serving.openai.answers.LARGE", large)
+        found.append([server.post(COMPLETIONS, **asked).text, server.post(CHAT, **chat).text])
+    changing = re.compile(r'"(id|created)":("[^"]*"|[0-9]+)|"cached_tokens":[0-9]+')
+    few, many = ([changing.sub("", text) for text in texts] for texts in found)
+    assert few == many and "logprobs" in few[0] and "top_logprobs" in few[1]
+    server.wait_idle()
 
 
 def test_large_texts_wait_for_each_other_alone(server: Running) -> None:
