@@ -162,12 +162,12 @@ def measure(options: Measure) -> None:
         for number in range(len(run.texts.texts)):
             full = run.texts.score(run.full, number)
             for part in (*PARTS, *alone):
-                add_row(run, options.name, loaded, part, number, full)
+                add_row(run, options, loaded, part, number, full)
 
 
-def add_row(run: AccuracyRun, name: str, loaded: Loaded, part: CachePart, number: int, full: Perplexity) -> None:
+def add_row(run: AccuracyRun, options: Measure, loaded: Loaded, part: CachePart, number: int, full: Perplexity) -> None:
     """Measure text `number` through a cache that is changed by `part`."""
-    row: Row = {"model": name, "part": part.name, "text": run.texts.texts[number].name}
+    row: Row = {"model": options.name, "part": part.name, "text": run.texts.texts[number].name}
     if run.part.has(RECORD, row):
         return
     PartlyExactKV.part = part
@@ -175,7 +175,8 @@ def add_row(run: AccuracyRun, name: str, loaded: Loaded, part: CachePart, number
         found = run.texts.score(loaded, number, run.full.model)
     change = change_keys(full, found)
     row |= {"layer": part.layer, **perplexity_keys(loaded, found), "change": change["change"]}
-    run.part.add(RECORD, row | {"change_se": change["change_se"], **run.calibration(0)})
+    row |= {"change_se": change["change_se"], "source": options.source}
+    run.part.add(RECORD, row | run.calibration(0))
 
 
 def join(options: Join) -> None:
