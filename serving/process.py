@@ -23,6 +23,7 @@ from atom.env import api_keys
 from atom.errors import AtomError
 from atom.models.source import read_config
 
+from .chat_template import read_template
 from .connection import connection_class
 from .engine_config import EngineConfig
 from .errors import EngineDeadError
@@ -59,9 +60,12 @@ def serve(
 
     say    called with what start-up is doing
     ready  called when it is done
-    Raises PortError, CheckpointError, UnsupportedError or ValueError before anything is served, EngineDeadError after.
+    Raises TemplateError, PortError, CheckpointError, UnsupportedError or ValueError before anything is served,
+    EngineDeadError after.
     """
     set_up_logging(server)
+    if server.chat_template is not None:
+        read_template(server.chat_template)  # before the model is loaded for minutes
     with _ended_by_signals(), take_port(server.host, server.port) as listener:
         made = start_up(model, engine, say)
         service = make_service(model, made, engine, server)
@@ -80,7 +84,7 @@ def serve(
 
 def make_service(model: str, made: Ready, engine: EngineConfig, server: ServerConfig) -> Service:
     """The served model with its names, template and defaults."""
-    template = None if server.chat_template is None else server.chat_template.read_text(encoding="utf-8")
+    template = None if server.chat_template is None else read_template(server.chat_template)
     tokenizer = Tokenizer(made.tokenizer, template)
     names = server.served_model_name or (model,)
     frontend = Frontend(made.engine, tokenizer, Metrics(made.engine.stats, names[0]), server.stream_interval)

@@ -161,10 +161,9 @@ def load_tokenizer(model: Path | str) -> Any:
     local = Path(model).expanduser()
     folder = local if local.is_dir() else open_source(model).path
     if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise CheckpointError(
-            f"{folder} has no tokenizer; one of {', '.join(_VOCABULARIES)} is needed; "
-            "copy the tokenizer files of the original model into it."
-        )
+        gguf = next(folder.glob("*.gguf"), None)
+        advice = "copy the tokenizer files of the original model into it" if gguf is None else f"or pass {gguf} itself"
+        raise CheckpointError(f"{folder} has no tokenizer; one of {', '.join(_VOCABULARIES)} is needed; {advice}.")
     try:
         return _tokenizer_class(folder).from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, LookupError, TypeError, AttributeError, ImportError) as error:

@@ -226,6 +226,9 @@ def test_missing_tokenizer(tmp_path: Path) -> None:
     path = save_model(random_model(LLAMA), tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"has no tokenizer; one of tokenizer\.json.* copy the tokenizer files"):
         load_tokenizer(path)
+    (path / "some.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer; .* or pass .*some\.gguf itself"):
+        load_tokenizer(path)
 
 
 def test_damaged_tokenizer(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from atom.cli import main
+from atom.serving.chat_template import read_template
 from atom.serving.errors import EngineDeadError
 from atom.serving.openai.protocol import SamplingDefaults
 from atom.serving.openai.service import Service
@@ -161,6 +162,34 @@ def test_a_signal_during_start_up_ends_in_good_order() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
     assert ended.value.code == 0 and signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        (b"\xff", "it is not UTF-8"),
+        (b"{% for m in messages %}\n{{ m.content }}", "wrong in line 2"),
+        (b"{{ messages[0 }}", "wrong in line 1"),
+    ],
+)
+def test_a_wrong_template_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes | None, match: str
+) -> None:
+    file = tmp_path / "template.jinja"
+    if text is not None:
+        file.write_bytes(text)
+    assert main(["serve", "no-such-model", "--port", "0", "--chat-template", str(file)]) == 1
+    assert match in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_templates_as_models_have_them_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    for text in (TEMPLATE, "{% for m in messages %}{% if m.skip %}{% continue %}{% endif %}{% endfor %}"):
+        file.write_text(text)
+        assert read_template(file) == text
+    file.write_text("{% generation %}x{% endgeneration %}")  # transformers' own tag
+    assert read_template(file)
 
 
 def test_a_taken_port_is_refused_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
