@@ -288,12 +288,14 @@ def join(options: Join) -> None:
 def finish(rows: list[Row]) -> None:
     """Keep the first of several rows of one measurement, sorted; full precision stands beside every scheme.
 
-    Caches whose zero points keep the mean (`kv_zero`) take the places of those before there were any.
+    Caches whose zero points keep the mean (`kv_zero`) take the places of those before there were any. Full precision
+    is the same in all rows: what a later one knows besides, of tasks say, is added to the first.
     """
     first: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        scheme = None if row["method"] == "fp" else row["scheme"]
-        first.setdefault((*(row[k] for k in ("model", "text", "method", "path", "dtype")), scheme), row)
+        is_full = row["method"] == "fp"
+        key = (*(row[k] for k in ("model", "text", "method", "path", "dtype")), None if is_full else row["scheme"])
+        first[key] = {**row, **first.get(key, {})} if is_full else first.get(key, row)
     known = {(row["model"], row["text"], row["scheme"]) for row in rows}
     full = [row for row in first.values() if row["method"] == "fp"]
     beside = [{**row, "scheme": scheme} for row in full for scheme in SCHEMES]

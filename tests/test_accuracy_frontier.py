@@ -72,9 +72,11 @@ def test_the_first_of_several_rows_stays_and_full_precision_stands_beside_every_
     row = {"model": "m", "text": "t", "windows": 1, "method": "fp", "scheme": "w4a4", "path": "reference"}
     row |= {"dtype": "float32", "ppl": 10.0}
     ours = {**row, "method": "ours", "ppl": 12.0}
-    rows = [{**ours, "scheme": "kv4"}, row, {**row, "scheme": "w4a8"}, ours, {**ours, "ppl": 13.0}]
+    tasks = {**row, "scheme": "w4a8", "task:piqa": 0.7, "ppl": 10.1}
+    rows = [{**ours, "scheme": "kv4"}, row, tasks, ours, {**ours, "ppl": 13.0}]
     finish(rows)
     found = [(row["scheme"], row["method"], row["ppl"], row["ppl_fp"]) for row in rows]
+    assert [row.get("task:piqa") for row in rows] == [0.7, None, 0.7, 0.7, None]
     assert found == [
         ("w4a4", "fp", 10.0, 10.0),
         ("w4a4", "ours", 12.0, 10.0),
