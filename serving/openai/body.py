@@ -8,6 +8,8 @@ have them too: the limits let two million tokens of prose, code or JSON through,
 """
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic_core import from_json
@@ -24,19 +26,49 @@ MOST = {  # of a body's bytes
 }
 
 
-async def read_json(request: Request, max_bytes: int, timeout_s: float) -> Any:
+class Bodies:
+    """Memory for the bodies of all requests that are being read.
+
+    most  bytes together
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[list[bytes]]:
+        """A list for the chunks of one body, which is `take`'s; its memory is given back at the end."""
+        chunks: list[bytes] = []
+        try:
+            yield chunks
+        finally:
+            self.held -= sum(map(len, chunks))
+
+    def take(self, chunks: list[bytes], chunk: bytes) -> None:
+        """Add a chunk. ApiError (429) if there is no room."""
+        if self.held + len(chunk) > self.most:
+            message = f"bodies of {self.held} bytes are being read, at most {self.most} together; try again later."
+            raise ApiError(429, message, code="queue_full", retry_after_s=1)
+        self.held += len(chunk)
+        chunks.append(chunk)
+
+
+async def read_json(request: Request, max_bytes: int, timeout_s: float, bodies: Bodies) -> Any:
     """The body's JSON value.
 
     Raises ApiError: 400 malformed, 408 too slow, 413 too large (before the rest is read) or of too many values, 415 not
-    JSON by its header.
+    JSON by its header, 429 too many others are read.
     """
     _check_headers(request)
     _check_length(request, max_bytes)
-    try:
-        async with asyncio.timeout(timeout_s):
-            data = await _read(request, max_bytes)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {timeout_s:g} s; send it faster.") from None
+    with bodies.hold() as chunks:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await _read(request, max_bytes, bodies, chunks)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {timeout_s:g} s; send it faster.") from None
+        data = b"".join(chunks)
     _check_values(data)
     try:
         return from_json(data, allow_inf_nan=False)
@@ -61,14 +93,13 @@ def _check_length(request: Request, max_bytes: int) -> None:
         raise _too_large(max_bytes)
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
-    chunks, size = [], 0
+async def _read(request: Request, max_bytes: int, bodies: Bodies, chunks: list[bytes]) -> None:
+    size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > max_bytes:  # a chunked body says its length only as it comes
             raise _too_large(max_bytes)
-        chunks.append(chunk)
-    return b"".join(chunks)
+        bodies.take(chunks, chunk)
 
 
 def _check_values(data: bytes) -> None:

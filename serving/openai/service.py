@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -15,7 +16,7 @@ from ..guide import Guide
 from ..request import Request
 from ..sampling_params import SamplingParams
 from ..stream import Stream
-from .body import read_json
+from .body import Bodies, read_json
 from .errors import ApiError
 from .protocol import Body, Sampling, SamplingDefaults
 
@@ -28,6 +29,7 @@ class Limits:
 
     max_body_bytes: int = 32 * 2**20
     body_timeout_s: float = 60.0
+    max_bodies_bytes: int = 2**30  # of all bodies that are being read
     max_prompts: int = 1024
     max_samples: int = 4096  # of all prompts together
     max_prompt_logprobs: int = 2**20  # of all prompts together, alternatives included: 70 MB of JSON
@@ -53,13 +55,17 @@ class Service:
     compiler: GuideCompiler | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @cached_property
+    def bodies(self) -> Bodies:
+        return Bodies(self.limits.max_bodies_bytes)
+
     @property
     def max_model_len(self) -> int:
         return self.frontend.engine.config.max_sequence_tokens
 
     async def read(self, http: HttpRequest, model: type[B]) -> B:
         """The request's body, checked, for a model that is served here. ApiError or pydantic's ValidationError."""
-        value = await read_json(http, self.limits.max_body_bytes, self.limits.body_timeout_s)
+        value = await read_json(http, self.limits.max_body_bytes, self.limits.body_timeout_s, self.bodies)
         body = model.model_validate(value)
         name = getattr(body, "model", None)
         if name is not None and name not in self.names:

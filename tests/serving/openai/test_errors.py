@@ -154,6 +154,30 @@ def test_huge_bodies_are_refused_before_they_are_read() -> None:
         refused(server.http.post(PATH, content=slow(), headers=JSON), 408, None, "within 0.3 s")
 
 
+def test_bodies_of_all_requests_together_are_bounded() -> None:
+    with running(limits_http=Limits(max_bodies_bytes=1000)) as server:
+        head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 950\r\n\r\n"
+        body = {"prompt": "x" * 100}
+        with socket.create_connection(("127.0.0.1", server.http.base_url.port)) as raw:
+            raw.settimeout(5)
+            raw.sendall(head.encode() + b" " * 930)
+            deadline = time.monotonic() + 5
+            while server.service.bodies.held < 930 and time.monotonic() < deadline:
+                time.sleep(0.005)
+            answer = server.http.post(PATH, json=body)
+            assert refused(answer, 429, None, "at most 1000 together")["code"] == "queue_full"
+            assert answer.headers["retry-after"] == "1"
+            raw.sendall(b'{"prompt": "x"}     ')
+            assert raw.recv(1000).startswith(b"HTTP/1.1 200")
+        assert server.service.bodies.held == 0 and server.http.post(PATH, json=body).status_code == 200
+        with socket.create_connection(("127.0.0.1", server.http.base_url.port)) as raw:  # and one that leaves
+            raw.sendall(head.encode() + b" " * 930)
+        deadline = time.monotonic() + 5
+        while server.http.post(PATH, json=body).status_code == 429:
+            assert time.monotonic() < deadline, "its memory is still taken"
+        assert server.service.bodies.held == 0
+
+
 def test_api_key_on_every_route_but_health() -> None:
     with running(options=AppOptions(api_keys=("secret", "other"))) as server:
         paths = [path for _, path, *_ in ROUTES if "{" not in path]
