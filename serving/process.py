@@ -98,7 +98,12 @@ def make_service(model: str, made: Ready, engine: EngineConfig, server: ServerCo
     if made.tokenizer is not None:
         compiler = GuideCompiler(made.tokenizer, made.limits.vocab_size, made.eos_token_ids)
         compiler.prepare()
-    limits = Limits(server.max_body_bytes, server.body_timeout, made.limits.max_waiting_requests)
+    limits = Limits(
+        max_body_bytes=server.max_body_bytes,
+        body_timeout_s=server.body_timeout,
+        max_bodies_bytes=max(server.max_body_bytes, Limits.max_bodies_bytes),
+        max_prompts=made.limits.max_waiting_requests,
+    )
     return Service(
         frontend,
         tuple(names),

@@ -23,7 +23,7 @@ from .protocol import Body, Sampling, SamplingDefaults
 B = TypeVar("B", bound=Body)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """Of the HTTP side; the engine has its own."""
 
