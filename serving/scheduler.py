@@ -34,6 +34,7 @@ from .result import StepResult
 from .sequence import Output, Sequence
 from .stats import Stats
 from .taking import Taking
+from .waiting import Waiting
 
 ENOUGH = 4  # prompts of this part of a step's tokens are not made to wait for more
 
@@ -62,12 +63,10 @@ class Scheduler:
         )
         self._prefixes = Prefixes(self.blocks, hash_key)
         self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences of each
-        self._waiting: list[Sequence] = []  # both sorted by order
-        self._running: list[Sequence] = []
+        self._waiting = Waiting()
+        self._running: list[Sequence] = []  # sorted by order
         self._decoding = Decoding(config.max_num_seqs, config.block_size)  # most of them
         self._in_flight: deque[Step] = deque()
-        self._new_seqs = 0  # waiting sequences that never ran, and their prompt tokens
-        self._new_tokens = 0
         self._arrivals = 0
         self._steps = 0
         self._last_admission = -config.admission_interval
@@ -100,7 +99,8 @@ class Scheduler:
             )
         max_tokens = request.max_tokens(self.config)
         n = request.params.n
-        check_room(self.config, self._new_seqs, self._new_tokens, n, n * len(request.prompt_token_ids))
+        waiting = self._waiting
+        check_room(self.config, waiting.num_new, waiting.new_tokens, n, n * len(request.prompt_token_ids))
         arrival = self._steps + request.priority * self.config.patience_steps
         sequences = []
         for index in range(n):
@@ -109,10 +109,8 @@ class Scheduler:
             if self.config.num_speculative_tokens and can_speculate(request):
                 sequence.ngrams = NgramIndex(self.config.prompt_lookup_min, self.config.prompt_lookup_max)
             sequences.append(sequence)
-            insort(self._waiting, sequence, key=_order)
+            waiting.add(sequence)
         self._requests[request.request_id] = sequences
-        self._new_seqs += n
-        self._new_tokens += n * len(request.prompt_token_ids)
 
     def abort(self, request_id: str) -> list[Output]:
         """End a request at whatever stage it is; nothing happens if there is no such request (any more)."""
@@ -154,14 +152,14 @@ class Scheduler:
         if gathers:
             budget = min(budget, self.config.admission_few)
         while budget and self._preemptions == preemptions:
-            if (gathers and not self._begins_within(budget)) or not self._admit():
+            head = self._waiting.head
+            if head is None or (gathers and head.length > budget) or not self._admit(head):
                 break
-            sequence = self._waiting.pop(0)
-            insort(self._running, sequence, key=_order)
-            end = min(sequence.length, sequence.scheduled + budget)
-            budget -= end - sequence.scheduled
-            chunks.append((sequence, end))
-            admitted.append(sequence)
+            insort(self._running, head, key=_order)
+            end = min(head.length, head.scheduled + budget)
+            budget -= end - head.scheduled
+            chunks.append((head, end))
+            admitted.append(head)
         if admitted:
             self._last_admission = self._steps
         rest += [self._chunk(sequence, end) for sequence, end in chunks]
@@ -184,7 +182,7 @@ class Scheduler:
         """How it stands; the scheduler does not know of failed steps."""
         return Stats(
             waiting=len(self._waiting),
-            waiting_tokens=self._new_tokens,
+            waiting_tokens=self._waiting.new_tokens,
             running=len(self._running),
             in_flight=len(self._in_flight),
             blocks=self.config.num_blocks,
@@ -198,7 +196,7 @@ class Scheduler:
             num_finished=self._finished,
             num_prompt_tokens=self._prompt_tokens,
             num_output_tokens=self._taking.num_tokens,
-            waiting_new=self._new_seqs,
+            waiting_new=self._waiting.num_new,
             num_draft_tokens=self._drafting.proposed,
             num_accepted_tokens=self._drafting.accepted,
             num_failures=num_failures,
@@ -208,17 +206,14 @@ class Scheduler:
         """Assert what must hold between any two calls; what breaks it is a bug here."""
         self.blocks.check()
         self._decoding.check()
+        self._waiting.check()
         running, waiting = self._running, self._waiting
         live = {s.sequence_id for sequences in self._requests.values() for s in sequences}
         assert live == {s.sequence_id for s in (*running, *waiting)}, "a sequence is lost or outlived its request"
         assert len(live) == len(running) + len(waiting), "a sequence is queued twice"
         assert all(self._requests.values()), "a request without sequences is kept"
-        for queue in (running, waiting):
-            assert queue == sorted(queue, key=_order), "a queue is out of order"
+        assert running == sorted(running, key=_order), "running sequences are out of order"
         assert len({s.lane for s in running}) == len(running) == self.config.max_num_seqs - self._lanes.num_free
-        new = [s for s in waiting if s.epoch == 0]
-        assert (self._new_seqs, self._new_tokens) == (len(new), sum(s.num_prompt for s in new))
-        assert all(s.lane is None for s in waiting), "a waiting sequence has a lane"
         assert self.blocks.num_used == len({b for s in running for b in self.blocks.table(s.sequence_id)})
         for sequence in running:
             assert not sequence.is_finished and sequence.computed <= sequence.scheduled <= sequence.length
@@ -299,15 +294,10 @@ class Scheduler:
                 return False
         return True
 
-    def _begins_within(self, budget: int) -> bool:
-        """Whether the head of the queue is a whole prompt of at most `budget` tokens."""
-        return bool(self._waiting) and self._waiting[0].length <= budget
-
-    def _admit(self) -> bool:
-        """Give the head of the queue a table and a lane, if it may run now; it stays in the queue."""
-        if not self._waiting or not self._lanes.num_free:
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give the head of the queue a table and a lane and take it out, if it may run now."""
+        if not self._lanes.num_free:
             return False
-        sequence = self._waiting[0]
         if sequence.pending:  # preempted while its next token is being sampled: wait for that
             return False
         size, config = self.config.block_size, self.config
@@ -325,10 +315,9 @@ class Scheduler:
             cached = self.blocks.allocate(sequence.sequence_id, sequence.length, digests, reserve)
         if cached is None:
             return False
+        self._waiting.remove(sequence)
         if sequence.epoch == 0:
             sequence.cached_tokens = cached
-            self._new_seqs -= 1
-            self._new_tokens -= sequence.num_prompt
         sequence.epoch += 1
         sequence.scheduled = sequence.computed = cached
         sequence.registered = cached // size
@@ -356,7 +345,7 @@ class Scheduler:
         sequence.scheduled = sequence.computed = 0
         sequence.num_preemptions += 1
         self._preemptions += 1
-        insort(self._waiting, sequence, key=_order)
+        self._waiting.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Take a sequence out of the running ones, with its blocks and lane."""
@@ -378,10 +367,7 @@ class Scheduler:
         if sequence.lane is not None:
             self._release(sequence)
         else:
-            del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
-            if sequence.epoch == 0:
-                self._new_seqs -= 1
-                self._new_tokens -= sequence.num_prompt
+            self._waiting.remove(sequence)
         siblings = self._requests[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:

@@ -24,13 +24,11 @@ class UnderWayScheduler(Scheduler):
 
     written: tuple[int, ...] = ()
 
-    def _admit(self) -> bool:
-        head = self._waiting[0] if self._waiting else None
-        if not super()._admit():
+    def _admit(self, sequence: Sequence) -> bool:
+        if not super()._admit(sequence):
             return False
-        assert head is not None
-        if head.epoch == 1 and head.request.request_id.startswith(MARK):
-            head.scheduled = head.computed = head.length - 1
+        if sequence.epoch == 1 and sequence.request.request_id.startswith(MARK):
+            sequence.scheduled = sequence.computed = sequence.length - 1
         return True
 
     def _release(self, sequence: Sequence) -> None:

@@ -94,6 +94,12 @@ def served(request: pytest.FixtureRequest, tiny: Callable[[str], Path], tmp_path
         wait_idle(service.frontend)
 
 
+def test_large_bodies_are_read(served: Served) -> None:
+    """The limits are those of the options, each in its place."""
+    with pytest.raises(openai.BadRequestError, match="shorten it"):
+        served.chat(messages=[{"role": "user", "content": "word " * 500_000}])
+
+
 def test_chat_and_its_stream_are_the_same(served: Served) -> None:
     whole = served.chat()
     with served.chat(stream=True, stream_options={"include_usage": True}) as stream:
