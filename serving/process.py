@@ -41,6 +41,9 @@ from .tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+# Of a connection between two requests. Who closes first may meet the other's next request, which is then lost: proxies
+# keep theirs for 60 s, aiohttp for 15, httpx, and so the openai client, for the 5 that uvicorn would.
+KEEP_ALIVE_S = 75
 CLOSE_S = 5  # for answers to reach their clients once all requests have ended
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -190,6 +193,7 @@ async def _serve(service: Service, config: ServerConfig, listener: socket.socket
             lifespan="on",
             server_header=False,
             backlog=2048,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=CLOSE_S,
         )
     )

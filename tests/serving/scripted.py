@@ -1,6 +1,7 @@
 """A server whose model is a script: the real front end, engine and scheduler, over a runner that recites."""
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -160,6 +161,19 @@ def scripted_service(
         limits=limits_http or Limits(),
         tool_parser=tool_parser,
     )
+
+
+def read_answer(raw: socket.socket) -> bytes:
+    """One HTTP answer with a content-length, whole; it may come in pieces."""
+    data = b""
+    while True:
+        head, end, body = data.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head) if end else None
+        if length and len(body) >= int(length[1]):
+            return data
+        more = raw.recv(4096)
+        assert more, f"the connection ended after {data!r}"
+        data += more
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from atom.serving.openai.service import Service
 from atom.serving.process import PortError, _ended_by_signals, _serve, set_up_logging, take_port
 from atom.serving.server_config import ServerConfig
 
-from .scripted import TEMPLATE, ScriptedRunner, scripted_service
+from .scripted import TEMPLATE, ScriptedRunner, read_answer, scripted_service
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = {"prompt": "x", "max_tokens": 200, "stream": True}
@@ -98,6 +98,30 @@ def test_sigterm_drains() -> None:
 
     serve_while(service, ServerConfig(), client)
     assert service.frontend.num_open == 0 and not service.frontend.engine.healthy
+
+
+@pytest.mark.parametrize("keep_s", [1, 75])
+def test_a_connection_outlasts_its_clients_patience(monkeypatch: pytest.MonkeyPatch, keep_s: int) -> None:
+    """By default longer than proxies and clients keep it; and the end of the server does not wait for it."""
+    if keep_s == 1:
+        monkeypatch.setattr("atom.serving.process.KEEP_ALIVE_S", keep_s)
+
+    def client(http: httpx.Client) -> None:
+        with socket.create_connection((http.base_url.host, http.base_url.port or 80)) as raw:
+            raw.settimeout(5)
+            raw.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert read_answer(raw).startswith(b"HTTP/1.1 200")
+            if keep_s == 1:
+                assert raw.recv(1) == b"", "it is closed after a second"
+            else:
+                raw.settimeout(2)
+                with pytest.raises(TimeoutError):
+                    raw.recv(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            raw.settimeout(5)
+            assert raw.recv(1) == b""
+
+    serve_while(scripted_service(ScriptedRunner()), ServerConfig(), client)
 
 
 def test_what_outlasts_the_deadline_is_aborted() -> None:
