@@ -31,6 +31,9 @@ from .text import TextStream
 Prompt = str | SequenceOf[int]
 Message = Mapping[str, Any]
 Progress = Callable[[int, int], None]
+_Unread = list[SequenceOf[Output]]  # the outputs of one step after the other
+
+FULL_S = 0.05  # between two looks at a queue that other threads have filled
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class LLM(Closes):
         self._numbers = itertools.count()
         self._guides: GuideCompiler | None = None  # made for the first request that needs it
         self._news = threading.Condition()
-        self._unread: list[SequenceOf[Output]] = []  # the outputs of one step after the other
+        self._calls: list[_Unread] = []  # of the threads that wait for outputs; each gets all
         heard = weakref.WeakMethod(self._listen)  # else the engine's thread would keep this alive, and the weights
 
         def listen(outputs: SequenceOf[Output]) -> None:
@@ -130,7 +133,7 @@ class LLM(Closes):
         params    for all prompts, or one for each
         progress  called with (samples done, samples in all)
         Raises InvalidRequestError before anything runs if one of them cannot be served; StepFailedError or
-        EngineDeadError if the engine fails. Not for several threads at once.
+        EngineDeadError if the engine fails. Several threads may call at once; their prompts are batched together.
         """
         asked: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
         texts = [prompt if isinstance(prompt, str) else None for prompt in asked]
@@ -181,14 +184,19 @@ class LLM(Closes):
         for run in runs:
             run.request.max_tokens(self.ready.limits)
         total, waiting, open_ = sum(len(run.samples) for run in runs), deque(runs), dict[str, _Run]()
+        unread: _Unread = []
+        with self._news:
+            self._calls.append(unread)
         try:
             while waiting or open_:
                 self._feed(waiting, open_)
-                for output in self._wait():
+                for output in self._wait(unread, None if open_ else FULL_S):
                     self._deliver(output, open_)
                 if progress is not None:
                     progress(sum(sample.is_finished for run in runs for sample in run.samples), total)
         finally:  # an error, or the user's Ctrl-C
+            with self._news:
+                self._calls = [each for each in self._calls if each is not unread]
             for request_id in open_:
                 self.engine.abort(request_id)
         return [run.completion() for run in runs]
@@ -206,31 +214,33 @@ class LLM(Closes):
         return self._guides.compile(spec)
 
     def _feed(self, waiting: "deque[_Run]", open_: dict[str, "_Run"]) -> None:
-        """Submit what the engine's queue has room for; it always has for the first."""
+        """Submit what the engine's queue has room for; it always has for the first, but where other threads fill it."""
         while waiting:
             run = waiting[0]
             try:
                 self.engine.submit(run.request)
             except QueueFullError:
-                if open_:
+                if open_ or len(self._calls) > 1:
                     return
                 raise
             open_[waiting.popleft().request.request_id] = run
 
     def _listen(self, outputs: SequenceOf[Output]) -> None:  # on the engine's thread
         with self._news:
-            self._unread.append(outputs)
-            self._news.notify()
+            for unread in self._calls:
+                unread.append(outputs)
+            self._news.notify_all()
 
-    def _wait(self) -> Iterator[Output]:
+    def _wait(self, unread: _Unread, timeout_s: float | None) -> Iterator[Output]:
         with self._news:
-            self._news.wait_for(lambda: self._unread)
-            unread, self._unread = self._unread, []
-        return itertools.chain.from_iterable(unread)
+            self._news.wait_for(lambda: unread, timeout_s)
+            found = unread[:]
+            unread.clear()
+        return itertools.chain.from_iterable(found)
 
     def _deliver(self, output: Output, open_: dict[str, "_Run"]) -> None:
         run = open_.get(output.request_id)
-        if run is None:  # of an earlier call that was left
+        if run is None:  # of another thread's call, or of an earlier one that was left
             return
         if output.finish_reason is FinishReason.ERROR:
             if self.engine.error is not None:

@@ -186,6 +186,25 @@ def test_more_prompts_than_the_queue_holds(tiny: Tiny) -> None:
     assert seen[-1] == (40, 40) and seen == sorted(seen)
 
 
+def test_several_threads_at_once(tiny: Tiny) -> None:
+    """Each gets its own answers, also where the others fill the queue."""
+    limits = {"max_waiting_requests": 3, "max_waiting_tokens": 150, "max_num_seqs": 2}
+    with LLM(str(tiny("llama")), **{**SMALL, **limits}) as llm:
+        wanted = tokens(llm)
+        found: dict[int, list[tuple[int, ...]]] = {}
+
+        def ask(index: int) -> None:
+            found[index] = tokens(llm, PROMPTS[index:] + PROMPTS[:index])
+
+        threads = [threading.Thread(target=ask, args=(index,), daemon=True) for index in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert found == {index: wanted[index:] + wanted[:index] for index in range(5)}
+        assert not llm._calls and llm.engine.stats().used_blocks == 0
+
+
 def test_refusals_and_failures(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(str(tiny("llama")), **SMALL) as llm:
         assert llm.generate([], GREEDY) == []
