@@ -15,5 +15,12 @@ def unverified_kernels() -> bool:
 
 
 def api_keys() -> tuple[str, ...]:
-    """`ATOM_API_KEY`: what `atom serve` asks of clients and `atom chat URL` sends; several are parted by commas."""
-    return tuple(key for key in os.environ.get("ATOM_API_KEY", "").split(",") if key)
+    """`ATOM_API_KEY`: what `atom serve` asks of clients and `atom chat URL` sends; several are parted by commas.
+
+    White space around a key is none of it: files of secrets end with a line break. ValueError if nothing else is there.
+    """
+    given = os.environ.get("ATOM_API_KEY", "")
+    keys = tuple(key.strip() for key in given.split(",") if key.strip())
+    if given and not keys:
+        raise ValueError("ATOM_API_KEY holds no key; unset it to let everybody in, or give one.")
+    return keys

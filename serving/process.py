@@ -67,8 +67,9 @@ def serve(
     EngineDeadError after.
     """
     set_up_logging(server)
+    api_keys()  # what is wrong with them, or with the template, shows before the model is loaded for minutes
     if server.chat_template is not None:
-        read_template(server.chat_template)  # before the model is loaded for minutes
+        read_template(server.chat_template)
     with _ended_by_signals(), take_port(server.host, server.port) as listener:
         made = start_up(model, engine, say)
         service = make_service(model, made, engine, server)

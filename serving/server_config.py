@@ -60,5 +60,5 @@ class ServerConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}; leave it out.")
         if self.drain_timeout < 0:
             raise ValueError(f"drain_timeout must not be negative, got {self.drain_timeout}; 0 aborts at once.")
-        if not all(self.api_key):
-            raise ValueError("api_key must not be empty; leave it out to let everybody in.")
+        if not all(key and key == key.strip() for key in self.api_key):
+            raise ValueError("api_key must not be empty or have white space around it; leave it out, or correct it.")

@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from atom.cli import main
+from atom.env import api_keys
 from atom.serving.chat_template import read_template
 from atom.serving.errors import EngineDeadError
 from atom.serving.openai.protocol import SamplingDefaults
@@ -205,6 +206,15 @@ def test_a_wrong_template_is_refused_before_the_model_is_loaded(
         file.write_bytes(text)
     assert main(["serve", "no-such-model", "--port", "0", "--chat-template", str(file)]) == 1
     assert match in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, keys in (("", ()), ("a", ("a",)), ("a, b,\n", ("a", "b")), ("secret\n", ("secret",))):
+        monkeypatch.setenv("ATOM_API_KEY", given)
+        assert api_keys() == keys
+    monkeypatch.setenv("ATOM_API_KEY", " \n")
+    assert main(["serve", "/no/model", "--port", "0"]) == 1
+    assert "ATOM_API_KEY holds no key" in capsys.readouterr().err
 
 
 def test_templates_as_models_have_them_are_read(tmp_path: Path) -> None:

@@ -198,6 +198,13 @@ def test_api_key_on_every_route_but_health() -> None:
             assert answer.status_code == 200
 
 
+def test_a_key_of_other_letters() -> None:
+    with running(options=AppOptions(api_keys=("schlüssel",))) as server:
+        for key, status in (("schlüssel", 200), ("schlussel", 401), ("schl\xc3\xbcssel", 401)):
+            headers = {"authorization": f"Bearer {key}".encode()}
+            assert server.http.get("/v1/models", headers=headers).status_code == status
+
+
 def test_full_queue_is_429_with_retry_after() -> None:
     with running(max_num_seqs=1, max_num_batched_tokens=64, max_waiting_requests=1) as server:
         server.runner.gate.clear()
