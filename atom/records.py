@@ -100,10 +100,11 @@ SCHEMAS: dict[str, RecordSchema] = {
     "accuracy-frontier": RecordSchema(
         ("model", "text", "method", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
         # what is kept of the mean over tasks in percent, half of its 95 % interval, and over how many documents;
-        # kv_zero: the rule of a cache's zero points, whole in rows that do not say; above_fp, closed: gaps.py
+        # kv_zero: the rule of a cache's zero points, whole in rows that do not say; above_fp, closed: gaps.py;
+        # earlier: a run before the one that has the place, kept for its tasks
         (
             *("scheme", "kv_zero", "task:", "recovery", "recovery:95", "documents", "retrieval:", "flat_steps"),
-            *("above_fp", "above_fp:stderr", "closed", "closed:stderr", *PERPLEXITY_EXTRAS),
+            *("earlier", "above_fp", "above_fp:stderr", "closed", "closed:stderr", *PERPLEXITY_EXTRAS),
         ),
         {"path": PATHS, "scheme": ("w4a4", "w4a8", "kv4"), "kv_zero": ("whole", "mean"), **_KV},
     ),

@@ -130,6 +130,7 @@ class Runner(AccuracyRun):
         self.generative = Tasks(options.generative, options.include_path, options.task_limit)
         self.full_generative: tuple[TaskResult, ...] = ()  # full precision's, once they ran
         self.distilled = 0  # steps of the method at work
+        self.gained = True  # whether the checkpoint is what they made of it
         self.flat_steps = 0  # of each layer, likewise
 
     def run(self, method: Method, bits: Bits) -> None:
@@ -147,6 +148,10 @@ class Runner(AccuracyRun):
             row |= effective_bits(self.source, scheme) | {"ppl_fp": None}
             row |= {"source": self.options.source, "seconds": round(time.perf_counter() - started, 1)}
             row |= {} if method.name == "fp" else self.described()
+            if self.distilled and not self.gained:
+                row["note"] = (
+                    "training did not lower the divergence on held-back text: the checkpoint is as GPTQ left it"
+                )
             if method.learned:
                 row["note"] = "run in memory: its transforms have no place in a checkpoint"
                 row["flat_steps"] = self.flat_steps
@@ -221,6 +226,7 @@ class Runner(AccuracyRun):
             found = quantize_and_distill(self.source, scheme, out, config, self.windows, self.distill_text).distilled
             assert found is not None
             self.distilled = int(found["steps"])
+            self.gained = found["kl_after"] < found["kl_before"]
             print("distilled", found, flush=True)
         else:
             quantize_source(self.source, scheme, out, config, self.windows)
@@ -289,13 +295,19 @@ def finish(rows: list[Row]) -> None:
     """Keep the first of several rows of one measurement, sorted; full precision stands beside every scheme.
 
     Caches whose zero points keep the mean (`kv_zero`) take the places of those before there were any. Full precision
-    is the same in all rows: what a later one knows besides, of tasks say, is added to the first.
+    is the same in all rows: what a later one knows besides, of tasks say, is added to the first. A later row of another
+    method that was asked for tasks, where the first was not, stays as what it is: an `earlier` run.
     """
     first: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         is_full = row["method"] == "fp"
         key = (*(row[k] for k in ("model", "text", "method", "path", "dtype")), None if is_full else row["scheme"])
-        first[key] = {**row, **first.get(key, {})} if is_full else first.get(key, row)
+        if is_full:
+            first[key] = {**row, **first.get(key, {})}
+        elif "recovery" in row and "recovery" not in first.get(key, row):
+            first.setdefault((*key, "earlier"), {**row, "earlier": True})
+        else:
+            first.setdefault(key, row)
     known = {(row["model"], row["text"], row["scheme"]) for row in rows}
     full = [row for row in first.values() if row["method"] == "fp"]
     beside = [{**row, "scheme": scheme} for row in full for scheme in SCHEMES]

@@ -84,3 +84,17 @@ def test_the_first_of_several_rows_stays_and_full_precision_stands_beside_every_
         ("kv4", "fp", 10.0, 10.0),
         ("kv4", "ours", 12.0, 10.0),
     ]
+
+
+def test_an_earlier_run_stays_for_its_tasks() -> None:
+    row = {"model": "m", "text": "t", "windows": 1, "method": "fp", "scheme": "w4a8", "path": "reference"}
+    row |= {"dtype": "float32", "ppl": 10.0}
+    ours = {**row, "method": "ours", "ppl": 12.0}
+    rows = [row, ours, {**ours, "ppl": 11.0, "recovery": 98.0}, {**ours, "ppl": 13.0, "recovery": 97.0}]
+    for _ in range(2):  # joined again, it is what it was
+        finish(rows)
+        assert [(row["ppl"], row.get("recovery"), row.get("earlier")) for row in rows] == [
+            (10.0, None, None),
+            (12.0, None, None),
+            (11.0, 98.0, True),
+        ]
