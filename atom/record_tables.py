@@ -11,7 +11,7 @@ A table stands between two comments and is rewritten by `python -m atom.record_t
 The first form lists rows; `key=Title` renames a column, and a key whose `key:stderr` is in the row shows both.
 The second crosses two keys, numbers across in order; `rows=scheme+kv` names its lines by two. Markers start at the
 first column: indented ones, as here, are examples. `where` keeps rows (key=value,key=value; a value that ends in ":"
-is a beginning, one|other is either), `digits` rounds, `machine` defaults to cpu.
+is a beginning, one|other is either, !value is any other), `digits` rounds, `machine` defaults to cpu.
 """
 
 import re
@@ -90,6 +90,8 @@ def render(spec: TableSpec, record: Record) -> str:
 
 
 def _fits(found: str, wanted: str) -> bool:
+    if wanted.startswith("!"):
+        return not _fits(found, wanted[1:])
     return any(found.startswith(one) if one.endswith(":") else found == one for one in wanted.split("|"))
 
 

@@ -50,6 +50,11 @@ def test_columns_that_are_numbers_stand_in_order(tmp_path: Path) -> None:
     assert draw("rows=model columns=windows value=ppl", tmp_path)[0] == "| model | 8 | 24 | 192 |"
 
 
+def test_rows_that_are_not_of_a_value(results: Path) -> None:
+    lines = draw("columns=model,text where=step=fp,text=!c4 digits=1", results)
+    assert lines[2:4] == ["| small | wikitext2 |", "| big | wikitext2 |"]
+
+
 def test_lines_named_by_two_keys(results: Path) -> None:
     lines = draw("rows=model+text columns=step value=ppl digits=1", results)
     assert lines[0] == "| model+text | fp | rtn |" and lines[2] == "| small wikitext2 | 9.5 | 1234.5 |"
