@@ -43,6 +43,12 @@ def test_one_point_a_way(tmp_path: Path) -> None:
     assert recovery_table([point]).splitlines()[-1].split() == ["ours", "w4a8", "80.0"]
 
 
+def test_an_earlier_run_is_a_way_of_its_own(tmp_path: Path) -> None:
+    rows = [row("fp", 10.0, FULL), row("ours", 12.5, LOW), row("ours", 11.0, LOW, earlier=True)]
+    found = read_points([written(tmp_path, rows)])
+    assert [point.way for point in found] == ["ours w4a8", "ours w4a8, an earlier run"]
+
+
 def test_what_a_budget_chose_is_a_way(tmp_path: Path) -> None:
     common = {"model": "m", "text": "t", "base": "w4a4", "kv": "int4", "bits": 4.5, "predicted": 0.1, "ppl_fp": 10.0}
     common |= {"windows": 2, "path": "reference", **LOW}
