@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..quant.schemes import LinearScheme
 from .activation import Activation, QuantizedActivation
+from .allocation import Allocate, allocator
 from .cache import kept_argument, kernel_key, kernel_path, load_kernel
 from .filled_rows import FilledRows
 from .gather_order import gather_orders, selector
@@ -26,9 +27,10 @@ from .producer_config import CHUNK, FEW_TOKENS, ProducerConfig, producer_config
 class Plan:
     """What one launch of a producer needs to know, found out once for a dtype, a width and a range of token counts.
 
+    allocate memory for what is written
     width    columns of a row of codes
-    codes    anything of their dtype, on their device: `new_empty` of it takes half of torch.empty's time
-    scales   the same for the scales; where there are none, what stands for them, [1, 1]
+    dtype    of the codes
+    scales   what stands for scales where there are none, [1, 1]
     rows     of the scales, 0 where there are none
     pads     whether their rows are filled up to a multiple of 16 tokens
     gain     of the norm in the order of the kernel's slots (producer_config.py), or anything
@@ -38,8 +40,9 @@ class Plan:
     """
 
     kernel: Any
+    allocate: Allocate
     width: int
-    codes: Tensor
+    dtype: torch.dtype
     scales: Tensor
     rows: int
     pads: bool
@@ -95,9 +98,11 @@ class QuantizingProducer:
         if plan is None:
             plan = self.plans[key] = self.plan(x.dtype, K, strided, tokens, x.device)
         if out is None:
-            codes, scales = plan.codes.new_empty(tokens, plan.width), plan.scales
+            allocate, width, scales = plan.allocate, plan.width, plan.scales
+            codes = allocate((tokens, width), (width, 1), plan.dtype)
             if plan.rows:
-                scales = scales.new_empty(plan.rows, -(-tokens // 16) * 16 if plan.pads else tokens)
+                columns = -(-tokens // 16) * 16 if plan.pads else tokens
+                scales = allocate((plan.rows, columns), (columns, 1), torch.float32)
             out = QuantizedActivation(codes, scales, tokens)
         if tokens:
             unused = plan.unused
@@ -113,8 +118,9 @@ class QuantizingProducer:
         scales, kernel = token_scales(self.linear), producer_kernel(config)
         return Plan(
             kernel=FilledRows(kernel, config) if K % CHUNK else kernel,
+            allocate=allocator(device),
             width=config.width,
-            codes=torch.empty(1, dtype=torch.bfloat16 if config.writes_bf16 else torch.int8, device=device),
+            dtype=torch.bfloat16 if config.writes_bf16 else torch.int8,
             scales=torch.empty(1, 1, device=device),
             rows={"group": units, "token": 1 + (config.outliers > 0), "none": 0}[scales],
             pads=scales == "group",
@@ -172,11 +178,13 @@ def build_rms_norm_quantize(
     return QuantizingProducer("norm", linear, perm, weight, eps)
 
 
-@dataclass(frozen=True)
 class AddingProducer:
     """(residual, update) -> (their sum, quantize(rms_norm(sum)[:, perm]))."""
 
-    producer: QuantizingProducer
+    def __init__(self, producer: QuantizingProducer) -> None:
+        assert producer.gain is not None
+        self.producer = producer
+        self.allocate = allocator(producer.gain.device)
 
     def __call__(
         self, residual: Tensor, update: Tensor, *, total: Tensor | None = None, out: QuantizedActivation | None = None
@@ -186,7 +194,8 @@ class AddingProducer:
         out     see QuantizingProducer
         """
         if total is None:
-            total = residual.new_empty(*residual.shape)
+            tokens, K = residual.shape
+            total = self.allocate((tokens, K), (K, 1), residual.dtype)
         return total, self.producer(update, residual, total, out=out)
 
 
