@@ -1,8 +1,6 @@
 """The sm_90a producers: configs on a CPU, machine code without a GPU, codes against atom/quant on one."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -133,6 +131,9 @@ def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
 SIZES, SOURCES = (576, 1536, 4096), ("plain", "norm", "add_norm", "silu")
 WIDE = 14336  # several CTAs a token where few tokens come, four chunks a thread where many do
 ODD_COLUMNS = 1019
+GELU_COLUMNS = 2048  # of Gemma 3 270m
+OTHER_INPUTS = [("float16", "w4a4", "norm"), ("float16", "nvfp4", "add_norm"), ("float32", "w4a4", "plain"),
+                ("float32", "w4a8", "silu"), ("float32", "w4a4", "add_norm")]  # fmt: skip
 ODD = [("w4a4", "plain"), ("w4a4", "norm"), ("w4a4", "silu"), ("w4a8", "add_norm"), ("w4a16", "plain"),
        ("nvfp4", "add_norm"), ("mxfp4", "silu"), ("fp8", "norm"), (GROUPS, "plain")]  # fmt: skip
 ROTATED = [
@@ -161,19 +162,12 @@ def compiled() -> None:
         more = [(source, name, 4096) for name, source in ROTATED]
         more += [(source, name, WIDE) for source in SOURCES for name in ("w4a8", FACTORS)]
         more += [(source, name, ODD_COLUMNS) for name, source in ODD]
+        more += [("gelu_tanh", name, GELU_COLUMNS) for name in SCHEMES]
         for source, name, K in more:
             configs |= producer(source, name, K).configs(torch.bfloat16, K)
+        for dtype, name, source in OTHER_INPUTS:
+            configs |= producer(source, name, SIZES[1]).configs(getattr(torch, dtype), SIZES[1])
         compile_together([partial(producer_kernel, config) for config in configs])
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New tensors are full of 127 or NaN, so that what a kernel leaves out shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu
@@ -184,6 +178,21 @@ def poisoned() -> Iterator[None]:
 def test_codes_and_scales(name: str, source: str, K: int) -> None:
     """Bit-exact where no sum is involved; a norm's or exp's last bit may move a code that stood on a tie."""
     check_codes_and_scales(name, source, K, (0, 1, 3, 16, 63, 64, 65, 129, 1000, 8192))  # every layout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.usefixtures("unverified", "compiled")
+def test_geglu(name: str) -> None:
+    check_codes_and_scales(name, "gelu_tanh", GELU_COLUMNS, (1, 16, 65, 2000))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype,name,source", OTHER_INPUTS)
+@pytest.mark.usefixtures("unverified", "compiled")
+def test_other_inputs(dtype: str, name: str, source: str) -> None:
+    """Rows that are not bfloat16."""
+    check_codes_and_scales(name, source, SIZES[1], (3, 65, 2000), getattr(torch, dtype))
 
 
 @pytest.mark.gpu
@@ -220,11 +229,12 @@ def test_given_outputs_are_written_anew(source: str) -> None:
     """As often as a caller likes, and to the bits of outputs that were allocated."""
     K, M = SIZES[0], 5
     run = producer(source, FACTORS, K, "cuda")
-    adding, total = AddingProducer(run), torch.empty(M, K, device="cuda", dtype=torch.bfloat16)
+    total = torch.empty(M, K, device="cuda", dtype=torch.bfloat16)
     out = None
     for _ in range(3):
         x, other = (torch.randn(M, K, device="cuda").bfloat16() for _ in range(2))
         if source == "add_norm":
+            adding = AddingProducer(run)
             wanted_total, wanted = adding(other, x)
             found_total, found = adding(other, x, total=total, out=out)
             assert found_total is total and torch.equal(total, wanted_total)
@@ -237,21 +247,28 @@ def test_given_outputs_are_written_anew(source: str) -> None:
         assert torch.equal(found.packed, wanted.packed) and torch.equal(found.scale, wanted.scale)
 
 
-def check_codes_and_scales(name: str, source: str, K: int, token_counts: tuple[int, ...]) -> None:
+def check_codes_and_scales(
+    name: str, source: str, K: int, token_counts: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
+) -> None:
     run, scheme = producer(source, name, K, "cuda"), linear(name)
     normal, outliers = scheme.split(K)
     for M in token_counts:
-        x = torch.randn(M, K, device="cuda").bfloat16()
+        x = torch.randn(M, K, device="cuda").to(dtype)
         x[:, -5] *= 30
         if M > 2:
             x[1] = 0
-        other = torch.randn(M, K, device="cuda").bfloat16()
+        other = torch.randn(M, K, device="cuda").to(dtype)
         values = before(run, source, x, other)
-        with poisoned():
-            if source == "add_norm":
-                total, found = AddingProducer(run)(other, x)
-            else:
-                found = run(x) if source in ("plain", "norm") else run(x, other)
+        second = other if source in ("silu", "gelu_tanh") else None
+        out = AddingProducer(run)(other, x)[1] if source == "add_norm" else run(x, second)
+        assert isinstance(out, QuantizedActivation)
+        out.packed.fill_(127 if out.packed.dtype == torch.int8 else torch.nan)  # so that what a kernel leaves out shows
+        out.scale.fill_(torch.nan)
+        total = torch.full_like(x, torch.nan)
+        if source == "add_norm":
+            total, found = AddingProducer(run)(other, x, total=total, out=out)
+        else:
+            found = run(x, second, out=out)
         if source == "add_norm":
             assert torch.equal(total, x + other)
         assert isinstance(found, QuantizedActivation)
@@ -367,8 +384,8 @@ def test_halves_of_one_tensor_are_read_where_they_lie(name: str) -> None:
 
 def before(run: QuantizingProducer, source: str, x: Tensor, other: Tensor) -> Tensor:
     """What the producer rounds, in float32 and in its order."""
-    if source == "silu":
-        return gated_activation(x.float(), other.float(), "silu")
+    if source in ("silu", "gelu_tanh"):
+        return gated_activation(x.float(), other.float(), source)  # type: ignore[arg-type]
     values = x + other if source == "add_norm" else x
     if run.gain is not None:
         values = rms_norm(values, run.gain, run.eps)
