@@ -229,8 +229,8 @@ def output_of(tokens: int, features: int) -> Output:
 
 
 def token_bucket(tokens: int) -> int:
-    """The number of tokens whose config runs `tokens`: a power of two from 16 to 4096, or 192 or 384."""
-    for between in (192, 384):
+    """The number of tokens whose config runs `tokens`: a power of two from 16 to 4096, or 96, 192 or 384."""
+    for between in (96, 192, 384):
         if between * 2 // 3 < tokens <= between:
             return between
     return min(1 << max(4, (tokens - 1).bit_length()), 4096)

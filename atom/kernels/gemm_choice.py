@@ -32,6 +32,7 @@ def choose_config(
     multicast, clustered, pairs, tail = 1, True, False, 1
     by_factor = weight in ("int4_uint4", "int4_uint4_g32")
     small_groups = weight == "int4_uint4_g32" and tokens <= 16  # with a sweep of their own
+    three_quarters = 64 < tokens <= 96 and weight in ("int4_uint4", "int8")  # of a tile of 128
     two_fit = tokens <= (32 if kind.operand == "bf16" else 64)  # CTAs of two warpgroups on an SM
     if tokens <= 32:
         tile_m = 16 if tokens <= 16 else 32
@@ -60,13 +61,12 @@ def choose_config(
         clustered = split <= 2
         two_fit = two_fit and (units < 64 or by_factor)
     elif weight == "int4_uint4_bf16":
-        tile_m, warpgroups, multicast = _bf16_tile(tokens, features, units, sms)
-        tail = 2 if tokens > 256 and multicast == 1 else 1
+        tile_m, warpgroups, tail = _bf16_tile(tokens, features, units, sms)
         split = _split(_tiles(tile_m, warpgroups, tokens, features), sms) if tokens <= 256 else 1
         clustered = split <= 2
     elif tokens <= 256:
         gate_up = features >= 16384 and kind.operand == "int8" and not kind.promoted
-        tile_m, warpgroups = 128, 2
+        tile_m, warpgroups = 96 if three_quarters else 128, 2
         if 128 < tokens <= 192:  # the same tiles, three quarters of them
             tile_m = 192 if weight == "int4_uint4" and units >= 64 else 96
         if gate_up:
@@ -78,6 +78,8 @@ def choose_config(
     elif kind.operand == "int8":
         tile_m, warpgroups = (128 if kind.promoted else _tile_of_many(weight, tokens, features)), 2
         split = 1
+        if weight == "int4_uint4" and not int8_units and 384 < tokens <= 512:
+            tail = 2
     else:
         # Two CTAs share a tile of tokens: bfloat16 activations are most of what a tile reads, and two sums of E4M3
         # leave room for 192 tokens only, too few products for their bytes.
@@ -89,7 +91,7 @@ def choose_config(
         ways, warpgroups, split, two_fit = 4, 4, 1, False
     elif is_one_round and weight == "int4_uint4" and tokens <= 16 and 8 <= units < 64 and 2 * row_tiles > sms:  # qkv
         ways, warpgroups, split, two_fit, pairs = 4, 4, 1, False, False
-    elif is_one_round and by_factor and 64 < tokens <= 128 and 8 <= units < 64:  # qkv, o
+    elif is_one_round and by_factor and 64 < tokens <= 128 and not three_quarters and 8 <= units < 64:  # qkv, o
         ways, split = 2, 2 if row_tiles * 2 <= sms else 1
         clustered = split == 1
     split = max(1, min(split, units // 4))
@@ -118,7 +120,8 @@ def _wide_tile(tokens: int, features: int, sms: int) -> tuple[int, int]:
     Of 22016 features (Llama-2-7B) 172 tiles of 128 rows are two rounds of 132 SMs, 115 of 192 rows one.
     """
     if tokens <= 128:
-        shapes = [(128, 4), (128, 3), (128, 2)]
+        tile = 96 if tokens <= 96 else 128
+        shapes = [(tile, 4), (tile, 3), (tile, 2)]
     else:
         shapes = [(192, 2), (192, 3)] if tokens <= 192 else [(256, 2), (128, 3)]
 
@@ -130,17 +133,18 @@ def _wide_tile(tokens: int, features: int, sms: int) -> tuple[int, int]:
 
 
 def _bf16_tile(tokens: int, features: int, units: int, sms: int) -> tuple[int, int, int]:
-    """(tokens, warpgroups, CTAs that share tokens) of a tile of "int4_uint4_bf16", of more than 64 tokens.
+    """(tokens, warpgroups, CTAs that share a tile of the last round) of "int4_uint4_bf16", of more than 64 tokens.
 
-    Of more than 256 what ends first, in rounds of one tile an SM. A product takes the least in the largest tile.
+    Of more than 256 what ends first, in rounds of one tile an SM. A product takes the least in the largest tile, of
+    which few products fill a round.
     """
     if tokens <= 256:
         return next(tile for tile in (128, 192, 256) if tokens <= tile), 2, 1
-    time = {(128, 2, 2): 1.0, (128, 3, 1): 0.92, (256, 2, 1): 0.82}  # of a product
+    time = {(128, 2, 2): 0.88, (128, 3, 2): 0.86, (256, 2, 2 if tokens <= 512 else 1): 0.82}  # of a product
 
     def all_rounds(shape: tuple[int, int, int]) -> float:
-        tile, warpgroups, multicast = shape
-        share = 1.0 if multicast > 1 else _share(3, units)
+        tile, warpgroups, tail = shape
+        share = 1.0 if tail == 1 else _share(8, units)
         return _rounds(_tiles(tile, warpgroups, tokens, features), share, sms) * tile * warpgroups * time[shape]
 
     return min(time, key=all_rounds)

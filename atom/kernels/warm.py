@@ -23,7 +23,7 @@ class Kernel:
     compile: Callable[[], Any]
 
 
-DEFAULT_TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+DEFAULT_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 
 
 def model_kernels(model: nn.Module, dtype: torch.dtype, tokens: Iterable[int] = DEFAULT_TOKENS) -> list[Kernel]:

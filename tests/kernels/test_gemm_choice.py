@@ -54,7 +54,7 @@ def test_schemes_that_it_refuses_with_a_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("features,units", [(576, 5), (4096, 33), (28672, 33), (4096, 112), (896, 70), (64, 1)])
-@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 128, 192, 256, 1024, 4096])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 96, 128, 192, 256, 512, 1024, 4096])
 @pytest.mark.parametrize("weight", KINDS)
 def test_configs_fit_the_machine(weight: str, tokens: int, features: int, units: int) -> None:
     config = choose_config(weight, "token", tokens, features, units)
@@ -69,7 +69,8 @@ def test_configs_fit_the_machine(weight: str, tokens: int, features: int, units:
 WIDE = [  # tokens, features, and the tile's tokens and warpgroups
     (192, 12288, (192, 2)),  # Llama-2-7B's qkv: 96 tiles of 128 rows, one round of the SMs; 192 of 96 tokens are two
     (256, 12288, (256, 2)),
-    (96, 22016, (128, 3)),  # its gate_up: 115 tiles of 192 rows are one round, 172 of 128 two
+    (96, 22016, (96, 3)),  # its gate_up: 115 tiles of 192 rows are one round, 172 of 128 two
+    (128, 22016, (128, 3)),
     (192, 22016, (192, 3)),
     (256, 22016, (128, 3)),  # two rounds, as 172 of 128 rows and 256 tokens, but smaller tiles
     (128, 28672, (128, 4)),  # Llama-3-8B's gate_up: 112 tiles of 256
@@ -85,7 +86,7 @@ def test_tiles_of_wide_products_fill_a_round_of_the_sms(tokens: int, features: i
 
 
 W4A16 = [  # of Llama-3-8B's qkv, o, gate_up and down
-    (512, ((128, 3), (256, 2), (256, 2), (256, 2))),
+    (512, ((128, 3), (128, 2), (256, 2), (128, 2))),
     (8192, ((256, 2),) * 4),
     (192, ((192, 2),) * 4),
 ]
