@@ -69,7 +69,7 @@ def package_versions() -> dict[str, str]:
 
 
 def machine_facts(gpu: bool = False) -> dict[str, Any]:
-    """Processor, cores and memory; with gpu=True (which starts CUDA) also the GPU's name, memory and CUDA version."""
+    """Processor, cores and memory; with gpu=True (which starts CUDA) also the GPU's name, memory, driver, CUDA."""
     facts: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.system()}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
@@ -79,7 +79,20 @@ def machine_facts(gpu: bool = False) -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name()
         facts["gpu_memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
         facts["cuda"] = torch.version.cuda
+        driver = _driver_version()
+        if driver is not None:
+            facts["driver"] = driver
     return facts
+
+
+def _driver_version() -> str | None:
+    """Of the first GPU; None where nvidia-smi is not at hand."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.split()), None)
 
 
 def _cpu_name() -> str:
