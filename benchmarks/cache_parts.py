@@ -105,7 +105,7 @@ class PartlyExactKV(DenseKV):
         queries, read_k, read_v = (self._by_sequence(x) for x in (turned, *rounded))
         if part.recent:
             exact_k, exact_v = self._by_sequence(keys), self._by_sequence(v.float())
-            out = _attend_apart(queries, read_k, read_v, exact_k, exact_v, spec, part.recent)
+            out = attend_apart(queries, read_k, read_v, exact_k, exact_v, spec, part.recent)
         else:
             out = attend_dense(queries, read_k, read_v, spec)
         found: Tensor = out.transpose(1, 2).flatten(0, 1).to(q.dtype)
@@ -117,7 +117,7 @@ def _rounded(x: Tensor, kv: str) -> Tensor:
     return x if spec is None else fake_quantize(x, spec)
 
 
-def _attend_apart(
+def attend_apart(
     q: Tensor, k: Tensor, v: Tensor, exact_k: Tensor, exact_v: Tensor, spec: AttentionSpec, recent: int
 ) -> Tensor:
     """Causal attention over k and v, but over the exact ones among the last `recent` tokens of each query.

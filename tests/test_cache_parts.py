@@ -4,11 +4,14 @@ import json
 import sys
 from typing import Any
 
+import torch
+
 from atom.circumstances import CHECKOUT
+from atom.kernels.dense_attention import AttentionSpec, attend_dense
 from atom.records import check_rows
 
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
-from cache_parts import PARTS, RECORD, CachePart, Measure, measure
+from cache_parts import PARTS, RECORD, CachePart, Measure, attend_apart, measure
 
 
 def test_rows_of_a_tiny_model(tiny_run: dict[str, Any]) -> None:
@@ -26,3 +29,17 @@ def test_rows_of_a_tiny_model(tiny_run: dict[str, Any]) -> None:
     assert loss[CachePart(recent=128).name] < 1e-6  # no window is longer
     assert loss["kv3"] > all_of_it
     assert loss["keys kv4, values kv16, layer 0 alone"] < loss["keys kv4, values kv16"]
+
+
+def test_only_the_last_tokens_before_a_query_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 50, 16, generator=generator)
+    k, v, exact_k, exact_v = (torch.randn(2, 2, 50, 16, generator=generator) for _ in range(4))
+    for window in (None, 7):
+        spec = AttentionSpec(0.25, window)
+        torch.testing.assert_close(attend_apart(q, k, v, exact_k, exact_v, spec, 0), attend_dense(q, k, v, spec))
+        all_of_it = attend_apart(q, k, v, exact_k, exact_v, spec, 50)
+        torch.testing.assert_close(all_of_it, attend_dense(q, exact_k, exact_v, spec))
+    found = attend_apart(q, k, v, exact_k, exact_v, AttentionSpec(0.25), 5)[1, 3, 30]
+    keys, values = (torch.cat((x[1, 1, :26], y[1, 1, 26:31])) for x, y in ((k, exact_k), (v, exact_v)))
+    torch.testing.assert_close(found, (q[1, 3, 30] @ keys.T * 0.25).softmax(-1) @ values)
