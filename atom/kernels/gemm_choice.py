@@ -26,7 +26,8 @@ def choose_config(
     Raises nothing: every problem has a config.
     """
     if weight == "e4m3_fast":  # the bytes and the sums of INT8; two CTAs that share tokens draw less power
-        config = choose_config("int8", token_scales, tokens, features, units, int8_units, bias, sms)
+        most = 128 if 64 < tokens <= 96 else tokens
+        config = choose_config("int8", token_scales, most, features, units, int8_units, bias, sms)
         return replace(config, weight=weight, multicast=2 if tokens > 512 and config.tile_m == 256 else 1)
     kind = KINDS[weight]
     multicast, clustered, pairs, tail = 1, True, False, 1
@@ -70,7 +71,8 @@ def choose_config(
         if 128 < tokens <= 192:  # the same tiles, three quarters of them
             tile_m = 192 if weight == "int4_uint4" and units >= 64 else 96
         if gate_up:
-            tile_m, warpgroups = _wide_tile(tokens, features, sms)
+            has_96 = weight == "int8" or int8_units  # of others no GPU has run tiles of 96 tokens so wide
+            tile_m, warpgroups = _wide_tile(tokens if has_96 else max(tokens, 97), features, sms)
         if weight == "int4_uint4" and units < 64 and tokens > 128 and not gate_up and features > 64 * sms:
             tile_m *= 2  # one round of tiles for two
         split = _split(_tiles(tile_m, warpgroups, tokens, features), sms)
@@ -78,7 +80,7 @@ def choose_config(
     elif kind.operand == "int8":
         tile_m, warpgroups = (128 if kind.promoted else _tile_of_many(weight, tokens, features)), 2
         split = 1
-        if weight == "int4_uint4" and not int8_units and 384 < tokens <= 512:
+        if weight == "int4_uint4" and not int8_units and 384 < tokens <= 512 and tile_m != 192:
             tail = 2
     else:
         # Two CTAs share a tile of tokens: bfloat16 activations are most of what a tile reads, and two sums of E4M3
