@@ -58,6 +58,8 @@ class Sensitivity:
         progress: Callable[[int, int], None] | None = None,
     ) -> Losses:
         """The losses of all choices; `progress` is told (places done, places in all)."""
+        if all(place.name in self.losses for place in places):
+            return self.losses
         inputs = list(self._inputs())
         final = inputs.pop()
         for number, place in enumerate(places):
