@@ -75,6 +75,8 @@ PARTS = (
     CachePart(first=16),
     CachePart(paid=4),
     CachePart(paid=32),
+    CachePart(recent=1),
+    CachePart(recent=4),
     CachePart(recent=16),
     CachePart(recent=128),
 )
