@@ -75,6 +75,9 @@ def compiled() -> None:
     compile_together([*jobs, *(partial(gemm_kernel, config) for config in configs)])
 
 
+INTEGER = [name for name, x in gemm_schemes().items() if x.activation and get_format(x.activation.format).is_integer]
+
+
 @pytest.fixture(params=gemm_schemes())
 def scheme(request: pytest.FixtureRequest) -> LinearScheme:
     return gemm_schemes()[request.param]
@@ -218,10 +221,9 @@ def test_layers_on_the_gpu(scheme: LinearScheme, layer: str) -> None:
 
 @GPU
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("scheme", INTEGER, indirect=True)
 def test_largest_sums_on_the_gpu(scheme: LinearScheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every code at an end of its range, under the largest factor, 14336 columns: the largest sums of either sign."""
-    if scheme.activation is None or not get_format(scheme.activation.format).is_integer:
-        pytest.skip("activations are no integers")
     draw = bench_operands._random
 
     def at_the_ends(spec: TensorSpec, rows: int, columns: int, device: torch.device | str) -> Quantized:
