@@ -19,6 +19,45 @@ Share = Literal["auto", "always", "never"]  # when decodes read the blocks that 
 
 
 @dataclass(frozen=True)
+class RecentStep:
+    """Where a step's exact keys and values lie: of the newest tokens, which a query reads as they were before rounding.
+
+    A query at position p reads p - tokens + 1 ... p exactly, all before them from the blocks. Exact keys and values of
+    the token at position p of sequence b lie in row rings[b] + p % capacity of the layer's ring store, in the dtype of
+    the model, behind all transforms that keys get before they are rounded.
+
+    tokens     of the window, the query's own among them
+    capacity   rows of one ring; at least `tokens`
+    rings      int32 [B], on the device: the first row of each sequence's ring
+    rings_host int64 [B], the same on the host
+    slots      int64 [T], on the device: the rows to which this step's tokens go, of the ring store or of the scratch
+    is_direct  they go to the ring store: every sequence has one query, and no ring loses what another query reads.
+               Else they go to the scratch, whose row t is the step's token t. Before attention runs, those of sequences
+               with one query are copied to their rings; those of chunks after it, so that a chunk's queries find the
+               tokens before it in the ring and its own in the scratch.
+    """
+
+    tokens: int
+    capacity: int
+    rings: Tensor
+    rings_host: Ints
+    slots: Tensor
+    is_direct: bool
+
+
+@dataclass(frozen=True)
+class RecentLayer:
+    """The exact keys and values that attention of one layer reads; see RecentStep.
+
+    ring     dtype of the model, [rows, 2, num_kv_heads, head_dim]: keys (0) and values (1)
+    scratch  the same for this step's tokens, [at least T, 2, num_kv_heads, head_dim]; unused where is_direct
+    """
+
+    ring: Tensor
+    scratch: Tensor
+
+
+@dataclass(frozen=True)
 class PagedStep:
     """A ragged batch of T query tokens from B sequences.
 
@@ -31,6 +70,7 @@ class PagedStep:
     ahead          int [B], on the host: of the tokens before a sequence's first query, how many are stored in this very
                    step, as other sequences' queries; None: none
     lengths        int32 [B], seqlens_k on the device, where every sequence has one query; None: attention brings them
+    recent         where the newest tokens' exact keys and values lie; None: queries read nothing but the blocks
     """
 
     cu_seqlens_q: Ints
@@ -40,6 +80,7 @@ class PagedStep:
     block_tables: Tensor
     ahead: Ints | None = None
     lengths: Tensor | None = None
+    recent: RecentStep | None = None
     _derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -8,6 +8,7 @@ comes back, and heads of keys and queries may be turned by a Hadamard matrix and
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..quant.keys import prepare_keys, prepare_queries
@@ -32,6 +33,9 @@ def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False, rotates: 
     centre  float32 [num_kv_heads, head_dim], taken off every key after RoPE, or [2, num_kv_heads, head_dim] with the
             mirror behind it (atom/quant/keys.py), or None
     norms   of heads of q and k, before anything else, or None
+    exact   dtype of the model [rows, 2, num_kv_heads, head_dim]: takes keys and values too, as they are before they
+            are rounded (paged_step.RecentStep), or None
+    exact_slots  int64 [T], their rows in `exact`; negative: not stored
     returns q turned
 
     rotates  heads of q, and of k less its centre, are multiplied by a Hadamard matrix after RoPE
@@ -48,6 +52,8 @@ def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False, rotates: 
         offset: Tensor | None = None,
         centre: Tensor | None = None,
         norms: HeadNorms | None = None,
+        exact: Tensor | None = None,
+        exact_slots: Tensor | None = None,
     ) -> Tensor:
         if norms is not None:
             q, k = (normalize_heads(x, w, norms.eps, norms.offset) for x, w in ((q, norms.q), (k, norms.k)))
@@ -59,10 +65,19 @@ def rope_append_kv_reference(layout: KVLayout, pre_rope: bool = False, rotates: 
             k = prepare_keys(k, centre, rotates)
         layout.write(layer, slots, 0, k)
         layout.write(layer, slots, 1, v)
+        if exact is not None:
+            assert exact_slots is not None, "exact keys and values need rows to go to"
+            store_exact(exact, exact_slots, k, v)
         q = rotate(q, cos, sin)
         return prepare_queries(q, centre, rotates)
 
     return run
+
+
+def store_exact(exact: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """Prepared k and v [T, num_kv_heads, head_dim] into rows `slots` [T] of `exact`, in its dtype."""
+    is_there = slots >= 0
+    exact[slots[is_there]] = torch.stack((k.to(exact.dtype), v.to(exact.dtype)), 1)[is_there]
 
 
 ROPE_APPEND_KV = Op(
