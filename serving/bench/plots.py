@@ -162,6 +162,12 @@ def _line(axis: Any, points: Sequence[Row], key: str, label: str, style: dict[st
         axis.plot(x, y, marker="o", markersize=4, label="_" * bool(index) + label, **style, **fill)
 
 
+def _hollow(panels: dict[float, dict[str, list[Row]]]) -> list[str]:
+    """The legend's word on hollow points, if there are any."""
+    curves = [points for found in panels.values() for points in found.values()]
+    return ["hollow: of another commit"] * any(len({origin(p) for p in points}) > 1 for points in curves)
+
+
 def _by_batch(rows: Sequence[Row], title: str, path: Path) -> bool:
     """Output tokens a second against the batch; what the GPU allows, where known, as thin lines of the same colour."""
     panels = _curves(rows)
@@ -183,7 +189,7 @@ def _by_batch(rows: Sequence[Row], title: str, path: Path) -> bool:
     axes[0].set_ylim(0, None)
     axes[0].set_ylabel("output tokens/s")
     has_bounds = any(row.get("bound_tok_s") for row in rows)
-    set_legend(axes, "thin: what the GPU allows" if has_bounds else None)
+    set_legend(axes, "\n".join((["thin: what the GPU allows"] if has_bounds else []) + _hollow(panels)) or None)
     return save_figure(figure, path)
 
 
@@ -209,7 +215,7 @@ def _frontier(rows: Sequence[Row], title: str, path: Path) -> bool:
         axis.set_title(memory_text(memory), pad=14)
     axes[0].set_ylim(0, None)
     axes[0].set_ylabel("output tokens/s")
-    set_legend(axes)
+    set_legend(axes, "".join(_hollow(panels)) or None)
     return save_figure(figure, path)
 
 

@@ -27,6 +27,8 @@ from .plots import (
     ratio_of,
 )
 from .report_data import BenchData
+from .shares import shares_table
+from .side_by_side import quality_tables
 from .tables import cell, markdown_table
 
 Row = dict[str, Any]
@@ -77,6 +79,9 @@ def report_parts(data: BenchData, plots: Path | None) -> list[Part]:
         parts.append(
             ("table", "Milliseconds, beside what the GPU's memory and tensor cores allow", latency_table(data))
         )
+    if (shares := shares_table(data.rows, data.latency))[1]:
+        parts.append(("heading", "Each scheme against its own floor", None))
+        parts.append(("table", "Of what bytes and operations allow; baselines as well as ours", shares))
     if compared := compare_all(data.rows, data.latency):
         parts.append(("heading", "4 bits against bf16 and FP8", None))
         parts.append(("table", "Times as fast; within 1 % is not slower", comparison_table(compared)))
@@ -222,35 +227,6 @@ def served_table(data: BenchData) -> Table:
     titles += ["TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "perplexity", "of"]
     body = [[row[keys[0]], label_of(row), *(row[key] for key in keys[1:])] for row in data.served]
     return titles, body
-
-
-def quality_tables(data: BenchData) -> list[tuple[str, Table]]:
-    """For each model and text whose quality is known: a scheme's perplexity beside its speed and memory.
-
-    Speed is that of the fastest best-batch row of the scheme, with the shape it was measured on: random weights of one
-    shape are as fast as real ones, but of one shape only, so both names stand there.
-    """
-    fastest: dict[str, Row] = {}
-    for row in data.rows:
-        if row["batch_mode"] == "best" and row["out_tok_s"]:
-            label = label_of(row)
-            fastest[label] = max(fastest.get(label, row), row, key=lambda r: float(r["out_tok_s"]))
-    titles = ["scheme", "weight bits", "KV bits", "through", "perplexity", "full precision", "loss"]
-    titles += ["output tok/s", "on", "weights GB", "KV tokens"]
-    found: list[tuple[str, Table]] = []
-    for model, text in dict.fromkeys((row["model"], row["text"]) for row in data.quality):
-        rows = [row for row in data.quality if (row["model"], row["text"]) == (model, text)]
-        order = in_order(rows)
-        body: list[list[Any]] = []
-        for row in sorted(rows, key=lambda r: order.index(label_of(r))):
-            ppl, full = row["ppl"], row["ppl_fp"]
-            loss = None if not ppl or not full else f"{100 * (ppl / full - 1):.1f} %"
-            speed = fastest.get(label_of(row), {})
-            where = f"{speed['shape']}, {memory_text(speed['memory_gb'])}" if speed else None
-            start = (label_of(row), row["bits_weight"], row["bits_kv"], row["path"], ppl, full, loss)
-            body.append([*start, speed.get("out_tok_s"), where, speed.get("weight_gb"), speed.get("kv_tokens")])
-        found.append((f"{model} on {text}", (titles, body)))
-    return found
 
 
 def loads_table(loads: Sequence[Row]) -> Table:

@@ -14,10 +14,12 @@ from atom.records import check_rows
 from atom.serving.bench.engine_process import EngineProcesses
 from atom.serving.bench.overview import overview_groups
 from atom.serving.bench.plots import draw_group, equal_ratios, in_order, label_of
-from atom.serving.bench.report import quality_tables, speedup_rows, write_report
-from atom.serving.bench.report_data import read_bench, write_rows
+from atom.serving.bench.report import speedup_rows, write_report
+from atom.serving.bench.report_data import BenchData, read_bench, write_rows
 from atom.serving.bench.result import ServeResult
 from atom.serving.bench.sample import Sample
+from atom.serving.bench.shares import shares_table
+from atom.serving.bench.side_by_side import quality_tables
 from atom.serving.bench.summary import summarize
 from atom.serving.bench.sweep import SweepConfig, pending_jobs, read_points, run_sweep, throughput_rows
 
@@ -260,18 +262,51 @@ def test_rows_of_several_commits_are_told_apart(tmp_path: Path, measured: Path) 
 
 
 def test_quality_beside_speed(tmp_path: Path, measured: Path) -> None:
+    """One line for each scheme and way of making it, both paths in it; speed of one setting for all schemes."""
     row = {"model": "m", "text": "t", "scheme": "w4a8", "kv": "int4", "ppl": 11.0, "ppl_fp": 10.0, "windows": 1}
-    rows = [row | {"path": "kernels", "bits_weight": 4.13, "bits_activation": 8, "bits_kv": 4.25}]
-    rows.append(rows[0] | {"scheme": "fp8", "kv": "fp8", "ppl": None})
+    row |= {"path": "kernels", "bits_weight": 4.13, "bits_activation": 8, "bits_kv": 4.25, "calibration": "9 x 9, GPTQ"}
+    rows = [row, row | {"path": "reference", "ppl": 10.5}, row | {"distill_steps": 50, "ppl": 10.2}]
+    rows.append(row | {"scheme": "fp8", "kv": "fp8", "ppl": None, "calibration": "rounded to nearest"})
     file = tmp_path / "q.json"
     file.write_text(json.dumps({"name": "quality-presets", "rows": rows}))
     data = read_bench([measured, file])
     ((name, (titles, body)),) = quality_tables(data)
-    best = max(r["out_tok_s"] for r in data.rows if r["batch_mode"] == "best" and r["scheme"] == "w4a8")
-    found = dict(zip(titles, body[1], strict=True))
-    assert name == "m on t" and [line[0] for line in body] == ["fp8+kvfp8", "w4a8+kv4"]
-    assert found["loss"] == "10.0 %" and found["output tok/s"] == best and found["on"].startswith("llama-2-7b")
-    assert body[0][3:8] == ["kernels", None, 10.0, None, None], "not measured is not zero"
+    target = max(r["tpot_target_ms"] for r in data.rows if r["batch_mode"] == "best")
+    best = {r["scheme"]: r for r in data.rows if r["batch_mode"] == "best" and r["tpot_target_ms"] == target}
+    assert name == f"m on t; speed and memory of llama-2-7b, paper:2048, TPOT at most {target:g} ms"
+    assert [line[:2] for line in body] == [["fp8+kvfp8", "rounding"], ["w4a8+kv4", "GPTQ"], ["w4a8+kv4", "training"]]
+    rounded, gptq, trained = (dict(zip(titles, line, strict=True)) for line in body)
+    assert (gptq["perplexity"], gptq["through kernels"], gptq["loss"]) == (10.5, 11.0, "10.0 %")
+    assert (trained["perplexity"], trained["through kernels"], trained["loss"]) == (None, 10.2, "2.0 %")
+    assert gptq["output tok/s, 24 GiB"] == best["w4a8"]["out_tok_s"] and gptq["weights GB"] == best["w4a8"]["weight_gb"]
+    assert rounded["loss"] is None and rounded["output tok/s, 24 GiB"] is None, "not measured is not zero"
+
+
+def test_speed_beside_quality_is_of_one_setting(tmp_path: Path, runs: FakeRuns) -> None:
+    """A scheme that was also run where it is faster stands there with what all others ran."""
+    most = config(tmp_path / "a", workload=("512/256",), memory_gb=(0.0,), concurrency=(0,))
+    more = config(tmp_path / "b", workload=("128/128",), memory_gb=(0.0,), concurrency=(0,), schemes=("w4a8",))
+    rows = [row for sweep in (most, more) for row in throughput_rows(sweep, run_sweep(sweep))]
+    for row in rows:
+        row["out_tok_s"] *= 10 if row["workload"] == "128/128" else 1
+    quality = {"model": "m", "text": "t", "scheme": "w4a8", "kv": "int4", "ppl": 11.0, "ppl_fp": 10.0, "windows": 1}
+    quality |= {"path": "kernels", "bits_weight": 4.13, "bits_activation": 8, "bits_kv": 4.25}
+    ((name, (titles, (line,))),) = quality_tables(BenchData(rows=rows, quality=[quality]))
+    slower = next(r for r in rows if r["scheme"] == "w4a8" and r["workload"] == "512/256")
+    assert name.endswith("of llama-2-7b, 512/256")
+    assert dict(zip(titles, line, strict=True))["output tok/s, whole GPU"] == slower["out_tok_s"]
+
+
+def test_each_scheme_against_its_own_floor(tmp_path: Path, measured: Path) -> None:
+    step = {"shape": "s", "scheme": "bf16", "kv": "bf16", "batch": 1, "context": 512, "ms": 4.0, "sol_ms": 3.0}
+    steps = [step, step | {"batch": 64, "ms": 5.0}, step | {"batch": 2, "head": "int8", "ms": 9.0}]
+    steps.append(step | {"scheme": "fp8", "kv": "fp8", "sol_ms": None})
+    titles, body = shares_table(read_bench([measured]).rows, steps)
+    found = {line[0]: dict(zip(titles, line, strict=True)) for line in body}
+    assert list(found) == ["bf16", "w8a8+kv16", "w8a8+kv8", "w4a8+kv4"]
+    assert list(found["bf16"].values())[1:5] == [2, "60 %", "75 %", "s, batch 64, context 512"]
+    assert found["w8a8+kv8"]["decode steps"] is None and found["w8a8+kv8"]["most "] == "50 %"
+    assert shares_table([], []) == (titles, [])
 
 
 def test_without_matplotlib(tmp_path: Path, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
