@@ -159,7 +159,8 @@ _MAKERS: tuple[Callable[[Bits], Method | None], ...] = (
 def with_cache(scheme: Scheme, kv: str) -> Scheme:
     """`scheme` with the cache that the presets have under this suffix: kv4, kv8, kvfp8 or kv16."""
     cache = get_scheme(f"w4a4+{kv}")
-    return replace(scheme, kv=cache.kv, kv_offset=cache.kv_offset, kv_rotation=cache.kv_rotation)
+    names = ("kv", "kv_offset", "kv_rotation", "kv_recent")
+    return replace(scheme, **{name: getattr(cache, name) for name in names})
 
 
 def rotated_online(scheme: Scheme, rotation: RotationSpec) -> Scheme:

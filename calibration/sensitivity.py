@@ -173,8 +173,8 @@ class _CentredKV(DenseKV):
 
 def _cache(base: Scheme, kv: TensorSpec) -> dict[str, Any]:
     """Fields of a scheme whose cache is `kv` and treats keys as that of `base`."""
-    keys = {"kv_pre_rope": base.kv_pre_rope, "kv_offset": base.kv_offset, "kv_rotation": base.kv_rotation}
-    return {"kv": kv, **keys}
+    names = ("kv_pre_rope", "kv_offset", "kv_rotation", "kv_recent")
+    return {"kv": kv, **{name: getattr(base, name) for name in names}}
 
 
 def _rounded(weight: Tensor, linear: LinearScheme, perm: Tensor | None) -> Tensor:

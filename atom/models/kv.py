@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..kernels.dense_attention import AttentionSpec, attend_dense
+from ..kernels.recent_attention import attend_recent
 from ..quant.keys import prepare_keys, prepare_queries
 from ..quant.rounding import fake_quantize
 from ..quant.schemes import Scheme, TensorSpec
@@ -22,6 +23,21 @@ SOFT_CAP = (
     "keys less their centre (kv_offset 'centre') do not fit attention with a soft cap, which would notice; "
     "quantize with --kv-offset mean --kv-rotation none."
 )
+
+
+def refuse_recent(config: ModelConfig, recent: int) -> None:
+    """Raise UnsupportedError where a model's attention cannot read its `recent` newest tokens exactly."""
+    if recent and config.attention_soft_cap is not None:
+        raise UnsupportedError(
+            f"a recent window (kv_recent {recent}) came for attention with a soft cap, whose parts cannot be merged; "
+            "it needs plain softmax; quantize with --kv-recent 0."
+        )
+    narrow = [window for window in config.windows if window is not None and window <= recent]
+    if recent and narrow:
+        raise UnsupportedError(
+            f"a recent window of {recent} tokens came for a sliding window of {min(narrow)}; it must be smaller than "
+            "that; quantize with a smaller --kv-recent, or 0."
+        )
 
 
 class KV(Protocol):
@@ -51,8 +67,9 @@ class DenseKV:
     call too) reads the rounded ones; `pre_rope` rounds keys before RoPE and turns them when they are read;
     `offset_apart` rounds keys less their offset, which is added back (turned) when they are read; `centred` rounds
     turned keys less their centre, which is not; `rotates` multiplies their heads, and those of queries, by a Hadamard
-    matrix. `overrides` are formats of single layers, where they differ. Storage grows as needed, or is allocated once
-    with `max_len`. A layer that is never run takes no memory.
+    matrix; of the `recent` newest tokens, a query reads keys and values as they were before rounding. `overrides` are
+    formats of single layers, where they differ. Storage grows as needed, or is allocated once with `max_len`. A layer
+    that is never run takes no memory.
     """
 
     takes_norms = False
@@ -70,7 +87,9 @@ class DenseKV:
         centred: bool = False,
         rotates: bool = False,
         overrides: Mapping[int, TensorSpec] | None = None,
+        recent: int = 0,
     ) -> None:
+        refuse_recent(config, recent)
         if centred and config.attention_soft_cap is not None:
             raise UnsupportedError(SOFT_CAP)
         self.config = config
@@ -80,6 +99,7 @@ class DenseKV:
         self.offset_apart = offset_apart
         self.centred = centred
         self.rotates = rotates
+        self.recent = recent
         self.overrides = overrides or {}
         self.device = torch.device(device)
         self.dtype = dtype
@@ -87,6 +107,7 @@ class DenseKV:
         self._keys: dict[int, Tensor] = {}  # layer -> [batch, num_kv_heads, capacity, head_dim]
         self._values: dict[int, Tensor] = {}
         self._lengths: dict[int, int] = {}
+        self._newest: dict[int, tuple[Tensor, Tensor]] = {}  # exact, like _keys and _values: recent - 1 at most
 
     @classmethod
     def for_scheme(
@@ -113,6 +134,7 @@ class DenseKV:
             centred=scheme.stores_key_centre,
             rotates=scheme.rotates_keys,
             overrides={override.layer: override.kv for override in scheme.kv_overrides},
+            recent=scheme.kv_recent,
         )
 
     @property
@@ -137,14 +159,30 @@ class DenseKV:
         centre = spec.key_centre if self.centred else None
         q = prepare_queries(q, centre, self.rotates)
         if centre is not None or self.rotates:
-            k = self._round(prepare_keys(rotation.apply(k), centre, self.rotates), kv).to(k.dtype)
+            exact = prepare_keys(rotation.apply(k), centre, self.rotates)
+            k, exact = self._round(exact, kv).to(k.dtype), exact.to(k.dtype)
         else:
+            exact = rotation.apply(k) if self.recent else k
             k = self._round_keys(k, kv, offset, rotation)
         keys, values = self._append(layer, self._by_sequence(k), self._by_sequence(self._round(v, kv)))
         if self.pre_rope:
             keys = self._rotate_stored(keys, rotation)
-        out = attend_dense(self._by_sequence(q), keys.to(q.dtype), values.to(q.dtype), spec)
+        own, keys, values = self._by_sequence(q), keys.to(q.dtype), values.to(q.dtype)
+        if self.recent and kv is not None:
+            newest = self._keep_newest(layer, self._by_sequence(exact), self._by_sequence(v))
+            out = attend_recent(own, keys, values, *newest, spec, self.recent)
+        else:
+            out = attend_dense(own, keys, values, spec)
         return out.transpose(1, 2).flatten(0, 1)  # [T, num_heads, head_dim]
+
+    def _keep_newest(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Exact k, v [batch, num_kv_heads, seq, head_dim] behind those that are kept of the tokens before them."""
+        kept = self._newest.get(layer)
+        if kept is not None:
+            k, v = torch.cat((kept[0], k), 2), torch.cat((kept[1], v), 2)
+        first = max(0, k.shape[2] - self.recent + 1)
+        self._newest[layer] = (k[:, :, first:].clone(), v[:, :, first:].clone())  # views would keep all of a prompt
+        return k, v
 
     def _by_sequence(self, x: Tensor) -> Tensor:
         """[batch * seq, heads, head_dim] -> [batch, heads, seq, head_dim]."""

@@ -63,7 +63,7 @@ _NVINT4 = _small_groups("int4", 16, "e4m3", outer=True)
 def _with_cache(scheme: Scheme, kv: TensorSpec | None) -> Scheme:
     """`scheme` with another cache; a low-bit one rounds keys less their centre, their heads turned."""
     if kv is None:
-        return replace(scheme, kv=None, kv_offset="bias", kv_rotation="none")
+        return replace(scheme, kv=None, kv_offset="bias", kv_rotation="none", kv_recent=0)
     return replace(scheme, kv=kv, kv_offset="centre", kv_rotation="hadamard")
 
 

@@ -30,6 +30,8 @@ __all__ = [
 
 KeyOffset = Literal["none", "bias", "mean", "centre"]
 KeyRotation = Literal["none", "hadamard"]
+RECENT = (0, 16, 32, 64)  # what kv_recent may be
+CONTEXT = 2048  # tokens of a sequence over which the bits of its recent window are spread
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Scheme:
                    the mean key of each channel before RoPE, measured in calibration
     kv_rotation    "hadamard" turns every head of keys, less their centre, and of queries after RoPE (keys.py);
                    their products stay the same
+    kv_recent      a query reads the keys and values of so many tokens, its own and those just before it, as they were
+                   before rounding; 16, 32 or 64, and 0 for none. They are rounded and stored like all others too
     overrides      first match wins
     kv_overrides   layers whose cache has another format than `kv`; offset and rotation are the same
     fast_sums      of FP8 products: see LinearScheme
@@ -81,6 +85,7 @@ class Scheme:
     residual: int = 0
     kv_overrides: tuple[CacheOverride, ...] = ()
     fast_sums: bool = False
+    kv_recent: int = 0
 
     def __post_init__(self) -> None:
         self.default_linear  # noqa: B018  its checks are ours too
@@ -97,10 +102,24 @@ class Scheme:
             )
         if self.kv_overrides and self.kv is None:
             raise ValueError("kv_overrides change single layers of a low-bit cache, and kv is None; give kv")
+        if self.kv_recent:
+            self._check_recent()
         own = [(override.kv, f"kv of layer {override.layer}") for override in self.kv_overrides]
         for spec, what in ((self.activation, "activation"), (self.kv, "kv"), *own):
             if spec is not None and not spec.dynamic:
                 raise ValueError(f"{what} scales are chosen at run time; set dynamic=True")
+
+    def _check_recent(self) -> None:
+        if self.kv_recent not in RECENT:
+            raise ValueError(f"kv_recent must be one of {', '.join(map(str, RECENT))}, got {self.kv_recent}; use 16")
+        if self.kv is None:
+            raise ValueError("kv_recent keeps the newest tokens of a low-bit cache exact, and kv is None; give kv")
+        if self.kv_pre_rope or self.kv_offset in ("bias", "mean"):
+            what = "kv_pre_rope" if self.kv_pre_rope else f"kv_offset {self.kv_offset!r}"
+            raise ValueError(
+                f"kv_recent keeps keys as they are behind RoPE, with nothing to add back, and {what} came; "
+                "use kv_offset 'centre' or 'none' and kv_pre_rope=False, or kv_recent=0"
+            )
 
     @property
     def default_linear(self) -> LinearScheme:
@@ -155,17 +174,21 @@ class Scheme:
             return bits
         return bits + self.residual * self.activation.bits_per_value(K) / K
 
-    def kv_bits(self, head_dim: int, layers: int = 1) -> float:
-        """Effective bits of a cached key or value element, the mean over the first `layers`."""
+    def kv_bits(self, head_dim: int, layers: int = 1, tokens: int = CONTEXT) -> float:
+        """Effective bits of a cached key or value element of a sequence of `tokens`, the mean over the first `layers`.
+
+        What is kept exactly beside is counted in.
+        """
         specs = [self.kv_of(layer) for layer in range(layers)]
-        return sum(16.0 if spec is None else spec.bits_per_value(head_dim) for spec in specs) / layers
+        bits = sum(16.0 if spec is None else spec.bits_per_value(head_dim) for spec in specs) / layers
+        return bits + 16.0 * min(self.kv_recent, tokens) / tokens
 
     def with_kv(self, kv: TensorSpec | None) -> "Scheme":
         """This with `kv` as the cache of all layers."""
-        return replace(self, kv=kv, kv_overrides=())
+        return replace(self, kv=kv, kv_overrides=(), kv_recent=0 if kv is None else self.kv_recent)
 
     def to_dict(self) -> dict[str, Any]:
-        data = plain_fields(self, idle=("residual", "kv_overrides", "fast_sums"))
+        data = plain_fields(self, idle=("residual", "kv_overrides", "fast_sums", "kv_recent"))
         data["overrides"] = [override.to_dict() for override in self.overrides]
         if self.kv_overrides:
             data["kv_overrides"] = [override.to_dict() for override in self.kv_overrides]

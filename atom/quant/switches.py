@@ -57,6 +57,10 @@ class Switches:
     kv_rotation: KeyRotation | None = None
     """Turn the heads of keys and queries by a Hadamard matrix after RoPE, or none."""
 
+    kv_recent: int | None = None
+    """Tokens before each query, its own among them, whose keys and values are read as they were before rounding: 16, 32
+    or 64, or 0 for none."""
+
     def apply(self, scheme: Scheme, gptq: bool = True) -> Scheme:
         """`scheme` with these changes; ValueError if they do not fit together.
 
@@ -106,7 +110,10 @@ class Switches:
             offset = "mean" if pre_rope and scheme.kv_offset == "centre" else scheme.kv_offset
         if rotation is None:
             rotation = "none" if pre_rope or offset in ("bias", "mean") else scheme.kv_rotation
-        return {"kv_pre_rope": pre_rope, "kv_offset": offset, "kv_rotation": rotation}
+        recent = self.kv_recent
+        if recent is None:
+            recent = 0 if pre_rope or offset in ("bias", "mean") else scheme.kv_recent
+        return {"kv_pre_rope": pre_rope, "kv_offset": offset, "kv_rotation": rotation, "kv_recent": recent}
 
     def _refuse_idle(self, scheme: Scheme) -> None:
         """Raise ValueError for a switch that would change nothing, since the scheme has nothing it applies to."""
@@ -123,6 +130,7 @@ class Switches:
             "kv_pre_rope": ("a quantized cache", scheme.kv),
             "kv_offset": ("a quantized cache", scheme.kv),
             "kv_rotation": ("a quantized cache", scheme.kv),
+            "kv_recent": ("a quantized cache", scheme.kv),
         }
         if self.fast_sums and (scheme.weight is None or scheme.weight.format != "fp8_e4m3"):
             raise ValueError(f"--fast-sums needs FP8 weights, which {scheme.name} has not; leave it out, or take fp8")

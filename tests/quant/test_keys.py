@@ -34,6 +34,9 @@ def test_scores_change_by_one_constant_a_query() -> None:
         ({"kv_rotation": "hadamard", "kv_offset": "mean"}, "use 'centre'"),
         ({"kv_rotation": "hadamard", "kv_offset": "none", "kv_pre_rope": True}, "kv_pre_rope=False"),
         ({"kv_offset": "centre", "kv_pre_rope": True}, "kv_pre_rope=False"),
+        ({"kv_offset": "none", "kv_pre_rope": True, "kv_recent": 16}, "kv_pre_rope=False"),
+        ({"kv_offset": "mean", "kv_recent": 16}, "kv_offset 'mean' came; use kv_offset 'centre'"),
+        ({"kv_offset": "none", "kv_recent": 8}, "one of 0, 16, 32, 64, got 8; use 16"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(fields: dict[str, object], message: str) -> None:

@@ -148,6 +148,17 @@ def test_effective_bits(name: str, weight: float, activation: float, kv: float) 
     assert found == pytest.approx((weight, activation, kv))
 
 
+def test_a_recent_window_is_counted_written_and_read() -> None:
+    scheme = replace(PRESETS["w4a8"], kv_recent=16)
+    assert scheme.kv_bits(128) == 4.25 + 0.125 and scheme.kv_bits(128, tokens=4096) == 4.25 + 0.0625
+    assert scheme.kv_bits(128, tokens=8) == 4.25 + 16
+    assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+    assert "kv_recent" not in PRESETS["w4a8"].to_dict()
+    assert scheme.with_kv(KV8).kv_recent == 16 and scheme.with_kv(None).kv_recent == 0
+    with pytest.raises(ValueError, match="kv is None; give kv"):
+        replace(PRESETS["bf16"], kv_recent=16)
+
+
 def test_single_layers_have_caches_of_their_own() -> None:
     scheme = replace(PRESETS["w4a4"], kv_overrides=(CacheOverride(1, KV8),))
     assert [scheme.kv_of(layer) for layer in range(3)] == [KV4, KV8, KV4]

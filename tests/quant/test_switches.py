@@ -69,6 +69,9 @@ def test_what_is_asked_of_keys_turns_off_what_does_not_go_with_it() -> None:
     assert Switches(kv_offset="mean").apply(scheme).kv_rotation == "none"
     assert Switches(kv_offset="none").apply(scheme).kv_rotation == "hadamard"
     assert Switches(kv_rotation="none").apply(scheme).kv_offset == "centre"
+    exact = Switches(kv_recent=16).apply(scheme)
+    assert exact.kv_recent == 16 and Switches(kv_pre_rope=True).apply(exact).kv_recent == 0
+    assert Switches().apply(exact) == exact and Switches(kv_recent=0).apply(exact) == scheme
 
 
 def test_fast_sums_are_a_switch_of_fp8() -> None:
