@@ -130,7 +130,7 @@ class Runner(AccuracyRun):
         self.generative = Tasks(options.generative, options.include_path, options.task_limit)
         self.full_generative: tuple[TaskResult, ...] = ()  # full precision's, once they ran
         self.distilled = 0  # steps of the method at work
-        self.gained = True  # whether the checkpoint is what they made of it
+        self.share = 1.0  # of what they learned that the checkpoint has
         self.flat_steps = 0  # of each layer, likewise
 
     def run(self, method: Method, bits: Bits) -> None:
@@ -148,10 +148,11 @@ class Runner(AccuracyRun):
             row |= effective_bits(self.source, scheme) | {"ppl_fp": None}
             row |= {"source": self.options.source, "seconds": round(time.perf_counter() - started, 1)}
             row |= {} if method.name == "fp" else self.described()
-            if self.distilled and not self.gained:
+            if self.distilled and self.share == 0.0:
                 row["note"] = (
                     "training did not lower the divergence on held-back text: the checkpoint is as GPTQ left it"
                 )
+            row |= {"distill_share": self.share} if self.distilled else {}
             if method.learned:
                 row["note"] = "run in memory: its transforms have no place in a checkpoint"
                 row["flat_steps"] = self.flat_steps
@@ -226,7 +227,7 @@ class Runner(AccuracyRun):
             found = quantize_and_distill(self.source, scheme, out, config, self.windows, self.distill_text).distilled
             assert found is not None
             self.distilled = int(found["steps"])
-            self.gained = found["kl_after"] < found["kl_before"]
+            self.share = found["share"]
             print("distilled", found, flush=True)
         else:
             quantize_source(self.source, scheme, out, config, self.windows)

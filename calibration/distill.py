@@ -3,7 +3,8 @@
 Rounding layer by layer cannot know what later layers do with an error. Here the rounded model, exactly as it will be
 run, is trained for some minutes to predict what the full-precision model predicts: the loss is the divergence
 KL(full || rounded) of the next token, on calibration text. Nothing changes in form, so nothing is paid at run time.
-A part of the text is held back, and where the divergence does not fall on it the checkpoint stays as it was rounded.
+A part of the text is held back: as much of what was learned is kept as predicts it best (way_back.py), and where the
+divergence does not fall on it the checkpoint stays as it was rounded.
 
 Sources: distillation of quantized language models on the full model's own predictions, LLM-QAT (arXiv:2305.17888);
 scales alone, under codes that stay, EfficientQAT (arXiv:2407.11062). Codes learn where they are asked to, straight
@@ -38,6 +39,7 @@ from .progress import Progress, Silent
 from .recorded import PLAIN_STEPS
 from .student import Student, TrainingKV
 from .training_step import TrainingStep, schedule
+from .way_back import WayBack
 
 log = logging.getLogger(__name__)
 
@@ -83,21 +85,35 @@ def load_distill_text(tokenizer: Tokenizer, config: CalibrationConfig, windows: 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What training did: steps made, the divergence in nats a token on held-back text before and after, seconds."""
+    """What training did: steps made, the divergence in nats a token on held-back text before and after, seconds.
+
+    tried  the divergence after each share of what was learned; the least is `kl_after`
+    """
 
     steps: int
     tokens: int
     kl_before: float
-    kl_after: float
+    tried: dict[float, float]
     seconds: float
+
+    @property
+    def share(self) -> float:
+        """What was kept of what was learned, if that is better than nothing."""
+        return min(self.tried, key=lambda share: self.tried[share])
+
+    @property
+    def kl_after(self) -> float:
+        return self.tried[self.share]
 
     @property
     def is_better(self) -> bool:
         return self.kl_after < self.kl_before
 
     def to_dict(self) -> dict[str, Any]:
+        tried = {f"{share:g}": float(f"{kl:.5g}") for share, kl in self.tried.items()}
         found = {"kl_before": float(f"{self.kl_before:.5g}"), "kl_after": float(f"{self.kl_after:.5g}")}
-        return {"steps": self.steps, "tokens": self.tokens, "seconds": round(self.seconds, 2), **found}
+        share = {"share": self.share if self.is_better else 0.0, "tried": tried}
+        return {"steps": self.steps, "tokens": self.tokens, "seconds": round(self.seconds, 2), **found, **share}
 
 
 def distill_checkpoint(
@@ -143,7 +159,9 @@ class Training:
         records = not any(rope.kind == "dynamic" for rope in self.student.model.model.ropes())
         if not records:
             log.info("dynamic RoPE: training steps are launched kernel by kernel, which takes several times as long")
-        step = TrainingStep(self.gradients, self.student.parameters(), self.config.distill_rate, records)
+        learning = self.student.parameters()
+        step = TrainingStep(self.gradients, learning, self.config.distill_rate, records)
+        way = WayBack([*learning.codes, *learning.factors, *learning.plain, *learning.weights])
         last: Tensor | None = None
         for batch in self._batches(self.text.training):
             if done == steps:
@@ -165,9 +183,14 @@ class Training:
                     steps = max(done, min(steps, done + int(left / pace)))
         self._check(last, done, steps)
         del step
+        tried = way.best(self._divergence_recentred)
         self.student.recentre(self.text.training[:FIRST_TOKENS])
-        after = self.divergence(self.text.held_back)
-        return Distilled(done, tokens, before, after, time.perf_counter() - started)
+        return Distilled(done, tokens, before, tried, time.perf_counter() - started)
+
+    def _divergence_recentred(self) -> float:
+        """The divergence on held-back text, with the centres of keys where what was learned wants them."""
+        self.student.recentre(self.text.training[:FIRST_TOKENS])
+        return self.divergence(self.text.held_back)
 
     def _check(self, loss: Tensor | None, step: int, steps: int) -> None:
         """Show the loss of `step`; CalibrationError if it is not finite."""

@@ -52,12 +52,13 @@ def _is_low_bit(scheme: Scheme) -> bool:
 
 
 def distill_bytes(model: Model, scheme: Scheme, config: CalibrationConfig) -> int:
-    """Memory of training: both models in float32, Adam's moments and gradients of codes that learn, or of attention's
-    weights where only the cache is low-bit, one layer's activations and the inputs of all, a chunk of logits."""
+    """Memory of training: both models in float32, Adam's moments, gradients and the first values of codes that learn,
+    or of attention's weights where only the cache is low-bit, one layer's activations and the inputs of all, a chunk of
+    logits."""
     outside, layers = _parameters(model)
     tokens = max(config.distill_tokens, config.window_length)
     hidden, inner = model.config.hidden_size, model.config.intermediate_size
-    learned = 3 * (layers if config.distill_codes else 0 if scheme.weight is not None else _attention(model))
+    learned = 4 * (layers if config.distill_codes else 0 if scheme.weight is not None else _attention(model))
     kept = tokens * (model.config.num_layers * hidden + ACTIVATIONS_HIDDEN * hidden + ACTIVATIONS_INNER * inner)
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in model.model.decoder_layers())
     return 4 * (2 * (outside + layers) + learned + WEIGHTS_AT_ONCE * largest + kept) + LOGITS_BYTES

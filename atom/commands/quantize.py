@@ -120,7 +120,7 @@ def run(options: Options) -> dict[str, Any]:
     if report.distilled is not None:
         console.print(
             "distilled in {steps} steps and {seconds:.0f} s: {kl_before:.4f} -> {kl_after:.4f} nats a token from full "
-            "precision, on text held back".format(**report.distilled)
+            "precision, on text held back; {share:.0%} of what was learned is kept".format(**report.distilled)
         )
     found = {"output": str(options.directory), "scheme": options.preset, "totals": totals}
     return found if report.distilled is None else {**found, "distilled": report.distilled}

@@ -56,13 +56,13 @@ def test_what_was_asked_for_stays(steps: int) -> None:
 
 
 def test_memory_of_8b() -> None:
-    """Both models in float32 are 64 GB; codes that learn add three times the layers, attention's weights theirs."""
+    """Both models in float32 are 64 GB; codes that learn add four times the layers, attention's weights theirs."""
     w4a4, cache = get_scheme("w4a4"), get_scheme("bf16+kv4")
     scales = distill_bytes(model(LLAMA_8B), w4a4, CONFIG)
     codes = distill_bytes(model(LLAMA_8B), w4a4, replace(CONFIG, distill_codes=True))
     assert 64e9 < scales < 100e9
-    assert codes - scales == pytest.approx(12 * 6.98e9, rel=0.01)
-    assert distill_bytes(model(LLAMA_8B), cache, CONFIG) - scales == pytest.approx(12 * 1.34e9, rel=0.01)
+    assert codes - scales == pytest.approx(16 * 6.98e9, rel=0.01)
+    assert distill_bytes(model(LLAMA_8B), cache, CONFIG) - scales == pytest.approx(16 * 1.34e9, rel=0.01)
 
 
 def test_a_run_on_a_cpu_says_it(tiny: Tiny, quick: CalibrationConfig, tmp_path: Path) -> None:
