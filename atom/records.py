@@ -100,11 +100,13 @@ SCHEMAS: dict[str, RecordSchema] = {
     "accuracy-frontier": RecordSchema(
         ("model", "text", "method", "kv", "ppl", "ppl_fp", "windows", "path", *BITS),
         # what is kept of the mean over tasks in percent, half of its 95 % interval, and over how many documents;
-        # kv_zero: the rule of a cache's zero points, whole in rows that do not say; above_fp, closed: gaps.py;
+        # kv_zero: the rule of a cache's zero points, whole in rows that do not say; kv_recent: newest tokens that are
+        # read exactly, none in rows that do not say; above_fp, closed: gaps.py;
         # earlier: a run before the one that has the place, kept for its tasks; distill_share: what is kept of what
         # training learned, all of it in rows that do not say
         (
-            *("scheme", "kv_zero", "task:", "recovery", "recovery:95", "documents", "retrieval:", "flat_steps"),
+            *("scheme", "kv_zero", "kv_recent", "task:", "recovery", "recovery:95", "documents", "retrieval:"),
+            "flat_steps",
             *("earlier", "above_fp", "above_fp:stderr", "closed", "closed:stderr", "distill_share", *PERPLEXITY_EXTRAS),
         ),
         {"path": PATHS, "scheme": ("w4a4", "w4a8", "kv4"), "kv_zero": ("whole", "mean"), **_KV},

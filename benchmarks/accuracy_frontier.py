@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -73,6 +74,9 @@ class Measure(MeasureOptions):
 
     kv: str = "kv4"
     """The cache of all methods of w4a4 and w4a8: kv4, kv8, kvfp8 or kv16."""
+
+    recent: int = 0
+    """Newest tokens that `ours` reads as they were before rounding: 16, 32 or 64. Other methods have none."""
 
     kernels: bool = False
     """Measure `ours` through the kernels too, on a GPU that has them."""
@@ -134,17 +138,20 @@ class Runner(AccuracyRun):
         self.flat_steps = 0  # of each layer, likewise
 
     def run(self, method: Method, bits: Bits) -> None:
-        key = {"method": method.name, "text": self.texts.texts[0].name}
-        if self.part.has(RECORD, key if method.name == "fp" else {**key, "scheme": bits}):
-            return
         scheme = method.scheme
         if method.name != "fp" and scheme.kv is None:
             scheme = with_cache(scheme, self.options.kv)
+        recent = self.options.recent if method.name == "ours" else scheme.kv_recent
+        scheme = replace(scheme, kv_recent=recent)
+        key = {"method": method.name, "text": self.texts.texts[0].name, "kv_recent": recent or None}
+        if self.part.has(RECORD, key if method.name == "fp" else {**key, "scheme": bits}):
+            return
         started = time.perf_counter()
         with scratch(self.options.scratch) as folder:
             loaded = self.loaded(method, scheme, folder)
             row = {"model": self.options.name, "method": method.name, "scheme": bits, "kv": kv_name(scheme)}
             row |= {} if scheme.kv is None or scheme.kv.symmetric else {"kv_zero": scheme.kv.zero}
+            row |= {"kv_recent": recent} if recent else {}
             row |= effective_bits(self.source, scheme) | {"ppl_fp": None}
             row |= {"source": self.options.source, "seconds": round(time.perf_counter() - started, 1)}
             row |= {} if method.name == "fp" else self.described()
@@ -220,7 +227,7 @@ class Runner(AccuracyRun):
         if not scheme.is_quantized:
             return self.full
         if method.learned:
-            return self.flattened(method, scheme, folder)
+            return self.flattened(method, scheme)
         config, out = method.config(self.config), folder / "checkpoint"
         if config.distill_steps:
             config = self.as_ours(config)
@@ -240,14 +247,18 @@ class Runner(AccuracyRun):
         gptq = {"true_sequential": o.true_sequential, "scale_search": o.scale_search, "act_order": o.act_order}
         return replace(config, **steps, **gptq)  # type: ignore[arg-type]
 
-    def flattened(self, method: Method, scheme: Scheme, folder: Path) -> Loaded:
-        """The model under learned transforms, in memory."""
-        where = self.source.path
+    @cached_property
+    def prepared(self) -> "TemporaryDirectory[str]":
+        """Where `cached` holds keys prepared for the cache, and weights as they are: for all that is run in memory."""
+        folder = TemporaryDirectory(dir=self.options.scratch)
         cached = with_cache(get_scheme("bf16"), self.options.kv)
-        if cached.is_quantized:  # keys prepared for the cache, weights as they are
-            where = folder / "cached"
-            quantize_source(self.source, cached, where, self.config, self.windows)
-        loaded = self.load(where)
+        quantize_source(self.source, cached, Path(folder.name) / "cached", self.config, self.windows)
+        return folder
+
+    def flattened(self, method: Method, scheme: Scheme) -> Loaded:
+        """The model under learned transforms, in memory."""
+        cached = with_cache(get_scheme("bf16"), self.options.kv)
+        loaded = self.load(Path(self.prepared.name) / "cached" if cached.is_quantized else self.source.path)
         bits = 8 if scheme.activation is None or scheme.activation.format == "int8" else 4
         o = self.options
         settings = FlatConfig(method.learned, activation_bits=bits, steps=o.flat_steps, seconds=o.flat_seconds)
@@ -302,7 +313,8 @@ def finish(rows: list[Row]) -> None:
     first: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         is_full = row["method"] == "fp"
-        key = (*(row[k] for k in ("model", "text", "method", "path", "dtype")), None if is_full else row["scheme"])
+        key = tuple(row[k] for k in ("model", "text", "method", "path", "dtype"))
+        key += (None if is_full else row["scheme"], row.get("kv_recent"))
         if is_full:
             first[key] = {**row, **first.get(key, {})}
         elif "recovery" in row and "recovery" not in first.get(key, row):

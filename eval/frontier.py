@@ -77,7 +77,8 @@ def name_way(row: Row) -> str:
         limit = "" if row["limit"] is None else f" --{row['choice']} {row['limit']:g}"
         return f"{row['base']}{limit}" if limit else f"{row['choice']}+{row['kv']}, GPTQ alone"
     if "method" in row:
-        return f"{row['method']} {row['scheme']}" + (", an earlier run" if row.get("earlier") else "")
+        recent = f", newest {row['kv_recent']} exact" if row.get("kv_recent") else ""
+        return f"{row['method']} {row['scheme']}{recent}" + (", an earlier run" if row.get("earlier") else "")
     way = f"{row['scheme']}+{row['kv']}" + (", distilled" if row.get("distill_steps") else "")
     return way if row.get("cache", row["kv"]) == row["kv"] else f"{way}, through a {row['cache']} cache"
 

@@ -151,13 +151,19 @@ def test_a_student_whose_codes_stay_is_the_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("model", "scheme"),
-    [("llama", "w4a4"), ("llama-biased", "w4a8"), ("qwen2", "nvfp4"), ("qwen3", "w4a16+kv4"), ("gemma3", "nvint4")],
+    ("model", "scheme", "recent"),
+    [
+        ("llama", "w4a4", 0),
+        ("llama-biased", "w4a8", 16),
+        ("qwen2", "nvfp4", 0),
+        ("qwen3", "w4a16+kv4", 0),
+        ("gemma3", "nvint4", 0),
+    ],
 )
 def test_the_student_is_the_checkpoint(
-    model: str, scheme: str, tiny: Tiny, quick: CalibrationConfig, tmp_path: Path
+    model: str, scheme: str, recent: int, tiny: Tiny, quick: CalibrationConfig, tmp_path: Path
 ) -> None:
-    chosen = replace(get_scheme(scheme), rotation=RotationSpec("block_hadamard", 16))
+    chosen = replace(get_scheme(scheme), rotation=RotationSpec("block_hadamard", 16), kv_recent=recent)
     quantize_model(tiny(model), chosen, tmp_path / "out", quick)
     source = open_source(tmp_path / "out")
     found = read_scheme(source.config)
