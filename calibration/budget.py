@@ -56,9 +56,7 @@ def solve(places: list[Place], losses: Losses, budget: float) -> Plan:
     Raises ValueError if the cheapest choices need more. Costs are rounded up to the grid, so the budget always holds.
     """
     total = sum(place.macs for place in places)
-    cheapest, dearest = _reach(places)
-    if budget < cheapest:
-        raise ValueError(f"a budget of {budget:g} bits cannot be met: the cheapest choices need {cheapest:.3f}")
+    cheapest, dearest = _reach(places, budget)
     step = max(dearest - cheapest, 1e-9) / GRID
     room = min(GRID, int((budget - cheapest) / step + 1e-6)) + 1
     if budget >= dearest:
@@ -153,12 +151,14 @@ def choose_by_budget(
     tokens  [windows, length] of calibration text
     file    keeps what is measured: a stopped run goes on from there
     context see find_places
-    Raises ValueError if neither or both limits are given, or the one that is cannot be met.
+    Raises ValueError if neither or both limits are given, or the one that is cannot be met: of a budget before anything
+    is measured.
     """
     if (budget is None) == (max_loss is None):
         raise ValueError(f"give a budget in bits or a largest loss, one of them; got {budget} and {max_loss}")
     model = load_source(source, device, torch.float32)
     places, choices = find_places(model, base, context)
+    _reach(places, budget)
     losses = Sensitivity(model, base, tokens, file).measure(places, choices, progress)
     if budget is not None:
         plan = solve(places, losses, budget)
@@ -168,8 +168,13 @@ def choose_by_budget(
     return Choice(build_scheme(base, plan, places, choices), plan, frontier(places, losses), mean_bits(plan, places))
 
 
-def _reach(places: list[Place]) -> tuple[float, float]:
-    """Mean bits of an operand under the cheapest choices, and under the dearest."""
+def _reach(places: list[Place], budget: float | None = None) -> tuple[float, float]:
+    """Mean bits of an operand under the cheapest choices, and under the dearest.
+
+    Raises ValueError if the cheapest need more than `budget`.
+    """
     total = sum(place.macs for place in places)
-    low = sum(place.macs * min(place.bits.values()) for place in places) / total
-    return low, sum(place.macs * max(place.bits.values()) for place in places) / total
+    low, high = (sum(place.macs * end(place.bits.values()) for place in places) / total for end in (min, max))
+    if budget is not None and budget < low:
+        raise ValueError(f"a budget of {budget:g} bits cannot be met: the cheapest choices need {low:.3f}")
+    return low, high

@@ -1,5 +1,6 @@
 """What a choice of formats loses at one place: the divergence of the model's predictions, measured, kept in a file."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from atom.models.kv import DenseKV
 from atom.models.layers import DecoderLayer
 from atom.models.model import Model
 from atom.models.rope import Rotation
+from atom.models.source import Source
 from atom.quant.mixed import dequantize_weight, fake_quantize_activation, quantize_weight
 from atom.quant.permutation import energy_order, invert
 from atom.quant.presets import get_scheme
@@ -26,6 +28,17 @@ from .places import Choices, Losses, Place
 from .plan import unrotate_input
 
 KEPT_LOGITS = 2**30  # log probabilities of full precision that are kept, on a GPU: 4 GiB
+
+
+def losses_file(output: Path, source: Source, base: Scheme, text: str) -> Path:
+    """Where the losses for a checkpoint at `output` are kept: a file OUT.sensitivity-*.json for whatever they hang on.
+
+    That is the model, how the base's cache treats keys, and the text, known by the hash of its tokens. All choices of
+    weights and activations are the same for every base.
+    """
+    known = [dict(source.provenance), dict(source.config), _keys_of(base), text]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+    return output.with_name(f"{output.name}.sensitivity-{digest[:8]}.json")
 
 
 class Sensitivity:
@@ -173,8 +186,12 @@ class _CentredKV(DenseKV):
 
 def _cache(base: Scheme, kv: TensorSpec) -> dict[str, Any]:
     """Fields of a scheme whose cache is `kv` and treats keys as that of `base`."""
-    names = ("kv_pre_rope", "kv_offset", "kv_rotation", "kv_recent")
-    return {"kv": kv, **{name: getattr(base, name) for name in names}}
+    return {"kv": kv, **_keys_of(base)}
+
+
+def _keys_of(base: Scheme) -> dict[str, Any]:
+    """How a scheme's cache treats keys, as fields of a scheme."""
+    return {name: getattr(base, name) for name in ("kv_pre_rope", "kv_offset", "kv_rotation", "kv_recent")}
 
 
 def _rounded(weight: Tensor, linear: LinearScheme, perm: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from .compare import Z95
 from .table import format_table
 
 FULL = "full precision"
+OPTION = " --"  # in the name of a way between a base and the limit that formats were chosen under
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ def name_way(row: Row) -> str:
     if is_full(row):
         return FULL
     if "choice" in row:  # quality-budget
-        limit = "" if row["limit"] is None else f" --{row['choice']} {row['limit']:g}"
-        return f"{row['base']}{limit}" if limit else f"{row['choice']}+{row['kv']}, GPTQ alone"
+        if row["limit"] is None:
+            return f"{row['choice']}+{row['kv']}, GPTQ alone"
+        return f"{row['base']}{OPTION}{row['choice']} {row['limit']:g}"
     if "method" in row:
         recent = f", newest {row['kv_recent']} exact" if row.get("kv_recent") else ""
         return f"{row['method']} {row['scheme']}{recent}" + (", an earlier run" if row.get("earlier") else "")

@@ -121,6 +121,11 @@ def test_a_budget_chooses_formats_and_resumes(atom: Atom, tiny: Tiny, text_file:
     assert len(json.loads(kept.read_text())) == 15  # four inputs and a cache in each of three layers
     code, _, err = atom("quantize", tiny("llama"), "--budget", 1.0, *options, "-o", tmp_path / "none")
     assert code != 0 and "1 bits cannot be met" in err
+    assert not list(tmp_path.glob("none*"))  # refused before anything was measured
+    code, _, err = atom("quantize", tiny("llama"), "--budget", 5.0, *options, "-o", out)
+    assert code == 1 and "exists and is not empty" in err
+    code, _, err = atom("quantize", tiny("llama"), "--max-loss", 0.0, *options)
+    assert code == 2 and "--max-loss is a divergence in nats a token, above 0" in err.replace("\n", " ")
     code, _, err = atom("quantize", tiny("llama"), "--budget", 5.0, "--max-loss", 0.1, *options)
     assert code == 2 and "exclude each other" in err
 

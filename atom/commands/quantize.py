@@ -12,6 +12,7 @@ import tyro
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.recommended import AUTO, recommended_scheme
 
+from ..checkpoint import check_output
 from ..quant.presets import get_scheme
 from ..quant.schemes import Scheme
 from ..quant.switches import Switches
@@ -65,6 +66,8 @@ class Options:
         self.build_scheme()
         if self.budget is not None and self.max_loss is not None:
             raise ValueError("--budget and --max-loss exclude each other; give one of them")
+        if self.max_loss is not None and self.max_loss <= 0:
+            raise ValueError(f"--max-loss is a divergence in nats a token, above 0; got {self.max_loss:g}")
         if self.budget_context < 0:
             raise ValueError(f"budget_context counts tokens from 0, got {self.budget_context}; leave it out for 2048")
         if self.budget_windows < 1 or self.budget_length < 2:
@@ -100,20 +103,29 @@ def run(options: Options) -> dict[str, Any]:
     from atom.calibration.progress import Bar
     from atom.calibration.stream import quantize_model
 
-    from .console import console
+    from .console import console, progress_console
 
     scheme = options.build_scheme()
-    if options.budget is not None or options.max_loss is not None:
-        scheme = _choose_scheme(options, scheme)
-    report = quantize_model(
-        options.model,
-        scheme,
-        options.directory,
-        options.config,
-        options.resume,
-        Bar(),
-        options.revision,
-    )
+    check_output(options.directory, options.resume)  # before a choice is measured
+    if options.preset != options.scheme:
+        console.print(
+            f"scheme {options.scheme}: {options.preset}, as measurements on {options.gpu or 'this GPU'} recommend"
+        )
+    try:
+        if options.budget is not None or options.max_loss is not None:
+            scheme = _choose_scheme(options, scheme)
+        report = quantize_model(
+            options.model,
+            scheme,
+            options.directory,
+            options.config,
+            options.resume,
+            Bar(),
+            options.revision,
+        )
+    except KeyboardInterrupt:
+        progress_console.print("stopped; the same command with --resume goes on with what is done")
+        raise
     totals = report.totals
     size = f"{totals['bytes'] / 2**20:,.1f} MiB in {totals['seconds']:.0f} s"
     console.print(f"wrote {options.directory}: {options.preset}, {size}; see atom report quant {options.directory}")
@@ -136,6 +148,7 @@ def _choose_scheme(options: Options, base: Scheme) -> Scheme:
 
     from atom.calibration.budget import choose_by_budget
     from atom.calibration.data import load_windows
+    from atom.calibration.sensitivity import losses_file
 
     from ..models.device import choose_device
     from ..models.source import load_tokenizer, open_source
@@ -146,7 +159,7 @@ def _choose_scheme(options: Options, base: Scheme) -> Scheme:
     tokenizer = load_tokenizer(source.path)
     windows = load_windows(config.calib, tokenizer, options.budget_windows, options.budget_length, config.seed)
     torch.set_float32_matmul_precision(config.matmul_precision)
-    kept = options.directory.with_name(f"{options.directory.name}.sensitivity-{windows.sha256[:8]}.json")
+    kept = losses_file(options.directory, source, base, windows.sha256)
     started = time.perf_counter()
     with progress_console.status("measuring what each choice loses") as status:
         chosen, plan, points, bits = choose_by_budget(

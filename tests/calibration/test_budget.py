@@ -12,7 +12,7 @@ import torch
 from atom.calibration.budget import Plan, build_scheme, choose_by_budget, frontier, solve, solve_for_loss
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.places import Place, find_places
-from atom.calibration.sensitivity import Sensitivity
+from atom.calibration.sensitivity import Sensitivity, losses_file
 from atom.calibration.stream import quantize_model
 from atom.models.family import input_groups
 from atom.models.loader import load_model, load_source
@@ -91,6 +91,19 @@ def test_measurement_resumes_and_leaves_the_model_alone(name: str, tiny: Tiny, t
     file.write_text(json.dumps({**kept, "0.o_input": dict.fromkeys(kept["0.o_input"], 9.0)}))
     again = Sensitivity(model, base, TOKENS, file).measure(places, choices)
     assert again["0.o_input"]["w8a8"] == 9.0 and again["1.o_input"] == losses["1.o_input"]
+
+
+def test_losses_are_kept_for_what_they_hang_on(tiny: Tiny, tmp_path: Path) -> None:
+    source, base = open_source(tiny("llama")), get_scheme("w4a4")
+    path = losses_file(tmp_path / "out", source, base, "text")
+    assert path.name.startswith("out.sensitivity-") and path == losses_file(tmp_path / "out", source, base, "text")
+    assert path == losses_file(tmp_path / "out", source, get_scheme("w4a4-hadamard"), "text")
+    others = [
+        losses_file(tmp_path / "out", open_source(tiny("qwen2")), base, "text"),
+        losses_file(tmp_path / "out", source, replace(base, kv_rotation="none"), "text"),
+        losses_file(tmp_path / "out", source, base, "another text"),
+    ]
+    assert len({path, *others}) == 4
 
 
 def test_choices_run_together_as_one_by_one(tiny: Tiny, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from atom.commands.report import Accuracy, run
 from atom.eval.accuracy_report import write_report
 from atom.eval.frontier import Point, read_points, recovery_table, task_recovery
-from atom.eval.frontier_plot import best_of
+from atom.eval.frontier_plot import best_of, series_of
 from atom.records import write_record
 
 FULL = {"bits_weight": 16.0, "bits_activation": 16.0, "bits_kv": 16.0}
@@ -58,6 +58,8 @@ def test_what_a_budget_chose_is_a_way(tmp_path: Path) -> None:
     ]
     path = write_record("quality-budget", rows, command="x", results=tmp_path)
     assert [point.way for point in read_points([path])] == ["w4a4 --budget 4.5", "w4a4+int4, GPTQ alone"]
+    assert series_of("w4a4 --budget 4.5") == series_of("w4a4 --max-loss 0.1") == "w4a4, chosen by place"
+    assert series_of("w4a4+int4") == "w4a4+int4"
 
 
 def test_recovery_of_tasks_has_an_interval() -> None:
