@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atom.models.layout import layer_prefix
 from atom.plots import load_matplotlib
+from atom.quant.schemes import Scheme
 
 from .clock import PHASES
 from .report import Report
@@ -14,12 +16,17 @@ ENERGIES_PLOT = "channel_energies.png"
 
 
 def report_table(report: Report) -> Any:
-    """What to print on a rich console: provenance, a line a layer in two tables, and where the time went."""
+    """What to print on a rich console: provenance, a line a layer in two tables, and where the time went.
+
+    Where a budget chose formats, they stand in a third table.
+    """
     from rich.console import Group
 
     if not report.layers:
         return Group(_headline(report), "No weight was quantized: the weights are copies.")
-    return Group(_headline(report), _weights_table(report), _layers_table(report), _time_line(report))
+    scheme = Scheme.from_dict(report.scheme)
+    formats = [_formats_table(report, scheme)] if scheme.is_mixed else []
+    return Group(_headline(report), *formats, _weights_table(report), _layers_table(report), _time_line(report))
 
 
 def draw_plots(report: Report, directory: Path) -> list[Path]:
@@ -54,6 +61,15 @@ def _layers_table(report: Report) -> Any:
         peak = layer["peak_gpu_bytes" if has_gpu else "peak_host_bytes"] / 2**30
         took = (f"{layer['output_error']:.3f}", f"{share:.0%}", f"{layer['seconds']['total']:.1f}", f"{peak:.1f}")
         table.add_row(*_errors(layer, "output_error"), *took)
+    return table
+
+
+def _formats_table(report: Report, scheme: Scheme) -> Any:
+    table = _table("formats of weights and activations (+64: outlier channels; h64: Hadamard blocks)", report, ("KV",))
+    for layer in report.layers:
+        prefix, kv = layer_prefix(layer["layer"]), scheme.kv_of(layer["layer"])
+        formats = [scheme.for_linear(f"{prefix}.{name}").label for name in layer["linears"]]
+        table.add_row(str(layer["layer"]), *formats, "bf16" if kv is None else kv.format)
     return table
 
 
@@ -119,6 +135,7 @@ def _plot_energies(report: Report, path: Path) -> Path:
             if entry["outliers"]:
                 axis.axvspan(entry["channels"] - entry["outliers"], entry["channels"], alpha=0.15, color="C3")
             axis.set_title(f"layer {index} {name}", fontsize="small")
+            axis.tick_params(which="both", labelsize="x-small")
     axes[0][0].legend(fontsize="small")
     figure.suptitle("energy of input channels before and after the permutation (outlier channels shaded)")
     figure.supxlabel("channel", fontsize="small")

@@ -67,7 +67,10 @@ def find_places(model: Model, base: Scheme, context: int = CONTEXT) -> tuple[lis
             shapes = [layer.get_parameter(f"{name}.weight").shape for name in group.linears]
             K = shapes[0][1]
             known = default_choices(K)
-            by_kind = {name: _linear_bits(choice, K) for name, choice in known.items()}
+            by_kind = {
+                name: {"weight": choice.weight_bits(K), "activation": choice.activation_bits(K)}
+                for name, choice in known.items()
+            }
             bits = {name: (found["weight"] + found["activation"]) / 2 for name, found in by_kind.items()}
             place = Place(index, group, sum(n * k for n, k in shapes), bits, by_kind)
             places.append(place)
@@ -83,9 +86,3 @@ def find_places(model: Model, base: Scheme, context: int = CONTEXT) -> tuple[lis
             "count; use +kv4 and a budget_context above 0, or a scheme that rounds weights"
         )
     return places, choices
-
-
-def _linear_bits(linear: LinearScheme, K: int) -> dict[str, float]:
-    """Bits of a weight and of an activation of K columns, scales and outliers included."""
-    scheme = Scheme("bits", linear.weight, linear.activation, outliers=linear.outliers, reorder=linear.reorder)
-    return {"weight": scheme.weight_bits(K), "activation": scheme.activation_bits(K)}

@@ -116,7 +116,12 @@ def test_a_budget_chooses_formats_and_resumes(atom: Atom, tiny: Tiny, text_file:
     code, printed, _ = atom("quantize", tiny("llama"), "--budget", 6.0, *options, "-o", out)
     assert code == 0 and "chosen" in printed and "w8a8" in printed
     scheme = json.loads((out / "config.json").read_text())["quantization_config"]["scheme"]
-    assert len(scheme["overrides"]) > 3
+    assert len(scheme["overrides"]) > 3 and "formats by place" in printed
+    code, printed, _ = atom("report", "quant", out, "--plots", tmp_path / "plots")
+    assert code == 0 and "formats of weights and activations" in printed
+    code, printed, _ = atom("check", out, "--json")
+    layers = [row["where"] for row in last_json(printed)["ops"] if row["where"].startswith("down_proj")]
+    assert code == 0 and sum(int(where.partition("(")[2].split()[0]) for where in layers) == 3 and len(layers) > 1
     (kept,) = tmp_path.glob("mixed.sensitivity-*.json")
     assert len(json.loads(kept.read_text())) == 15  # four inputs and a cache in each of three layers
     code, _, err = atom("quantize", tiny("llama"), "--budget", 1.0, *options, "-o", tmp_path / "none")

@@ -3,6 +3,7 @@
 Example: atom check meta-llama/Llama-3.1-8B --scheme w4a4 --gpu h200
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,12 +29,13 @@ from ..kernels.registry import Op, Problem
 from ..kernels.rope_append import ROPE_APPEND_KV
 from ..models.config import ModelConfig
 from ..models.family import model_config
-from ..models.footprint import Footprint, measure_footprint, source_dtype
+from ..models.footprint import Footprint, mean_bits, measure_footprint, source_dtype
+from ..models.layout import layer_prefix
 from ..models.loader import meta_model
 from ..models.model import Model
 from ..models.source import read_config
 from ..quant.presets import get_scheme, kv_name
-from ..quant.schemes import Scheme
+from ..quant.schemes import Scheme, TensorSpec
 from ..quant.switches import Switches
 from .console import console
 
@@ -88,7 +90,10 @@ def run(options: Options) -> dict[str, Any]:
     training = estimate_distillation(model, scheme, planned, machine) if planned.distill_steps else None
     ops = op_table(model, scheme, gpu)
     name = Path(options.model).name
-    console.print(f"{name}: {raw['architectures'][0]}, {size.parameters / 1e6:,.1f} M parameters, scheme {scheme.name}")
+    by_place = ", formats by place" if scheme.is_mixed else ""
+    console.print(
+        f"{name}: {raw['architectures'][0]}, {size.parameters / 1e6:,.1f} M parameters, scheme {scheme.name}{by_place}"
+    )
     table = _size_table(model, scheme, size, full, cost, options)
     if training is not None:
         text = f"{planned.distill_steps} x {planned.distill_tokens} tokens on {options.gpu}"
@@ -120,33 +125,45 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def op_table(model: Model, scheme: Scheme, gpu: Gpu | None) -> list[dict[str, Any]]:
-    """One entry for each op of a decoder layer: what runs it there, or why nothing does, and its bound."""
+    """One entry for each op of a decoder layer: what runs it there, or why nothing does, and its bound.
+
+    Where layers differ, an entry for each format, which says in how many layers it is.
+    """
     layer = next(model.model.decoder_layers())
     rows: list[dict[str, Any]] = []
     arch = gpu.arch if gpu else "cpu"
+    layers = range(model.config.num_layers)
     for group in model.family.groups:
-        linear = scheme.for_linear(f"model.layers.0.{group.linears[0]}")
         shapes = [tuple(layer.get_parameter(f"{n}.weight").shape) for n in group.linears]
         K, N = shapes[0][1], sum(shape[0] for shape in shapes)
-        if linear.weight is None:
-            rows.append({"op": "linear", "where": ", ".join(group.linears), "runs": "torch", "why": "full precision"})
-            continue
-        rows.append(_row(PRODUCERS[group.name], group.name, Problem(arch, linear, K=K)))
-        row = _row(LINEAR, " + ".join(n.rpartition(".")[2] for n in group.linears), Problem(arch, linear, N, K))
-        if gpu:
-            row["bound_us"] = {M: round(linear_bound_us(gpu, M, N, K, linear), 2) for M in (1, 64, 2048)}
-        rows.append(row)
-    return rows + [_row(op, "KV cache", _attention_problem(arch, model.config, scheme)) for op in ATTENTION]
+        formats = Counter(scheme.for_linear(f"{layer_prefix(index)}.{group.linears[0]}") for index in layers)
+        for linear, count in formats.most_common():
+            of = "" if len(formats) == 1 else f", {linear.label} ({count} of {len(layers)} layers)"
+            if linear.weight is None:
+                where = ", ".join(group.linears) + of
+                rows.append({"op": "linear", "where": where, "runs": "torch", "why": "full precision"})
+                continue
+            rows.append(_row(PRODUCERS[group.name], group.name + of, Problem(arch, linear, K=K)))
+            names = " + ".join(n.rpartition(".")[2] for n in group.linears)
+            row = _row(LINEAR, names + of, Problem(arch, linear, N, K))
+            if gpu:
+                row["bound_us"] = {M: round(linear_bound_us(gpu, M, N, K, linear), 2) for M in (1, 64, 2048)}
+            rows.append(row)
+    caches = Counter(scheme.kv_of(index) for index in layers)
+    for kv, count in caches.most_common():
+        of = "" if kv is None or len(caches) == 1 else f", {kv.format} ({count} of {len(layers)} layers)"
+        rows += [_row(op, f"KV cache{of}", _attention_problem(arch, model.config, scheme, kv)) for op in ATTENTION]
+    return rows
 
 
-def _attention_problem(arch: str, config: ModelConfig, scheme: Scheme) -> Problem:
+def _attention_problem(arch: str, config: ModelConfig, scheme: Scheme, kv: TensorSpec | None) -> Problem:
     return Problem(
         arch,
-        kv=scheme.kv,
+        kv=kv,
         head_dim=config.head_dim,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
-        kv_pre_rope=scheme.kv is not None and scheme.kv_pre_rope,
+        kv_pre_rope=kv is not None and scheme.kv_pre_rope,
         kv_centred=scheme.stores_key_centre,
         kv_rotates=scheme.rotates_keys,
     )
@@ -167,8 +184,11 @@ def _size_table(
 ) -> Table:
     K, kv_bits = model.config.hidden_size, scheme.kv_bits(model.config.head_dim, model.config.num_layers)
     table = Table("", "this scheme", "16 bits")
-    table.add_row("effective bits: weights", f"{scheme.weight_bits(K):.2f}", "16")
-    table.add_row("effective bits: activations", f"{scheme.activation_bits(K):.2f}", "16")
+    bits, where = (scheme.weight_bits(K), scheme.activation_bits(K)), ""
+    if scheme.overrides:
+        bits, where = mean_bits(model, scheme), ", mean"
+    for what, of in zip(("weights", "activations"), bits, strict=True):
+        table.add_row(f"effective bits: {what}{where}", f"{of:.2f}", "16")
     table.add_row(f"effective bits: KV ({kv_name(scheme)})", f"{kv_bits:.2f}", "16")
     table.add_row("checkpoint on disk", _bytes(size.disk), _bytes(full.disk))
     table.add_row("weights in memory, packed for kernels", _bytes(size.packed), _bytes(full.packed))

@@ -128,7 +128,8 @@ def run(options: Options) -> dict[str, Any]:
         raise
     totals = report.totals
     size = f"{totals['bytes'] / 2**20:,.1f} MiB in {totals['seconds']:.0f} s"
-    console.print(f"wrote {options.directory}: {options.preset}, {size}; see atom report quant {options.directory}")
+    name = f"{options.preset}, formats by place" if scheme.is_mixed else options.preset
+    console.print(f"wrote {options.directory}: {name}, {size}; see atom report quant {options.directory}")
     if report.distilled is not None:
         console.print(
             "distilled in {steps} steps and {seconds:.0f} s: {kl_before:.4f} -> {kl_after:.4f} nats a token from full "
@@ -179,7 +180,7 @@ def _choose_scheme(options: Options, base: Scheme) -> Scheme:
     for point in [*points, plan]:
         counts = Counter(point.chosen.values()).most_common()
         name = f"{point.bits:.3f}" + (" (chosen)" if point is plan else "")
-        table.add_row(name, f"{point.loss:.4f}", ", ".join(f"{count} {choice}" for choice, count in counts))
+        table.add_row(name, f"{point.loss:.4f}", "; ".join(f"{count} {choice}" for choice, count in counts))
     console.print(table)
     chosen_bits = ", ".join(f"{names[kind]} {mean:.3f}" for kind, mean in bits.items())
     console.print(

@@ -52,6 +52,23 @@ def measure_footprint(
     return Footprint(parameters, disk, packed, _dense_bytes(model, scheme, dtype), elements * kv_bits / 8, elements * 2)
 
 
+def mean_bits(model: Model, scheme: Scheme) -> tuple[float, float]:
+    """Effective bits of a weight and of an activation, the mean over all multiplications of a token.
+
+    Of one format everywhere and inputs of one width it is Scheme.weight_bits and activation_bits of that width.
+    """
+    weights = activations = 0.0
+    total = 0
+    for index, layer in enumerate(model.model.decoder_layers()):
+        for name in model.family.linears:
+            N, K = layer.get_parameter(f"{name}.weight").shape
+            linear = scheme.for_linear(f"{layer_prefix(index)}.{name}")
+            weights += N * K * linear.weight_bits(K)
+            activations += N * K * linear.activation_bits(K)
+            total += N * K
+    return weights / total, activations / total
+
+
 def _dense_bytes(model: Model, scheme: Scheme, dtype: torch.dtype) -> int:
     outside: int = sum(p.numel() for n, p in model.state_dict().items() if not n.startswith("model.layers."))
     total = outside * dtype.itemsize

@@ -90,6 +90,34 @@ class LinearScheme:
             raise ValueError(f"{self.outliers.count} outlier channels do not fit in {K} inputs; use fewer than {K}")
         return K - self.outliers.count, self.outliers.count
 
+    def weight_bits(self, K: int) -> float:
+        """Effective bits of a weight of a row of K columns: codes, scales and outliers."""
+        return self._bits(self.weight, K)
+
+    def activation_bits(self, K: int) -> float:
+        """Effective bits of an activation of a token of K channels; those that are rounded twice count twice."""
+        bits = self._bits(self.activation, K)
+        if self.activation is None or not self.residual:
+            return bits
+        return bits + self.residual * self.activation.bits_per_value(K) / K
+
+    def _bits(self, spec: TensorSpec | None, K: int) -> float:
+        if spec is None:
+            return 16.0
+        normal, outliers = self.split(K)
+        total = normal * spec.bits_per_value(normal)
+        if outliers:
+            total += outliers * self.outliers.bits + (0 if self.outliers.format == "bf16" else 16)
+        return total / K
+
+    @property
+    def label(self) -> str:
+        """Bits of weights and activations, outlier channels (+64) and Hadamard blocks (h64): w4a4+64, w4a8 h64."""
+        weight, activation = (16 if s is None else get_format(s.format).bits for s in (self.weight, self.activation))
+        outliers = f"+{self.outliers.count}" if self.outliers.count else ""
+        blocks = "" if self.rotation is None else f" h{self.rotation.block if 'block' in self.rotation.kind else ''}"
+        return f"w{weight}a{activation}{outliers}{blocks}"
+
     def to_dict(self) -> dict[str, Any]:
         return plain_fields(self, idle=("residual", "fast_sums"))
 

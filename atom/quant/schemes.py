@@ -163,16 +163,18 @@ class Scheme:
     def is_quantized(self) -> bool:
         return self.weight is not None or self.kv is not None or bool(self.overrides)
 
+    @property
+    def is_mixed(self) -> bool:
+        """Some linear, or some layer's cache, has another format than the rest."""
+        return bool(self.overrides or self.kv_overrides)
+
     def weight_bits(self, K: int) -> float:
-        """Effective bits of a weight of a row of K columns: codes, scales and outliers."""
-        return _mixed_bits(self.weight, self.default_linear, K)
+        """Effective bits of a weight of a row of K columns, but for overrides: codes, scales and outliers."""
+        return self.default_linear.weight_bits(K)
 
     def activation_bits(self, K: int) -> float:
-        """Effective bits of an activation of a token of K channels; those that are rounded twice count twice."""
-        bits = _mixed_bits(self.activation, self.default_linear, K)
-        if self.activation is None or not self.residual:
-            return bits
-        return bits + self.residual * self.activation.bits_per_value(K) / K
+        """Effective bits of an activation of a token of K channels, but for overrides."""
+        return self.default_linear.activation_bits(K)
 
     def kv_bits(self, head_dim: int, layers: int = 1, tokens: int = CONTEXT) -> float:
         """Effective bits of a cached key or value element of a sequence of `tokens`, the mean over the first `layers`.
@@ -202,13 +204,3 @@ class Scheme:
         values["overrides"] = tuple(Override.from_dict(o) for o in data.get("overrides", ()))
         values["kv_overrides"] = tuple(CacheOverride.from_dict(o) for o in data.get("kv_overrides", ()))
         return cls(**values)
-
-
-def _mixed_bits(spec: TensorSpec | None, linear: LinearScheme, K: int) -> float:
-    if spec is None:
-        return 16.0
-    normal, outliers = linear.split(K)
-    total = normal * spec.bits_per_value(normal)
-    if outliers:
-        total += outliers * linear.outliers.bits + (0 if linear.outliers.format == "bf16" else 16)
-    return total / K

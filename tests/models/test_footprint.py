@@ -1,5 +1,6 @@
 """Sizes counted from shapes against what is written and allocated."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 
 from atom.models.family import model_config
-from atom.models.footprint import measure_footprint, source_dtype
+from atom.models.footprint import mean_bits, measure_footprint, source_dtype
 from atom.models.loader import load_model, meta_model
 from atom.models.model import Model
 from atom.models.source import open_source
 from atom.quant.presets import PRESETS, get_scheme
+from atom.quant.schemes import Override
 
 from .random_models import GEMMA3, LLAMA, quantized_state, random_model, save_state
 
@@ -51,6 +53,21 @@ def test_within_two_percent_of_what_is_written_and_allocated(kind: str, name: st
     size = measure_footprint(meta_model(model.config), scheme, source.dtype("model.embed_tokens.weight"))
     assert size.disk == pytest.approx(written, rel=0.02, abs=60_000)  # a header is 100 bytes a tensor
     assert size.dense == pytest.approx(allocated(model), rel=0.02)
+
+
+def test_bits_are_a_mean_over_multiplications() -> None:
+    model, scheme = meta_model(model_config(LLAMA)), get_scheme("w4a8")
+    layer = next(model.model.decoder_layers())
+    shapes = {name: layer.get_parameter(f"{name}.weight").shape for name in model.family.linears}
+    down = Override("*.down_proj", get_scheme("w8a8").default_linear)
+    weight, activation = mean_bits(model, replace(scheme, overrides=(down,)))
+    costs = {name: N * K for name, (N, K) in shapes.items()}
+    of_down = costs.pop("mlp.down_proj")
+    K = shapes["mlp.down_proj"][1]
+    expected = of_down * down.linear.weight_bits(K)
+    expected += sum(cost * scheme.weight_bits(shapes[name][1]) for name, cost in costs.items())
+    assert weight == pytest.approx(expected / (of_down + sum(costs.values())))
+    assert 8 < activation < 8.6
 
 
 def test_kv_bytes_of_llama_3_8b() -> None:

@@ -172,6 +172,13 @@ def test_single_layers_have_caches_of_their_own() -> None:
         replace(PRESETS["w4a4"], kv_overrides=(CacheOverride(1, replace(KV8, dynamic=False)),))
 
 
+def test_formats_have_labels() -> None:
+    labels = [PRESETS[name].default_linear.label for name in ("w4a4", "w4a8-hadamard", "w8a8", "w4a16", "bf16")]
+    assert labels == ["w4a4+128", "w4a8 h64", "w8a8", "w4a16", "w16a16"]
+    assert OVERRIDDEN.is_mixed and not PRESETS["w4a4"].is_mixed
+    assert replace(PRESETS["w4a4"], kv_overrides=(CacheOverride(1, KV8),)).is_mixed
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_names_users_type(name: str) -> None:
     assert get_scheme(name) is PRESETS[name] and PRESETS[name].name == name
