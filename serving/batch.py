@@ -41,6 +41,15 @@ class Entry(NamedTuple):  # made for every sequence and step: a named tuple take
 
 
 @dataclass(frozen=True)
+class Inherited:
+    """Sequences that begin behind blocks which others computed: their lanes, where they begin, their block tables."""
+
+    lanes: Int32
+    starts: Int32
+    block_tables: Int32
+
+
+@dataclass(frozen=True)
 class Batch:
     """Arrays of a step of T tokens from B sequences, S of which sample; decodes come first.
 
@@ -62,6 +71,7 @@ class Batch:
                                    (rows.py); None: there are none
     decoding       the sequences, if all of them do nothing but decode: where a later step has the same object, they
                    are the same, in the same order, and their tables have only grown; None: who knows
+    inherited      those that begin in this step, and not with their first token; None: there are none
     """
 
     token_ids: Int32
@@ -79,6 +89,7 @@ class Batch:
     num_decodes: int
     ahead: Int32 | None = None
     decoding: Rows | None = None
+    inherited: Inherited | None = None
 
     @property
     def num_tokens(self) -> int:

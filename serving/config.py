@@ -26,6 +26,8 @@ class SchedulerConfig:
     """Tokens of one step, over all sequences; a longer prompt is computed in chunks."""
     prefix_cache: bool = True
     """Keep the blocks of finished sequences and reuse them for equal prefixes."""
+    forks: bool = True
+    """Samples of one request share the blocks of their prompt."""
     watermark: float = 0.01
     """Share of the blocks that stays free when a sequence is admitted beside others, for those to grow into."""
     growth_blocks: int = 2

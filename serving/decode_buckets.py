@@ -61,7 +61,12 @@ class DecodeBuckets:
         device, largest = model.device, sizes[-1]
         self.most_samples = largest if most_samples is None else min(most_samples, largest)
         self._max_blocks = max_blocks
-        self._inputs = decode_inputs(model, last_tokens, largest, max_blocks, kv.pool.block_size, depth, kernels)
+        recent = kv.pool.recent
+        self._spare_lane = 0 if recent is None else recent.spare_lane
+        self._inputs = decode_inputs(
+            model, last_tokens, largest, max_blocks, kv.pool.block_size, depth, kernels,
+            0 if recent is None else recent.capacity,
+        )  # fmt: skip
         self._logits = Leading(
             torch.zeros(self.most_samples, model.config.vocab_size, dtype=model.dtype, device=device)
         )
@@ -86,7 +91,7 @@ class DecodeBuckets:
         """
         size = self.size_for(batch.num_seqs)
         assert size is not None, f"{batch.num_seqs} sequences are more than the largest bucket"
-        padded = pad_decodes(batch, size, self._scratch_block, self.kv.pool.block_size)
+        padded = pad_decodes(batch, size, self._scratch_block, self.kv.pool.block_size, self._spare_lane)
         lanes, shares = self._load(padded)
         if (size, shares) not in self._replays:  # of steps that share prefixes the first comes while serving
             if self.model.device.type == "cuda":
@@ -112,7 +117,8 @@ class DecodeBuckets:
         Their tables are alike: where more than one is long, they share a prefix.
         """
         count = size if self._plans_vary or shares else 1
-        batch = _long_batch(size, count, self._max_blocks, self._scratch_block, self.kv.pool.block_size)
+        size_of_block = self.kv.pool.block_size
+        batch = _long_batch(size, count, self._max_blocks, self._scratch_block, size_of_block, self._spare_lane)
         _, found = self._load(batch, "always" if shares else "auto")
         assert found == shares, "a step of another kind would be captured"
         if self.model.device.type == "cuda":  # attention starts early and reads lengths; before a graph they are there
@@ -131,7 +137,7 @@ class DecodeBuckets:
         return graph.replay
 
 
-def _long_batch(size: int, count: int, max_blocks: int, scratch_block: int, block_size: int) -> Batch:
+def _long_batch(size: int, count: int, max_blocks: int, scratch_block: int, block_size: int, spare_lane: int) -> Batch:
     """A decode batch of padding rows, `count` of them with as many tokens as a sequence can have, all in one block."""
     none = np.zeros(0, dtype=np.int32)
     nobody = unsampled(
@@ -143,7 +149,7 @@ def _long_batch(size: int, count: int, max_blocks: int, scratch_block: int, bloc
         block_tables=np.zeros((0, max_blocks), dtype=np.int32),
         lanes=none,
     )
-    padded = pad_decodes(nobody, size, scratch_block, block_size)
+    padded = pad_decodes(nobody, size, scratch_block, block_size, spare_lane)
     lengths = padded.seqlens_k.copy()
     lengths[:count] = max_blocks * block_size
     return replace(padded, seqlens_k=lengths, positions=lengths - 1)

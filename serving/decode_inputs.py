@@ -21,6 +21,7 @@ from atom.models.rope import RopeConfig, Rotation
 from .batch import Batch, Int32
 from .decoding import Rows
 from .kv_pool import DeviceArrays
+from .recent import RingPlaces
 from .step_inputs import Staging, StepInputs
 
 Rotations = Mapping[RopeConfig, Rotation]
@@ -41,31 +42,42 @@ class DecodeInputs(Protocol):
 
 
 def decode_inputs(
-    model: Model, last_tokens: Tensor, most: int, max_blocks: int, block_size: int, depth: int, kernels: Kernels
-) -> DecodeInputs:
-    """The inputs of decode steps of at most `most` sequences of max_blocks blocks each, `depth` of them under way."""
+    model: Model, last_tokens: Tensor, most: int, max_blocks: int, block_size: int, depth: int, kernels: Kernels,
+    ring_rows: int = 0,
+) -> DecodeInputs:  # fmt: skip
+    """The inputs of decode steps of at most `most` sequences of max_blocks blocks each, `depth` of them under way.
+
+    ring_rows  of a sequence's exact tokens; 0: none are kept
+    """
+    places = RingPlaces(most, ring_rows, model.device) if ring_rows else None
     dtype = str(model.dtype).removeprefix("torch.")
     problem = Problem(device_arch(model.device), K=model.config.hidden_size, dtype=dtype)
     is_dynamic = any(config.kind == "dynamic" for config in model.config.ropes)
     if kernels == "auto" and not is_dynamic and refuses_begin(problem) is None:
-        return KernelInputs(model, last_tokens, most, max_blocks, block_size, depth)
-    return TorchInputs(model, last_tokens, most, max_blocks, depth)
+        return KernelInputs(model, last_tokens, most, max_blocks, block_size, depth, places)
+    return TorchInputs(model, last_tokens, most, max_blocks, depth, places)
 
 
 class TorchInputs:
     """One upload, copies into the buffers; tokens, embedding and angles are captured."""
 
-    def __init__(self, model: Model, last_tokens: Tensor, most: int, max_blocks: int, depth: int) -> None:
+    def __init__(
+        self, model: Model, last_tokens: Tensor, most: int, max_blocks: int, depth: int,
+        places: RingPlaces | None = None,
+    ) -> None:  # fmt: skip
+        self._places = places
         self._model, self._last_tokens = model, last_tokens
         self._staging = Staging(model.device, depth)
-        self._words = torch.zeros(4, most, dtype=torch.int64, device=model.device)  # tokens, sources, positions, slots
+        # tokens, sources, positions, slots, lanes
+        self._words = torch.zeros(5, most, dtype=torch.int64, device=model.device)
         self._tables = torch.zeros(most, max_blocks, dtype=torch.int32, device=model.device)
 
     def load(self, padded: Batch) -> Tensor:
         """See DecodeInputs."""
         size, width = padded.block_tables.shape
-        words = np.empty((4, size), dtype=np.int64)
+        words = np.empty((5, size), dtype=np.int64)
         words[0], words[1], words[2], words[3] = padded.token_ids, -1, padded.positions, padded.slots
+        words[4] = padded.lanes
         words[1, padded.pending] = padded.pending_lanes
         lanes = padded.sample_lanes.astype(np.int64)
         on_device, table_rows, lane_ids = self._staging.upload([words, padded.block_tables, lanes])
@@ -75,11 +87,14 @@ class TorchInputs:
 
     def arrays(self, size: int) -> DeviceArrays:
         """See DecodeInputs."""
-        return DeviceArrays(self._words[3, :size], self._tables[:size])
+        places = (None, None) if self._places is None else self._places(size)
+        return DeviceArrays(self._words[3, :size], self._tables[:size], None, *places)
 
     def start(self, size: int) -> tuple[Tensor, Rotations]:
         """See DecodeInputs."""
-        token_ids, sources, positions, _ = self._words[:, :size]
+        token_ids, sources, positions, _, lanes = self._words[:, :size]
+        if self._places is not None:
+            self._places.fill(lanes, positions)
         empty = token_ids[:0]
         inputs = StepInputs(token_ids, sources, positions, self.arrays(size), empty, empty)
         decoder = self._model.model
@@ -87,15 +102,17 @@ class TorchInputs:
 
 
 class KernelInputs:
-    """One kernel, which reads the host's memory; nothing is captured.
+    """One kernel, which reads the host's memory; nothing is captured but where exact tokens go.
 
     Tables of the sequences that the last step had are there already, but for their newest blocks.
     """
 
     def __init__(
-        self, model: Model, last_tokens: Tensor, most: int, max_blocks: int, block_size: int, depth: int
-    ) -> None:
+        self, model: Model, last_tokens: Tensor, most: int, max_blocks: int, block_size: int, depth: int,
+        places: RingPlaces | None = None,
+    ) -> None:  # fmt: skip
         self._block_size = block_size
+        self._places = places
         decoder = model.model
         self._ropes = decoder.ropes()
         self._begin = Begin(
@@ -128,7 +145,7 @@ class KernelInputs:
             records[:, TOKEN], records[:, SOURCE] = padded.token_ids, -1
             records[padded.pending, SOURCE] = padded.pending_lanes
         if not goes_on:
-            records[:sampled, LANE], records[sampled:, LANE] = padded.sample_lanes, 0
+            records[:, LANE] = padded.lanes  # those that are sampled from first
         records[:, POSITION], records[:, SLOT] = padded.positions, padded.slots
         records[:, BLOCKS] = blocks = (padded.seqlens_k + (self._block_size - 1)) // self._block_size
         tables: Int32 | None = padded.block_tables
@@ -144,11 +161,14 @@ class KernelInputs:
 
     def arrays(self, size: int) -> DeviceArrays:
         """See DecodeInputs."""
-        return DeviceArrays(self._slots(size), self._tables(size), self._lengths(size))
+        places = (None, None) if self._places is None else self._places(size)
+        return DeviceArrays(self._slots(size), self._tables(size), self._lengths(size), *places)
 
     def start(self, size: int) -> tuple[Tensor, Rotations]:
         """See DecodeInputs."""
         begin = self._begin
+        if self._places is not None:
+            self._places.fill(begin.lanes[:size], begin.positions[:size])
         rotations = {
             config: Rotation(begin.turns[0, index, :size], begin.turns[1, index, :size], begin.positions[:size], rope)
             for index, (config, rope) in enumerate(self._ropes.items())

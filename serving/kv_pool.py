@@ -6,8 +6,10 @@ takes a step's batch, then the model runs once. A layer's keys and values of the
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,15 +17,16 @@ from atom.errors import UnsupportedError
 from atom.kernels.dense_attention import AttentionSpec
 from atom.kernels.kv_layout import KVLayout
 from atom.kernels.paged_attention import PAGED_ATTENTION, RopeTable
-from atom.kernels.paged_step import PagedStep, Share
+from atom.kernels.paged_step import PagedStep, RecentStep, Share
 from atom.kernels.registry import Choice, Kernels, Problem, device_arch
 from atom.kernels.rope_append import ROPE_APPEND_KV
 from atom.models.config import ModelConfig
-from atom.models.kv import SOFT_CAP
+from atom.models.kv import SOFT_CAP, refuse_recent
 from atom.models.rope import RopeConfig, Rotation
 from atom.quant.schemes import Scheme
 
 from .batch import Batch
+from .recent import LayerRun, RecentRoom, RecentTokens
 
 
 def kv_layouts(config: ModelConfig, scheme: Scheme | None, dtype: torch.dtype, block_size: int) -> list[KVLayout]:
@@ -50,6 +53,8 @@ class KVPool:
 
     layouts  of each layer; its contents are undefined until written
     dtype    of the model: keys and values come and go in it, and a cache in full precision keeps it
+    room     for the exact tokens beside the blocks, where the scheme has a recent window
+    recent   these tokens; None without such a window
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class KVPool:
         block_size: int = 16,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        room: RecentRoom | None = None,
     ) -> None:
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}; give the KV cache more memory.")
@@ -75,6 +81,11 @@ class KVPool:
         self._layers: list[Tensor] = [
             part.view(layout.shape(num_blocks)) for part, layout in zip(parts, self.layouts, strict=True)
         ]
+        self.recent: RecentTokens | None = None
+        if scheme is not None and scheme.kv_recent:
+            refuse_recent(config, scheme.kv_recent)
+            assert room is not None, "a recent window needs to know how many sequences there are"
+            self.recent = RecentTokens(config, scheme.kv_recent, room, dtype, device)
 
     @property
     def device(self) -> torch.device:
@@ -82,16 +93,29 @@ class KVPool:
 
     @property
     def num_bytes(self) -> int:
-        return self._memory.numel()
+        """Of blocks and exact tokens."""
+        return self._memory.numel() + (0 if self.recent is None else self.recent.num_bytes)
 
     @property
     def token_bytes(self) -> float:
-        """Of a token in one layer, the mean over layers."""
-        return self.num_bytes / (self.num_blocks * self.block_size * len(self.layouts))
+        """Of a token in the blocks of one layer, the mean over layers."""
+        return self._memory.numel() / (self.num_blocks * self.block_size * len(self.layouts))
 
     def layer(self, index: int) -> Tensor:
         """uint8 [num_blocks, num_kv_heads, tile_bytes] of layer `index`."""
         return self._layers[index]
+
+    def runs(self) -> list[LayerRun]:
+        """Neighbouring layers of one layout together."""
+        found: list[LayerRun] = []
+        start = 0
+        for layout, group in groupby(self.layouts):
+            first, count = sum(run.count for run in found), len(list(group))
+            end = start + count * self.num_blocks * layout.block_bytes
+            memory = self._memory[start:end].view(layout.shape(count * self.num_blocks))
+            found.append(LayerRun(layout, first, count, self.num_blocks, memory))
+            start = end
+        return found
 
 
 @dataclass
@@ -109,11 +133,15 @@ class DeviceArrays:
     slots         int64 [T]
     block_tables  int32 [B, max blocks]
     lengths       int32 [B], tokens to attend over, where every sequence has one query; None: attention brings them
+    rings         int32 [B], see RecentStep, and
+    exact_slots   int64 [T], its slots, where every sequence has one query; None: they are brought if they are needed
     """
 
     slots: Tensor
     block_tables: Tensor
     lengths: Tensor | None = None
+    rings: Tensor | None = None
+    exact_slots: Tensor | None = None
 
     @staticmethod
     def of(batch: Batch, device: torch.device) -> "DeviceArrays":
@@ -165,6 +193,7 @@ class PagedKV:
                 kv_pre_rope=self.pre_rope,
                 kv_centred=self.centred,
                 kv_rotates=rotates,
+                kv_recent=0 if pool.recent is None else pool.recent.tokens,
                 dtype=str(pool.dtype).removeprefix("torch."),
             )
             chosen = (ROPE_APPEND_KV.choose(problem, kernels), PAGED_ATTENTION.choose(problem, kernels))
@@ -172,20 +201,35 @@ class PagedKV:
             attend = chosen[1].build(layout, self.pre_rope, split_tokens, has_offset)
             self._ops.append(_Ops(append, attend))
             self.choices += chosen
+        self._recent: RecentStep | None = None  # of the step, where exact tokens are kept
         self._steps: list[PagedStep] = []  # one for each layout: what is derived from a step is of one
         self._tables: dict[RopeConfig, RopeTable] = {}
 
-    def begin(self, batch: Batch, arrays: DeviceArrays | None = None, share: Share = "auto") -> bool:
+    def begin(
+        self, batch: Batch, arrays: DeviceArrays | None = None, share: Share = "auto", in_pieces: bool = False
+    ) -> bool:
         """Take the next step's batch. `arrays` holds what lies on the device already; by default it is copied.
 
+        in_pieces  what stores was captured over another step: exact tokens take the way that serves all
         Returns whether decodes that begin with the same blocks read them together: then other kernels are launched, so
         that a graph captured over a step replays steps of its own kind only.
         """
         arrays = DeviceArrays.of(batch, self.pool.device) if arrays is None else arrays
+        self._recent = None
+        if self.pool.recent is not None:
+            share = "never"  # beginnings that are read together have no part for a recent window yet
+            self._recent = self._begin_recent(self.pool.recent, batch, arrays, in_pieces)
         shares = self._prepare(batch, arrays, share)
         if any(shares) and not all(shares):  # a graph replays either kind: caches of two formats have to agree
             shares = self._prepare(batch, arrays, "never")
         return any(shares)
+
+    def _begin_recent(self, recent: RecentTokens, batch: Batch, arrays: DeviceArrays, in_pieces: bool) -> RecentStep:
+        if batch.inherited is not None:
+            recent.inherit(batch.inherited, self.pool.runs())
+        is_direct = not in_pieces and bool((np.diff(batch.cu_seqlens_q) <= 1).all())
+        assert is_direct or batch.ahead is None, "tokens of a text that are rows of a step go to its ring"
+        return recent.step(batch, arrays.rings, arrays.exact_slots, is_direct)
 
     def _prepare(self, batch: Batch, arrays: DeviceArrays, share: Share) -> list[bool]:
         """A step for each layout; whether decodes read beginnings together there."""
@@ -200,6 +244,7 @@ class PagedKV:
                 arrays.block_tables,
                 batch.ahead,
                 arrays.lengths,
+                self._recent,
             )
             shares.append(ops.attend.prepare(step, config.windows, config.queries_per_kv, share))
             self._steps.append(step)
@@ -220,7 +265,11 @@ class PagedKV:
         offset, centre = self._offset(rotation, spec), spec.key_centre if self.centred else None
         storage = self.pool.layer(layer)
         append = self._ops[self._kinds[layer]].append
-        turned: Tensor = append(q, k, v, rotation.cos, rotation.sin, slots, storage, offset, centre, spec.norms)
+        exact: tuple[Tensor, ...] = ()
+        if self.pool.recent is not None:
+            assert self._recent is not None, "begin comes before the model"
+            exact = self.pool.recent.place(layer, self._recent, len(slots))
+        turned: Tensor = append(q, k, v, rotation.cos, rotation.sin, slots, storage, offset, centre, spec.norms, *exact)
         return turned
 
     def attend_stored(self, layer: int, q: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
@@ -229,7 +278,16 @@ class PagedKV:
         offset = self._offset(rotation, spec)
         table = self._table(step, rotation) if self.pre_rope or offset is not None else None
         rules = AttentionSpec(spec.scale, spec.window, spec.soft_cap, offset)
-        out: Tensor = self._ops[self._kinds[layer]].attend(q, self.pool.layer(layer), step, rules, table)
+        attend, storage, recent = self._ops[self._kinds[layer]].attend, self.pool.layer(layer), self.pool.recent
+        out: Tensor
+        if recent is None or step.recent is None:
+            out = attend(q, storage, step, rules, table)
+        elif step.recent.is_direct:
+            out = attend(q, storage, step, rules, table, recent.layer(layer))
+        else:
+            recent.move(layer, step, is_chunk=False)
+            out = attend(q, storage, step, rules, table, recent.layer(layer))
+            recent.move(layer, step, is_chunk=True)
         return out
 
     def _step(self, layer: int) -> PagedStep:

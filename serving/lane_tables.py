@@ -5,7 +5,7 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from .batch import Batch, Entry, Int32
+from .batch import Batch, Entry, Inherited, Int32
 from .decoding import Decodes, Rows
 
 SPARE = 16  # blocks by which tables may grow before they are gathered again
@@ -60,10 +60,11 @@ class LaneTables:
             if place >= 0:
                 self._gathered[place, written:length] = table[written:]
 
-    def build(self, decodes: Decodes, rest: SequenceOf[Entry], num_decodes: int) -> Batch:
+    def build(self, decodes: Decodes, rest: SequenceOf[Entry], num_decodes: int, num_new: int = 0) -> Batch:
         """The arrays of a step; the tables of its lanes must be up to date.
 
         num_decodes  of the leading sequences, some of the rest included, see Batch
+        num_new      of the last sequences, which begin in this step
         """
         if not rest:
             return self._build_decodes(decodes)
@@ -105,6 +106,7 @@ class LaneTables:
             sample_lanes=sample_lanes,
             masks_stop=masks_stop,
             num_decodes=num_decodes,
+            inherited=_inherited(lanes, starts, block_tables, num_new),
         )
 
     def _build_decodes(self, decodes: Decodes) -> Batch:
@@ -140,6 +142,13 @@ class LaneTables:
             num_decodes=len(decodes),
             decoding=decodes.rows,
         )
+
+
+def _inherited(lanes: Int32, starts: Int32, block_tables: Int32, num_new: int) -> Inherited | None:
+    """Those of the last `num_new` sequences that do not begin with their first token."""
+    first = len(lanes) - num_new
+    chosen = first + starts[first:].nonzero()[0]
+    return Inherited(lanes[chosen], starts[chosen], block_tables[chosen]) if len(chosen) else None
 
 
 def _joined(decodes: Int32, rest: tuple[int, ...]) -> Int32:

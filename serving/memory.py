@@ -10,6 +10,7 @@ from atom.quant.schemes import Scheme
 
 from .engine_config import EngineConfig
 from .kv_pool import bytes_per_block
+from .recent import RecentRoom
 
 CPU_CACHE_BYTES = 2**30
 
@@ -21,16 +22,18 @@ class CachePlan:
     num_blocks     that sequences may own
     max_model_len  tokens of a sequence, prompt and output together
     is_shortened   the model's context is longer than that: the cache cannot hold one such sequence
+    recent_bytes   of the exact tokens beside the blocks, where the scheme has a recent window
     """
 
     num_blocks: int
     block_bytes: int
     max_model_len: int
     is_shortened: bool
+    recent_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
-        return self.num_blocks * self.block_bytes
+        return self.num_blocks * self.block_bytes + self.recent_bytes
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,25 @@ class Reserve:
 
 
 def plan_cache(
-    model: ModelConfig, scheme: Scheme | None, dtype: torch.dtype, options: EngineConfig, available: int
-) -> CachePlan:
-    """The cache in `available` bytes.
+    model: ModelConfig, scheme: Scheme | None, dtype: torch.dtype, options: EngineConfig, available: int,
+    is_cpu: bool = False,
+) -> CachePlan:  # fmt: skip
+    """The cache in `available` bytes. Exact tokens have their room for all sequences; blocks get the rest.
 
     Raises UnsupportedError if those hold no block, and ValueError if max_model_len was asked for and is longer than the
     model's context or the cache.
     """
     block_bytes = bytes_per_block(model, scheme, dtype, options.block_size)
-    num_blocks = available // block_bytes
+    recent = 0 if scheme is None else scheme.kv_recent
+    room = RecentRoom(options.max_num_seqs, options.step_tokens(is_cpu), options.num_speculative_tokens)
+    recent_bytes = room.num_bytes(model, recent, dtype) if recent else 0
+    num_blocks = max(0, available - recent_bytes) // block_bytes
     if num_blocks < 1:
+        beside = f" beside {_amount(recent_bytes)} of exact tokens of {options.max_num_seqs} sequences"
         raise UnsupportedError(
             f"{_amount(available)} are left for the KV cache and one block of {options.block_size} tokens takes "
-            f"{_amount(block_bytes)}; raise gpu_memory_utilization or kv_cache_bytes, or use a smaller model or cache "
-            "format."
+            f"{_amount(block_bytes)}{beside if recent else ''}; raise gpu_memory_utilization or kv_cache_bytes, "
+            f"{'lower max_num_seqs, ' if recent else ''}or use a smaller model or cache format."
         )
     held = num_blocks * options.block_size + 1  # the last token of a sequence is never stored
     wanted = options.max_model_len
@@ -82,7 +90,7 @@ def plan_cache(
             "lower max_model_len, raise gpu_memory_utilization or kv_cache_bytes, or use a smaller cache format."
         )
     longest = model.max_position_embeddings if wanted is None else wanted
-    return CachePlan(num_blocks, block_bytes, min(longest, held), longest > held)
+    return CachePlan(num_blocks, block_bytes, min(longest, held), longest > held, recent_bytes)
 
 
 def gpu_cache_bytes(device: torch.device, utilization: float, reserve: Reserve) -> int:

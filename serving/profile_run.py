@@ -10,6 +10,7 @@ from .engine_config import EngineConfig
 from .kv_pool import KVPool
 from .memory import Reserve, other_bytes
 from .prompt_pieces import memory_bytes
+from .recent import RecentRoom
 from .request import Request
 from .runner import Runner
 from .sampler import Sampler
@@ -54,7 +55,7 @@ def run_largest_step(model: Model, scheme: Scheme | None, options: EngineConfig)
         max_waiting_tokens=tokens,
         prefix_cache=False,
     )
-    pool = KVPool(model.config, scheme, num_blocks, size, model.dtype, model.device)
+    pool = KVPool(model.config, scheme, num_blocks, size, model.dtype, model.device, RecentRoom(seqs, tokens))
     sampler = Sampler(seqs, model.config.vocab_size, model.device, 0, options.kernels)
     runner = Runner(model, pool, sampler, seqs, kernels=options.kernels)
     scheduler = Scheduler(limits)

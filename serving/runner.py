@@ -142,8 +142,11 @@ class Runner:
         return self._pieces is not None and self._pieces.size_for(batch.num_tokens) is not None
 
     def _is_rows(self, buckets: DecodeBuckets, batch: Batch) -> bool:
-        """See rows.py."""
-        return self._takes_rows and fits_rows(batch, buckets.sizes[-1], buckets.most_samples, self.kv.pool.token_bytes)
+        """See rows.py. Exact tokens of all rows must have a place before any attends."""
+        pool = self.kv.pool
+        if not self._takes_rows or not fits_rows(batch, buckets.sizes[-1], buckets.most_samples, pool.token_bytes):
+            return False
+        return pool.recent is None or pool.recent.holds(batch)
 
     def _forward_in_two(
         self, buckets: DecodeBuckets, batch: Batch, parts: list[PromptPart]
@@ -160,9 +163,10 @@ class Runner:
     def _forward_whole(self, batch: Batch, parts: list[PromptPart]) -> tuple[Tensor | None, Tensor, Logprobs | None]:
         """In pieces, or kernel by kernel."""
         inputs = step_inputs(batch, self._staging)
-        self.kv.begin(batch, inputs.attention)
+        has_pieces = self._has_pieces(batch)
+        self.kv.begin(batch, inputs.attention, in_pieces=has_pieces)
         tokens = inputs.tokens(self._sampler.last_tokens)
-        if self._pieces is not None and self._has_pieces(batch):
+        if self._pieces is not None and has_pieces:
             decoder = self.model.model
             embedded, turns = decoder.embed(tokens), decoder.rotations(inputs.positions)
             hidden = self._pieces.run(embedded, turns, inputs.attention.slots)

@@ -165,7 +165,7 @@ class Scheduler:
         rest += [self._chunk(sequence, end) for sequence, end in chunks]
         if not decodes and not rest:
             return None
-        batch = self._lanes.build(decodes, rest, num_decodes)
+        batch = self._lanes.build(decodes, rest, num_decodes, len(admitted))
         step = Step(self._steps, decodes, tuple(rest), tuple(admitted), batch)
         self._steps += 1
         self._in_flight.append(step)
@@ -304,7 +304,7 @@ class Scheduler:
         reserve = config.reserve_blocks(len(self._running))
         digests = self._prefixes.digests(sequence)
         # full blocks that all samples of a request have in common
-        shared = 0 if sequence.computes_prompt else (sequence.num_prompt - 1) // size
+        shared = 0 if sequence.computes_prompt or not config.forks else (sequence.num_prompt - 1) // size
         siblings = [s for s in self._requests[sequence.request.request_id] if s.lane is not None]
         if siblings and self.blocks.find(digests) < shared:
             source = next((s for s in siblings if s.scheduled >= shared * size), None)

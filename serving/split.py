@@ -37,6 +37,7 @@ def split_decodes(batch: Batch) -> tuple[Batch, Batch]:
         sample_rows=batch.sample_rows[:n],
         sample_lanes=batch.sample_lanes[:n],
         masks_stop=batch.masks_stop[:n],
+        inherited=None,
     )
     rest = replace(
         batch,

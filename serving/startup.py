@@ -4,11 +4,12 @@ import gc
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
+from atom.errors import UnsupportedError
 from atom.models.device import choose_device, choose_dtype
 from atom.models.dummy import dummy_source
 from atom.models.loader import load_source, load_tokenizer, open_source
@@ -25,6 +26,7 @@ from .kv_pool import KVPool, bytes_per_block
 from .memory import CPU_CACHE_BYTES, CachePlan, Reserve, gpu_cache_bytes, plan_cache, used_bytes
 from .profile_run import measure_reserve
 from .prompt_pieces import SIZES
+from .recent import RecentRoom
 from .rows import MOST_TOKENS
 from .runner import Runner
 from .sampler import Sampler
@@ -76,10 +78,13 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
         torch.cuda.empty_cache()
     weights_s = time.perf_counter() - started - tokenizer_s
     scheme = cache_scheme(loaded.scheme, options.kv_cache_dtype)
+    refuse_mixed_results(scheme, options)
     say("sizing the KV cache")
     plan, reserve = _plan(loaded, scheme, options)
     cache_s = time.perf_counter() - started - tokenizer_s - weights_s
     limits = options.limits(loaded.config.vocab_size, plan.max_model_len, plan.num_blocks, device.type == "cpu")
+    if options.attention_split_tokens is not None and scheme is not None and scheme.kv_recent:
+        limits = replace(limits, forks=False)  # as for prefixes: see refuse_mixed_results
     warm_up_s = -time.perf_counter()
     runner = make_runner(loaded, scheme, options, limits)
     before = used_bytes(device)
@@ -96,7 +101,8 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
         "kernels": kernels_of(loaded, runner),
         "num_blocks": plan.num_blocks,
         "block_size": options.block_size,
-        "kv_cache_bytes": plan.num_bytes,
+        "kv_cache_bytes": plan.num_blocks * plan.block_bytes,
+        "kv_recent_bytes": plan.recent_bytes,
         "kv_cache_tokens": limits.cache_tokens,
         "max_model_len": plan.max_model_len,
         "max_num_seqs": limits.max_num_seqs,
@@ -130,7 +136,8 @@ def make_runner(model: Model, scheme: Scheme | None, options: EngineConfig, limi
     more = min(MOST_TOKENS, limits.max_num_batched_tokens - limits.max_num_seqs)
     buckets = bucket_sizes(limits.max_num_seqs, more) if has_graphs else ()
     num_blocks = limits.num_blocks + bool(buckets)  # padding rows write to a block of their own
-    pool = KVPool(model.config, scheme, num_blocks, limits.block_size, model.dtype, model.device)
+    room = RecentRoom(limits.max_num_seqs, limits.max_num_batched_tokens, limits.num_speculative_tokens)
+    pool = KVPool(model.config, scheme, num_blocks, limits.block_size, model.dtype, model.device, room)
     sampler = Sampler(limits.max_num_seqs, limits.vocab_size, model.device, options.seed, options.kernels)
     depth = 2 if is_gpu and options.async_scheduling else 1  # a CPU has nothing to overlap with
     max_blocks = -(-limits.max_sequence_tokens // limits.block_size)
@@ -145,6 +152,20 @@ def cache_scheme(scheme: Scheme | None, kv_cache_dtype: str) -> Scheme | None:
         return scheme
     base = get_scheme("bf16") if scheme is None else scheme
     return base.with_kv(KV_SUFFIXES[kv_cache_dtype])
+
+
+def refuse_mixed_results(scheme: Scheme | None, options: EngineConfig) -> None:
+    """Raise UnsupportedError where results are to depend on nothing else, and blocks of others would be read.
+
+    Behind blocks that another sequence computed, the first tokens find what is before them rounded, not exactly.
+    """
+    is_shared = options.enable_prefix_caching and scheme is not None and scheme.kv_recent
+    if options.attention_split_tokens is not None and is_shared:
+        raise UnsupportedError(
+            "attention_split_tokens came with enable_prefix_caching and a recent window (kv_recent): results would "
+            "depend on what is cached; they need every token computed anew; pass enable_prefix_caching=False "
+            "(--no-enable-prefix-caching), or leave attention_split_tokens out."
+        )
 
 
 def kernels_of(model: Model, runner: Runner) -> dict[str, str]:
@@ -181,4 +202,5 @@ def _plan(model: Model, scheme: Scheme | None, options: EngineConfig) -> tuple[C
         if not options.enforce_eager:  # the block for padding rows
             available -= bytes_per_block(model.config, scheme, model.dtype, options.block_size)
     assert available is not None
-    return plan_cache(model.config, scheme, model.dtype, options, max(0, available)), reserve
+    is_cpu = model.device.type == "cpu"
+    return plan_cache(model.config, scheme, model.dtype, options, max(0, available), is_cpu), reserve

@@ -114,10 +114,11 @@ def is_decode(batch: Batch) -> bool:
     return batch.num_decodes == batch.num_seqs == len(batch.sample_rows)
 
 
-def pad_decodes(batch: Batch, size: int, scratch_block: int, block_size: int) -> Batch:
+def pad_decodes(batch: Batch, size: int, scratch_block: int, block_size: int, spare_lane: int = 0) -> Batch:
     """A decode batch with rows added up to `size`, each a sequence of one token that lies in the scratch block.
 
     They need distinct slots only where a kernel minds; all write the scratch block's first slot, and nobody reads it.
+    What is kept by lane is that of `spare_lane`.
     `sample_rows` and `sample_lanes` stay those of the real rows.
     """
     missing = size - batch.num_seqs
@@ -132,7 +133,7 @@ def pad_decodes(batch: Batch, size: int, scratch_block: int, block_size: int) ->
         cu_seqlens_q=np.arange(size + 1, dtype=np.int32),
         seqlens_k=_padded(batch.seqlens_k, missing, 1),
         block_tables=np.concatenate((batch.block_tables, tables)),
-        lanes=_padded(batch.lanes, missing, 0),
+        lanes=_padded(batch.lanes, missing, spare_lane),
         num_decodes=size,
         ahead=None if batch.ahead is None else _padded(batch.ahead, missing, 0),
     )

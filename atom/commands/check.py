@@ -166,6 +166,7 @@ def _attention_problem(arch: str, config: ModelConfig, scheme: Scheme, kv: Tenso
         kv_pre_rope=kv is not None and scheme.kv_pre_rope,
         kv_centred=scheme.stores_key_centre,
         kv_rotates=scheme.rotates_keys,
+        kv_recent=scheme.kv_recent,
     )
 
 

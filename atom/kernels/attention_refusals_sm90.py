@@ -19,6 +19,8 @@ def refuses_attention(problem: Problem) -> str | None:
         return f"{problem.kv.format} keys and values have no kernel; it reads {', '.join(CODE_BITS)}"
     if problem.kv_pre_rope:
         return "keys stored before RoPE have no kernel yet"
+    if problem.kv_recent:
+        return "a recent window (kv_recent) has no kernel yet"
     if problem.dtype != "bfloat16":
         return f"queries must be bfloat16, got {problem.dtype}"
     if problem.block_size not in (16, 32, 64):

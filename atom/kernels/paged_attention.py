@@ -16,7 +16,8 @@ from torch.nn import functional
 from .attention_refusals_sm90 import refuses_attention
 from .dense_attention import AttentionSpec, attend_capped, attend_dense
 from .kv_layout import KVLayout
-from .paged_step import Ints, PagedStep, Share
+from .paged_step import Ints, PagedStep, RecentLayer, Share
+from .recent_attention import attend_recent
 from .registry import Implementation, Op
 from .rotate import rotate
 
@@ -41,6 +42,8 @@ class DecodeGroup:
     visible    bool [B, n * block_size]
     hidden     int64 [H] each: row and column of what is not visible
     positions  int64 [B, n * block_size], of the keys
+    newest     int64 [N] each, where the step has a recent window: row and column of what is read exactly, and where it
+               lies in the ring store; else None
     """
 
     rows: Tensor
@@ -48,6 +51,7 @@ class DecodeGroup:
     visible: Tensor
     hidden: tuple[Tensor, Tensor]
     positions: Tensor
+    newest: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 def padded_blocks(num_blocks: Ints) -> Ints:
@@ -83,8 +87,20 @@ def decode_groups(step: PagedStep, window: int | None, layout: KVLayout) -> list
                 np.minimum(positions, lengths[part, None] - 1),
             )
             rows, blocks, seen, row, column, places = (torch.from_numpy(a).to(step.slots.device) for a in arrays)
-            groups.append(DecodeGroup(rows, layout.tile_rows(blocks), seen, (row, column), places))
+            newest = _newest(step, ones[part], positions, lengths[part])
+            groups.append(DecodeGroup(rows, layout.tile_rows(blocks), seen, (row, column), places, newest))
     return groups
+
+
+def _newest(step: PagedStep, members: Ints, positions: Ints, lengths: Ints) -> tuple[Tensor, Tensor, Tensor] | None:
+    """DecodeGroup.newest of the sequences `members`, whose keys stand at `positions` [B, L]."""
+    recent = step.recent
+    if recent is None:
+        return None
+    row, column = np.nonzero((positions >= lengths[:, None] - recent.tokens) & (positions < lengths[:, None]))
+    exact = recent.rings_host[members][row] + positions[row, column] % recent.capacity
+    a, b, c = (torch.from_numpy(x.astype(np.int64)).to(step.slots.device) for x in (row, column, exact))
+    return a, b, c
 
 
 class PagedAttentionReference:
@@ -101,40 +117,49 @@ class PagedAttentionReference:
         return False
 
     def __call__(
-        self, q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None = None
-    ) -> Tensor:
+        self, q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None = None,
+        recent: RecentLayer | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention of a step's queries.
 
         q       [T, num_heads, head_dim]   turned
         layer   uint8, KVLayout.shape: this step's keys and values are in it
         spec    key_offset (before RoPE) is what was taken off the stored keys, or None
         table   over all positions of the step, where keys or offsets are turned on reading; else None
+        recent  exact keys and values, where the step has a recent window
         returns [T, num_heads, head_dim]
         """
         out = torch.empty_like(q)
         for group in step.derive(("groups", spec.window), lambda: decode_groups(step, spec.window, self.layout)):
-            out[group.rows] = self._decode(q[group.rows], layer, group, spec, table)
-        self.attend_chunks(q, layer, step, spec, table, out)
+            out[group.rows] = self._decode(q[group.rows], layer, group, spec, table, recent)
+        self.attend_chunks(q, layer, step, spec, table, out, recent)
         return out
 
     def attend_chunks(
-        self, q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None, out: Tensor
-    ) -> None:
+        self, q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None, out: Tensor,
+        recent: RecentLayer | None = None,
+    ) -> None:  # fmt: skip
         """The part of sequences with several queries, into `out`."""
         for index in np.flatnonzero(step.counts > 1):
             start, end = int(step.cu_seqlens_q[index]), int(step.cu_seqlens_q[index + 1])
             length = int(step.seqlens_k[index])
-            out[start:end] = self._chunk(q[start:end], layer, step.block_tables[index], length, spec, table)
+            exact = None if recent is None else _exact(step, recent, int(index))
+            out[start:end] = self._chunk(q[start:end], layer, step.block_tables[index], length, spec, table, exact)
 
     def _decode(
-        self, q: Tensor, layer: Tensor, group: DecodeGroup, spec: AttentionSpec, table: RopeTable | None
-    ) -> Tensor:
+        self, q: Tensor, layer: Tensor, group: DecodeGroup, spec: AttentionSpec, table: RopeTable | None,
+        recent: RecentLayer | None,
+    ) -> Tensor:  # fmt: skip
         layout = self.layout
         tiles = layout.gather(layer, group.tiles)  # [num_kv_heads, B, n, tile_bytes]
         both = (layout.read(tiles, part).flatten(2, 3) for part in (0, 1))
         keys, values = (x.to(q.dtype) for x in both)  # [num_kv_heads, B, L, head_dim]
         for x in (keys, values):  # copies already
             x[:, group.hidden[0], group.hidden[1]] = 0.0  # what was never written may be NaN
+        if recent is not None and group.newest is not None:
+            row, column, exact = group.newest
+            for part, x in enumerate((keys, values)):
+                x[:, row, column] = recent.ring[exact, part].transpose(0, 1)
         keys = self._finish(keys.movedim(0, 2), group.positions, spec.key_offset, table).movedim(2, 0)
         heads = q.unflatten(1, (layout.num_kv_heads, -1)).transpose(0, 1)  # [num_kv_heads, B, queries per KV head, D]
         seen = group.visible[:, None]  # [B, 1, L]
@@ -145,8 +170,9 @@ class PagedAttentionReference:
         return out.transpose(0, 1).flatten(1, 2)
 
     def _chunk(
-        self, q: Tensor, layer: Tensor, blocks: Tensor, length: int, spec: AttentionSpec, table: RopeTable | None
-    ) -> Tensor:
+        self, q: Tensor, layer: Tensor, blocks: Tensor, length: int, spec: AttentionSpec, table: RopeTable | None,
+        exact: tuple[Tensor, int] | None,
+    ) -> Tensor:  # fmt: skip
         layout, size = self.layout, self.layout.block_size
         first = 0 if spec.window is None else max(0, length - q.shape[0] - spec.window + 1) // size
         rows = layout.tile_rows(blocks[first : -(-length // size)])
@@ -155,7 +181,12 @@ class PagedAttentionReference:
         keys, values = (x.to(q.dtype) for x in both)
         positions = torch.arange(first * size, length, device=q.device)
         keys = self._finish(keys.transpose(0, 1), positions, spec.key_offset, table).transpose(0, 1)
-        return attend_dense(q.transpose(0, 1)[None], keys[None], values[None], spec)[0].transpose(0, 1)
+        own, keys, values = q.transpose(0, 1)[None], keys[None], values[None]
+        if exact is not None:
+            newest, tokens = exact
+            exact_keys, exact_values = (newest[:, part].transpose(0, 1)[None] for part in (0, 1))
+            return attend_recent(own, keys, values, exact_keys, exact_values, spec, tokens)[0].transpose(0, 1)
+        return attend_dense(own, keys, values, spec)[0].transpose(0, 1)
 
     def _finish(self, keys: Tensor, positions: Tensor, offset: Tensor | None, table: RopeTable | None) -> Tensor:
         """Stored keys [..., L, num_kv_heads, head_dim] at `positions` [..., L] -> turned, the offset in them."""
@@ -169,6 +200,20 @@ class PagedAttentionReference:
         if self.pre_rope:
             return rotate(keys + offset, cos, sin)
         return keys + rotate(offset.expand(keys.shape), cos, sin)
+
+
+def _exact(step: PagedStep, recent: RecentLayer, index: int) -> tuple[Tensor, int]:
+    """Exact keys and values of chunk `index` and of the tokens before it that its queries still read exactly.
+
+    Returns [n, 2, num_kv_heads, head_dim], and the tokens of the recent window.
+    """
+    window = step.recent
+    assert window is not None and not window.is_direct, "a chunk's own tokens lie in the scratch"
+    start, end = int(step.cu_seqlens_q[index]), int(step.cu_seqlens_q[index + 1])
+    first = int(step.seqlens_k[index]) - (end - start)
+    before = torch.arange(max(0, first - window.tokens + 1), first, device=recent.ring.device) % window.capacity
+    kept = recent.ring[int(window.rings_host[index]) + before]
+    return torch.cat((kept, recent.scratch[start:end])), window.tokens
 
 
 PAGED_ATTENTION = Op(

@@ -25,7 +25,8 @@ class Problem:
     N, K     out and in features (0 where they do not matter)
 
     For attention: the cache's format (None: the model's own), its head_dim, query and KV heads, tokens of a block,
-    whether keys are stored before RoPE, less a centre, or turned by a Hadamard matrix, and the model's dtype.
+    whether keys are stored before RoPE, less a centre, or turned by a Hadamard matrix, how many of the newest tokens
+    are read exactly, and the model's dtype.
     """
 
     arch: str
@@ -40,6 +41,7 @@ class Problem:
     kv_pre_rope: bool = False
     kv_centred: bool = False
     kv_rotates: bool = False
+    kv_recent: int = 0
     dtype: str = "bfloat16"
 
 

@@ -21,7 +21,8 @@ class Footprint:
     disk          tensors of the checkpoint
     packed        in memory, weights as the checkpoint has them: what a kernel path holds
     dense         in memory on the reference path: weights dequantized to float32, the rest in the model's dtype
-    kv_token      one cached token in all layers in the scheme's format, scales included
+    kv_token      one cached token in all layers in the scheme's format, scales included, and its share of what is kept
+                  exactly in a sequence of schemes.CONTEXT tokens
     kv_token_16   the same in 16 bits
     """
 

@@ -13,6 +13,7 @@ from atom.quant.presets import KV8, get_scheme
 from atom.quant.schemes import CacheOverride, Scheme
 from atom.serving.config import SchedulerConfig
 from atom.serving.kv_pool import KVPool
+from atom.serving.recent import RecentRoom
 from atom.serving.request import Request
 from atom.serving.runner import Runner
 from atom.serving.sampler import Sampler
@@ -38,7 +39,8 @@ def drive(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = load_model(folder, device=device, dtype=dtype)
     limits = SchedulerConfig(model.config.vocab_size, 128, num_blocks, 16, 8, 24)
-    pool = KVPool(model.config, cache or model.scheme, limits.num_blocks + 1, limits.block_size, dtype, device)
+    room = RecentRoom(limits.max_num_seqs, max(limits.max_num_batched_tokens, *pieces, 0))
+    pool = KVPool(model.config, cache or model.scheme, limits.num_blocks + 1, limits.block_size, dtype, device, room)
     sampler = Sampler(limits.max_num_seqs, limits.vocab_size, device, seed=3)
     runner = Runner(model, pool, sampler, limits.max_num_seqs, 2, buckets=buckets, max_blocks=8, piece_sizes=pieces)
     if not captures:

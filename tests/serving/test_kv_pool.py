@@ -19,6 +19,7 @@ from atom.quant.presets import KV4, KV4_WHOLE, KV8, KVFP8, get_scheme
 from atom.quant.schemes import CacheOverride, Scheme
 from atom.serving.batch import Batch, unsampled
 from atom.serving.kv_pool import KVPool, PagedKV, bytes_per_block
+from atom.serving.recent import RecentRoom
 from atom.serving.rows import as_rows
 
 LLAMA: dict[str, Any] = {
@@ -101,8 +102,9 @@ class Cache:
         seed: int = 0,
         device: str = "cpu",
         kernels: Kernels = "auto",
+        room: RecentRoom | None = None,
     ) -> None:
-        self.pool = KVPool(model.config, model.scheme, num_blocks, block_size, model.dtype, device)
+        self.pool = KVPool(model.config, model.scheme, num_blocks, block_size, model.dtype, device, room)
         for layer in range(model.config.num_layers):
             self.pool.layer(layer).fill_(255)  # NaN in every float, bfloat16 words included
         self.kv = PagedKV(self.pool, kernels)
@@ -142,7 +144,7 @@ class Cache:
             cu_seqlens_q=np.concatenate(([0], np.cumsum([len(t) for _, t in work]))).astype(np.int32),
             seqlens_k=np.array(ends, dtype=np.int32),
             block_tables=tables,
-            lanes=np.arange(len(work), dtype=np.int32),
+            lanes=np.array([name for name, _ in work], dtype=np.int32),
         )
 
 

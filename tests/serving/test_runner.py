@@ -1,6 +1,7 @@
 """The runner: steps that run ahead of their tokens, decode buckets, one upload a step."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from atom.kernels import begin
 from atom.kernels.paged_attention import PagedAttentionReference
 from atom.kernels.paged_step import PagedStep
 from atom.models.loader import load_model, load_tokenizer
-from atom.quant.presets import KV8
+from atom.quant.presets import KV8, get_scheme
+from atom.quant.schemes import Scheme
 from atom.serving import decode_buckets
 from atom.serving.batch import Batch
 from atom.serving.config import SchedulerConfig
@@ -23,6 +25,7 @@ from atom.serving.engine_config import EngineConfig
 from atom.serving.kv_pool import KVPool
 from atom.serving.llm import LLM
 from atom.serving.profile_run import run_largest_step
+from atom.serving.recent import RingPlaces
 from atom.serving.request import Request
 from atom.serving.runner import Runner
 from atom.serving.sampler import Sampler
@@ -35,6 +38,8 @@ from .begin_model import BeginModel
 from .driven_steps import MIXED, PROMPTS, drive
 
 Tiny = Callable[[str], Path]
+
+EXACT = replace(get_scheme("bf16+kv4"), kv_offset="none", kv_recent=16)
 
 
 def engine_on(folder: Path, depth: int, buckets: tuple[int, ...], pieces: tuple[int, ...] = ()) -> LLM:
@@ -186,9 +191,12 @@ def test_driven_steps_are_the_engines(tiny: Tiny) -> None:
     assert [len(tokens) for tokens in plain] == [4 + 3 * index for index in range(len(PROMPTS))]
 
 
-def test_steps_that_begin_with_the_kernels_records_are_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cache", [None, EXACT], ids=["rounded", "newest exact"])
+def test_steps_that_begin_with_the_kernels_records_are_the_same(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, cache: Scheme | None
+) -> None:
     """All of it but the kernel itself, which does on a GPU what stands in begin_model.py."""
-    plain, _ = drive(tiny("llama"), "cpu", ())
+    plain, _ = drive(tiny("llama"), "cpu", (), cache=cache)
     kernel = BeginModel()
     monkeypatch.setattr(begin, "begin_kernel", lambda: kernel)
     load = KernelInputs.load
@@ -199,9 +207,14 @@ def test_steps_that_begin_with_the_kernels_records_are_the_same(tiny: Tiny, monk
         return lanes
 
     monkeypatch.setattr(KernelInputs, "load", watched)
-    monkeypatch.setattr(decode_buckets, "decode_inputs", lambda *options: KernelInputs(*options[:-1]))
+
+    def make(*options: Any) -> KernelInputs:
+        most, device, ring_rows = options[2], options[0].device, options[7]
+        return KernelInputs(*options[:6], RingPlaces(most, ring_rows, device) if ring_rows else None)
+
+    monkeypatch.setattr(decode_buckets, "decode_inputs", make)
     for buckets in ((1, 2, 4, 8), (1, 2, 4, 8, 16, 24)):
-        assert drive(tiny("llama"), "cpu", buckets)[0] == plain
+        assert drive(tiny("llama"), "cpu", buckets, cache=cache)[0] == plain
     assert kernel.without > 10
 
 
