@@ -17,6 +17,7 @@ from ..kernels.warm import step_kernels, warm_up
 from .config import ModelConfig
 from .device import choose_device
 from .family import model_config
+from .free_memory import check_host_memory
 from .fused import fuse_model_
 from .head import HeadFormat, round_head_
 from .layers import DecoderLayer
@@ -42,7 +43,7 @@ def load_model(
     kernels  "auto": the registry's choice for this device; "reference": torch references on any device
     head     "full": in `dtype`; "int8": rounded now (head.py)
     Raises CheckpointError if the model is not found, incomplete, damaged or of a newer version, and UnsupportedError
-    if Atom cannot run it here.
+    if Atom cannot run it here, for want of memory say.
     """
     device = choose_device(device)  # refused before a model is downloaded
     return load_source(open_source(model, revision), device, dtype, kernels, head)
@@ -60,6 +61,8 @@ def load_source(
     model = meta_model(model_config(source.config, source.generation_config))
     model.scheme = scheme
     check_source(model_tensors(model, scheme), source, model)
+    if torch.device(device).type == "cpu":
+        check_host_memory(model, source.path.name, dtype)
     outside = (name for name in model.state_dict() if not name.startswith("model.layers."))
     _load_tensors(model, source, {name: name for name in outside}, device, dtype)
     for index, layer in enumerate(model.model.decoder_layers()):
