@@ -73,6 +73,25 @@ class PrefillPlan:
     is_all: bool
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """Chunks of a step: their queries and the ends of their keys, where their tokens begin, and their block tables."""
+
+    counts: Ints
+    ends: Ints
+    starts: Ints
+    tables: Ints
+
+
+def chunks_of(step: PagedStep) -> Chunks | None:
+    """The sequences with several queries; None if there are none."""
+    chosen = np.flatnonzero(step.counts > 1)
+    if not len(chosen):
+        return None
+    counts, ends = step.counts[chosen].astype(np.int64), step.seqlens_k[chosen].astype(np.int64)
+    return Chunks(counts, ends, step.cu_seqlens_q[chosen].astype(np.int64), step.tables[chosen])
+
+
 def plan_prefill(
     step: PagedStep, window: int | None, block_size: int, flops: int = 0, allows_squares: bool = False
 ) -> PrefillPlan | None:
@@ -81,16 +100,23 @@ def plan_prefill(
     flops           of one query and key: 4 * num_heads * head_dim
     allows_squares  results may depend on which chunks are together in a step
     """
-    chunks = np.flatnonzero(step.counts > 1)
-    if not len(chunks):
+    chunks = chunks_of(step)
+    if chunks is None:
         return None
-    counts, ends = step.counts[chunks].astype(np.int64), step.seqlens_k[chunks].astype(np.int64)
+    return plan_chunks(chunks, window, block_size, flops, allows_squares, step.num_tokens)
+
+
+def plan_chunks(
+    chunks: Chunks, window: int | None, block_size: int, flops: int, allows_squares: bool, num_tokens: int
+) -> PrefillPlan:
+    """`plan_prefill` of these chunks, in a step of num_tokens."""
+    counts, ends, starts = chunks.counts, chunks.ends, chunks.starts
     firsts = np.zeros_like(ends) if window is None else np.maximum(0, ends - counts - window + 1)
     groups: list[tuple[int, int]] = []  # chunks that make a square part: first and end
     if allows_squares and (window is None or window >= ends.max()):
         firsts = np.zeros_like(ends)
-        groups = list(_square_groups(counts, ends, chunks, flops))
-    in_square = np.zeros(len(chunks), dtype=bool)
+        groups = list(_square_groups(chunks, flops))
+    in_square = np.zeros(len(counts), dtype=bool)
     for start, stop in groups:
         in_square[start:stop] = True
     ragged_keys = np.where(in_square, 0, ends - firsts)
@@ -102,25 +128,25 @@ def plan_prefill(
         prefix = (length - queries) // SQUARE * SQUARE
         side = -(-(length - prefix) // SQUARE) * SQUARE
         rows[start:stop] = total + np.arange(stop - start) * (prefix + side)
-        at = int(step.cu_seqlens_q[chunks[start]])
+        at = int(starts[start])
         tokens = slice(at, at + (stop - start) * queries)
         squares.append(SquarePart(tokens, total, stop - start, queries, prefix, length - queries - prefix, side))
         total += (stop - start) * (prefix + side)
         if prefix + side > length:
             filling += [(int(row) + length, int(row) + prefix + side) for row in rows[start:stop]]
-    tiles, positions = _tiles(step.tables[chunks], firsts, ends, rows, block_size, total)
+    tiles, positions = _tiles(chunks.tables, firsts, ends, rows, block_size, total)
     empty = [(-1, row, 0, min(block_size, stop - row)) for a, stop in filling for row in range(a, stop, block_size)]
     if empty:
         tiles = np.concatenate((tiles, np.array(empty, dtype=np.int32)))
-    ragged = _ragged(step, chunks, counts, ragged_keys, ~in_square)
-    return PrefillPlan(tiles, total, positions, ragged, tuple(squares), int(counts.sum()) == step.num_tokens)
+    ragged = _ragged(chunks, ragged_keys, ~in_square)
+    return PrefillPlan(tiles, total, positions, ragged, tuple(squares), int(counts.sum()) == num_tokens)
 
 
-def _square_groups(counts: Ints, ends: Ints, chunks: Ints, flops: int) -> Any:
+def _square_groups(chunks: Chunks, flops: int) -> Any:
     """Runs of neighbouring chunks, equal in queries and keys, that are worth a launch."""
-    start = 0
+    counts, ends, starts, start = chunks.counts, chunks.ends, chunks.starts, 0
     for stop in range(1, len(counts) + 1):
-        is_next = stop < len(counts) and chunks[stop] == chunks[stop - 1] + 1
+        is_next = stop < len(counts) and starts[stop] == starts[stop - 1] + counts[stop - 1]
         if is_next and counts[stop] == counts[start] and ends[stop] == ends[start]:
             continue
         pairs = counts[start] * (ends[start] - counts[start] / 2)
@@ -152,10 +178,14 @@ def _tiles(
     return tiles, positions
 
 
-def _ragged(step: PagedStep, chunks: Ints, counts: Ints, keys: Ints, chosen: NDArray[np.bool_]) -> RaggedPart | None:
+def _ragged(chunks: Chunks, keys: Ints, chosen: NDArray[np.bool_]) -> RaggedPart | None:
     if not chosen.any():
         return None
-    counts, keys, starts = counts[chosen], keys[chosen], step.cu_seqlens_q[chunks[chosen]].astype(np.int64)
+    return ragged_part(chunks.counts[chosen], keys[chosen], chunks.starts[chosen])
+
+
+def ragged_part(counts: Ints, keys: Ints, starts: Ints) -> RaggedPart:
+    """Chunks of so many queries and keys, whose tokens begin at `starts`."""
     cu_seqlens_q = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     tokens: slice | NDArray[np.int64] = slice(int(starts[0]), int(starts[-1] + counts[-1]))
     if starts[-1] + counts[-1] - starts[0] != cu_seqlens_q[-1]:

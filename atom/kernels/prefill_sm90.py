@@ -2,10 +2,12 @@
 
 One launch of the gather kernel reads the blocks of all sequences with several queries, this step's tokens included,
 since attention is over rounded keys. prefill_plan.py says which of torch's kernels follows. Query heads share keys as
-they lie, and a sliding window reads no block that its queries do not see.
+they lie, and a sliding window reads no block that its queries do not see. With a recent window (recent_plan.py) the
+exact keys near each query are attended over apart, and the two results are merged.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +20,9 @@ from .cache import load_kernel
 from .dense_attention import AttentionSpec, attend_dense
 from .kv_layout import KVLayout
 from .paged_attention import RopeTable
-from .paged_step import PagedStep
+from .paged_step import PagedStep, RecentLayer
 from .prefill_plan import SQUARE, PrefillPlan, RaggedPart, SquarePart, plan_prefill
+from .recent_plan import RecentPlan, plan_recent
 from .rotate import rotate
 
 ARCH = "sm_90a"
@@ -58,6 +61,53 @@ def _copy(array: np.ndarray, device: torch.device) -> Tensor:
     return on_host if device.type != "cuda" else on_host.pin_memory().to(device, non_blocking=True)
 
 
+@dataclass(frozen=True)
+class RecentOnDevice:
+    """A RecentPlan, and what is read of it on the device."""
+
+    plan: RecentPlan
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    tokens: slice | Tensor
+    ring_rows: Tensor
+    order: Tensor | None
+    far: PlanOnDevice | None
+
+
+def recent_on_device(plan: RecentPlan, device: torch.device) -> RecentOnDevice:
+    """Bring what is read of a plan to the device, without waiting for what runs there."""
+    near, far = plan.near, None if plan.far is None else on_device(plan.far, device)
+    ends = _copy(np.concatenate((near.cu_seqlens_q, near.cu_seqlens_k)), device).split(len(near.cu_seqlens_q))
+    tokens = near.tokens if isinstance(near.tokens, slice) else _copy(near.tokens, device)
+    order = None if plan.order is None else _copy(plan.order, device)
+    return RecentOnDevice(plan, ends[0], ends[1], tokens, _copy(plan.ring_rows, device), order, far)
+
+
+def exact_rows(chunks: RecentOnDevice, recent: RecentLayer) -> Tensor:
+    """Exact keys and values of the chunks, chunk by chunk: [n, 2, num_kv_heads, head_dim]."""
+    own = recent.scratch[chunks.tokens]
+    if not len(chunks.ring_rows):
+        return own
+    both = torch.cat((recent.ring[chunks.ring_rows], own))
+    return both if chunks.order is None else both[chunks.order]
+
+
+Planned = PlanOnDevice | RecentOnDevice
+
+
+@dataclass(frozen=True)
+class Part:
+    """What attention over some of a plan's keys gave: for which of its tokens, the result, and its sums.
+
+    out   [n, num_heads, head_dim]
+    sums  float32 [num_heads, n]: logarithms of the sums of exponentials of scores; None where nobody wants them
+    """
+
+    tokens: slice | Tensor
+    out: Tensor
+    sums: Tensor | None
+
+
 class Prefill:
     """Prefill attention over caches of one layout.
 
@@ -86,24 +136,43 @@ class Prefill:
         dense_attention(q, kv, kv, True, 1.0)
         self.is_warm = True
 
-    def plan(self, step: PagedStep, window: int | None, num_heads: int, has_cap: bool = False) -> PlanOnDevice | None:
+    def plan(self, step: PagedStep, window: int | None, num_heads: int, has_cap: bool = False) -> Planned | None:
         """The step's chunks, made once for each window; None if no sequence prefills."""
         return step.derive(("prefill", window, has_cap), lambda: self._plan(step, window, num_heads, has_cap))
 
-    def _plan(self, step: PagedStep, window: int | None, num_heads: int, has_cap: bool) -> PlanOnDevice | None:
+    def _plan(self, step: PagedStep, window: int | None, num_heads: int, has_cap: bool) -> Planned | None:
         flops = 4 * num_heads * self.layout.head_dim
         allows_squares = not self.is_invariant and not has_cap
+        if step.recent is not None:
+            recent = plan_recent(step, window, self.layout.block_size, flops, allows_squares)
+            return None if recent is None else recent_on_device(recent, step.slots.device)
         plan = plan_prefill(step, window, self.layout.block_size, flops, allows_squares)
         return None if plan is None else on_device(plan, step.slots.device)
 
     def __call__(
-        self, q: Tensor, layer: Tensor, chunks: PlanOnDevice, spec: AttentionSpec, out: Tensor,
-        table: RopeTable | None = None,
+        self, q: Tensor, layer: Tensor, chunks: Planned, spec: AttentionSpec, out: Tensor,
+        table: RopeTable | None = None, recent: RecentLayer | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention of the chunks' queries, in the places of `out` [T, num_heads, head_dim] that are theirs.
 
         Returns `out`, or a tensor that stands for it where one launch gave all of it.
         """
+        if isinstance(chunks, RecentOnDevice):
+            assert recent is not None and table is None, "a recent window comes with its layer and no offsets"
+            return self._attend_recent(q, layer, chunks, spec, out, recent)
+        plan = chunks.plan
+        is_one = plan.is_all and len(plan.squares) + (plan.ragged is not None) == 1
+        for part in self.parts(q, layer, chunks, spec, table):
+            if is_one:
+                return part.out
+            out[part.tokens] = part.out
+        return out
+
+    def parts(
+        self, q: Tensor, layer: Tensor, chunks: PlanOnDevice, spec: AttentionSpec, table: RopeTable | None = None,
+        wants_sums: bool = False,
+    ) -> Iterator[Part]:  # fmt: skip
+        """Attention of a plan's queries, part by part; arguments as in __call__."""
         keys, values = self.gather(layer, chunks)
         plan = chunks.plan
         if spec.key_offset is not None:
@@ -111,17 +180,32 @@ class Prefill:
             positions = chunks.positions
             offset = spec.key_offset.to(keys.dtype).expand(keys.shape)
             keys = keys + rotate(offset, table.cos[positions], table.sin[positions])
-        is_one = plan.is_all and len(plan.squares) + (plan.ragged is not None) == 1
         if plan.ragged is not None:
-            found = attend_ragged(q[chunks.tokens], keys, values, plan.ragged, chunks, spec)
-            if is_one:
-                return found
-            out[chunks.tokens] = found
-        for part in plan.squares:
-            found = attend_square(q[part.tokens], keys, values, part, spec.scale)
-            if is_one:
-                return found
-            out[part.tokens] = found
+            ends = (chunks.cu_seqlens_q, chunks.cu_seqlens_k)
+            own = q[chunks.tokens]
+            yield Part(chunks.tokens, *attend_ragged(own, keys, values, plan.ragged, ends, spec, wants_sums))
+        for square in plan.squares:
+            own = q[square.tokens]
+            yield Part(square.tokens, *attend_square(own, keys, values, square, spec.scale, wants_sums))
+
+    def _attend_recent(
+        self, q: Tensor, layer: Tensor, chunks: "RecentOnDevice", spec: AttentionSpec, out: Tensor, recent: RecentLayer
+    ) -> Tensor:
+        """Two parts, merged by their sums: the exact keys of the window, and the rounded ones before it."""
+        plan, own = chunks.plan, q[chunks.tokens]
+        exact = exact_rows(chunks, recent)  # [n, 2, num_kv_heads, head_dim]
+        ends, rules = (chunks.cu_seqlens_q, chunks.cu_seqlens_k), replace(spec, window=plan.tokens_exact)
+        near, sums = attend_ragged(own, exact[:, 0], exact[:, 1], plan.near, ends, rules, wants_sums=True)
+        assert sums is not None
+        if chunks.far is not None:
+            rules = replace(spec, window=plan.far_window)
+            for part in self.parts(own, layer, chunks.far, rules, wants_sums=True):
+                assert part.sums is not None
+                share = torch.sigmoid(part.sums - sums[:, part.tokens]).T[..., None]  # of the rounded keys
+                near[part.tokens] = torch.lerp(near[part.tokens].float(), part.out.float(), share).to(near.dtype)
+        if plan.is_all:
+            return near
+        out[chunks.tokens] = near
         return out
 
     def gather(self, layer: Tensor, chunks: PlanOnDevice) -> tuple[Tensor, Tensor]:
@@ -135,32 +219,48 @@ class Prefill:
 
 
 def attend_ragged(
-    q: Tensor, keys: Tensor, values: Tensor, part: RaggedPart, chunks: PlanOnDevice, spec: AttentionSpec
-) -> Tensor:
+    q: Tensor, keys: Tensor, values: Tensor, part: RaggedPart, ends: tuple[Tensor, Tensor], spec: AttentionSpec,
+    wants_sums: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Causal attention of each chunk over its own keys, whose last one belongs to its last query.
 
     q             bfloat16 [T, num_heads, head_dim]
     keys, values  bfloat16 [num_rows, num_kv_heads, head_dim]
+    ends          the part's cu_seqlens_q and cu_seqlens_k, on the device
+    returns a Part's out and sums
     Capped scores, which torch's kernels do not know, are computed chunk by chunk; so is everything on a CPU.
     """
     if spec.soft_cap is not None or q.device.type != "cuda":
-        out = torch.empty_like(q)
+        out, sums = torch.empty_like(q), []
         for start, end, first, last in zip(
             part.cu_seqlens_q[:-1], part.cu_seqlens_q[1:], part.cu_seqlens_k[:-1], part.cu_seqlens_k[1:], strict=True
         ):
             seen = slice(first, last)
             own, k, v = (x.transpose(0, 1)[None] for x in (q[start:end], keys[seen], values[seen]))
             out[start:end] = attend_dense(own, k, v, spec)[0].transpose(0, 1)
-        return out
+            if wants_sums:
+                sums.append(log_sums(own, k, spec)[0])
+        return out, torch.cat(sums, 1) if wants_sums else None
     window = {} if spec.window is None else {"window_size_left": spec.window - 1, "window_size_right": 0}
-    found: Tensor = torch.ops.aten._flash_attention_forward(
-        q, keys, values, chunks.cu_seqlens_q, chunks.cu_seqlens_k, int(np.diff(part.cu_seqlens_q).max()),
+    found, sums = torch.ops.aten._flash_attention_forward(
+        q, keys, values, *ends, int(np.diff(part.cu_seqlens_q).max()),
         int(np.diff(part.cu_seqlens_k).max()), 0.0, True, False, scale=spec.scale, **window,
-    )[0]  # fmt: skip
-    return found
+    )[:2]  # fmt: skip
+    return found, sums if wants_sums else None
 
 
-def attend_square(q: Tensor, keys: Tensor, values: Tensor, part: SquarePart, scale: float) -> Tensor:
+def log_sums(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
+    """log(sum(exp(scores))) of attend_dense, without a cap: float32 [batch, num_heads, seq]."""
+    seq, length = q.shape[2], k.shape[2]
+    scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * spec.scale
+    distance = torch.arange(length - seq, length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+    hidden = (distance < 0) if spec.window is None else (distance < 0) | (distance >= spec.window)
+    return scores.masked_fill(hidden, float("-inf")).logsumexp(-1)
+
+
+def attend_square(
+    q: Tensor, keys: Tensor, values: Tensor, part: SquarePart, scale: float, wants_sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Causal attention of equal chunks; arguments and result as in attend_ragged."""
     rows = slice(part.first, part.first + part.count * (part.prefix + part.side))
     k, v = (x[rows].unflatten(0, (part.count, -1)).transpose(1, 2) for x in (keys, values))  # [count, heads, rows, D]
@@ -171,13 +271,15 @@ def attend_square(q: Tensor, keys: Tensor, values: Tensor, part: SquarePart, sca
         filled[:, part.filling : part.filling + part.queries] = own
     chosen = slice(part.filling, part.filling + part.queries)
     out, lse = dense_attention(filled.transpose(1, 2), k[:, :, part.prefix :], v[:, :, part.prefix :], True, scale)
-    out = out.transpose(1, 2)[:, chosen]  # [count, queries, heads, D]
+    out, lse = out.transpose(1, 2)[:, chosen], lse[:, :, chosen]  # [count, queries, heads, D], [count, heads, queries]
     if part.prefix:
         full = slice(0, part.prefix)
         before, seen = dense_attention(filled.transpose(1, 2), k[:, :, full], v[:, :, full], False, scale)
-        share = torch.sigmoid((seen - lse)[:, :, chosen]).transpose(1, 2)[..., None]  # of the prefix
+        seen = seen[:, :, chosen]
+        share = torch.sigmoid(seen - lse).transpose(1, 2)[..., None]  # of the prefix
         out = torch.lerp(out.float(), before.transpose(1, 2)[:, chosen].float(), share).to(q.dtype)
-    return out.flatten(0, 1)
+        lse = torch.logaddexp(lse, seen) if wants_sums else lse
+    return out.flatten(0, 1), lse.transpose(0, 1).flatten(1) if wants_sums else None
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
