@@ -76,6 +76,10 @@ def _run(name: str, arguments: list[str], as_json: bool) -> int:
         result = command.run(options)
     except BrokenPipeError:
         raise
+    except FileNotFoundError as error:
+        missing = f"{error.filename} does not exist; check the path" if error.filename else str(error)
+        print(f"atom {name}: {missing}", file=sys.stderr)
+        return 1
     except (AtomError, ValueError, OSError) as error:
         print(f"atom {name}: {error}", file=sys.stderr)
         return 1

@@ -315,7 +315,7 @@ def read_record(name: str, machine: str = "cpu", results: Path = RESULTS) -> Rec
     """
     path = results / machine / f"{name}.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no record {path}; run the command that measures {name} on {machine} first")
+        raise FileNotFoundError(f"there is no record {path}; check the path, or run the command that measures {name}")
     data = json.loads(path.read_text(encoding="utf-8"))
     missing = set(Record.__dataclass_fields__) ^ set(data)
     if missing or data["name"] != name:

@@ -75,6 +75,10 @@ def test_failure_is_1_and_says_what_to_do(atom: Atom, tmp_path: Path) -> None:
     assert code == 1 and "is not there; give a directory, a GGUF file, a hub id" in err
     code, _, err = atom("eval", tmp_path, "--ppl", tmp_path / "no.txt")
     assert code == 1 and "no.txt does not exist" in err
+    code, _, err = atom("report", "bench", tmp_path)
+    assert code == 1 and err == f"atom report: {tmp_path}/throughput.json does not exist; check the path\n"
+    code, _, err = atom("report", "accuracy", tmp_path / "none.json")
+    assert code == 1 and f"there is no record {tmp_path}/none.json; check the path" in err
 
 
 def test_the_whole_chain(atom: Atom, tiny: Tiny, text_file: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_refusals(name: str, row: dict[str, object], message: str) -> None:
 def test_no_rows_and_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no rows"):
         write_record("gemm", [], results=tmp_path)
-    with pytest.raises(FileNotFoundError, match="run the command that measures gemm on h200"):
+    with pytest.raises(FileNotFoundError, match=r"h200/gemm\.json; check the path, or run the command"):
         read_record("gemm", "h200", results=tmp_path)
 
 

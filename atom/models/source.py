@@ -93,9 +93,12 @@ class Source:
 def open_source(model: str | Path, revision: str | None = None) -> Source:
     """The model called `model`: a directory, a GGUF file, the alias `smollm2`, or a hub id (at `revision`).
 
-    Raises CheckpointError if it cannot be found, is damaged, or is quantized by other means or by a newer Atom.
+    Raises CheckpointError if it cannot be found, is damaged, or is quantized by other means or by a newer Atom, and
+    ValueError if a revision is asked of what has none.
     """
     name, local = str(model), Path(model).expanduser()
+    if revision is not None and (local.exists() or name in ALIASES):
+        raise ValueError(f"{name} is no hub model and has no revision {revision!r}; leave the revision out")
     if local.is_dir():
         return open_directory(local, {"source": local.resolve().name, "kind": "directory"})
     if local.is_file():
@@ -118,7 +121,7 @@ def read_config(model: str | Path, revision: str | None = None) -> tuple[dict[st
     Of a hub model nothing else is fetched; a GGUF file is converted (once), since its config is in it.
     """
     name, local = str(model), Path(model).expanduser()
-    if local.is_dir():
+    if local.is_dir() and revision is None:
         path = local
     elif not local.exists() and name not in ALIASES and _HUB_ID.fullmatch(name):
         path = _download(name, revision, ["config.json", "generation_config.json"])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from atom.errors import CheckpointError
 from atom.models import alias
 from atom.models.alias import ALIASES, fetch_alias
-from atom.models.source import open_source
+from atom.models.source import open_source, read_config
 
 from .random_models import LLAMA, random_model, save_model
 
@@ -40,6 +41,16 @@ def test_a_name_that_is_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(CheckpointError, match=r"is not there; give a directory, a GGUF file, a hub id .* or smollm2"):
         open_source(name)
+
+
+@pytest.mark.parametrize("opens", [open_source, read_config])
+def test_only_hub_models_have_revisions(opens: Callable[..., Any], tmp_path: Path) -> None:
+    path = save_model(random_model(LLAMA), tmp_path / "model")
+    for name in (path, path / "model.safetensors", "smollm2"):
+        with pytest.raises(
+            ValueError, match=f"{name} is no hub model and has no revision 'v2'; leave the revision out"
+        ):
+            opens(name, "v2")
 
 
 def test_a_directory_without_config(tmp_path: Path) -> None:
