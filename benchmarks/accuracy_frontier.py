@@ -76,7 +76,7 @@ class Measure(MeasureOptions):
     """The cache of all methods of w4a4 and w4a8: kv4, kv8, kvfp8 or kv16."""
 
     recent: int = 0
-    """Newest tokens that `ours` reads as they were before rounding: 16, 32 or 64. Other methods have none."""
+    """Read the checkpoint of `ours` once more, so many newest tokens as they were before rounding: 16, 32 or 64."""
 
     kernels: bool = False
     """Measure `ours` through the kernels too, on a GPU that has them."""
@@ -141,9 +141,7 @@ class Runner(AccuracyRun):
         scheme = method.scheme
         if method.name != "fp" and scheme.kv is None:
             scheme = with_cache(scheme, self.options.kv)
-        recent = self.options.recent if method.name == "ours" else scheme.kv_recent
-        scheme = replace(scheme, kv_recent=recent)
-        key = {"method": method.name, "text": self.texts.texts[0].name, "kv_recent": recent or None}
+        key = {"method": method.name, "text": self.texts.texts[0].name}
         if self.part.has(RECORD, key if method.name == "fp" else {**key, "scheme": bits}):
             return
         started = time.perf_counter()
@@ -151,7 +149,6 @@ class Runner(AccuracyRun):
             loaded = self.loaded(method, scheme, folder)
             row = {"model": self.options.name, "method": method.name, "scheme": bits, "kv": kv_name(scheme)}
             row |= {} if scheme.kv is None or scheme.kv.symmetric else {"kv_zero": scheme.kv.zero}
-            row |= {"kv_recent": recent} if recent else {}
             row |= effective_bits(self.source, scheme) | {"ppl_fp": None}
             row |= {"source": self.options.source, "seconds": round(time.perf_counter() - started, 1)}
             row |= {} if method.name == "fp" else self.described()
@@ -169,6 +166,8 @@ class Runner(AccuracyRun):
             self.part.add(RECORD, first)
             for number in range(1, len(self.texts.texts) if is_compared else 1):
                 self.part.add(RECORD, row | self.scored(loaded, number))
+            if self.options.recent and method.name == "ours" and scheme.kv is not None:
+                self.add_recent_rows(loaded, scheme, row)
             if method.name in ("fp", "ours") and self.tasks.names:
                 found = self.full_tasks if is_full else self.tasks.run(loaded)
                 self.extend(first, task_keys(found) | ({} if is_full else recovery_keys(self.full_tasks, found)))
@@ -185,6 +184,18 @@ class Runner(AccuracyRun):
         """Keys of a row for text `number`, with the mean loss of each window, which `join` makes intervals of."""
         found = self.texts.score(loaded, number, full)
         return perplexity_keys(loaded, found) | {WINDOW_LOSSES: [round(loss, 6) for loss in found.window_nll]}
+
+    def add_recent_rows(self, loaded: Loaded, scheme: Scheme, row: dict[str, Any]) -> None:
+        """The same checkpoint on all texts, its newest tokens read exactly."""
+        window = replace(scheme, kv_recent=self.options.recent)
+        row = row | {"kv_recent": window.kv_recent} | effective_bits(self.source, window)
+        loaded.model.scheme = window
+        try:
+            for number in range(len(self.texts.texts)):
+                full = self.full.model if self.options.divergence and number == 0 else None
+                self.part.add(RECORD, row | self.scored(loaded, number, full))
+        finally:
+            loaded.model.scheme = scheme
 
     def extend(self, row: dict[str, Any], keys: dict[str, Any]) -> None:
         """Add keys to a row of the part."""
