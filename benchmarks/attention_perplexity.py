@@ -37,12 +37,13 @@ from atom.quant.presets import get_scheme
 from atom.records import write_record
 from atom.serving.batch import Batch, unsampled
 from atom.serving.kv_pool import KVPool, PagedKV
+from atom.serving.recent import RecentRoom
 
 from .timing import keep
 
 BLOCK = 16
 AT_ONCE = 2048  # tokens of a step, so that logits of a large vocabulary find room
-SCHEMES = {"int4": "bf16+kv4", "int8": "bf16+kv8", "fp8": "bf16+kvfp8", "bf16": "bf16"}
+SCHEMES = {"int4": "bf16+kv4", "int4r16": "bf16+kv4r16", "int8": "bf16+kv8", "fp8": "bf16+kvfp8", "bf16": "bf16"}
 Row = dict[str, Any]
 MODES = ("prefill", "decode")
 
@@ -73,7 +74,8 @@ def losses(model: Model, ids: Tensor, decoded: int, kernels: Kernels) -> dict[st
     count, length = ids.shape
     blocks = -(-length // BLOCK)
     tables = np.random.default_rng(0).permutation(count * blocks).astype(np.int32).reshape(count, blocks)
-    pool = KVPool(model.config, model.scheme, count * blocks, BLOCK, model.dtype, model.device)
+    room = RecentRoom(count, max(count, AT_ONCE, length))
+    pool = KVPool(model.config, model.scheme, count * blocks, BLOCK, model.dtype, model.device, room)
     kv = PagedKV(pool, kernels)
     tokens = ids.numpy()
 

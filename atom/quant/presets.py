@@ -1,4 +1,4 @@
-"""The named schemes, and the names that users type: `w4a4`, `w4a8+kv8`, `bf16+kv4`."""
+"""The named schemes, and the names that users type: `w4a4`, `w4a8+kv8`, `bf16+kv4`, `w4a8+kv4r16`."""
 
 from dataclasses import replace
 
@@ -89,6 +89,7 @@ PRESETS: dict[str, Scheme] = {
 def get_scheme(text: str) -> Scheme:
     """The scheme called `text`: a preset, optionally with a KV format, as in `w4a4+kv8`.
 
+    An r and a number behind the format say of how many tokens a query reads keys and values exactly: `w4a4+kv4r16`.
     The scheme keeps the preset's bare name: the KV format stands in its `kv`.
     """
     name, *suffixes = text.split("+")
@@ -97,12 +98,22 @@ def get_scheme(text: str) -> Scheme:
             f"unknown scheme {name!r}; use one of {', '.join(PRESETS)}, "
             f"optionally followed by one of +{', +'.join(KV_SUFFIXES)}"
         )
-    if len(suffixes) > 1 or (suffixes and suffixes[0] not in KV_SUFFIXES):
-        raise ValueError(f"unknown KV format in {text!r}; use one +suffix of {', '.join(KV_SUFFIXES)}")
-    return _with_cache(PRESETS[name], KV_SUFFIXES[suffixes[0]]) if suffixes else PRESETS[name]
+    if not suffixes:
+        return PRESETS[name]
+    kv, has_window, recent = suffixes[0].partition("r")
+    if len(suffixes) > 1 or kv not in KV_SUFFIXES or (has_window and not recent.isdecimal()):
+        raise ValueError(
+            f"unknown KV format in {text!r}; use one +suffix of {', '.join(KV_SUFFIXES)}, optionally followed by r16"
+        )
+    found = _with_cache(PRESETS[name], KV_SUFFIXES[kv])
+    return replace(found, kv_recent=int(recent)) if has_window else found
 
 
 def kv_name(scheme: Scheme) -> str:
-    """The cache format as records spell it: int2, int3, int4, int8, fp8 or bf16; of other layers' behind a plus."""
+    """The cache format as records spell it: int2, int3, int4, int8, fp8 or bf16; of other layers' behind a plus.
+
+    The tokens of a recent window stand behind an r: int4r16.
+    """
     specs = (scheme.kv, *(override.kv for override in scheme.kv_overrides))
-    return "+".join(dict.fromkeys("bf16" if s is None else s.format.removesuffix("_e4m3") for s in specs))
+    names = "+".join(dict.fromkeys("bf16" if s is None else s.format.removesuffix("_e4m3") for s in specs))
+    return f"{names}r{scheme.kv_recent}" if scheme.kv_recent else names

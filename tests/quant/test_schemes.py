@@ -154,6 +154,11 @@ def test_a_recent_window_is_counted_written_and_read() -> None:
     assert scheme.kv_bits(128, tokens=8) == 4.25 + 16
     assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
     assert "kv_recent" not in PRESETS["w4a8"].to_dict()
+    assert get_scheme("w4a8+kv4r16") == scheme and kv_name(scheme) == "int4r16"
+    assert get_scheme("w4a8+kv4r0").kv_recent == 0
+    for name in ("w4a8+kv4r", "w4a8+kv4r8", "w4a8+r16", "w4a8+kv4r16+kv8"):
+        with pytest.raises(ValueError, match="use"):
+            get_scheme(name)
     assert scheme.with_kv(KV8).kv_recent == 16 and scheme.with_kv(None).kv_recent == 0
     with pytest.raises(ValueError, match="kv is None; give kv"):
         replace(PRESETS["bf16"], kv_recent=16)
