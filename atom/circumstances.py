@@ -58,11 +58,12 @@ def _git(*arguments: str) -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of what decides a number: Python, torch and the packages around it that are installed."""
-    names = ("atom-serving", "torch", "transformers", "tokenizers", "lm_eval", "datasets", "nvidia-cutlass-dsl")
+    names = ("atom-serving", "torch", "transformers", "tokenizers", "lm_eval", "datasets")
+    packages = {name: name for name in names} | {"nvidia-cutlass-dsl": "nvidia-cutlass-dsl-libs-cu13"}
     found = {"python": platform.python_version()}
-    for name in names:
+    for name, package in packages.items():
         try:
-            found[name] = metadata.version(name)
+            found[name] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return found

@@ -11,10 +11,12 @@ import ctypes
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -32,7 +34,8 @@ from .compile_workers import run_jobs
 SYMBOL = "atom_kernel"
 HERE = Path(__file__).parent
 IMPORT = re.compile(r"^\s*from (\.+)([\w.]*) import (\([^)]*\)|.*)", re.MULTILINE)
-PACKAGES = ("nvidia-cutlass-dsl", "apache-tvm-ffi")
+DSL = "nvidia-cutlass-dsl-libs-cu13"
+PACKAGES = {"nvidia-cutlass-dsl": DSL, "apache-tvm-ffi": "apache-tvm-ffi"}  # in keys, and whose version that is
 _loaded: dict[str, Any] = {}
 _lock = threading.Lock()
 _runtime: list[ctypes.CDLL] = []
@@ -57,7 +60,7 @@ def load_kernel(name: str, config: object, compile: Callable[[], Any], arch: str
 def kernel_key(name: str, config: object, arch: str) -> str:
     """Hash of all that a kernel's machine code depends on."""
     digest = hashlib.sha256()
-    for part in (name, repr(config), arch, *(f"{p} {_version(p)}" for p in PACKAGES)):
+    for part in (name, repr(config), arch, *(f"{name} {_version(package)}" for name, package in PACKAGES.items())):
         digest.update(part.encode() + b"\0")
     for source in kernel_sources(HERE / f"{name}.py"):
         digest.update(source.name.encode() + b"\0" + _text(source, source.stat().st_mtime_ns) + b"\0")
@@ -119,11 +122,22 @@ def _library(name: str, key: str, compile: Callable[[], Any], arch: str) -> Path
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():  # another process may have compiled it while this one waited
             os.environ.setdefault("CUTE_DSL_ARCH", arch)  # the DSL reads it when it is first imported
+            _find_dsl()
             compiled = compile()
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 built = _link(compiled, Path(scratch))
                 os.replace(built, path)
     return path
+
+
+def _find_dsl() -> None:
+    """Let `import cutlass` find the DSL.
+
+    Its own package `nvidia-cutlass-dsl` does so by a .pth file, and would install the libraries of CUDA 12 as well.
+    """
+    found = importlib.util.find_spec("nvidia_cutlass_dsl")
+    if importlib.util.find_spec("cutlass") is None and found is not None:
+        sys.path.insert(0, str(Path(next(iter(found.submodule_search_locations or ()))) / "dsl_packages"))
 
 
 def _link(compiled: Any, scratch: Path) -> Path:
@@ -162,16 +176,13 @@ def kept_argument(tensor: Tensor) -> Any:
 def runtime_library() -> Path:
     """The DSL's runtime, found without importing the DSL."""
     try:
-        files = importlib.metadata.files("nvidia-cutlass-dsl-libs-cu13") or []
+        files = importlib.metadata.files(DSL) or []
     except importlib.metadata.PackageNotFoundError:
         files = []
     for file in files:
         if file.name == "libcute_dsl_runtime.so" and "stubs" not in file.parts:
             return Path(str(file.locate()))
-    raise UnsupportedError(
-        "the GPU kernels need nvidia-cutlass-dsl-libs-cu13 and apache-tvm-ffi, which are not installed; "
-        'pip install "atom-serving[kernels]", or ask for --kernels reference'
-    )
+    raise _missing(DSL)
 
 
 @lru_cache
@@ -179,7 +190,11 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise UnsupportedError(
-            f"the GPU kernels need {package}, which is not installed; "
-            'pip install "atom-serving[kernels]", or ask for --kernels reference'
-        ) from None
+        raise _missing(package) from None
+
+
+def _missing(package: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the GPU kernels need {package}, which is not installed; pip install 'atom-serving[kernels]', or ask for "
+        "--kernels reference"
+    )

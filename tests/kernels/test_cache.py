@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from atom.errors import UnsupportedError
 from atom.kernels import cache
 from atom.kernels.compile_workers import CompileError
+
+from .machine_code import needs_dsl
 
 
 class Compiled:
@@ -107,9 +110,31 @@ def test_key_follows_what_the_module_imports(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "PACKAGES", ("atom-no-such-package",))
-    with pytest.raises(UnsupportedError, match=r"atom-serving\[kernels\].*reference"):
+    monkeypatch.setattr(cache, "PACKAGES", {"the DSL": "atom-no-such-package"})
+    with pytest.raises(UnsupportedError, match=r"need atom-no-such-package, .*atom-serving\[kernels\].*reference"):
         cache.kernel_key("producers_sm90", 1, "sm_90a")
+
+
+def test_the_extra_installs_what_kernels_need() -> None:
+    """Nothing that the error above would not bring: pip would go round in circles."""
+    text = (Path(cache.__file__).parents[2] / "pyproject.toml").read_text()
+    extra = tomllib.loads(text)["project"]["optional-dependencies"]["kernels"]
+    assert set(cache.PACKAGES.values()) <= {requirement.partition("==")[0] for requirement in extra}
+
+
+@needs_dsl
+def test_the_dsl_is_found_without_its_pth_file() -> None:
+    code = """
+import sys
+sys.path = [entry for entry in sys.path if not entry.endswith("dsl_packages")]
+import importlib.util
+assert importlib.util.find_spec("cutlass") is None
+from atom.kernels.cache import _find_dsl
+_find_dsl(), _find_dsl()
+assert importlib.util.find_spec("cutlass") is not None
+assert sum(entry.endswith("dsl_packages") for entry in sys.path) == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(cache.__file__).parents[2])
 
 
 @needs_cc
