@@ -10,6 +10,7 @@ or values of one layer alone are rounded.
 
 import sys
 from dataclasses import dataclass, replace
+from itertools import product
 from unittest import mock
 
 import torch
@@ -78,6 +79,8 @@ PARTS = (
     CachePart(recent=1),
     CachePart(recent=4),
     CachePart(recent=16),
+    CachePart(recent=32),
+    CachePart(recent=64),
     CachePart(recent=128),
 )
 
@@ -126,18 +129,18 @@ def attend_apart(
 
     q [batch, heads, length, head_dim], the others [batch, num_kv_heads, length, head_dim].
     """
-    length, repeats = q.shape[2], q.shape[1] // k.shape[1]
+    length, kv_heads = q.shape[2], k.shape[1]
     distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
     hidden = distance < 0 if spec.window is None else (distance < 0) | (distance >= spec.window)
-    is_near, out = distance < recent, torch.empty_like(q)
-    for sequence in range(q.shape[0]):
-        for head in range(q.shape[1]):  # one at a time: scores of all would crowd a GPU
-            own, kv = q[sequence, head], (sequence, head // repeats)
-            scores = torch.where(is_near, own @ exact_k[kv].T, own @ k[kv].T) * spec.scale
-            shares = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
-            near = torch.where(is_near, shares, 0.0)
-            out[sequence, head] = near @ exact_v[kv] + (shares - near) @ v[kv]
-    return out
+    is_near, groups = distance < recent, q.unflatten(1, (kv_heads, -1))
+    out = torch.empty_like(groups)
+    for at in product(range(q.shape[0]), range(kv_heads)):  # a KV head at a time: scores of all would crowd a GPU
+        own = groups[at]  # [heads of it, length, head_dim]
+        scores = torch.where(is_near, own @ exact_k[at].T, own @ k[at].T) * spec.scale
+        shares = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+        near = torch.where(is_near, shares, 0.0)
+        out[at] = near @ exact_v[at] + (shares - near) @ v[at]
+    return out.flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,9 @@ class Measure(MeasureOptions):
 
     by_layer: bool = False
     """Keys and values of each layer alone too."""
+
+    parts: tuple[str, ...] = ()
+    """Rows to measure, as the record names them; default: all."""
 
     batch_tokens: int = 4096
     """Tokens that run at once in calibration."""
@@ -163,7 +169,7 @@ def measure(options: Measure) -> None:
         alone = [replace(part, layer=i) for i in layers for part in (CachePart(values=EXACT), CachePart(keys=EXACT))]
         for number in range(len(run.texts.texts)):
             full = run.texts.score(run.full, number)
-            for part in (*PARTS, *alone):
+            for part in (*(part for part in PARTS if not options.parts or part.name in options.parts), *alone):
                 add_row(run, options, loaded, part, number, full)
 
 

@@ -31,6 +31,12 @@ def test_rows_of_a_tiny_model(tiny_run: dict[str, Any]) -> None:
     assert loss["keys kv4, values kv16, layer 0 alone"] < loss["keys kv4, values kv16"]
 
 
+def test_rows_that_were_asked_for(tiny_run: dict[str, Any]) -> None:
+    names = ("kv4", CachePart(recent=4).name)
+    measure(Measure(**tiny_run, parts=names))
+    assert tuple(row["part"] for row in json.loads(tiny_run["output"].read_text())[RECORD]) == names
+
+
 def test_only_the_last_tokens_before_a_query_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 50, 16, generator=generator)
