@@ -51,6 +51,7 @@ class RopeAppendSm90:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, layer: Tensor,
         offset: Tensor | None = None, centre: Tensor | None = None, norms: HeadNorms | None = None,
+        exact: Tensor | None = None, exact_slots: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if not len(q):
@@ -60,7 +61,7 @@ class RopeAppendSm90:
         config = AppendConfig(
             self.kv, dim, self.layout.block_size, self.clip, offset is not None, parts, norm=norm,
             has_centre=centre is not None, rotates=self.rotates, has_mirror=centre is not None and centre.ndim == 3,
-            zero_bias=self.layout.zero_bias,
+            zero_bias=self.layout.zero_bias, has_recent=exact is not None,
         )  # fmt: skip
         if config not in self.kernels:  # with its sibling, so that the first long prompt does not wait for a compiler
             for each in (replace(config, parts=1), replace(config, parts=MANY_PARTS)):
@@ -76,8 +77,8 @@ class RopeAppendSm90:
         self.kernels[config](
             _heads(q), _heads(k), _heads(v), cos.contiguous(), sin.contiguous(), slots,
             words if offset is None else self.offsets.get(offset), floats,
-            words if norms is None else self._norm_words(norms), layer, as_words(out), self.largest,
-            0.0 if norms is None else norms.eps,
+            words if norms is None else self._norm_words(norms), layer, as_words(out),
+            None if exact is None else as_words(exact), exact_slots, self.largest, 0.0 if norms is None else norms.eps,
         )  # fmt: skip
         return out
 

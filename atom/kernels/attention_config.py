@@ -34,6 +34,8 @@ class DecodeConfig:
     least_tokens  of a stage, so that the cost of a softmax step is shared; a power of two
     at_once       stages that the fetching warp takes together, where they are small
     zero_bias     what stored zero points are less of
+    recent        newest tokens of a sequence that another kernel reads exactly (recent_decode_sm90.py); this one stops
+                  before them and adds what that found. 0: it reads all
     """
 
     kv: str
@@ -49,6 +51,7 @@ class DecodeConfig:
     least_tokens: int = 32
     at_once: int = 1
     zero_bias: int = 0
+    recent: int = 0
 
     @property
     def own_queries(self) -> int:
@@ -181,6 +184,7 @@ def choose_decode(
     has_cap: bool,
     has_offset: bool = False,
     zero_bias: int = 0,
+    recent: int = 0,
 ) -> DecodeConfig:
     """The config of a problem: of those whose registers and shared memory fit, the one with the largest rings.
 
@@ -193,7 +197,9 @@ def choose_decode(
         shapes = [(1, 4), (1, 3), (1, 2)]
     else:
         shapes = [(2, 4), (2, 3), (1, 4), (1, 3), (1, 2)]
-    config = DecodeConfig(kv, head_dim, queries, block_size, has_window, has_cap, has_offset, zero_bias=zero_bias)
+    config = DecodeConfig(
+        kv, head_dim, queries, block_size, has_window, has_cap, has_offset, zero_bias=zero_bias, recent=recent
+    )
     if kv == "int4" and head_dim <= 64:
         config = replace(config, least_tokens=64)
     if config.stage_bytes <= SMALL_STAGE:
@@ -251,6 +257,7 @@ class AppendConfig:
     rotates       turned queries and keys are transformed by a block Hadamard matrix
     has_mirror    and reflected behind it
     zero_bias     zero points keep the mean of a row and are stored less so much; 0: they are whole
+    has_recent    keys and values are stored unrounded too (paged_step.RecentStep)
     parts         tasks (heads of one kind that fill a warp) that a warp takes: several hide latency in prefill, one
                   spreads few tokens wide
     """
@@ -267,6 +274,7 @@ class AppendConfig:
     rotates: bool = False
     has_mirror: bool = False
     zero_bias: int = 0
+    has_recent: bool = False
 
     @property
     def cache(self) -> DecodeConfig:

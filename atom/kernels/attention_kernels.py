@@ -5,6 +5,7 @@ from typing import Any
 
 from .attention_config import AppendConfig, DecodeConfig
 from .cache import kernel_key, kernel_path, load_kernel
+from .recent_config import RecentConfig
 
 ARCH = "sm_90a"
 
@@ -29,6 +30,17 @@ def prefix_kernel(config: DecodeConfig) -> Any:
         return compile_prefix(config)
 
     return _load("prefix_decode_sm90", config, compile)
+
+
+def recent_kernel(config: RecentConfig) -> Any:
+    """The same for the newest tokens, which are exact."""
+
+    def compile() -> Any:
+        from .recent_decode_sm90 import compile_recent
+
+        return compile_recent(config)
+
+    return _load("recent_decode_sm90", config, compile)
 
 
 def has_prefix_kernel(config: DecodeConfig) -> bool:

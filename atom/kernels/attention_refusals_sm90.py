@@ -1,6 +1,7 @@
 """What the sm_90a attention kernels refuse, and why. Imports no kernel, so that the ops can name it."""
 
 from .attention_config import CODE_BITS, MOST_QUERIES
+from .recent_config import RECENT_TOKENS
 from .registry import Problem
 
 
@@ -19,8 +20,9 @@ def refuses_attention(problem: Problem) -> str | None:
         return f"{problem.kv.format} keys and values have no kernel; it reads {', '.join(CODE_BITS)}"
     if problem.kv_pre_rope:
         return "keys stored before RoPE have no kernel yet"
-    if problem.kv_recent:
-        return "a recent window (kv_recent) has no kernel yet"
+    if problem.kv_recent not in (0, *RECENT_TOKENS):
+        sizes = ", ".join(map(str, RECENT_TOKENS))
+        return f"a recent window of {problem.kv_recent} tokens has no kernel; there are some of {sizes}"
     if problem.dtype != "bfloat16":
         return f"queries must be bfloat16, got {problem.dtype}"
     if problem.block_size not in (16, 32, 64):

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from .append_sm90 import OffsetWords, as_words
 from .attention_config import DecodeConfig, choose_decode, row_token
-from .attention_kernels import decode_kernel
+from .attention_kernels import decode_kernel, recent_kernel
 from .attention_plan import most_segments, plan_balanced, plan_fixed
 from .cascade_plan import Cascade
 from .cascade_sm90 import SharedPrefixes
 from .dense_attention import AttentionSpec
 from .kv_layout import KVLayout
 from .paged_attention import RopeTable
-from .paged_step import Ints, PagedStep, Share
+from .paged_step import Ints, PagedStep, RecentLayer, Share
 from .prefill_sm90 import Prefill
-from .step_buffers_sm90 import PrefixBuffers, Scratch, StepBuffers
+from .recent_config import RecentConfig
+from .step_buffers_sm90 import Near, PrefixBuffers, Scratch, StepBuffers
 
 
 @dataclass
@@ -42,7 +43,12 @@ class DecodePlan:
     tables: Ints | None = None
 
     def goes_on(self, step: PagedStep, lengths: Ints, rows: Ints) -> bool:
-        """It serves another step; see StepBuffers.go_on. Where a prefix is shared, that still is in all tables."""
+        """It serves another step; see StepBuffers.go_on. Where a prefix is shared, that still is in all tables.
+
+        A sequence that has just grown beyond the recent window has a row for the first time.
+        """
+        if step.recent is not None and (lengths == step.recent.tokens + 1).any():
+            return False
         if self.cascade is not None:
             found = step.tables[:, : int(self.cascade.blocks.max())]
             assert self.rows is not None and self.tables is not None
@@ -68,8 +74,10 @@ class PagedAttentionSm90:
         self.split_blocks = None if split_tokens is None else max(2, -(-split_tokens // layout.block_size) // 2 * 2)
         self.prefill = Prefill(layout, split_tokens is not None)
         self.kernels: dict[DecodeConfig, Any] = {}
-        self.buffers: dict[tuple[int, int | None, bool], StepBuffers] = {}
-        self.plans: dict[int, DecodePlan] = {}  # of the last step of each size, of layers without a window
+        self.buffers: dict[tuple[int, int | None, bool, int], StepBuffers] = {}
+        self.plans: dict[tuple[int, int], DecodePlan] = {}  # of the last step of each size, of layers without a window
+        self.recents: dict[RecentConfig, Any] = {}
+        self.nears: dict[int, Near] = {}  # by queries that they have room for
         self.prefixes = SharedPrefixes(layout)
         self.scratch: Scratch | None = None
         self.is_planned_now = False  # the plan comes with this call, not with `prepare`: the kernel has to wait for it
@@ -87,13 +95,16 @@ class PagedAttentionSm90:
         self.is_prepared_now = True
         for window in dict.fromkeys(windows):
             plans.append(self._ready(step, window, queries, share))
+            if step.recent is not None and plans[-1] is not None:
+                self._near(step, queries * self.layout.num_kv_heads)
             if step.lengths is None:  # else nothing prefills
                 self.prefill.plan(step, window, queries * self.layout.num_kv_heads)
         return any(plan is not None and plan.prefix is not None for plan in plans)
 
     def __call__(
-        self, q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None = None
-    ) -> Tensor:
+        self, q: Tensor, layer: Tensor, step: PagedStep, spec: AttentionSpec, table: RopeTable | None = None,
+        recent: RecentLayer | None = None,
+    ) -> Tensor:  # fmt: skip
         """See PagedAttentionReference."""
         queries, cap = q.shape[1] // self.layout.num_kv_heads, spec.soft_cap
         self.is_planned_now = False
@@ -102,11 +113,12 @@ class PagedAttentionSm90:
         q = q.contiguous()
         out = torch.empty_like(q)
         if chunks is not None:
-            out = self.prefill(q, layer, chunks, spec, out, table)
+            out = self.prefill(q, layer, chunks, spec, out, table, recent)
         if plan is not None:
             buffers, scratch, is_early = plan.buffers, plan.buffers.scratch, self._may_be_early(q)
             has_offset = spec.key_offset is not None
-            config = self._config(queries, spec.window is not None, cap is not None, has_offset)
+            tokens = recent_tokens(step, spec.window)
+            config = self._config(queries, spec.window is not None, cap is not None, has_offset, tokens)
             decode = self._kernel(config)
             words = as_words(q)
             offsets: tuple[Tensor, ...] = (words[0], buffers.nothing, buffers.nothing, words[0])
@@ -119,13 +131,34 @@ class PagedAttentionSm90:
                     is_early,
                 )  # fmt: skip
             lengths = buffers.lengths if step.lengths is None else step.lengths
+            near: tuple[Tensor | None, ...] = (None, None)
+            if step.recent is not None:
+                assert recent is not None and cap is None and not has_offset, "see Scheme.kv_recent"
+                near = self._attend_recent(words, step, recent, lengths, buffers.rows, out, spec.scale)
             decode(
                 words, layer, step.block_tables, lengths, buffers.rows, buffers.work, buffers.segments, out,
-                scratch.partial, scratch.lse, scratch.counters, *offsets,
+                scratch.partial, scratch.lse, scratch.counters, *offsets, *near,
                 spec.scale if cap is None else spec.scale / cap,
-                1.0 if cap is None else cap, spec.window or 0, is_early,
+                1.0 if cap is None else cap, 0 if spec.window is None else spec.window - tokens, is_early,
             )  # fmt: skip
         return out
+
+    def _attend_recent(
+        self, words: Tensor, step: PagedStep, layer: RecentLayer, lengths: Tensor, rows: Tensor, out: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Decodes over their newest tokens: into `out` where there are no others, else what the decode kernel adds."""
+        assert step.recent is not None
+        heads, dim = out.shape[1:]
+        config = RecentConfig(step.recent.tokens, dim, heads // self.layout.num_kv_heads)
+        if config not in self.recents:
+            self.recents[config] = recent_kernel(config)
+        near = self._near(step, heads)
+        self.recents[config](
+            words, as_words(layer.ring), lengths, rows, step.recent.rings, out, near.values, near.lse, scale,
+            step.recent.capacity,
+        )  # fmt: skip
+        return near.values, near.lse
 
     def _may_be_early(self, q: Tensor) -> int:
         """1 if the plan was there before the kernel before began: then a decode reads it before it waits.
@@ -136,11 +169,19 @@ class PagedAttentionSm90:
         is_captured = was_prepared and q.is_cuda and torch.cuda.is_current_stream_capturing()
         return 0 if self.is_planned_now or (was_prepared and not is_captured) else 1
 
-    def _config(self, queries: int, has_window: bool, has_cap: bool, has_offset: bool) -> DecodeConfig:
+    def _near(self, step: PagedStep, heads: int) -> Near:
+        """Room for all decodes of a step; kept, since graphs may have captured it."""
+        room = step.derive("near", lambda: 1 << int(step.cu_seqlens_q[:-1][step.counts == 1].max()).bit_length())
+        if room not in self.nears:
+            self.nears[room] = Near(room, heads, self.layout.head_dim, step.slots.device)
+        return self.nears[room]
+
+    def _config(self, queries: int, has_window: bool, has_cap: bool, has_offset: bool, recent: int = 0) -> DecodeConfig:
         layout = self.layout
         return choose_decode(
-            layout.kv, layout.head_dim, queries, layout.block_size, has_window, has_cap, has_offset, layout.zero_bias
-        )
+            layout.kv, layout.head_dim, queries, layout.block_size, has_window, has_cap, has_offset, layout.zero_bias,
+            recent,
+        )  # fmt: skip
 
     def _turns(self, table: RopeTable, config: DecodeConfig) -> Tensor:
         """The constant matrix of a table's angles; made once, on the layer's first call."""
@@ -166,16 +207,16 @@ class PagedAttentionSm90:
                 return None
             lengths = np.where(is_decode, lengths, 0)
         self.is_planned_now = True
-        room = room_for(len(lengths))
+        room, key = room_for(len(lengths)), (room_for(len(lengths)), recent_tokens(step, None))
         if window is not None or self.split_blocks is not None or share == "never":
             return self._plan_alone(step, window, queries, room, lengths, rows, None)
-        last = self.plans.get(room)
+        last = self.plans.get(key)
         if last is None or share != "auto" or step.ahead is not None or not last.goes_on(step, lengths, rows):
             cascade = None
-            if not self.has_offset:
+            if not self.has_offset and step.recent is None:  # shared prefixes know of no recent window
                 stored = lengths - 1 if step.ahead is None else lengths - 1 - step.ahead  # in steps before
                 cascade = self.prefixes.find(step.tables, stored, queries, share)
-            last = self.plans[room] = self._plan_alone(step, window, queries, room, lengths, rows, cascade)
+            last = self.plans[key] = self._plan_alone(step, window, queries, room, lengths, rows, cascade)
         return last
 
     def _plan_alone(
@@ -183,14 +224,18 @@ class PagedAttentionSm90:
         cascade: Cascade | None,
     ) -> DecodePlan:  # fmt: skip
         """A plan that owes nothing to the step before."""
-        config = self._config(queries, window is not None, False, self.has_offset)
+        recent = recent_tokens(step, window)
+        config = self._config(queries, window is not None, False, self.has_offset, recent)
         device, heads, size = step.slots.device, self.layout.num_kv_heads, self.layout.block_size
         sms = multiprocessors(device)
         ctas = config.ctas_per_sm * sms
-        key = (room, window, cascade is not None)
+        key = (room, window, cascade is not None, recent)
+        seen = lengths  # by the decode kernel
+        if recent:
+            seen, window = np.maximum(lengths - recent, 0), None if window is None else window - recent
         most, slots = most_segments(room, heads, ctas), 0
         if self.split_blocks is not None:
-            plan = plan_fixed(lengths, size, heads, ctas, self.split_blocks, window, config.overhead_blocks)
+            plan = plan_fixed(seen, size, heads, ctas, self.split_blocks, window, config.overhead_blocks)
             most = 1 << max(10, (len(plan.segments) - 1).bit_length())
         else:
             skipped = shared = None
@@ -199,7 +244,7 @@ class PagedAttentionSm90:
                 slots = self.prefixes.most_slots(room, queries, sms)
                 skipped, shared = cascade.skipped, prefix_plan.shared
             plan = plan_balanced(
-                lengths, size, heads, ctas, window, config.stage_blocks, config.overhead_blocks, config.least_blocks,
+                seen, size, heads, ctas, window, config.stage_blocks, config.overhead_blocks, config.least_blocks,
                 skipped, shared,
             )  # fmt: skip
         if key not in self.buffers or self.buffers[key].most_segments < most:
@@ -219,6 +264,13 @@ class PagedAttentionSm90:
         if self.scratch is None or len(self.scratch.lse) < slots:  # buffers of earlier steps keep what graphs captured
             self.scratch = Scratch(slots, config, device)
         return self.scratch
+
+
+def recent_tokens(step: PagedStep, window: int | None) -> int:
+    """Newest tokens of each sequence that are read exactly; a sliding window sees more than those."""
+    tokens = 0 if step.recent is None else step.recent.tokens
+    assert window is None or window > tokens, "a sliding window must be longer than the recent one"
+    return tokens
 
 
 def room_for(num_seqs: int) -> int:

@@ -50,14 +50,16 @@ class DecodeFetch:
             sequence, head, begin, end, place, length, token = self.segment(mLength, mRow, mSegment, first)
             origin = mKV.iterator + Int64(head) * config.tile_bytes
             entry = mTable[sequence, cutlass.min(begin + lane, mTable.shape[1] - 1)]  # 32 blocks of the table at a time
-            old = cutlass.min((length - 1 - mSegment[first, 7]) // config.block_size, end) - begin
+            stored = length + (config.recent - 1) - mSegment[first, 7]  # in steps before
+            old = cutlass.min(stored // config.block_size, end) - begin
             old = cutlass.max(cutlass.min(old, Int32(32)), Int32(0))
             begun = cutlass.min(old // ahead, Int32(config.stages))
             for i in cutlass.range(0, begun, config.at_once, unroll=1):
                 slot, phase = self.fetch(
                     origin, stride, full, empty, ring, entry, ahead * i, ahead * begun, slot, phase
                 )  # fmt: skip
-        cute.arch.griddepcontrol_wait()
+        if cutlass.const_expr(not config.recent):
+            cute.arch.griddepcontrol_wait()
         for index in cutlass.range(first, last, unroll=1):
             turn = index - first
             buffer = turn % 2
@@ -91,10 +93,15 @@ class DecodeFetch:
 
     @cute.jit
     def segment(self, mLength, mRow, mSegment, index):
-        """What a segment is: sequence, head, begin, end, place (-1 if its row has no other parts), length, token."""
+        """What a segment is: sequence, head, begin, end, place (-1 if its row has no other parts), length, token.
+
+        The length is that of the tokens which this kernel reads: without the newest, where another reads those.
+        """
         sequence, head, begin, end = (mSegment[index, i] for i in range(4))
         place = index if mSegment[index, 5] != 1 else Int32(-1)
         length = mLength[sequence]
+        if cutlass.const_expr(self.config.recent):
+            length = length - self.config.recent
         return sequence, head, begin, self.end_of(mSegment, index, end, length), place, length, mRow[sequence]
 
     @cute.jit

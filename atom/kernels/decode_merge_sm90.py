@@ -26,7 +26,10 @@ class DecodeMerge:
     config: DecodeConfig
 
     @cute.jit
-    def finish(self, mO, mPartial, mLse, sO, sM, sL, rM, rL, rZ, rO, token, head, place, is_busy, turned, warp, lane):
+    def finish(
+        self, mO, mPartial, mLse, mNear, mNearLse, sO, sM, sL, rM, rL, rZ, rO, token, head, place, is_busy, turned,
+        warp, lane,
+    ):  # fmt: skip
         """Put the warps' results together, in the order of their first stages, and store output or partial result."""
         config = self.config
         threads = 32 * config.warps
@@ -73,6 +76,8 @@ class DecodeMerge:
                 for e in cutlass.range_constexpr(4):
                     value[e] = value[e] * inverse
                 if place < 0:
+                    if cutlass.const_expr(config.recent):
+                        self.add_recent(mO, mNear, mNearLse, value, top + log2(weight), token, head, query, channel)
                     self.store(mO, value, token, head, query, channel)
                 else:
                     at = (Int64(place) * config.queries + query) * config.head_dim + channel
@@ -80,6 +85,17 @@ class DecodeMerge:
                     if channel == 0:
                         mLse[place, query] = top + log2(weight)
         cute.arch.barrier(barrier_id=1, number_of_threads=threads)
+
+    @cute.jit
+    def add_recent(self, mO, mNear, mNearLse, value, sums, token, head, query, channel):
+        """Four channels of a head's output over all but the newest tokens, and log2 of its weights: over all tokens."""
+        config = self.config
+        row = Int64(token) * mO.shape[1] + head * config.queries + query
+        near = load_global_f32x4(mNear.iterator + (row * config.head_dim + channel))
+        lse = load_global_f32(mNearLse.iterator + row)
+        share = Float32(1.0) / (Float32(1.0) + exp2(sums - lse))  # of the newest; right at both ends
+        for e in cutlass.range_constexpr(4):
+            value[e] = value[e] + share * (near[e] - value[e])
 
     @cute.jit
     def spread(self, row, rO, rZ, c: cutlass.Constexpr, n: cutlass.Constexpr, lane):
@@ -162,7 +178,7 @@ class DecodeMerge:
             cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
 
     @cute.jit
-    def merge(self, mO, mPartial, mLse, sPart, first, last, warp, lane):
+    def merge(self, mO, mPartial, mLse, mNear, mNearLse, sPart, first, last, warp, lane):
         """The other warps: the outputs of rows whose last part this CTA was.
 
         Whichever CTA does it, partial results are added up in the order of a row's parts: the same bits on every run.
@@ -174,11 +190,13 @@ class DecodeMerge:
             for i in cutlass.range(cutlass.min(last - chunk, Int32(32)), unroll=1):
                 parts, slot, shared, shared_slot, token, head = (sPart[k, i] for k in range(6))
                 if parts > 0:
-                    self.merge_row(mO, mPartial, mLse, parts, slot, shared, shared_slot, token, head, warp, lane)
+                    self.merge_row(
+                        mO, mPartial, mLse, mNear, mNearLse, parts, slot, shared, shared_slot, token, head, warp, lane
+                    )
             cute.arch.barrier(barrier_id=2, number_of_threads=config.threads)
 
     @cute.jit
-    def merge_row(self, mO, mPartial, mLse, own, slot, shared, shared_slot, token, head, warp, lane):
+    def merge_row(self, mO, mPartial, mLse, mNear, mNearLse, own, slot, shared, shared_slot, token, head, warp, lane):
         """The output of a row from all its partial results, its own first; MERGED are under way at once."""
         config = self.config
         threads = 32 * config.warps
@@ -221,4 +239,6 @@ class DecodeMerge:
                 inverse = Float32(1.0) / weight
                 for e in cutlass.range_constexpr(4):
                     value[e] = value[e] * inverse
+                if cutlass.const_expr(config.recent):
+                    self.add_recent(mO, mNear, mNearLse, value, top + log2(weight), token, head, query, channel)
                 self.store(mO, value, token, head, query, channel)

@@ -53,15 +53,17 @@ class PagedDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeMe
         mCos: cute.Tensor,  # [positions, head_dim / 2] float32, where there are offsets, else any
         mSin: cute.Tensor,  # the same
         mTurn: cute.Tensor,  # [stage tokens, head_dim / 2] uint32: attention_sm90.turn_matrix, else any
+        mNear: cute.Tensor | None,  # [T, num_heads, head_dim] float32: recent_decode_sm90's, where config.recent
+        mNearLse: cute.Tensor | None,  # [T, num_heads] float32: as mLse
         scale: Float32,  # of scores; with a cap, scale / cap
         cap: Float32,
-        window: Int32,
+        window: Int32,  # less config.recent
         is_early: Int32,  # 1: all but the kernel before has ended (see produce)
         stream: cuda.CUstream,
     ):
         self.kernel(
             mQ, mKV, mTable, mLength, mRow, mWork, mSegment, mO, mPartial, mLse, mCounter, mOffset, mCos, mSin,
-            mTurn, scale, cap, window, is_early,
+            mTurn, mNear, mNearLse, scale, cap, window, is_early,
         ).launch(**self.launch_options(mWork, stream))  # fmt: skip
 
     @cute.kernel
@@ -69,7 +71,8 @@ class PagedDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeMe
         self, mQ: cute.Tensor, mKV: cute.Tensor, mTable: cute.Tensor, mLength: cute.Tensor, mRow: cute.Tensor,
         mWork: cute.Tensor, mSegment: cute.Tensor, mO: cute.Tensor, mPartial: cute.Tensor,
         mLse: cute.Tensor, mCounter: cute.Tensor, mOffset: cute.Tensor, mCos: cute.Tensor, mSin: cute.Tensor,
-        mTurn: cute.Tensor, scale: Float32, cap: Float32, window: Int32, is_early: Int32,
+        mTurn: cute.Tensor, mNear: cute.Tensor | None, mNearLse: cute.Tensor | None, scale: Float32, cap: Float32,
+        window: Int32, is_early: Int32,
     ):  # fmt: skip
         config = self.config
         tid, _, _ = cute.arch.thread_idx()
@@ -103,17 +106,18 @@ class PagedDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeMe
             count = Int32(0)  # stages so far: the ring's position
             for index in cutlass.range(first, last, unroll=1):
                 count = self.consume(
-                    mQ, mO, mPartial, mLse, mOffset, mCos, mSin, full, empty, ready, taken, ring, queries, sMeta, sO,
-                    sM, sL, turns, index - first, count, warp, lane, scale, cap, window,
+                    mQ, mO, mPartial, mLse, mOffset, mCos, mSin, mNear, mNearLse, full, empty, ready, taken, ring,
+                    queries, sMeta, sO, sM, sL, turns, index - first, count, warp, lane, scale, cap, window,
                 )  # fmt: skip
                 if index + 2 == last:
                     cute.arch.barrier_arrive(barrier_id=3, number_of_threads=config.threads)
-            self.merge(mO, mPartial, mLse, sPart, first, last, warp, lane)
+            self.wait_for_recent()
+            self.merge(mO, mPartial, mLse, mNear, mNearLse, sPart, first, last, warp, lane)
 
     @cute.jit
     def consume(
-        self, mQ, mO, mPartial, mLse, mOffset, mCos, mSin, full, empty, ready, taken, ring, queries, sMeta, sO, sM, sL,
-        turns, turn, count, warp, lane, scale, cap, window,
+        self, mQ, mO, mPartial, mLse, mOffset, mCos, mSin, mNear, mNearLse, full, empty, ready, taken, ring, queries,
+        sMeta, sO, sM, sL, turns, turn, count, warp, lane, scale, cap, window,
     ):  # fmt: skip
         """One of the consuming warps: its share of a segment's stages, then the CTA's result to memory."""
         config = self.config
@@ -179,9 +183,11 @@ class PagedDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeMe
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(taken + buffer)
+        self.wait_for_recent()
         self.finish(
-            mO, mPartial, mLse, sO, sM, sL, rM, rL, rZ, rO, token, head, place, mine < stages, turned, warp, lane
-        )
+            mO, mPartial, mLse, mNear, mNearLse, sO, sM, sL, rM, rL, rZ, rO, token, head, place, mine < stages, turned,
+            warp, lane,
+        )  # fmt: skip
         return count + stages
 
 
@@ -202,6 +208,8 @@ def compile_decode(config: DecodeConfig, options: str = "") -> object:
         row_major(Float32, (cute.sym_int(), dim // 2), 16),
         row_major(Float32, (cute.sym_int(), dim // 2), 16),
         row_major(Uint32, (cute.sym_int(), dim // 2), 16),
+        row_major(Float32, (cute.sym_int(), cute.sym_int(), dim), 16) if config.recent else None,
+        row_major(Float32, (cute.sym_int(), cute.sym_int()), 4) if config.recent else None,
         Float32(1.0),
         Float32(1.0),
         Int32(0),

@@ -48,12 +48,16 @@ class RopeAppend(AppendCodes):
         mNorm: cute.Tensor,  # [2, head_dim / 2] uint32: weights of the norms of queries and keys, if there are any
         mKV: cute.Tensor,  # [num_blocks, num_kv_heads, tile_bytes] uint8
         mOut: cute.Tensor,  # [T, num_heads, head_dim / 2] uint32: turned queries
+        mExact: cute.Tensor | None,  # [rows, 2, num_kv_heads, head_dim / 2] uint32 where has_recent: keys and values
+        mExactSlot: cute.Tensor | None,  # [T] int64: their rows in it; negative: none
         largest_scale: Float32,  # rounding.largest_scale of the format
         eps: Float32,  # of the norms
         stream: cuda.CUstream,
     ):
         config = self.config
-        self.kernel(mQ, mK, mV, mCos, mSin, mSlot, mOffset, mCentre, mNorm, mKV, mOut, largest_scale, eps).launch(
+        self.kernel(
+            mQ, mK, mV, mCos, mSin, mSlot, mOffset, mCentre, mNorm, mKV, mOut, mExact, mExactSlot, largest_scale, eps
+        ).launch(
             grid=(config.ctas(mQ.shape[0], mQ.shape[1], mK.shape[1]), 1, 1),
             block=(32 * config.warps, 1, 1),
             stream=stream,
@@ -64,7 +68,8 @@ class RopeAppend(AppendCodes):
     def kernel(
         self, mQ: cute.Tensor, mK: cute.Tensor, mV: cute.Tensor, mCos: cute.Tensor, mSin: cute.Tensor,
         mSlot: cute.Tensor, mOffset: cute.Tensor, mCentre: cute.Tensor, mNorm: cute.Tensor, mKV: cute.Tensor,
-        mOut: cute.Tensor, largest_scale: Float32, eps: Float32,
+        mOut: cute.Tensor, mExact: cute.Tensor | None, mExactSlot: cute.Tensor | None, largest_scale: Float32,
+        eps: Float32,
     ):  # fmt: skip
         config = self.config
         tid, _, _ = cute.arch.thread_idx()
@@ -142,8 +147,10 @@ class RopeAppend(AppendCodes):
                             if cutlass.const_expr(config.has_mirror):
                                 row = kv_heads + cutlass.min(head, kv_heads - 1)
                                 reflect(config, values, self.mirror(mCentre, row, column), share)
+                        self.keep(values, mExact, mExactSlot, token, head, is_value, column, share)
                         self.store(values, mKV, slot, head, is_value, column, share, is_there, largest_scale)
                     else:
+                        self.keep(x, mExact, mExactSlot, token, head, is_value, column, share)
                         self.store(x, mKV, slot, head, is_value, column, share, is_there, largest_scale)
 
     @cute.jit
@@ -204,6 +211,17 @@ class RopeAppend(AppendCodes):
                 x[w, h] = subtract_pairs(x[w, h], word[w])
 
     @cute.jit
+    def keep(self, x, mExact, mExactSlot, token, head, is_value, column, share):
+        """A key or value in bfloat16, where the newest tokens' are kept."""
+        if cutlass.const_expr(self.config.has_recent):
+            row = mExactSlot[token]
+            if (head < mExact.shape[2]) & (8 * share < self.half) & (row >= 0):
+                at = (2 * row + Int64(is_value)) * mExact.shape[2] + head
+                target = mExact.iterator.toint() + at * 2 * self.config.head_dim
+                for h in cutlass.range_constexpr(2):
+                    store_words(target + 2 * (column + h * self.half), self.pairs(x, h))
+
+    @cute.jit
     def store(self, x, mKV, slot, head, is_value, column, share, is_there, largest_scale):
         """Round a key or value and write its codes, scale and zero point."""
         config = self.config
@@ -257,6 +275,8 @@ def compile_append(config: AppendConfig, options: str = "") -> object:
         row_major(Uint32, (cute.sym_int(), half), 16),
         row_major(Uint8, (cute.sym_int(), cute.sym_int(), config.cache.tile_bytes), 128),
         row_major(Uint32, (cute.sym_int(), cute.sym_int(), half), 16),
+        row_major(Uint32, (cute.sym_int(), 2, kv_heads, half), 16) if config.has_recent else None,
+        row_major(Int64, (cute.sym_int(),), 8) if config.has_recent else None,
         Float32(1.0),
         Float32(1.0),
         make_fake_stream(use_tvm_ffi_env_stream=True),

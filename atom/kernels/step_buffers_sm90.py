@@ -54,6 +54,17 @@ class Scratch:
         self.counters = torch.zeros(slots, dtype=torch.int32, device=device)
 
 
+class Near:
+    """What the kernel of the newest tokens hands the decode kernel: float32 [rows, heads, head_dim] and [rows, heads].
+
+    A row is a query token.
+    """
+
+    def __init__(self, rows: int, heads: int, head_dim: int, device: Any) -> None:
+        self.values = torch.empty(rows, heads, head_dim, device=device)
+        self.lse = torch.empty(rows, heads, device=device)
+
+
 class StepBuffers:
     """The plan of a decode step on the device, where it stays: lengths, rows [B], work [CTAs + 1], segments [S, 8].
 

@@ -11,14 +11,16 @@ import torch
 from atom.kernels import append_sm90, attention_sm90, cascade_sm90, prefill_sm90
 from atom.kernels.attention_config import SHARED_BYTES, AppendConfig, DecodeConfig, GatherConfig
 from atom.kernels.attention_plan import SEGMENT_FIELDS
+from atom.kernels.recent_config import RecentConfig
 
 from .ptx_emulator import Kernel
 from .ptx_memory import Tensor as Argument
 
-DECODE_STATIC = {0: (2,), 1: (2,), 7: (2,), 8: (1, 2)} | dict.fromkeys((6, 9, 11, 12, 13, 14), (1,))
+DECODE_STATIC = {0: (2,), 1: (2,), 7: (2,), 8: (1, 2), 15: (2,)} | dict.fromkeys((6, 9, 11, 12, 13, 14), (1,))
 PREFIX_STATIC = {0: (2,), 1: (2,), 3: (1,), 5: (1,), 6: (1, 2), 7: (1,)}
 GATHER_STATIC = {0: (2,), 1: (1,), 2: (2,), 3: (2,)}
-APPEND_STATIC = {0: (2,), 1: (2,), 2: (2,), 3: (1,), 4: (1,), 6: (1,), 7: (1,), 8: (1,), 9: (2,), 10: (2,)}
+APPEND_STATIC = {0: (2,), 1: (2,), 2: (2,), 3: (1,), 4: (1,), 6: (1,), 7: (1,), 8: (1,), 9: (2,), 10: (2,), 11: (1, 3)}
+RECENT_STATIC = {0: (2,), 1: (1, 3), 5: (2,), 6: (2,)}
 
 
 def emulated(
@@ -39,7 +41,7 @@ def emulated(
                 signed = signed.view(torch.int16) if signed.dtype == torch.bfloat16 else signed
                 assert signed.is_contiguous()
                 passed.append(Argument(signed.numpy(), static.get(index, ())))
-            else:
+            elif argument is not None:  # what a kernel was compiled without
                 passed.append(argument)
         kernel.launch(grid, threads, passed, shared)
 
@@ -58,6 +60,7 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from atom.kernels.kv_gather_sm90 import compile_gather
     from atom.kernels.paged_decode_sm90 import compile_decode
     from atom.kernels.prefix_decode_sm90 import compile_prefix
+    from atom.kernels.recent_decode_sm90 import compile_recent
     from atom.kernels.rope_append_sm90 import compile_append
 
     options = f"--keep-ptx --dump-dir {tmp_path}"
@@ -85,7 +88,18 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def shape(*a: Any) -> Any:
             return (config.ctas(len(a[0]), a[0].shape[1], a[1].shape[1]), 1), threads, 1024
 
-        return emulated(kernel, APPEND_STATIC, {config.head_dim, config.head_dim // 2, config.cache.tile_bytes}, shape)
+        sizes = {2, config.head_dim, config.head_dim // 2, config.cache.tile_bytes}
+        return emulated(kernel, APPEND_STATIC, sizes, shape)
+
+    @lru_cache
+    def recent(config: RecentConfig) -> Callable[..., None]:
+        kernel = Kernel(compile_recent(config, options).__ptx__)  # type: ignore[attr-defined]
+        sizes = {2, config.head_dim, config.head_dim // 2}
+
+        def shape(*a: Any) -> Any:
+            return (-(-len(a[4]) * a[1].shape[2] // config.rows), 1), 32 * config.warps, config.shared_bytes
+
+        return emulated(kernel, RECENT_STATIC, sizes, shape)
 
     @lru_cache
     def gather(config: GatherConfig) -> Callable[..., None]:
@@ -95,6 +109,7 @@ def emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(prefill_sm90, "gather_kernel", gather)
     monkeypatch.setattr(attention_sm90, "decode_kernel", decode)
+    monkeypatch.setattr(attention_sm90, "recent_kernel", recent)
     monkeypatch.setattr(append_sm90, "append_kernel", append)
     monkeypatch.setattr(cascade_sm90, "prefix_kernel", prefix)
     monkeypatch.setattr(cascade_sm90, "has_prefix_kernel", lambda config: True)

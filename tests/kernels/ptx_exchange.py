@@ -133,7 +133,7 @@ def mma(warp: Warp, op: str, args: list[Any]) -> None:
 
 def bar(warp: Warp, op: str, args: list[Any]) -> bool | None:
     warp.need_all(op)
-    name = int(args[0])
+    name = int(warp.read(args[0], U32)[0])
     count = int(args[1]) // LANES if len(args) > 1 else warp.threads // LANES
     cta = warp.cta
     if warp.index in cta.passed.setdefault(name, set()):

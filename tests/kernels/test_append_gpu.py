@@ -49,9 +49,14 @@ def test_transformed_bytes(kv: str, dim: int, norm: float | None) -> None:
         slots = torch.randperm(2176, generator=torch.Generator().manual_seed(0))[:tokens]
         wanted = torch.full(layout.shape(136), 255, dtype=torch.uint8)
         found = wanted.cuda()
-        turned = rope_append_kv_reference(layout, rotates=True)(q, k, v, cos, sin, slots, wanted, None, centre, norms)
+        rows = slots.flip(0) - tokens // 3  # some are negative
+        exact = torch.full((2176, 2, 2, dim), 255.0).bfloat16()
+        found_exact = exact.cuda()
+        append = rope_append_kv_reference(layout, rotates=True)
+        turned = append(q, k, v, cos, sin, slots, wanted, None, centre, norms, exact, rows)
         moved = [x.cuda() for x in (q, k, v, cos, sin, slots)]
-        out = RopeAppendSm90(layout, rotates=True)(*moved, found, None, centre.cuda(), on_gpu)
+        out = RopeAppendSm90(layout, rotates=True)(*moved, found, None, centre.cuda(), on_gpu, found_exact, rows.cuda())
+        assert torch.equal(found_exact.cpu(), exact), f"unrounded keys and values of {tokens} tokens"
         assert torch.equal(out.cpu(), turned), f"queries of {tokens} tokens"
         differs = (found.cpu() != wanted).nonzero()
         assert not len(differs), f"{len(differs)} bytes of {tokens} tokens, {differs[:3].tolist()} first"

@@ -73,12 +73,12 @@ def test_a_plan_goes_on_while_tables_share(emulator: None, monkeypatch: pytest.M
     share(case, {0: ((1, 2, 3), 4)}, 16)
     attend, spec = PagedAttentionSm90(case.layout), AttentionSpec(0.25)
     assert attend.prepare(case.step, [None], 4)
-    plan = attend.plans[8]
+    plan = attend.plans[8, 0]
     before = replace(case.step, seqlens_k=case.step.seqlens_k - 1, _derived={})  # a step back, then on again
-    assert attend.prepare(before, [None], 4) and attend.plans[8] is not plan
-    plan = attend.plans[8]
+    assert attend.prepare(before, [None], 4) and attend.plans[8, 0] is not plan
+    plan = attend.plans[8, 0]
     on = replace(case.step, _derived={})
-    assert attend.prepare(on, [None], 4) and attend.plans[8] is plan
+    assert attend.prepare(on, [None], 4) and attend.plans[8, 0] is plan
     found, exact = attend(case.q, case.layer, on, spec).double(), expected(case, spec)
     assert float((found - exact).norm() / exact.norm()) < 5e-3
     tables = case.step.tables.copy()
@@ -103,13 +103,13 @@ def test_tokens_of_this_step_are_no_prefix(emulator: None) -> None:
     case, spec = replace(one, keys=keys, values=values, q=q, step=step), AttentionSpec(0.25)
     attend = PagedAttentionSm90(case.layout)
     assert attend.prepare(step, [None], 4, "always")
-    cascade = attend.plans[8].cascade
+    cascade = attend.plans[8, 0].cascade
     assert cascade is not None and cascade.skipped.tolist() == [99 // 16] * 6 + [0]
     found, exact = attend(q, case.layer, step, spec).double(), expected(case, spec)
     assert float((found - exact).norm() / exact.norm()) < 5e-3
-    assert attend.plans[8].buffers.segments[0, 7] == 0 and 5 in attend.plans[8].buffers.segments[:, 7].tolist()
+    assert attend.plans[8, 0].buffers.segments[0, 7] == 0 and 5 in attend.plans[8, 0].buffers.segments[:, 7].tolist()
     following = replace(step, seqlens_k=lengths + 1, ahead=None, _derived={})
-    assert not attend.plans[8].goes_on(following, following.seqlens_k, np.arange(7))
+    assert not attend.plans[8, 0].goes_on(following, following.seqlens_k, np.arange(7))
 
 
 @pytest.mark.parametrize("kv", KV_FORMATS)

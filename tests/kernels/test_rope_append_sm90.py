@@ -62,11 +62,13 @@ def appended(
     constants: tuple[np.ndarray, ...],
     eps: float,
     tmp_path: Path,
+    exact: tuple[Argument, ...] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel returns, and a cache of four blocks that it wrote to, 255 before.
 
     steps      cosines, sines, slots
     constants  of keys the offset, then centre and mirrors; of norms the weights
+    exact      the store of unrounded keys and values, and rows in it, where the config has them
     """
     from atom.kernels.rope_append_sm90 import compile_append
 
@@ -85,6 +87,7 @@ def appended(
             *(Argument(x, (1,)) for x in constants),
             Argument(found, (2,)),
             Argument(out, (2,)),
+            *exact,
             1.0 if layout.spec is None else largest_scale(get_format(layout.spec.format)),
             eps,
         ],
@@ -151,7 +154,10 @@ TRANSFORMS = [
 def test_transformed_bytes_on_a_model_of_the_machine(
     kv: str, dim: int, norm: str, has_centre: bool, rotates: bool, has_mirror: bool, tmp_path: Path
 ) -> None:
-    """The norm before turning, the centre, the Hadamard transform and the mirror after it, bit for bit."""
+    """The norm before turning, the centre, the Hadamard transform and the mirror after it, bit for bit.
+
+    Where heads are turned, what is rounded is stored unrounded too, but for a token without a row there.
+    """
     tokens, heads, kv_heads, eps = 4, 6 if has_mirror else 5, 2, 1e-6
     q, k, v, cos, sin = inputs(dim, heads, kv_heads, tokens)
     spec = SPECS[kv]
@@ -171,18 +177,25 @@ def test_transformed_bytes_on_a_model_of_the_machine(
         "centre": centre if has_centre else None,
         "norms": None if norm == "none" else HeadNorms(*weights, eps, float(norm == "shifted")),
     }
-    turned = rope_append_kv_reference(layout, rotates=rotates)(q, k, v, cos, sin, slots, wanted, **given)
+    rows = torch.tensor([6, 0, -1, 3])
+    wanted_exact = torch.full((7, 2, kv_heads, dim), 255.0).bfloat16()
+    found_exact = wanted_exact.clone().view(torch.int32).numpy()
+    turned = rope_append_kv_reference(layout, rotates=rotates)(
+        q, k, v, cos, sin, slots, wanted, **given, exact=wanted_exact if rotates else None, exact_slots=rows
+    )
 
     config = AppendConfig(
         kv, dim, 16, parts=2, norm=norm, has_centre=has_centre, rotates=rotates, has_mirror=has_mirror,
-        zero_bias=layout.zero_bias,
+        zero_bias=layout.zero_bias, has_recent=rotates,
     )  # fmt: skip
+    exact = (Argument(found_exact, (1, 3)), Argument(rows.numpy())) if rotates else ()
     separate = [Argument(x.contiguous().view(torch.int32).numpy(), (2,)) for x in (q, k, v)]
     offsets = np.zeros((1, dim // 2), dtype=np.int32)
     constants = (offsets, centre.view(-1, dim).numpy(), weights.view(torch.int32).numpy())
-    out, found = appended(config, layout, separate, (cos, sin, slots), heads, constants, eps, tmp_path)
+    out, found = appended(config, layout, separate, (cos, sin, slots), heads, constants, eps, tmp_path, exact)
     assert torch.equal(torch.from_numpy(out).view(torch.bfloat16), turned)
     assert torch.equal(torch.from_numpy(found), wanted)
+    assert torch.equal(torch.from_numpy(found_exact).view(torch.bfloat16), wanted_exact)
 
 
 @needs_dsl
@@ -201,7 +214,7 @@ def test_transforms_spill_nothing(dim: int, has_mirror: bool, tmp_path: Path) ->
 
     config = AppendConfig(
         "int4", dim, 16, parts=2, norm="shifted", has_centre=True, rotates=True, has_mirror=has_mirror,
-        zero_bias=8 * has_mirror,
+        zero_bias=8 * has_mirror, has_recent=has_mirror,
     )  # fmt: skip
     compiled = compile_append(config, f"--keep-cubin --dump-dir {tmp_path}")
     sass = disassemble(compiled.__cubin__, tmp_path)  # type: ignore[attr-defined]
