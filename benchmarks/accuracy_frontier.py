@@ -114,6 +114,9 @@ class Measure(MeasureOptions):
     flat_steps: int = 60
     """Training steps of each layer for flatquant."""
 
+    flat_batch: int = FlatConfig.batch
+    """Windows of each of them."""
+
     flat_seconds: float = float("inf")
     """At most so long for all of them."""
 
@@ -158,7 +161,10 @@ class Runner(AccuracyRun):
                 )
             row |= {"distill_share": self.share} if self.distilled else {}
             if method.learned:
-                row["note"] = "run in memory: its transforms have no place in a checkpoint"
+                row["note"] = (
+                    f"run in memory: its transforms have no place in a checkpoint; {self.options.flat_batch} "
+                    "windows a step"
+                )
                 row["flat_steps"] = self.flat_steps
             is_compared, is_full = method.name in COMPARED, method.name == "fp"
             full = self.full.model if self.options.divergence and not is_full else None
@@ -272,7 +278,9 @@ class Runner(AccuracyRun):
         loaded = self.load(Path(self.prepared.name) / "cached" if cached.is_quantized else self.source.path)
         bits = 8 if scheme.activation is None or scheme.activation.format == "int8" else 4
         o = self.options
-        settings = FlatConfig(method.learned, activation_bits=bits, steps=o.flat_steps, seconds=o.flat_seconds)
+        settings = FlatConfig(
+            method.learned, activation_bits=bits, steps=o.flat_steps, batch=o.flat_batch, seconds=o.flat_seconds
+        )
         made = flatten_model(loaded.model, self.windows.tokens[:64], cached, settings)["steps"]
         self.flat_steps = sum(made) // len(made)
         return loaded

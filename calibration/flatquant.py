@@ -42,6 +42,7 @@ class FlatConfig:
     """How the transforms are learned, and to how many bits tokens and weight rows are rounded.
 
     learns   of the transforms (L and R), the factors c, and the clips: what is not learned is left out
+    batch    windows of a step: in the same time many small steps learn more than few large ones
     seconds  at most so long for the whole model, in equal shares for its layers: fewer steps then, whose rates fall
              to their end all the same
     """
@@ -51,6 +52,7 @@ class FlatConfig:
     weight_bits: int = 4
     activation_bits: int = 4
     steps: int = 60
+    batch: int = 1
     seconds: float = float("inf")
     rate: float = 5e-3
     clip_rate: float = 5e-2
@@ -202,7 +204,7 @@ def _learn(
                 parameters["lr"].fill_(rate * falling)
             else:
                 parameters["lr"] = rate * falling
-        loss = run(torch.randint(0, len(hidden), (4,), generator=generator))
+        loss = run(torch.randint(0, len(hidden), (config.batch,), generator=generator))
         first = loss.item() if done == 0 else first
         done += 1
         if done % CHECKED_STEPS == 0:
