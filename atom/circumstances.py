@@ -34,8 +34,9 @@ def command_line() -> str:
     if path.suffix == ".py" and path.is_file():
         inside = path.resolve().is_relative_to(CHECKOUT)
         name = "python " + (str(path.resolve().relative_to(CHECKOUT)) if inside else path.name)
-    if path.name == "__main__.py":
-        name = f"python -m {path.resolve().parent.name}"
+    main = sys.modules["__main__"]
+    if main.__spec__ is not None and program == main.__file__:  # run by -m, as some files have to be
+        name = f"python -m {main.__spec__.name.removesuffix('.__main__')}"
     return " ".join([name, *(shlex.quote(_ABSOLUTE.sub("", a)) for a in arguments)])
 
 
