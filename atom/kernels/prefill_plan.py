@@ -4,16 +4,18 @@ Keys and values of all chunks are read into dense rows. Torch has two kernels fo
 which takes all lengths and windows at once, and cuDNN's, 1.7 times as fast on an H200, which takes equal lengths, and
 causality only from the first key on (a *square*). A chunk that is worth a launch of its own becomes a square: of its
 keys the first, a multiple of SQUARE, are attended over in full, the others in a square whose first queries are filling;
-the two results are merged. Sides are multiples of SQUARE, because cuDNN prepares itself for every new shape.
+the two results are merged. Sides are multiples of SQUARE, because cuDNN prepares itself for every new shape; whether
+one is worth that, square_shapes.py decides.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .paged_step import Ints, PagedStep
+from .square_shapes import SquareShape
 
 SQUARE = 512
 SQUARE_FLOPS = 3e10  # of a launch: 90 us gained on an H200 (177 us ragged), for 45 more on the host
@@ -92,22 +94,42 @@ def chunks_of(step: PagedStep) -> Chunks | None:
     return Chunks(counts, ends, step.cu_seqlens_q[chosen].astype(np.int64), step.tables[chosen])
 
 
+Takes = Callable[[tuple[SquareShape, ...], float], bool]
+
+
+def always(shapes: tuple[SquareShape, ...], flops: float) -> bool:
+    """Takes every shape."""
+    return True
+
+
 def plan_prefill(
-    step: PagedStep, window: int | None, block_size: int, flops: int = 0, allows_squares: bool = False
+    step: PagedStep,
+    window: int | None,
+    block_size: int,
+    flops: int = 0,
+    allows_squares: bool = False,
+    takes: Takes = always,
 ) -> PrefillPlan | None:
     """The plan of the sequences with several queries; None if there are none.
 
     flops           of one query and key: 4 * num_heads * head_dim
     allows_squares  results may depend on which chunks are together in a step
+    takes           whether a square's shapes are worth it for chunks of so many flops (SquareShapes.takes)
     """
     chunks = chunks_of(step)
     if chunks is None:
         return None
-    return plan_chunks(chunks, window, block_size, flops, allows_squares, step.num_tokens)
+    return plan_chunks(chunks, window, block_size, flops, allows_squares, step.num_tokens, takes)
 
 
 def plan_chunks(
-    chunks: Chunks, window: int | None, block_size: int, flops: int, allows_squares: bool, num_tokens: int
+    chunks: Chunks,
+    window: int | None,
+    block_size: int,
+    flops: int,
+    allows_squares: bool,
+    num_tokens: int,
+    takes: Takes = always,
 ) -> PrefillPlan:
     """`plan_prefill` of these chunks, in a step of num_tokens."""
     counts, ends, starts = chunks.counts, chunks.ends, chunks.starts
@@ -115,7 +137,7 @@ def plan_chunks(
     groups: list[tuple[int, int]] = []  # chunks that make a square part: first and end
     if allows_squares and (window is None or window >= ends.max()):
         firsts = np.zeros_like(ends)
-        groups = list(_square_groups(chunks, flops))
+        groups = list(_square_groups(chunks, flops, takes))
     in_square = np.zeros(len(counts), dtype=bool)
     for start, stop in groups:
         in_square[start:stop] = True
@@ -125,8 +147,7 @@ def plan_chunks(
     squares, filling = [], []
     for start, stop in groups:
         queries, length = int(counts[start]), int(ends[start])
-        prefix = (length - queries) // SQUARE * SQUARE
-        side = -(-(length - prefix) // SQUARE) * SQUARE
+        prefix, side = _sides(queries, length)
         rows[start:stop] = total + np.arange(stop - start) * (prefix + side)
         at = int(starts[start])
         tokens = slice(at, at + (stop - start) * queries)
@@ -142,19 +163,33 @@ def plan_chunks(
     return PrefillPlan(tiles, total, positions, ragged, tuple(squares), int(counts.sum()) == num_tokens)
 
 
-def _square_groups(chunks: Chunks, flops: int) -> Any:
-    """Runs of neighbouring chunks, equal in queries and keys, that are worth a launch."""
+def _sides(queries: int, length: int) -> tuple[int, int]:
+    """Keys that are attended over in full, and the side of the square behind them."""
+    prefix = (length - queries) // SQUARE * SQUARE
+    return prefix, -(-(length - prefix) // SQUARE) * SQUARE
+
+
+def _square_groups(chunks: Chunks, flops: int, takes: Takes) -> Iterator[tuple[int, int]]:
+    """Runs of neighbouring chunks, equal in queries and keys, that are worth a launch and their shapes' preparation."""
     counts, ends, starts, start = chunks.counts, chunks.ends, chunks.starts, 0
     for stop in range(1, len(counts) + 1):
         is_next = stop < len(counts) and starts[stop] == starts[stop - 1] + counts[stop - 1]
         if is_next and counts[stop] == counts[start] and ends[stop] == ends[start]:
             continue
-        pairs = counts[start] * (ends[start] - counts[start] / 2)
-        is_square = counts[start] == ends[start] and counts[start] % SQUARE == 0
-        least = SQUARE_FLOPS if is_square else PREFIX_FLOPS
-        if (stop - start) * pairs * flops >= least and counts[start] >= SQUARE // 2:
+        queries, length = int(counts[start]), int(ends[start])
+        done = (stop - start) * queries * (length - queries / 2) * flops
+        is_square = queries == length and queries % SQUARE == 0
+        is_large = done >= (SQUARE_FLOPS if is_square else PREFIX_FLOPS) and queries >= SQUARE // 2
+        if is_large and takes(_shapes(stop - start, *_sides(queries, length)), done):
             yield start, stop
         start = stop
+
+
+def _shapes(count: int, prefix: int, side: int) -> tuple[SquareShape, ...]:
+    """What a part's launches need: one chunk's keys lie together, several chunks' as far apart as all of one's."""
+    apart = prefix + side
+    square = SquareShape(count, side, side, side if count == 1 else apart)
+    return (square, SquareShape(count, side, prefix, prefix if count == 1 else apart)) if prefix else (square,)
 
 
 def _tiles(

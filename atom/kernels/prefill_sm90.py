@@ -24,6 +24,7 @@ from .paged_step import PagedStep, RecentLayer
 from .prefill_plan import SQUARE, PrefillPlan, RaggedPart, SquarePart, plan_prefill
 from .recent_plan import RecentPlan, plan_recent
 from .rotate import rotate
+from .square_shapes import SquareShape, SquareShapes
 
 ARCH = "sm_90a"
 
@@ -120,6 +121,7 @@ class Prefill:
         self.config = GatherConfig(layout.kv, layout.head_dim, layout.block_size, zero_bias=layout.zero_bias)
         self.kernel: Any = None
         self.is_warm = False
+        self.shapes = SquareShapes()
 
     def load(self) -> None:
         """Have the gather kernel ready before the first prompt comes."""
@@ -134,6 +136,7 @@ class Prefill:
         dim, heads = self.layout.head_dim, self.layout.num_kv_heads
         q, kv = (torch.zeros(1, n, SQUARE, dim, dtype=torch.bfloat16, device=device) for n in (num_heads, heads))
         dense_attention(q, kv, kv, True, 1.0)
+        self.shapes.prepared(SquareShape(1, SQUARE, SQUARE, SQUARE))
         self.is_warm = True
 
     def plan(self, step: PagedStep, window: int | None, num_heads: int, has_cap: bool = False) -> Planned | None:
@@ -143,10 +146,11 @@ class Prefill:
     def _plan(self, step: PagedStep, window: int | None, num_heads: int, has_cap: bool) -> Planned | None:
         flops = 4 * num_heads * self.layout.head_dim
         allows_squares = not self.is_invariant and not has_cap
+        self.shapes.begin_step()
         if step.recent is not None:
-            recent = plan_recent(step, window, self.layout.block_size, flops, allows_squares)
+            recent = plan_recent(step, window, self.layout.block_size, flops, allows_squares, self.shapes.takes)
             return None if recent is None else recent_on_device(recent, step.slots.device)
-        plan = plan_prefill(step, window, self.layout.block_size, flops, allows_squares)
+        plan = plan_prefill(step, window, self.layout.block_size, flops, allows_squares, self.shapes.takes)
         return None if plan is None else on_device(plan, step.slots.device)
 
     def __call__(
@@ -157,6 +161,7 @@ class Prefill:
 
         Returns `out`, or a tensor that stands for it where one launch gave all of it.
         """
+        self.shapes.count_layer()
         if isinstance(chunks, RecentOnDevice):
             assert recent is not None and table is None, "a recent window comes with its layer and no offsets"
             return self._attend_recent(q, layer, chunks, spec, out, recent)
@@ -262,24 +267,35 @@ def attend_square(
     q: Tensor, keys: Tensor, values: Tensor, part: SquarePart, scale: float, wants_sums: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention of equal chunks; arguments and result as in attend_ragged."""
-    rows = slice(part.first, part.first + part.count * (part.prefix + part.side))
-    k, v = (x[rows].unflatten(0, (part.count, -1)).transpose(1, 2) for x in (keys, values))  # [count, heads, rows, D]
+    k, v = (_rows(x, part, is_prefix=False).transpose(1, 2) for x in (keys, values))  # [count, heads, side, D]
     own = q.unflatten(0, (part.count, part.queries))
     filled = own
     if part.side != part.queries:
         filled = own.new_empty(part.count, part.side, *own.shape[2:])
         filled[:, part.filling : part.filling + part.queries] = own
     chosen = slice(part.filling, part.filling + part.queries)
-    out, lse = dense_attention(filled.transpose(1, 2), k[:, :, part.prefix :], v[:, :, part.prefix :], True, scale)
+    out, lse = dense_attention(filled.transpose(1, 2), k, v, True, scale)
     out, lse = out.transpose(1, 2)[:, chosen], lse[:, :, chosen]  # [count, queries, heads, D], [count, heads, queries]
     if part.prefix:
-        full = slice(0, part.prefix)
-        before, seen = dense_attention(filled.transpose(1, 2), k[:, :, full], v[:, :, full], False, scale)
+        k, v = (_rows(x, part, is_prefix=True).transpose(1, 2) for x in (keys, values))
+        before, seen = dense_attention(filled.transpose(1, 2), k, v, False, scale)
         seen = seen[:, :, chosen]
         share = torch.sigmoid(seen - lse).transpose(1, 2)[..., None]  # of the prefix
         out = torch.lerp(out.float(), before.transpose(1, 2)[:, chosen].float(), share).to(q.dtype)
         lse = torch.logaddexp(lse, seen) if wants_sums else lse
     return out.flatten(0, 1), lse.transpose(0, 1).flatten(1) if wants_sums else None
+
+
+def _rows(x: Tensor, part: SquarePart, is_prefix: bool) -> Tensor:
+    """Dense rows of a part's chunks, of their prefixes or of the rest: [count, rows, heads, D].
+
+    One chunk's are cut out before they get their first dimension, whose stride cuDNN would take for a new shape.
+    """
+    apart = part.prefix + part.side
+    own = slice(0, part.prefix) if is_prefix else slice(part.prefix, apart)
+    if part.count == 1:
+        return x[part.first + own.start : part.first + own.stop].unsqueeze(0)
+    return x[part.first : part.first + part.count * apart].view(part.count, apart, *x.shape[1:])[:, own]
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:

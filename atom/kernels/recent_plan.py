@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .paged_step import Ints, PagedStep
-from .prefill_plan import Chunks, PrefillPlan, RaggedPart, chunks_of, plan_chunks, ragged_part
+from .prefill_plan import Chunks, PrefillPlan, RaggedPart, Takes, always, chunks_of, plan_chunks, ragged_part
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,12 @@ class RecentPlan:
 
 
 def plan_recent(
-    step: PagedStep, window: int | None, block_size: int, flops: int = 0, allows_squares: bool = False
+    step: PagedStep,
+    window: int | None,
+    block_size: int,
+    flops: int = 0,
+    allows_squares: bool = False,
+    takes: Takes = always,
 ) -> RecentPlan | None:
     """The plan of a step with a recent window; None if no sequence prefills. Arguments as in plan_prefill."""
     chosen, chunks = np.flatnonzero(step.counts > 1), chunks_of(step)
@@ -60,13 +65,13 @@ def plan_recent(
         order[_runs(firsts, before)] = np.arange(len(ring_rows))
         order[_runs(firsts + before, chunks.counts)] = own
     far_window = None if window is None else window - recent.tokens
-    far = _far(chunks, recent.tokens, far_window, block_size, flops, allows_squares)
+    far = _far(chunks, recent.tokens, far_window, block_size, flops, allows_squares, takes)
     is_all = int(chunks.counts.sum()) == step.num_tokens
     return RecentPlan(recent.tokens, near, ring_rows, order, far, far_window, is_all)
 
 
 def _far(
-    chunks: Chunks, recent: int, window: int | None, block_size: int, flops: int, allows_squares: bool
+    chunks: Chunks, recent: int, window: int | None, block_size: int, flops: int, allows_squares: bool, takes: Takes
 ) -> PrefillPlan | None:
     """The chunks' last queries, as many as read rounded keys, over these."""
     ends = chunks.ends - recent
@@ -76,7 +81,7 @@ def _far(
         return None
     starts = np.cumsum(chunks.counts) - counts  # their tokens are the last of each chunk's
     part = Chunks(counts[has], ends[has], starts[has], chunks.tables[has])
-    return plan_chunks(part, window, block_size, flops, allows_squares, int(chunks.counts.sum()))
+    return plan_chunks(part, window, block_size, flops, allows_squares, int(chunks.counts.sum()), takes)
 
 
 def _runs(firsts: Ints, counts: Ints) -> NDArray[np.int64]:

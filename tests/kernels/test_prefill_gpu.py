@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from atom.kernels import prefill_plan
+from atom.kernels import prefill_plan, square_shapes
 from atom.kernels.attention_sm90 import PagedAttentionSm90
 from atom.kernels.dense_attention import AttentionSpec
 from atom.kernels.paged_step import PagedStep
@@ -26,6 +26,7 @@ def test_prefill(kv: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(prefill_plan, "SQUARE", 64)
     monkeypatch.setattr(prefill_plan, "SQUARE_FLOPS", 1)
     monkeypatch.setattr(prefill_plan, "PREFIX_FLOPS", 1)
+    monkeypatch.setattr(square_shapes, "PREPARE_S", 0.0)
     check(case, AttentionSpec(0.09))
     check(case, AttentionSpec(0.09, 40))
 
@@ -38,6 +39,7 @@ def test_prefill_of_shapes_of_heads(heads: int, kv_heads: int, dim: int, monkeyp
     monkeypatch.setattr(prefill_plan, "SQUARE", 64)
     monkeypatch.setattr(prefill_plan, "SQUARE_FLOPS", 1)
     monkeypatch.setattr(prefill_plan, "PREFIX_FLOPS", 1)
+    monkeypatch.setattr(square_shapes, "PREPARE_S", 0.0)
     check(case, AttentionSpec(dim**-0.5))
 
 

@@ -1,6 +1,7 @@
 """Prefill on Hopper as far as a CPU can run it: the plan, and attention with stand-ins for the GPU's kernels."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from atom.kernels import prefill_plan, prefill_sm90
+from atom.kernels import prefill_plan, prefill_sm90, square_shapes
 from atom.kernels.dense_attention import AttentionSpec
 from atom.kernels.kv_layout import KVLayout
-from atom.kernels.prefill_plan import plan_prefill
+from atom.kernels.prefill_plan import SquarePart, plan_prefill
 from atom.kernels.prefill_sm90 import Prefill, on_device
+from atom.kernels.square_shapes import SquareShape, SquareShapes
 from atom.quant.presets import KV4
 
 from .test_paged_attention import Case, expected, make_case
@@ -109,3 +111,54 @@ def test_positions_are_those_of_the_keys() -> None:
     assert plan is not None
     assert plan.positions.tolist() == [*range(26, 40), *range(22, 33)]
     assert plan_prefill(make_case(KV4, (40,), (1,), 2, 1, 64).step, None, 16) is None
+
+
+@pytest.mark.usefixtures("small_squares", "gather")
+def test_a_shape_is_prepared_once_it_has_been_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are ragged until that has lost what preparing takes, a layer after the other; then they are squares."""
+    case = make_case(KV4, (64, 96), (64, 40), 4, 2, 64, dtype=torch.bfloat16)
+    flops = 4 * 4 * 64
+    monkeypatch.setattr(prefill_plan, "SQUARE_FLOPS", 1)
+    monkeypatch.setattr(prefill_plan, "PREFIX_FLOPS", 1)
+    monkeypatch.setattr(square_shapes, "PREPARE_S", 6.8 * square_shapes.GAIN_S * 64 * 32 * flops)
+    LAYOUTS[64] = case.layout
+    prefill, squares = Prefill(case.layout), []
+    wanted = expected(case, AttentionSpec(0.125))
+    for _ in range(5):
+        chunks = prefill.plan(replace(case.step, _derived={}), None, 4)
+        squares.append([(part.side, part.prefix) for part in chunks.plan.squares])
+        for _ in range(2):  # layers
+            out = prefill(case.q, case.layer, chunks, AttentionSpec(0.125), torch.zeros_like(case.q))
+            assert float((out.double() - wanted).abs().max()) < 2e-2
+    # The chunk's 1.48 times as many flops pay half for the prompt's square, whose shape is its own too: of the 6.8
+    # wanted there are 1.74, 5.2, 7.2 (a layer, then two a step); and half for its prefix, then all: 0.74, 2.2, 5.2, 8.2
+    assert squares == [[], [], [(64, 0)], [(64, 0), (64, 32)], [(64, 0), (64, 32)]]
+
+
+def test_shapes_are_told_apart_by_what_cudnn_sees() -> None:
+    """One chunk's square is the same behind every prefix, several chunks' are not; each is paid for by what it lost."""
+    shapes = SquareShapes(prepare_s=1.0)
+    large = 0.6 / square_shapes.GAIN_S
+    one = (SquareShape(1, 512, 512, 512), SquareShape(1, 512, 1024, 1024))
+    assert not shapes.takes(one, large) and shapes.lost == {one[0]: pytest.approx(0.3), one[1]: pytest.approx(0.3)}
+    shapes.prepared(one[0])
+    assert not shapes.takes(one, large) and shapes.takes(one, large), "all that is lost goes to what is missing"
+    assert shapes.takes(one[:1], 0.0) and not shapes.takes((SquareShape(2, 512, 512, 1536),), large)
+    for _ in range(3):
+        shapes.count_layer()
+    shapes.begin_step()
+    shapes.begin_step()  # another window's plan of the same step
+    assert shapes.takes((SquareShape(1, 1024, 1024, 1024),), large), "three layers lose it in one step"
+    assert SquareShapes(prepare_s=0).takes(one, 1.0)
+
+
+def test_one_chunks_rows_have_the_strides_of_their_own() -> None:
+    rows = torch.zeros(20, 2, 8)
+    for first, prefix in ((0, 4), (3, 8)):
+        part = SquarePart(slice(0, 4), first, 1, 4, prefix, 0, 4)
+        square, full = (prefill_sm90._rows(rows, part, is_prefix) for is_prefix in (False, True))
+        assert square.shape == (1, 4, 2, 8) and square.stride() == (64, 16, 8, 1)
+        assert full.shape == (1, prefix, 2, 8) and full.data_ptr() == rows[first].data_ptr()
+        assert square.data_ptr() == rows[first + prefix].data_ptr()
+    part = SquarePart(slice(0, 8), 2, 2, 4, 4, 0, 4)
+    assert prefill_sm90._rows(rows, part, False).stride()[0] == 8 * 16
