@@ -39,7 +39,8 @@ class RecentDecode:
         mRing: cute.Tensor,  # [rows, 2, num_kv_heads, head_dim / 2] uint32: exact keys (0) and values (1)
         mLength: cute.Tensor,  # [B or more] int32: tokens of each sequence; 0: it has no query here
         mRow: cute.Tensor,  # [B or more] int32: which of the T tokens is the sequence's query
-        mStart: cute.Tensor,  # [B] int32: the first row of each sequence's ring
+        mStart: cute.Tensor,  # [B] int32: the first row of each sequence's ring; ~row (negative): there is no ring, its
+        # newest tokens lie one behind the other from that row on
         mO: cute.Tensor,  # [T, num_heads, head_dim] bfloat16: written where no token is older
         mNear: cute.Tensor,  # [T, num_heads, head_dim] float32: else this
         mNearLse: cute.Tensor,  # [T, num_heads] float32: and this, log2 of the sum of exponentials
@@ -54,6 +55,7 @@ class RecentDecode:
             block=(32 * config.warps, 1, 1),
             stream=stream,
             preferred_smem_carveout=100,  # as the decode kernel that shares SMs with it
+            min_blocks_per_mp=2,  # given, so that all loads are under way before the first product waits
             use_pdl=True,
         )
 
@@ -85,8 +87,12 @@ class RecentDecode:
             token = mRow[sequence]
             count = cutlass.min(length, Int32(config.tokens))
             base = (length - count) % capacity
+            start = mStart[sequence]
+            if start < 0:
+                start = ~start
+                base = Int32(0)
             self.attend(
-                mQ, mRing, sO, sM, sL, token, head, mStart[sequence], base, count, capacity,
+                mQ, mRing, sO, sM, sL, token, head, start, base, count, capacity,
                 scale * Float32(LOG2_E), warp, lane,
             )  # fmt: skip
             if cutlass.const_expr(config.tiles == 1):

@@ -148,7 +148,7 @@ def test_the_newest_tokens_are_exact(
 @pytest.mark.slow
 @pytest.mark.parametrize("split_tokens", [None, 32])
 def test_sequences_grow_beyond_the_window(emulator: None, split_tokens: int | None) -> None:
-    """Under one plan but where one's first token leaves it; a step has sequences with no query and a spare lane."""
+    """Under one plan but where one's first token leaves it. One has no ring: its newest tokens lie in a row."""
     recent, capacity, dim, spec = 16, 32, 64, AttentionSpec(0.25)
     whole = make_case(KV4, (19, 60, 100, 9, 1), (1,) * 5, 4, 1, dim, dtype=torch.bfloat16)
     numbers = [3, 1, 2, 4, 0]
@@ -159,9 +159,11 @@ def test_sequences_grow_beyond_the_window(emulator: None, split_tokens: int | No
         both = [[x[:n] for x, n in zip(part, lengths, strict=True)] for part in (whole.keys, whole.values)]
         case = replace(whole, keys=both[0], values=both[1])
         ring = fill_ring(case, capacity, numbers)
-        own = RecentStep(
-            recent, capacity, torch.from_numpy(starts.astype(np.int32)), starts, torch.zeros(5, dtype=torch.int64), True
-        )
+        for part, of_part in enumerate(both):
+            ring[3 : 3 + recent, part] = of_part[1][-recent:]
+        places = starts.astype(np.int32)
+        places[1] = ~3
+        own = RecentStep(recent, capacity, torch.from_numpy(places), starts, torch.zeros(5, dtype=torch.int64), True)
         step = replace(whole.step, seqlens_k=lengths, recent=own, _derived={})
         attend.prepare(step, [None], 4)
         plans.append(step.derive(("plan", None), lambda: None))
