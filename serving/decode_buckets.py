@@ -99,6 +99,7 @@ class DecodeBuckets:
             self._prepare(size, shares)
             lanes, _ = self._load(padded)
         self._replays[size, shares]()
+        self.kv.finish()
         return self._logits(len(batch.sample_rows)), lanes
 
     def _load(self, padded: Batch, share: Share = "auto") -> tuple[Tensor, bool]:

@@ -83,6 +83,8 @@ class TorchInputs:
         on_device, table_rows, lane_ids = self._staging.upload([words, padded.block_tables, lanes])
         self._words[:, :size] = on_device
         self._tables[:size, :width] = table_rows
+        if self._places is not None and padded.ahead is None:  # else PagedKV says where they go
+            self._places.fill(self._words[4, :size], self._words[2, :size])
         return lane_ids
 
     def arrays(self, size: int) -> DeviceArrays:
@@ -92,9 +94,7 @@ class TorchInputs:
 
     def start(self, size: int) -> tuple[Tensor, Rotations]:
         """See DecodeInputs."""
-        token_ids, sources, positions, _, lanes = self._words[:, :size]
-        if self._places is not None:
-            self._places.fill(lanes, positions)
+        token_ids, sources, positions, _, _ = self._words[:, :size]
         empty = token_ids[:0]
         inputs = StepInputs(token_ids, sources, positions, self.arrays(size), empty, empty)
         decoder = self._model.model
@@ -102,7 +102,7 @@ class TorchInputs:
 
 
 class KernelInputs:
-    """One kernel, which reads the host's memory; nothing is captured but where exact tokens go.
+    """One kernel, which reads the host's memory; nothing is captured.
 
     Tables of the sequences that the last step had are there already, but for their newest blocks.
     """
@@ -156,6 +156,8 @@ class KernelInputs:
         room = self._begin.room(size)
         room[...] = records
         self._begin(room, tables)
+        if self._places is not None and padded.ahead is None:  # else PagedKV says where they go
+            self._places.fill(self._begin.lanes[:size], self._begin.positions[:size])
         self._decoding, self._blocks, self._is_pending = padded.decoding, blocks, is_pending
         return self._lanes(len(padded.sample_lanes))
 
@@ -167,8 +169,6 @@ class KernelInputs:
     def start(self, size: int) -> tuple[Tensor, Rotations]:
         """See DecodeInputs."""
         begin = self._begin
-        if self._places is not None:
-            self._places.fill(begin.lanes[:size], begin.positions[:size])
         rotations = {
             config: Rotation(begin.turns[0, index, :size], begin.turns[1, index, :size], begin.positions[:size], rope)
             for index, (config, rope) in enumerate(self._ropes.items())

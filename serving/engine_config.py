@@ -143,6 +143,10 @@ class EngineConfig:
             return 1800.0 if is_cpu else 300.0
         return self.watchdog_timeout or None
 
+    def has_graphs(self, is_cpu: bool) -> bool:
+        """Steps are captured; the torch reference plans its work on the host, which no graph can repeat."""
+        return not is_cpu and not self.enforce_eager and self.kernels != "reference"
+
     def step_tokens(self, is_cpu: bool) -> int:
         """Tokens of one step at most; every running sequence can decode in it."""
         if self.max_num_batched_tokens is not None:

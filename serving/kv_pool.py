@@ -228,8 +228,13 @@ class PagedKV:
         if batch.inherited is not None:
             recent.inherit(batch.inherited, self.pool.runs())
         is_direct = not in_pieces and bool((np.diff(batch.cu_seqlens_q) <= 1).all())
-        assert is_direct or batch.ahead is None, "tokens of a text that are rows of a step go to its ring"
+        assert is_direct or batch.ahead is None, "a row has one token"
         return recent.step(batch, arrays.rings, arrays.exact_slots, is_direct)
+
+    def finish(self) -> None:
+        """To be called behind a step whose tokens were rows."""
+        if self.pool.recent is not None:
+            self.pool.recent.finish()
 
     def _prepare(self, batch: Batch, arrays: DeviceArrays, share: Share) -> list[bool]:
         """A step for each layout; whether decodes read beginnings together there."""

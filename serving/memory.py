@@ -11,6 +11,7 @@ from atom.quant.schemes import Scheme
 from .engine_config import EngineConfig
 from .kv_pool import bytes_per_block
 from .recent import RecentRoom
+from .rows import MOST_TOKENS
 
 CPU_CACHE_BYTES = 2**30
 
@@ -67,7 +68,7 @@ def plan_cache(
     """
     block_bytes = bytes_per_block(model, scheme, dtype, options.block_size)
     recent = 0 if scheme is None else scheme.kv_recent
-    room = RecentRoom(options.max_num_seqs, options.step_tokens(is_cpu), options.num_speculative_tokens)
+    room = recent_room(options.max_num_seqs, options.step_tokens(is_cpu), options, is_cpu)
     recent_bytes = room.num_bytes(model, recent, dtype) if recent else 0
     num_blocks = max(0, available - recent_bytes) // block_bytes
     if num_blocks < 1:
@@ -91,6 +92,12 @@ def plan_cache(
         )
     longest = model.max_position_embeddings if wanted is None else wanted
     return CachePlan(num_blocks, block_bytes, min(longest, held), longest > held, recent_bytes)
+
+
+def recent_room(lanes: int, step_tokens: int, options: EngineConfig, is_cpu: bool) -> RecentRoom:
+    """The room for exact tokens, should the scheme keep some."""
+    has_rows = options.has_graphs(is_cpu) and options.attention_split_tokens is None
+    return RecentRoom(lanes, step_tokens, options.num_speculative_tokens, MOST_TOKENS if has_rows else 0)
 
 
 def gpu_cache_bytes(device: torch.device, utilization: float, reserve: Reserve) -> int:

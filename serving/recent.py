@@ -4,6 +4,10 @@ A scheme with `kv_recent` has queries read the newest tokens as they were before
 in every layer (atom/kernels/paged_step.py, RecentStep). Decodes write into their rings. What a step with prompts
 computes goes to a scratch that all layers share, since a chunk's queries still read the ring; afterwards the ring takes
 the chunk's last tokens. A sequence that begins behind cached blocks finds in its ring what the blocks say, rounded.
+
+Where the tokens of a prompt are rows of a decode step (rows.py), a ring has no room for all that they read. They have
+an area behind the rings, where each text lies in a line: what its ring has of it, then its new tokens. The former are
+copied there before the step, the last of the latter to the ring behind it, in all layers at once.
 """
 
 from dataclasses import dataclass
@@ -13,10 +17,10 @@ import torch
 from torch import Tensor
 
 from atom.kernels.kv_layout import KVLayout
-from atom.kernels.paged_step import PagedStep, RecentLayer, RecentStep
+from atom.kernels.paged_step import Ints, PagedStep, RecentLayer, RecentStep
 from atom.models.config import ModelConfig
 
-from .batch import Batch, Inherited
+from .batch import Batch, Inherited, Int64
 
 ROWS = 16  # of a ring: a multiple
 READ_ELEMENTS = 1 << 23  # of blocks that are read at a time: 32 MB in float32
@@ -29,28 +33,36 @@ class RecentRoom:
     lanes        sequences at once
     step_tokens  of a step
     drafts       of a sequence in a step, at most: what was computed for wrong ones must not push out what is still read
+    row_tokens   of prompts whose tokens are rows of a decode step
     """
 
     lanes: int
     step_tokens: int
     drafts: int = 0
+    row_tokens: int = 0
 
     def capacity(self, recent: int) -> int:
         """Rows of a ring for a window of `recent` tokens."""
         return -(-(recent + self.drafts) // ROWS) * ROWS
 
+    @property
+    def area(self) -> int:
+        """Rows for those tokens, and as many for what lies before them."""
+        return 2 * self.row_tokens
+
     def num_bytes(self, config: ModelConfig, recent: int, dtype: torch.dtype) -> int:
         """What RecentTokens takes."""
         row = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
-        return row * (config.num_layers * (self.lanes + 1) * self.capacity(recent) + self.step_tokens)
+        rows = (self.lanes + 1) * self.capacity(recent) + self.area
+        return row * (config.num_layers * rows + self.step_tokens)
 
 
 @dataclass(frozen=True)
 class Moves:
-    """Rows that are copied from the scratch to the rings, int64 [n] each."""
+    """Rows that are copied, int64 [n] each."""
 
-    scratch: Tensor
-    rings: Tensor
+    source: Tensor
+    target: Tensor
 
 
 @dataclass(frozen=True)
@@ -94,11 +106,13 @@ class RecentTokens:
     ) -> None:
         self.tokens, self.capacity, self.spare_lane = recent, room.capacity(recent), room.lanes
         shape = (2, config.num_kv_heads, config.head_dim)
-        rows = (room.lanes + 1) * self.capacity
+        self.area, self.area_rows = (room.lanes + 1) * self.capacity, room.area
+        rows = self.area + self.area_rows
         # zeros: a row that pads reads what was never written, and must not find NaN
         self.rings = torch.zeros(config.num_layers, rows, *shape, dtype=dtype, device=device)
         self.scratch = torch.zeros(room.step_tokens, *shape, dtype=dtype, device=device)
         self.scratch_rows = torch.arange(room.step_tokens, device=device)
+        self._behind: Moves | None = None  # to be copied when the step under way has run
 
     @property
     def num_bytes(self) -> int:
@@ -108,10 +122,10 @@ class RecentTokens:
         return RecentLayer(self.rings[index], self.scratch)
 
     def holds(self, batch: Batch) -> bool:
-        """Whether the rings can take all tokens of a step before any of them attends, and still have what they read."""
+        """Whether the area has room for a step's texts, should their tokens be rows."""
         counts = np.diff(batch.cu_seqlens_q)
-        oldest = np.maximum(0, batch.seqlens_k - counts - self.tokens + 1)
-        return bool((batch.seqlens_k - oldest <= self.capacity).all())
+        before = np.minimum(self.tokens - 1, batch.seqlens_k - counts)
+        return int((counts + before)[counts > 1].sum()) <= self.area_rows
 
     def step(self, batch: Batch, rings: Tensor | None, rows: Tensor | None, is_direct: bool) -> RecentStep:
         """What attention must know of a step.
@@ -120,7 +134,14 @@ class RecentTokens:
         is_direct    see RecentStep
         """
         device = self.scratch.device
+        self._behind = None  # should the step before have failed
         rings_host = batch.lanes.astype(np.int64) * self.capacity
+        if batch.ahead is not None:
+            rings_host, places = self._lines(batch, rings_host)
+            return RecentStep(
+                self.tokens, self.capacity, self._bring(rings_host.astype(np.int32), rings), rings_host,
+                self._bring(places, rows), is_direct,
+            )  # fmt: skip
         if not is_direct:
             rows = self.scratch_rows[: batch.num_tokens]
         elif rows is None:
@@ -129,6 +150,59 @@ class RecentTokens:
         if rings is None:
             rings = torch.from_numpy(rings_host.astype(np.int32)).to(device, non_blocking=True)
         return RecentStep(self.tokens, self.capacity, rings, rings_host, rows, is_direct)
+
+    def _lines(self, batch: Batch, rings: Int64) -> tuple[Int64, Int64]:
+        """Rings and slots of rows, those of one text in a line; copies there what the lines begin with."""
+        assert batch.ahead is not None
+        lanes, positions = batch.lanes, batch.positions.astype(np.int64)
+        slots = rings + positions % self.capacity
+        counts = np.bincount(lanes, minlength=self.spare_lane + 1)
+        counts[self.spare_lane] = 0
+        texts = np.flatnonzero(counts > 1)
+        if not len(texts):
+            return rings, slots
+        starts = np.zeros_like(counts)
+        starts[lanes] = positions - batch.ahead
+        starts, counts = starts[texts], counts[texts]
+        before = np.minimum(self.tokens - 1, starts)
+        first = self.area + np.cumsum(before + counts) - (before + counts)  # of each text's line
+        assert first[-1] + before[-1] + counts[-1] <= self.area + self.area_rows, "the area has no room for a step"
+        lines = np.zeros(self.spare_lane + 1, dtype=np.int64)  # of each lane, the row of position 0, were it there
+        lines[texts] = first - (starts - before)
+        rows = np.flatnonzero(np.isin(lanes, texts))
+        slots[rows] = lines[lanes[rows]] + positions[rows]
+        rings[rows] = ~(lines[lanes[rows]] + np.maximum(0, positions[rows] - self.tokens + 1))
+        self._copy(self._between(texts, starts - before, before, lines, is_back=False))
+        kept = np.minimum(counts, self.capacity)
+        self._behind = self._between(texts, starts + counts - kept, kept, lines, is_back=True)
+        return rings, slots
+
+    def _between(self, lanes: Int64, firsts: Int64, counts: Int64, lines: Int64, is_back: bool) -> Moves:
+        """Of each lane the tokens firsts ... firsts + counts - 1 from its ring to its line, or back."""
+        owners = np.repeat(lanes, counts)
+        positions = np.arange(int(counts.sum())) + np.repeat(firsts - np.cumsum(counts) + counts, counts)
+        ring, line = owners * self.capacity + positions % self.capacity, lines[owners] + positions
+        source, target = (line, ring) if is_back else (ring, line)
+        return Moves(self._bring(source), self._bring(target))
+
+    def _bring(self, array: Ints, target: Tensor | None = None) -> Tensor:
+        """An array on the device, in `target` if that is given; does not wait."""
+        host = torch.from_numpy(array)
+        host = host.pin_memory() if self.scratch.is_cuda else host
+        if target is None:
+            return host.to(self.scratch.device, non_blocking=True)
+        return target.copy_(host, non_blocking=True)
+
+    def _copy(self, moves: Moves) -> None:
+        """Among the rows of all layers."""
+        if len(moves.source):
+            self.rings[:, moves.target] = self.rings[:, moves.source]
+
+    def finish(self) -> None:
+        """Behind a step of rows: rings take the last tokens of the lines."""
+        if self._behind is not None:
+            self._copy(self._behind)
+            self._behind = None
 
     def place(self, layer: int, step: RecentStep, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Where keys and values of a step's tokens, those that fill it up included, go: a store, and rows of it."""
@@ -140,7 +214,7 @@ class RecentTokens:
         """Copy from the scratch to the rings: of sequences with one query, or of chunks their last tokens."""
         moves = step.derive(("recent", is_chunk), lambda: self._moves(step, is_chunk))
         if moves is not None:
-            self.rings[layer, moves.rings] = self.scratch[moves.scratch]
+            self.rings[layer, moves.target] = self.scratch[moves.source]
 
     def _moves(self, step: PagedStep, is_chunk: bool) -> Moves | None:
         chosen = np.flatnonzero(step.counts > 1 if is_chunk else step.counts == 1)

@@ -23,10 +23,9 @@ from .decode_buckets import bucket_sizes
 from .engine import Engine
 from .engine_config import EngineConfig
 from .kv_pool import KVPool, bytes_per_block
-from .memory import CPU_CACHE_BYTES, CachePlan, Reserve, gpu_cache_bytes, plan_cache, used_bytes
+from .memory import CPU_CACHE_BYTES, CachePlan, Reserve, gpu_cache_bytes, plan_cache, recent_room, used_bytes
 from .profile_run import measure_reserve
 from .prompt_pieces import SIZES
-from .recent import RecentRoom
 from .rows import MOST_TOKENS
 from .runner import Runner
 from .sampler import Sampler
@@ -131,12 +130,11 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
 def make_runner(model: Model, scheme: Scheme | None, options: EngineConfig, limits: SchedulerConfig) -> Runner:
     """The runner with its KV cache, for these limits. On a GPU it decodes in buckets, unless enforce_eager."""
     is_gpu = model.device.type == "cuda"
-    # the torch reference plans its work on the host, which no graph can repeat
-    has_graphs = is_gpu and not options.enforce_eager and options.kernels != "reference"
+    has_graphs = options.has_graphs(not is_gpu)
     more = min(MOST_TOKENS, limits.max_num_batched_tokens - limits.max_num_seqs)
     buckets = bucket_sizes(limits.max_num_seqs, more) if has_graphs else ()
     num_blocks = limits.num_blocks + bool(buckets)  # padding rows write to a block of their own
-    room = RecentRoom(limits.max_num_seqs, limits.max_num_batched_tokens, limits.num_speculative_tokens)
+    room = recent_room(limits.max_num_seqs, limits.max_num_batched_tokens, options, not is_gpu)
     pool = KVPool(model.config, scheme, num_blocks, limits.block_size, model.dtype, model.device, room)
     sampler = Sampler(limits.max_num_seqs, limits.vocab_size, model.device, options.seed, options.kernels)
     depth = 2 if is_gpu and options.async_scheduling else 1  # a CPU has nothing to overlap with

@@ -98,7 +98,10 @@ def _newest(step: PagedStep, members: Ints, positions: Ints, lengths: Ints) -> t
     if recent is None:
         return None
     row, column = np.nonzero((positions >= lengths[:, None] - recent.tokens) & (positions < lengths[:, None]))
-    exact = recent.rings_host[members][row] + positions[row, column] % recent.capacity
+    places, rings = positions[row, column], recent.rings_host[members][row]
+    exact = np.where(
+        rings >= 0, rings + places % recent.capacity, ~rings + places - np.maximum(0, lengths[row] - recent.tokens)
+    )
     a, b, c = (torch.from_numpy(x.astype(np.int64)).to(step.slots.device) for x in (row, column, exact))
     return a, b, c
 

@@ -28,7 +28,8 @@ class RecentStep:
 
     tokens     of the window, the query's own among them
     capacity   rows of one ring; at least `tokens`
-    rings      int32 [B], on the device: the first row of each sequence's ring
+    rings      int32 [B], on the device: the first row of each sequence's ring. Negative: what its one query reads
+               exactly lies in rows one behind the other, from ~rings[b] on, and not in a ring
     rings_host int64 [B], the same on the host
     slots      int64 [T], on the device: the rows to which this step's tokens go, of the ring store or of the scratch
     is_direct  they go to the ring store: every sequence has one query, and no ring loses what another query reads.

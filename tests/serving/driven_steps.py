@@ -39,7 +39,7 @@ def drive(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = load_model(folder, device=device, dtype=dtype)
     limits = SchedulerConfig(model.config.vocab_size, 128, num_blocks, 16, 8, 24)
-    room = RecentRoom(limits.max_num_seqs, max(limits.max_num_batched_tokens, *pieces, 0))
+    room = RecentRoom(limits.max_num_seqs, max(limits.max_num_batched_tokens, *pieces, 0), row_tokens=24)
     pool = KVPool(model.config, cache or model.scheme, limits.num_blocks + 1, limits.block_size, dtype, device, room)
     sampler = Sampler(limits.max_num_seqs, limits.vocab_size, device, seed=3)
     runner = Runner(model, pool, sampler, limits.max_num_seqs, 2, buckets=buckets, max_blocks=8, piece_sizes=pieces)

@@ -119,6 +119,7 @@ class Cache:
         self.kv.begin(as_rows(batch) if self.rows else batch)
         positions = torch.from_numpy(batch.positions).long().to(self.pool.device)
         hidden = self.model(torch.from_numpy(batch.token_ids).long().to(self.pool.device), positions, self.kv)
+        self.kv.finish()
         logits = self.model.logits(hidden)
         return [logits[a:b] for a, b in zip(batch.cu_seqlens_q[:-1], batch.cu_seqlens_q[1:], strict=True)]
 

@@ -26,7 +26,7 @@ from atom.serving.kv_pool import KVPool
 from atom.serving.llm import LLM
 from atom.serving.memory import plan_cache
 from atom.serving.recent import RecentRoom
-from atom.serving.rows import as_rows
+from atom.serving.rows import MOST_TOKENS
 from atom.serving.sampling_params import SamplingParams
 
 from . import test_kv_pool
@@ -120,29 +120,26 @@ def test_what_is_stored_in_blocks_is_what_it_is_without_a_window() -> None:
     assert torch.equal(cache.pool.layer(0), plain.pool.layer(0))
 
 
-def test_tokens_as_rows_equal_the_dense_cache() -> None:
-    """Prompts and chunks whose tokens, and what they read, all fit their rings."""
-    model = small_model("llama", RECENT)
-    cache = cache_of(model, drafts=16)
+@pytest.mark.parametrize(
+    "scheme", [RECENT, SCHEMES["32 tokens"], SCHEMES["one layer in int8"]], ids=["16", "32", "two"]
+)
+def test_tokens_as_rows_equal_the_dense_cache(scheme: Scheme) -> None:
+    """Prompts and chunks shorter and longer than window and ring, beside decodes; then decodes alone."""
+    model = small_model("llama", scheme)
+    cache = Cache(model, room=RecentRoom(8, 1, row_tokens=128))
     cache.rows = True
-    steps = (((0, 16), (1, 3)), ((0, 1), (1, 9)), ((0, 17), (1, 1)), ((0, 1), (1, 1)))
-    for sequence, logits in chunked(cache, steps).items():
+    for sequence, logits in chunked(cache, STEPS).items():
         check(logits, dense_logits(model, text(sequence, len(logits))))
 
 
 def test_which_steps_fit_as_rows() -> None:
-    model = small_model("llama", RECENT)
-    for drafts, counts, holds in ((0, (16,), True), (0, (17,), False), (1, (32,), True), (1, (33,), False)):
-        cache = cache_of(model, drafts)
-        assert cache.pool.recent is not None
-        assert cache.pool.recent.capacity == (32 if drafts else 16)
-        assert cache.pool.recent.holds(cache.batch([(0, [1] * counts[0])])) == holds
-    cache = cache_of(model)
-    cache.run([(0, text(0, 40))])
-    assert cache.pool.recent is not None
-    assert cache.pool.recent.holds(cache.batch([(0, [1])]))
-    assert not cache.pool.recent.holds(cache.batch([(0, [1, 2])]))
-    assert as_rows(cache.batch([(0, [1, 2])])).inherited is None
+    """What is new in texts of several tokens, and what lies before them, has to fit the area; decodes do not count."""
+    cache = Cache(small_model("llama", RECENT), room=RecentRoom(8, 1, row_tokens=20))
+    recent = cache.pool.recent
+    assert recent is not None and recent.area_rows == 40
+    assert recent.holds(cache.batch([(0, [1] * 40)])) and not recent.holds(cache.batch([(1, [1] * 41)]))
+    assert recent.holds(cache.batch([(0, [1] * 25), (2, [5])])) and not recent.holds(cache.batch([(0, [1] * 26)]))
+    assert not cache_of(cache.model).pool.recent.holds(cache.batch([(3, [1, 2])]))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("scheme", ["centred and turned", "32 tokens", "one layer in int8"])
@@ -256,17 +253,19 @@ def test_prefix_caching_serves_and_split_results_refuse_it(checkpoint: Path) -> 
 def test_rings_are_counted() -> None:
     config = model_config({**LLAMA, "num_hidden_layers": 3})
     options = EngineConfig(max_num_seqs=4, max_num_batched_tokens=64, num_speculative_tokens=2)
-    plan = plan_cache(config, RECENT, torch.bfloat16, options, 2**20)
+    plan = plan_cache(config, RECENT, torch.bfloat16, options, 2**20, is_cpu=True)
     room = RecentRoom(4, 64, 2)
     pool = KVPool(config, RECENT, plan.num_blocks, 16, torch.bfloat16, room=room)
     row = 2 * config.num_kv_heads * config.head_dim * 2
     assert plan.recent_bytes == row * (3 * (4 + 1) * 32 + 64)  # rings of 16 + 2 rows, in sixteens
     assert pool.num_bytes == plan.num_bytes <= 2**20 < plan.num_bytes + plan.block_bytes
     assert pool.recent is not None and pool.recent.num_bytes == plan.recent_bytes
+    with_rows = plan_cache(config, RECENT, torch.bfloat16, options, 2**22)  # on a GPU
+    assert with_rows.recent_bytes == plan.recent_bytes + row * 3 * 2 * MOST_TOKENS
     without = plan_cache(config, replace(RECENT, kv_recent=0), torch.bfloat16, options, 2**20)
     assert without.recent_bytes == 0 and without.num_blocks > plan.num_blocks
     with pytest.raises(UnsupportedError, match=r"beside .* of exact tokens of 4 sequences; .* lower max_num_seqs"):
-        plan_cache(config, RECENT, torch.bfloat16, options, plan.recent_bytes + 10)
+        plan_cache(config, RECENT, torch.bfloat16, options, plan.recent_bytes + 10, is_cpu=True)
 
 
 def test_models_that_cannot_are_refused() -> None:
