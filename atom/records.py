@@ -316,8 +316,11 @@ def read_record(name: str, machine: str = "cpu", results: Path = RESULTS) -> Rec
     path = results / machine / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no record {path}; check the path, or run the command that measures {name}")
-    data = json.loads(path.read_text(encoding="utf-8"))
-    missing = set(Record.__dataclass_fields__) ^ set(data)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); give a record") from None
+    missing = set(Record.__dataclass_fields__) ^ set(data if isinstance(data, dict) else ())
     if missing or data["name"] != name:
         raise ValueError(
             f"{path}: expected the fields of record {name}, these differ: {', '.join(sorted(missing)) or 'name'}"

@@ -63,6 +63,21 @@ def test_refusals(name: str, row: dict[str, object], message: str) -> None:
         check_rows(name, [row])
 
 
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("no", r"gemm\.json is not JSON \(Expecting value"),
+        ("[]", "fields of record gemm"),
+        ("{}", "fields of record gemm"),
+    ],
+)
+def test_a_file_that_is_no_record(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "gemm.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_record("gemm", results=tmp_path)
+
+
 def test_no_rows_and_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no rows"):
         write_record("gemm", [], results=tmp_path)
