@@ -183,7 +183,7 @@ class Training:
                     steps = max(done, min(steps, done + int(left / pace)))
         self._check(last, done, steps)
         del step
-        tried = way.best(self._divergence_recentred)
+        tried = way.best(self._divergence_recentred, before)
         self.student.recentre(self.text.training[:FIRST_TOKENS])
         return Distilled(done, tokens, before, tried, time.perf_counter() - started)
 
