@@ -19,7 +19,6 @@ from cutlass.cute.runtime import make_fake_stream
 
 from .draw_config import (
     BINS,
-    FAULTY,
     GREEDY,
     KEY,
     LOG_MIN_P,
@@ -134,15 +133,7 @@ class Draw(LargestLogit):
                     score = Float64(x / temperature) - self.noise(key + mN[tid])
             token = self.choose(score, place, sD, sI, tid)
         if tid == 0:
-            drawn = Int64(token)
-            told = drawn
-            if not is_number:
-                drawn = Int64(0)
-                told = Int64(FAULTY)
-            mLast[mLane[row]] = drawn
-            mT[row] = drawn
-            host = cute.make_ptr(Int64, address + 8 * Int64(row), cute.AddressSpace.gmem, assumed_align=8)
-            cute.make_tensor(host, cute.make_layout(1))[0] = told
+            self.tell(mLane, mLast, mT, address, row, token, is_number)
 
     # --- filters ---
 
@@ -211,13 +202,18 @@ class Draw(LargestLogit):
         return found
 
     @cute.jit
+    def running_sum(self, x, lane):
+        """The sum of x over the lanes up to this one, this one included."""
+        for offset in (1, 2, 4, 8, 16):
+            other = cute.arch.shuffle_sync_up(x, offset=offset)
+            if lane >= offset:
+                x = x + other
+        return x
+
+    @cute.jit
     def sum_before(self, x, sI, warp, lane):
         """The sum of x over the threads before this one; of integers."""
-        total = x
-        for offset in (1, 2, 4, 8, 16):
-            other = cute.arch.shuffle_sync_up(total, offset=offset)
-            if lane >= offset:
-                total = total + other
+        total = self.running_sum(x, lane)
         if lane == 31:
             sI[warp] = total
         cute.arch.sync_threads()
@@ -231,11 +227,7 @@ class Draw(LargestLogit):
     @cute.jit
     def mass_before(self, x, sV, sM, warp, lane):
         """The sum of x over the threads before this one, always added in one order; the whole sum goes to sM[WARPS]."""
-        total = x
-        for offset in (1, 2, 4, 8, 16):
-            other = cute.arch.shuffle_sync_up(total, offset=offset)
-            if lane >= offset:
-                total = total + other
+        total = self.running_sum(x, lane)
         if lane == 31:
             sV[warp] = total
         before = cute.arch.shuffle_sync_up(total, offset=1)

@@ -9,7 +9,6 @@ import cutlass.utils as utils
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.runtime import make_fake_stream
 
-from .draw_config import FAULTY
 from .dsl.arguments import row_major
 from .largest_logit_sm90 import LargestLogit
 
@@ -56,15 +55,8 @@ class Greedy(LargestLogit):
         if warp == 0:
             best, place = self.first_of_warp(sV[lane], sI[lane])
             if lane == 0:
-                token = Int64(place)
-                told = token
-                if best - best != Float32(0.0):  # infinite, or no number
-                    token = Int64(0)
-                    told = Int64(FAULTY)
-                mLast[mLane[row]] = token
-                mT[row] = token
-                host = cute.make_ptr(Int64, address + 8 * Int64(row), cute.AddressSpace.gmem, assumed_align=8)
-                cute.make_tensor(host, cute.make_layout(1))[0] = told
+                # infinite, or no number: best - best is not 0
+                self.tell(mLane, mLast, mT, address, row, place, best - best == Float32(0.0))
 
 
 def compile_greedy(options: str = "") -> object:

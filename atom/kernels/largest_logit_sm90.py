@@ -1,8 +1,9 @@
-"""The largest of a row of bfloat16 logits, for kernels in which a CTA takes a row (sm_90a)."""
+"""The largest of a row of bfloat16 logits and where its token goes: for kernels in which a CTA takes a row (sm_90a)."""
 
 import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, cute
 
+from .draw_config import FAULTY
 from .dsl.arithmetic import from_bits, max_or_nan
 
 
@@ -43,6 +44,22 @@ class LargestLogit:
                 best = other
                 place = there
         return best, place
+
+    @cute.jit
+    def tell(self, mLane, mLast, mT, address, row, token, is_number):
+        """Write a row's token where the next step, the sampler and the host look for it; 0 and FAULTY if it has none.
+
+        mLane, mLast, mT, address  see Greedy.__call__
+        """
+        found = Int64(token)
+        told = found
+        if not is_number:
+            found = Int64(0)
+            told = Int64(FAULTY)
+        mLast[mLane[row]] = found
+        mT[row] = found
+        host = cute.make_ptr(Int64, address + 8 * Int64(row), cute.AddressSpace.gmem, assumed_align=8)
+        cute.make_tensor(host, cute.make_layout(1))[0] = told
 
     @cute.jit
     def load(self, mL, row, vector, words):
