@@ -188,7 +188,7 @@ class RecentTokens:
     def _bring(self, array: Ints, target: Tensor | None = None) -> Tensor:
         """An array on the device, in `target` if that is given; does not wait."""
         host = torch.from_numpy(array)
-        host = host.pin_memory() if self.scratch.is_cuda else host
+        host = host.pin_memory() if self.scratch.is_cuda and len(host) else host
         if target is None:
             return host.to(self.scratch.device, non_blocking=True)
         return target.copy_(host, non_blocking=True)

@@ -59,7 +59,9 @@ def on_device(plan: PrefillPlan, device: torch.device) -> PlanOnDevice:
 
 def _copy(array: np.ndarray, device: torch.device) -> Tensor:
     on_host = torch.from_numpy(array)
-    return on_host if device.type != "cuda" else on_host.pin_memory().to(device, non_blocking=True)
+    if device.type != "cuda" or not array.size:
+        return on_host.to(device)
+    return on_host.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
