@@ -16,8 +16,9 @@ from atom.kernels.paged_attention import PAGED_ATTENTION
 from atom.kernels.registry import Problem
 from atom.kernels.rope_append import ROPE_APPEND_KV
 from atom.kernels.step_buffers_sm90 import REPLAN_AFTER, Scratch, StepBuffers
-from atom.quant.presets import KV3, KV4
+from atom.quant.presets import KV3, KV4, get_scheme
 from atom.serving.kv_pool import KVPool, PagedKV, _has_key_offset
+from atom.serving.recent import RecentRoom
 
 from ..serving.test_kv_pool import RAW, SCHEMES, Cache, chunked, small_model
 from .test_attention_sm90 import needs_dsl
@@ -32,21 +33,25 @@ from .test_attention_sm90 import needs_dsl
         ("gemma3", "16 bits", 32, False),
         ("qwen3", "int4, centred and turned", None, False),
         ("gemma3", "int8", None, True),
+        ("qwen3", "newest exact", None, False),
+        ("gemma3", "newest exact", 32, False),
+        ("llama", "newest exact", None, True),
     ],
 )
 def test_a_model_with_the_kernels(emulator: None, name: str, scheme: str, split_tokens: int | None, rows: bool) -> None:
     """Chunks and decodes in one batch, window and full layers; logits as with the references, to rounding."""
     RAW["larger"] = {**RAW[name], "head_dim": 64, "sliding_window": 20}
     try:
-        model = small_model("larger", SCHEMES[scheme]).bfloat16()
+        model = small_model("larger", {**SCHEMES, "newest exact": get_scheme("bf16+kv4r16")}[scheme]).bfloat16()
     finally:
         del RAW["larger"]
     steps = (((0, 40),), ((0, 1), (1, 3)), ((1, 1), (0, 1)))
-    wanted = chunked(Cache(model, 16), steps)
-    cache = Cache(model, 16)
+    room = RecentRoom(2, 40, row_tokens=40)
+    wanted = chunked(Cache(model, 16, room=room), steps)
+    cache = Cache(model, 16, room=room)
     has_offset = name == "qwen2"  # its keys have a loud bias
     for ops, layout in zip(cache.kv._ops, dict.fromkeys(cache.pool.layouts), strict=True):
-        ops.append = RopeAppendSm90(layout, rotates="turned" in scheme)
+        ops.append = RopeAppendSm90(layout, rotates=model.scheme is not None and model.scheme.rotates_keys)
         ops.attend = attention_sm90.PagedAttentionSm90(layout, False, split_tokens, has_offset)
     cache.rows = rows
     found = chunked(cache, steps)
