@@ -34,7 +34,7 @@ def draw_overviews(rows: Sequence[Row], folder: Path) -> list[Path]:
             bars = axis.bar(
                 places, rates, width * 0.92, color=COLOURS.get(label.partition("+")[0], "black"), label=label
             )
-            axis.bar_label(bars, [f"{rate / 1e3:.1f}" for rate in rates], fontsize=6, padding=1)
+            axis.bar_label(bars, [f"{rate / 1e3:.{1 if rate >= 3e3 else 2}f}" for rate in rates], fontsize=6, padding=1)
         axis.set_xticks(range(len(workloads)), [name.removeprefix("trace:") for name in workloads])
         axis.set(ylabel="output tokens/s", xlabel="prompt/output tokens, or trace; above the bars thousands")
         axis.grid(False, axis="x")
