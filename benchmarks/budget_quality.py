@@ -24,6 +24,7 @@ from parts import join_parts, scratch
 from atom.calibration.budget import Plan, build_scheme, frontier, mean_bits, plan_of, solve, solve_for_loss
 from atom.calibration.data import load_windows
 from atom.calibration.places import find_places
+from atom.calibration.prepared import load_prepared
 from atom.calibration.sensitivity import Sensitivity
 from atom.calibration.stream import quantize_source
 from atom.errors import AtomError
@@ -75,7 +76,8 @@ class Runner(AccuracyRun):
         started, o = time.perf_counter(), self.options
         drawn = load_windows(o.calib, self.tokenizer, o.budget_windows, o.budget_length, self.config.seed)
         kept = o.output.with_suffix(f".sensitivity-{drawn.sha256[:8]}.json")
-        found = Sensitivity(self.full.model, self.base, drawn.tokens, kept).measure(self.places, self.choices)
+        model = load_prepared(self.source, self.base, drawn.tokens, self.config)
+        found = Sensitivity(model, self.base, drawn.tokens, kept).measure(self.places, self.choices)
         self.sensitivity_seconds = time.perf_counter() - started
         print(f"{len(self.places)} inputs and caches measured in {self.sensitivity_seconds:.1f} s", flush=True)
         for point in frontier(self.places, found):

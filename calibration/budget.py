@@ -4,10 +4,10 @@ The cost of a choice is the mean bits of an operand: every multiplication of a l
 and the bits of both, scales and outliers included, are averaged over all multiplications; a token reads every cached
 key and value of its context once, and their bits are averaged along. The loss of a choice is measured: the
 divergence KL(full || rounded) of the next token on calibration text when this input and its linears alone are rounded
-(to nearest, its channels in order of energy), or this layer's cache (keys less their centre, factors left out), and
-everything else is exact. Losses of different places are taken to add up, which is right while they are small; then the
-best choice under a budget is a knapsack with one item a place, solved exactly on a grid of costs by dynamic
-programming.
+(to nearest, its channels in order of energy), or this layer's cache, and everything else is exact, in a model that has
+the form in which the base's calibration rounds it (prepared.py). Losses of different places are taken to add up, which
+is right while they are small; then the best choice under a budget is a knapsack with one item a place, solved exactly
+on a grid of costs by dynamic programming.
 
 Additive sensitivities for mixed precision: HAWQ (arXiv:1905.03696) and its successors; here measured, not estimated.
 """
@@ -20,12 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from atom.models.family import model_config
 from atom.models.layout import layer_prefix
-from atom.models.loader import load_source
+from atom.models.loader import meta_model
 from atom.models.source import Source
 from atom.quant.schemes import CacheOverride, Override, Scheme, TensorSpec
 
+from .config import CalibrationConfig
 from .places import CONTEXT, Choices, Losses, Place, find_places
+from .prepared import load_prepared
 from .sensitivity import Sensitivity
 
 GRID = 20000  # steps of cost between the cheapest and the dearest choice
@@ -140,7 +143,7 @@ def choose_by_budget(
     base: Scheme,
     tokens: Tensor,
     file: Path,
-    device: torch.device,
+    config: CalibrationConfig,
     budget: float | None = None,
     max_loss: float | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -150,15 +153,16 @@ def choose_by_budget(
 
     tokens  [windows, length] of calibration text
     file    keeps what is measured: a stopped run goes on from there
+    config  how the checkpoint will be calibrated
     context see find_places
     Raises ValueError if neither or both limits are given, or the one that is cannot be met: of a budget before anything
     is measured.
     """
     if (budget is None) == (max_loss is None):
         raise ValueError(f"give a budget in bits or a largest loss, one of them; got {budget} and {max_loss}")
-    model = load_source(source, device, torch.float32)
-    places, choices = find_places(model, base, context)
+    places, choices = find_places(meta_model(model_config(source.config, source.generation_config)), base, context)
     _reach(places, budget)
+    model = load_prepared(source, base, tokens, config)
     losses = Sensitivity(model, base, tokens, file).measure(places, choices, progress)
     if budget is not None:
         plan = solve(places, losses, budget)

@@ -31,9 +31,9 @@ from .columns import ColumnRounder
 from .config import CalibrationConfig
 from .gptq import gptq
 from .hidden import HiddenStates, LayerRunner
-from .keys import KeyStatistics, centre_on_sink, fold_factors_, has_norms
+from .keys import KeyStatistics, fold_factors_, has_norms
 from .latent import REST, rest_of
-from .observe import Sample, first_keys, observe_energies, observe_hessians, sample_outputs
+from .observe import Sample, centre_on_sink_, observe_energies, observe_hessians, sample_outputs
 from .plan import InputPlan, plan_layer, unrotate_input
 from .stats import HessianAccumulator
 from .values import ValueStatistics, transform_values_
@@ -68,16 +68,8 @@ class LayerQuantizer:
         with self.clock.phase("io"):
             layer = self.load(index)
         plans = plan_layer(self.model.family, self.scheme, index)
-        balances = bool(self.config.balance)
         with self.clock.phase("stats"):
-            values = ValueStatistics(self.model.config.num_kv_heads) if self.scheme.mirrors_keys else None
-            energies, keys, before = observe_energies(layer, index, plans, hidden, self.runner, balances, values)
-            if values is not None and self._transforms_values(plans):
-                name, attention = "self_attn.v_proj", layer.self_attn
-                matrix = values.matrix(attention.o_proj.weight)
-                before.linears[name] = transform_values_(attention, matrix, before.linears[name])
-            self._prepare_keys(layer, index, plans, keys, before)
-            factors = self._balance(layer, index, plans, energies) if balances else {}
+            energies, before, factors = self.prepare(layer, index, plans, hidden)
             for plan in plans:
                 if plan.needs_order:
                     plan.perm = self._order(plan, energies[plan.group.name])
@@ -85,7 +77,9 @@ class LayerQuantizer:
         tensors, weight_errors, rests = self._round(layer, index, plans, hidden)
         with self.clock.phase("propagate"):
             self._swap(layer, tensors, index)
-            self._centre_on_sink(layer, tensors, index, hidden)
+            centre_on_sink_(layer, index, hidden, self.runner, self.scheme)
+            if layer.self_attn.key_centre is not None:
+                tensors[f"{layer_prefix(index)}.{KEY_CENTRE}"] = layer.self_attn.key_centre
             after = self.propagate(layer, plans, hidden)
         record = {
             "layer": index,
@@ -96,6 +90,25 @@ class LayerQuantizer:
             "peak_host_bytes": peak_host_bytes(),
         }
         return tensors | rests, record
+
+    def prepare(
+        self, layer: DecoderLayer, index: int, plans: list[InputPlan], hidden: HiddenStates
+    ) -> tuple[dict[str, Tensor], Sample, dict[str, Tensor]]:
+        """Give the full-precision layer the form in which it is rounded, in place; what it computes stays the same.
+
+        Returns the channel energies [K] of every input by its group's name, a sample of outputs, those of linears that
+        keys and values changed as they are now, and the factors [N] of balance on rows of linears by name.
+        """
+        balances = bool(self.config.balance)
+        values = ValueStatistics(self.model.config.num_kv_heads) if self.scheme.mirrors_keys else None
+        energies, keys, before = observe_energies(layer, index, plans, hidden, self.runner, balances, values)
+        if values is not None and self._transforms_values(plans):
+            name, attention = "self_attn.v_proj", layer.self_attn
+            matrix = values.matrix(attention.o_proj.weight)
+            before.linears[name] = transform_values_(attention, matrix, before.linears[name])
+        self._prepare_keys(layer, index, plans, keys, before)
+        factors = self._balance(layer, index, plans, energies) if balances else {}
+        return energies, before, factors
 
     def _prepare_keys(
         self, layer: DecoderLayer, index: int, plans: list[InputPlan], keys: KeyStatistics, before: Sample
@@ -126,16 +139,6 @@ class LayerQuantizer:
         """Values were turned, and o takes them as they are."""
         is_rounded = any(p.linear.activation is not None for p in plans if "self_attn.o_proj" in p.group.linears)
         return self.config.rotate != "none" and not is_rounded
-
-    def _centre_on_sink(
-        self, layer: DecoderLayer, tensors: dict[str, Tensor], index: int, hidden: HiddenStates
-    ) -> None:
-        """Move the centre of the quantized layer's keys by the error of sequences' first key."""
-        centre = layer.self_attn.key_centre
-        if centre is None:
-            return
-        centre = centre_on_sink(centre, first_keys(layer, hidden, self.runner), self.scheme, index)
-        layer.self_attn.key_centre = tensors[f"{layer_prefix(index)}.{KEY_CENTRE}"] = centre
 
     def load(self, index: int) -> DecoderLayer:
         """The full-precision layer in float32 on the device. Raises CheckpointError naming a tensor that is NaN."""

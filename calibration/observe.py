@@ -18,7 +18,7 @@ from atom.quant.mixed import fake_quantize_activation
 from atom.quant.schemes import Scheme
 
 from .hidden import HiddenStates, LayerRunner
-from .keys import KeyStatistics
+from .keys import KeyStatistics, centre_on_sink
 from .plan import InputPlan, unrotate_input
 from .stats import EnergyAccumulator, HessianAccumulator
 from .values import ValueStatistics, attention_paid
@@ -145,6 +145,13 @@ def first_keys(layer: DecoderLayer, hidden: HiddenStates, runner: LayerRunner) -
     with hooked({"self_attn.k_norm": watch}, layer), stopped_after("self_attn.k_norm", layer), suppress(_SeenEnough):
         runner.run(layer, hidden.first_tokens(), 0, None)
     return found[0]
+
+
+def centre_on_sink_(layer: DecoderLayer, index: int, hidden: HiddenStates, runner: LayerRunner, scheme: Scheme) -> None:
+    """Move the centre of the layer's keys, where it has one, by the error that `scheme` leaves sequences' first key."""
+    centre = layer.self_attn.key_centre
+    if centre is not None:
+        layer.self_attn.key_centre = centre_on_sink(centre, first_keys(layer, hidden, runner), scheme, index)
 
 
 def sample_outputs(

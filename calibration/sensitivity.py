@@ -10,33 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atom.kernels.dense_attention import AttentionSpec
 from atom.models.family import InputGroup
 from atom.models.kv import DenseKV
 from atom.models.layers import DecoderLayer
 from atom.models.model import Model
-from atom.models.rope import Rotation
 from atom.models.source import Source
 from atom.quant.mixed import dequantize_weight, fake_quantize_activation, quantize_weight
 from atom.quant.permutation import energy_order, invert
 from atom.quant.presets import get_scheme
 from atom.quant.schemes import LinearScheme, Scheme, TensorSpec
 
-from .keys import mirror_of, second_moments
-from .observe import hooked
+from .config import CalibrationConfig
+from .hidden import HiddenStates, LayerRunner
+from .observe import centre_on_sink_, hooked
 from .places import Choices, Losses, Place
 from .plan import unrotate_input
 
+FORM = 2  # of kept losses: those of another were measured otherwise
 KEPT_LOGITS = 2**30  # log probabilities of full precision that are kept, on a GPU: 4 GiB
 
 
-def losses_file(output: Path, source: Source, base: Scheme, text: str) -> Path:
+def losses_file(output: Path, source: Source, base: Scheme, text: str, config: CalibrationConfig) -> Path:
     """Where the losses for a checkpoint at `output` are kept: a file OUT.sensitivity-*.json for whatever they hang on.
 
-    That is the model, how the base's cache treats keys, and the text, known by the hash of its tokens. All choices of
-    weights and activations are the same for every base.
+    That is the model, how the base's cache treats keys, the form in which it is rounded, and the text (the hash of its
+    tokens). All choices of weights and activations are the same for every base.
     """
-    known = [dict(source.provenance), dict(source.config), _keys_of(base), text]
+    config = config.for_scheme(base)
+    form = [config.balance, config.balance_keys, config.rotate, config.seed]
+    known = [FORM, dict(source.provenance), dict(source.config), _keys_of(base), form, text]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
     return output.with_name(f"{output.name}.sensitivity-{digest[:8]}.json")
 
@@ -44,7 +46,7 @@ def losses_file(output: Path, source: Source, base: Scheme, text: str) -> Path:
 class Sensitivity:
     """Measures what every choice at every place loses; what is measured is kept in a file and not measured again.
 
-    model   in full precision, on the device
+    model   in full precision, on the device, in the form in which it is rounded (prepared.py)
     base    how its cache treats keys
     tokens  [windows, length] of calibration text
     """
@@ -57,6 +59,7 @@ class Sensitivity:
         self.losses: Losses = json.loads(file.read_text()) if file.exists() else {}
         self.config = model.config
         self.layers = list(model.model.decoder_layers())
+        self.runner = LayerRunner(model.config, model.device)
         on_gpu = model.device.type == "cuda"
         self._together = 2**16 if on_gpu else 2**13  # tokens that run through layers at once
         self._logits = 2**28 if on_gpu else 2**26  # elements of a block of logits: 1 GiB, 256 MiB
@@ -99,7 +102,7 @@ class Sensitivity:
         batch = hidden.shape[0] // length
         rotations = self.model.model.rotations(torch.arange(length, device=hidden.device).repeat(batch))
         for layer in layers:
-            kv = _CentredKV.for_scheme(self.config, scheme, batch, hidden.device)
+            kv = DenseKV.for_scheme(self.config, scheme, batch, hidden.device)
             hidden = layer(hidden, rotations[layer.rope.config], kv)
         return hidden
 
@@ -125,9 +128,21 @@ class Sensitivity:
     def _behind(self, layer: DecoderLayer, place: Place, choice: LinearScheme | TensorSpec, hidden: Tensor) -> Tensor:
         """What `layer` makes of `hidden` with `choice` at `place`."""
         if isinstance(choice, TensorSpec):
-            return self._run([layer], hidden, replace(get_scheme("bf16"), **_cache(self.base, choice)))
+            return self._run_cached(
+                layer, place.layer, replace(get_scheme("bf16"), **_cache(self.base, choice)), hidden
+            )
         assert place.group is not None
         return self._run_rounded(layer, place.group, choice, hidden)
+
+    def _run_cached(self, layer: DecoderLayer, index: int, scheme: Scheme, hidden: Tensor) -> Tensor:
+        """What `layer` makes of `hidden` with its keys and values in the cache of `scheme`."""
+        attention, centre = layer.self_attn, layer.self_attn.key_centre
+        texts = HiddenStates(hidden.view(*self.tokens.shape, -1), len(self.tokens), hidden.device)
+        try:
+            centre_on_sink_(layer, index, texts, self.runner, scheme)
+            return self._run([layer], hidden, scheme)
+        finally:
+            attention.key_centre = centre
 
     def _run_rounded(self, layer: DecoderLayer, group: InputGroup, linear: LinearScheme, hidden: Tensor) -> Tensor:
         """What `layer` makes of `hidden` with the inputs of `group` and its linears rounded."""
@@ -169,19 +184,6 @@ class Sensitivity:
 
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
         return self.model.logits(self.model.model.norm(hidden)).float().log_softmax(-1)
-
-
-class _CentredKV(DenseKV):
-    """The dense cache, whose keys' centre is their mean in the very call."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, spec: AttentionSpec) -> Tensor:
-        if self.centred:
-            centre = rotation.apply(k.float()).mean(0)
-            if self.rotates and self.scheme_kv is not None and self.scheme_kv.zero == "mean":
-                moments = second_moments(rotation.apply(q.float()), k.shape[1])
-                centre = torch.stack((centre, mirror_of(moments, is_rotated=True)))
-            spec = replace(spec, key_centre=centre)
-        return super().attend(layer, q, k, v, rotation, spec)
 
 
 def _cache(base: Scheme, kv: TensorSpec) -> dict[str, Any]:

@@ -25,9 +25,10 @@ class Options:
     model: Annotated[str, tyro.conf.Positional]
     """Hub id, model directory, GGUF file, or the alias smollm2."""
 
-    scheme: str = "w4a4"
+    scheme: str | None = None
     """w4a4, w4a8, w4a4-hadamard, w4a8-hadamard, w4a16, w8a8, fp8, nvfp4, mxfp4, nvint4, w3a3, bf16, or auto: what
-    measurements recommend for the GPU; +kv4, +kv8, +kvfp8, +kv16 choose the cache, +kv3, +kv2 one without kernels."""
+    measurements recommend for the GPU; +kv4, +kv8, +kvfp8, +kv16 choose the cache, +kv3, +kv2 one without kernels.
+    Default: w4a4, and as the base of a budget w4a4-hadamard."""
 
     gpu: str | None = None
     """The GPU that will serve the model, for --scheme auto: h100 or h200; default this machine's."""
@@ -61,8 +62,8 @@ class Options:
     switches: Annotated[Switches, tyro.conf.OmitArgPrefixes] = field(default_factory=Switches)
 
     def __post_init__(self) -> None:
-        if self.gpu is not None and self.scheme.partition("+")[0] != AUTO:
-            raise ValueError(f"--gpu chooses what --scheme auto means, and the scheme is {self.scheme}; drop --gpu")
+        if self.gpu is not None and not self.is_auto:
+            raise ValueError(f"--gpu chooses what --scheme auto means, and the scheme is {self.preset}; drop --gpu")
         self.build_scheme()
         if self.budget is not None and self.max_loss is not None:
             raise ValueError("--budget and --max-loss exclude each other; give one of them")
@@ -81,8 +82,19 @@ class Options:
         return self.switches.apply(get_scheme(self.preset), self.calibration.gptq)
 
     @property
+    def has_budget(self) -> bool:
+        """Formats are chosen by place, the scheme is their base."""
+        return self.budget is not None or self.max_loss is not None
+
+    @property
+    def is_auto(self) -> bool:
+        return self.scheme is not None and self.scheme.partition("+")[0] == AUTO
+
+    @property
     def preset(self) -> str:
         """The scheme's name, where it is auto that of the GPU's."""
+        if self.scheme is None:
+            return "w4a4-hadamard" if self.has_budget else "w4a4"
         name, plus, kv = self.scheme.partition("+")
         return f"{recommended_scheme(self.gpu)}{plus}{kv}" if name == AUTO else self.scheme
 
@@ -107,12 +119,12 @@ def run(options: Options) -> dict[str, Any]:
 
     scheme = options.build_scheme()
     check_output(options.directory, options.resume)  # before a choice is measured
-    if options.preset != options.scheme:
+    if options.is_auto:
         console.print(
             f"scheme {options.scheme}: {options.preset}, as measurements on {options.gpu or 'this GPU'} recommend"
         )
     try:
-        if options.budget is not None or options.max_loss is not None:
+        if options.has_budget:
             scheme = _choose_scheme(options, scheme)
         report = quantize_model(
             options.model,
@@ -151,7 +163,6 @@ def _choose_scheme(options: Options, base: Scheme) -> Scheme:
     from atom.calibration.data import load_windows
     from atom.calibration.sensitivity import losses_file
 
-    from ..models.device import choose_device
     from ..models.source import load_tokenizer, open_source
     from .console import console, progress_console
 
@@ -160,7 +171,7 @@ def _choose_scheme(options: Options, base: Scheme) -> Scheme:
     tokenizer = load_tokenizer(source.path)
     windows = load_windows(config.calib, tokenizer, options.budget_windows, options.budget_length, config.seed)
     torch.set_float32_matmul_precision(config.matmul_precision)
-    kept = losses_file(options.directory, source, base, windows.sha256)
+    kept = losses_file(options.directory, source, base, windows.sha256, config)
     started = time.perf_counter()
     with progress_console.status("measuring what each choice loses") as status:
         chosen, plan, points, bits = choose_by_budget(
@@ -168,7 +179,7 @@ def _choose_scheme(options: Options, base: Scheme) -> Scheme:
             base,
             windows.tokens,
             kept,
-            torch.device(choose_device(config.device)),
+            config,
             options.budget,
             options.max_loss,
             lambda done, total: status.update(f"measuring what each choice loses: {done}/{total} inputs"),

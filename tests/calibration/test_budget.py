@@ -12,17 +12,20 @@ import torch
 from atom.calibration.budget import Plan, build_scheme, choose_by_budget, frontier, solve, solve_for_loss
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.places import Place, find_places
+from atom.calibration.prepared import load_prepared
 from atom.calibration.sensitivity import Sensitivity, losses_file
 from atom.calibration.stream import quantize_model
 from atom.models.family import input_groups
+from atom.models.kv import DenseKV
 from atom.models.loader import load_model, load_source
 from atom.models.model import build_model
-from atom.models.source import open_source
+from atom.models.source import Source, open_source
 from atom.quant.presets import KV8, get_scheme
 from atom.quant.schemes import CacheOverride, Scheme
 
 Tiny = Callable[[str], Path]
 Close = Callable[[Path, Path], float]
+ON_CPU = CalibrationConfig(device="cpu")
 TOKENS = torch.arange(96).remainder(83).view(3, 32)
 
 
@@ -93,17 +96,39 @@ def test_measurement_resumes_and_leaves_the_model_alone(name: str, tiny: Tiny, t
     assert again["0.o_input"]["w8a8"] == 9.0 and again["1.o_input"] == losses["1.o_input"]
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a4-hadamard", "bf16+kv4"])
+def test_a_prepared_model_is_the_same_function(name: str, scheme: str, tiny: Tiny) -> None:
+    """Weights are others, since inputs are balanced and keys and values have factors, but not what they compute."""
+    plain, source = load_model(tiny(name)), open_source(tiny(name))
+    prepared = load_prepared(source, get_scheme(scheme), TOKENS, ON_CPU)
+    text, kv = TOKENS[0], DenseKV(plain.config)
+    expected = plain(text, kv.positions(len(text)), kv)
+    kv = DenseKV(plain.config)
+    found = prepared(text, kv.positions(len(text)), kv)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.std()))  # rounded as stored
+    weights = dict(prepared.named_parameters())
+    changed = [key for key, weight in plain.named_parameters() if not torch.allclose(weight, weights[key])]
+    assert any("v_proj" in key for key in changed) == (scheme != "w4a4")
+    assert any("mlp" in key for key in changed) == (scheme == "w4a4-hadamard")
+
+
 def test_losses_are_kept_for_what_they_hang_on(tiny: Tiny, tmp_path: Path) -> None:
     source, base = open_source(tiny("llama")), get_scheme("w4a4")
-    path = losses_file(tmp_path / "out", source, base, "text")
-    assert path.name.startswith("out.sensitivity-") and path == losses_file(tmp_path / "out", source, base, "text")
-    assert path == losses_file(tmp_path / "out", source, get_scheme("w4a4-hadamard"), "text")
+
+    def file_of(source: Source = source, base: Scheme = base, text: str = "text") -> Path:
+        return losses_file(tmp_path / "out", source, base, text, ON_CPU)
+
+    path = file_of()
+    assert path.name.startswith("out.sensitivity-") and path == file_of()
+    assert path == file_of(base=get_scheme("w4a8"))
     others = [
-        losses_file(tmp_path / "out", open_source(tiny("qwen2")), base, "text"),
-        losses_file(tmp_path / "out", source, replace(base, kv_rotation="none"), "text"),
-        losses_file(tmp_path / "out", source, base, "another text"),
+        file_of(open_source(tiny("qwen2"))),
+        file_of(base=replace(base, kv_rotation="none")),
+        file_of(base=get_scheme("w4a4-hadamard")),
+        file_of(text="another text"),
     ]
-    assert len({path, *others}) == 4
+    assert len({path, *others}) == 5
 
 
 def test_choices_run_together_as_one_by_one(tiny: Tiny, tmp_path: Path) -> None:
@@ -122,9 +147,7 @@ def test_a_mixed_scheme_quantizes_and_loses_what_lies_between(
     source, base = open_source(tiny("llama")), get_scheme("w4a4+kv16")
     errors = {}
     for budget in (4.6, 6.5, 8.5):
-        scheme, plan, points, bits = choose_by_budget(
-            source, base, TOKENS, tmp_path / "s.json", torch.device("cpu"), budget=budget
-        )
+        scheme, plan, points, bits = choose_by_budget(source, base, TOKENS, tmp_path / "s.json", ON_CPU, budget=budget)
         assert plan.bits <= budget and len(points) == 9
         assert set(bits) == {"weight", "activation"} and sum(bits.values()) / 2 == pytest.approx(plan.bits)
         out = tmp_path / str(budget)
@@ -132,7 +155,7 @@ def test_a_mixed_scheme_quantizes_and_loses_what_lies_between(
         errors[budget] = logit_error(out, tiny("llama"))
     assert errors[8.5] < errors[6.5] < errors[4.6]
     with pytest.raises(ValueError, match="one of them"):
-        choose_by_budget(source, base, TOKENS, tmp_path / "s.json", torch.device("cpu"))
+        choose_by_budget(source, base, TOKENS, tmp_path / "s.json", ON_CPU)
 
 
 def test_caches_are_chosen_layer_by_layer(
@@ -141,7 +164,7 @@ def test_caches_are_chosen_layer_by_layer(
     source, base = open_source(tiny("llama")), get_scheme("bf16+kv4")
 
     def scheme_of(name: str, **limits: float) -> Scheme:
-        return choose_by_budget(source, base, TOKENS, tmp_path / name, torch.device("cpu"), **limits)[0]
+        return choose_by_budget(source, base, TOKENS, tmp_path / name, ON_CPU, **limits)[0]
 
     dearest = scheme_of("s.json", budget=20.0)
     assert [(o.layer, o.kv) for o in dearest.kv_overrides] == [(layer, KV8) for layer in range(3)]

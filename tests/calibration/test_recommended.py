@@ -33,3 +33,9 @@ def test_a_gpu_is_for_auto_alone() -> None:
     assert Options("m", scheme="auto", gpu="h200").build_scheme().name == "w4a8-hadamard"
     with pytest.raises(ValueError, match="--gpu chooses what --scheme auto means"):
         Options("m", gpu="h200")
+
+
+def test_a_budget_has_a_base_that_rotates_by_blocks() -> None:
+    assert Options("m").preset == "w4a4"
+    assert Options("m", budget=5.0).preset == Options("m", max_loss=0.1).preset == "w4a4-hadamard"
+    assert Options("m", scheme="w4a8", budget=5.0).preset == "w4a8"
