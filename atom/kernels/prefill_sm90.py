@@ -207,9 +207,7 @@ class Prefill:
         if chunks.far is not None:
             rules = replace(spec, window=plan.far_window)
             for part in self.parts(own, layer, chunks.far, rules, wants_sums=True):
-                assert part.sums is not None
-                share = torch.sigmoid(part.sums - sums[:, part.tokens]).T[..., None]  # of the rounded keys
-                near[part.tokens] = torch.lerp(near[part.tokens].float(), part.out.float(), share).to(near.dtype)
+                merge_into(near, sums, part)
         if plan.is_all:
             return near
         out[chunks.tokens] = near
@@ -223,6 +221,20 @@ class Prefill:
         words = both.view(torch.int32).view(torch.uint32)
         self.kernel(layer, chunks.tiles, words[0], words[1])
         return both[0], both[1]
+
+
+def merge_into(out: Tensor, sums: Tensor, part: Part) -> None:
+    """Have `out` [T, num_heads, head_dim], whose sums are [num_heads, T], take a part over other keys in.
+
+    In float32, rounded once; two launches that read and write each value as it lies take half of what a lerp of float32
+    copies would.
+    """
+    assert part.sums is not None
+    share = torch.sigmoid(part.sums - sums[:, part.tokens]).T[..., None]  # of the other keys
+    own = out[part.tokens]
+    torch.addcmul(part.out * share, own, 1 - share, out=own)
+    if not isinstance(part.tokens, slice):  # then it was a view
+        out[part.tokens] = own
 
 
 def attend_ragged(
