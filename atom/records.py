@@ -148,8 +148,8 @@ SCHEMAS: dict[str, RecordSchema] = {
     "attention": RecordSchema(
         ("op", "kv", "batch", "context", "heads", "kv_heads", "head_dim", "window", "us", "sol_us", "bf16_sdpa_us"),
         # a key offset is added back while keys are read; new tokens of a prefill's chunk; tokens that all sequences
-        # begin with, and the time where each reads them for itself
-        ("offset", "queries", "shared", "alone_us"),
+        # begin with, and the time where each reads them for itself; last tokens that are read exactly
+        ("offset", "queries", "shared", "alone_us", "recent"),
         {"op": ("decode", "prefill", "rope_append", "plan"), **_KV},
     ),
     "attention-perplexity": RecordSchema(

@@ -21,7 +21,7 @@ from .bounds import Gpu
 from .dense_attention import AttentionSpec
 from .kv_layout import KVLayout
 from .paged_attention import PAGED_ATTENTION, PagedAttentionReference, RopeTable
-from .paged_step import Ints, PagedStep, Share
+from .paged_step import Ints, PagedStep, RecentLayer, RecentStep, Share
 from .registry import Problem
 from .timing import COLD_BYTES, time_calls
 
@@ -45,11 +45,12 @@ class Shape:
     window: int | None = None
     has_offset: bool = False  # the default 4-bit cache leaves the mean key out
     shared: int = 0  # first tokens that all sequences have in the same blocks
+    recent: int = 0  # last tokens of each sequence that are read exactly
 
     @property
     def name(self) -> str:
         extras = f" window {self.window}" * bool(self.window) + " offset" * self.has_offset
-        extras += f" shared {self.shared}" * bool(self.shared)
+        extras += f" shared {self.shared}" * bool(self.shared) + f" recent {self.recent}" * bool(self.recent)
         return f"{self.context}, {self.heads}:{self.kv_heads} x {self.head_dim}{extras}"
 
     @property
@@ -97,7 +98,9 @@ def read_bytes(layout: KVLayout, shape: Shape) -> int:
     lengths = shape.lengths()
     tokens = int(np.minimum(lengths, shape.window).sum() if shape.window else lengths.sum())
     tokens -= (shape.batch - 1) * shape.shared
-    return tokens * layout.num_kv_heads * 2 * (layout.row_bytes + layout.word_bytes)
+    exact = int(np.minimum(lengths, shape.recent).sum())
+    rows = (tokens - exact) * (layout.row_bytes + layout.word_bytes) + exact * 2 * shape.head_dim
+    return rows * layout.num_kv_heads * 2
 
 
 def random_layers(layout: KVLayout, blocks: int, copies: int) -> list[Tensor]:
@@ -130,6 +133,18 @@ def step_of(lengths: Ints, blocks: int, shared: int = 0) -> PagedStep:
     return PagedStep(np.arange(len(lengths) + 1), lengths, tables, slots, torch.from_numpy(tables).cuda())
 
 
+def with_recent(step: PagedStep, shape: Shape, copies: int) -> tuple[PagedStep, list[RecentLayer | None]]:
+    """The step with a ring for each sequence, if the shape has a recent window, and rings of `copies` layers."""
+    if not shape.recent:
+        return step, [None] * copies
+    starts = np.random.default_rng(2).permutation(len(step.counts)).astype(np.int64) * shape.recent
+    size = (len(starts) * shape.recent, 2, shape.kv_heads, shape.head_dim)
+    rings = [torch.randn(size, device="cuda").bfloat16() for _ in range(copies)]
+    slots = torch.from_numpy(starts + (step.seqlens_k - 1) % shape.recent).cuda()
+    own = RecentStep(shape.recent, shape.recent, torch.from_numpy(starts.astype(np.int32)).cuda(), starts, slots, True)
+    return replace(step, recent=own, _derived={}), [RecentLayer(ring, ring[:0]) for ring in rings]
+
+
 def rope_table(head_dim: int, positions: int) -> RopeTable:
     angles = torch.arange(positions, device="cuda")[:, None] * 10000.0 ** -(
         torch.arange(0, head_dim, 2, device="cuda") / head_dim
@@ -142,7 +157,8 @@ def decode_calls(kv: str, shape: Shape, share: Share = "auto") -> list[Callable[
     layout, lengths = layout_of(kv, shape), shape.lengths()
     blocks = int((-(-lengths // BLOCK)).sum())
     copies = max(2, -(-COLD_BYTES // read_bytes(layout, shape)))
-    layers, step = random_layers(layout, blocks, copies), step_of(lengths, blocks, shape.shared)
+    layers = random_layers(layout, blocks, copies)
+    step, rings = with_recent(step_of(lengths, blocks, shape.shared), shape, copies)
     q = torch.randn(shape.batch, shape.heads, shape.head_dim, device="cuda").bfloat16()
     offset = torch.randn(shape.kv_heads, shape.head_dim, device="cuda").bfloat16() if shape.has_offset else None
     spec = AttentionSpec(shape.head_dim**-0.5, shape.window, None, offset)
@@ -150,7 +166,9 @@ def decode_calls(kv: str, shape: Shape, share: Share = "auto") -> list[Callable[
     attend = PagedAttentionSm90(layout, False, None, shape.has_offset)
     attend.prepare(step, [shape.window], shape.heads // shape.kv_heads, share)
     torch.cuda.synchronize()  # no kernel comes between that would wait for the plan
-    return [partial(attend, q, layers[i % copies], step, spec, table) for i in range(max(copies, 24))]
+    return [
+        partial(attend, q, layers[i % copies], step, spec, table, rings[i % copies]) for i in range(max(copies, 24))
+    ]
 
 
 def fault(kv: str, shape: Shape) -> str | None:
@@ -158,7 +176,8 @@ def fault(kv: str, shape: Shape) -> str | None:
     layout = layout_of(kv, shape)
     lengths = np.array([1, 15, 16, 17, 31, 33, 500, 2047], dtype=np.int32) + shape.shared
     blocks = int((-(-lengths // BLOCK)).sum())
-    layer, step = random_layers(layout, blocks, 1)[0], step_of(lengths, blocks, shape.shared)
+    layer = random_layers(layout, blocks, 1)[0]
+    step, rings = with_recent(step_of(lengths, blocks, shape.shared), shape, 1)
     q = torch.randn(len(lengths), shape.heads, shape.head_dim, device="cuda").bfloat16()
     offset = torch.randn(shape.kv_heads, shape.head_dim, device="cuda").bfloat16() if shape.has_offset else None
     spec = AttentionSpec(shape.head_dim**-0.5, shape.window, None, offset)
@@ -166,12 +185,13 @@ def fault(kv: str, shape: Shape) -> str | None:
     attend = PagedAttentionSm90(layout, False, None, shape.has_offset)
     attend.prepare(step, [shape.window], shape.heads // shape.kv_heads, "always" if shape.shared else "auto")
     torch.cuda.synchronize()
-    first = attend(q, layer, step, spec, table)
+    first = attend(q, layer, step, spec, table, rings[0])
     for _ in range(200):
-        if not torch.equal(attend(q, layer, step, spec, table), first):
+        if not torch.equal(attend(q, layer, step, spec, table, rings[0]), first):
             return "differs between runs"
     exact = PagedAttentionReference(replace(layout, dtype=torch.float64) if layout.spec else layout)
-    wanted = exact(q.double(), layer, step, spec, table)
+    double = None if rings[0] is None else RecentLayer(rings[0].ring.double(), rings[0].scratch)
+    wanted = exact(q.double(), layer, step, spec, table, double)
     error = float((first.double() - wanted).norm() / wanted.norm())
     return f"relative error {error:.1e}" if not error < 8e-3 else None
 
@@ -204,6 +224,7 @@ def problem_of(kv: str, shape: Shape) -> Problem:
         num_heads=shape.heads,
         num_kv_heads=shape.kv_heads,
         block_size=BLOCK,
+        kv_recent=shape.recent,
     )
 
 

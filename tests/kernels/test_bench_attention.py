@@ -16,6 +16,8 @@ def test_bounds_are_the_bytes_of_codes_and_words() -> None:
     assert read_bytes(layout_of("bf16", shape), shape) == 64 * 1024 * 4096
     assert read_bytes(layout_of("int4", shape), replace(shape, window=256)) == 64 * 256 * 1088
     assert read_bytes(layout_of("int4", shape), replace(shape, shared=512)) == (512 + 64 * 512) * 1088
+    exact = replace(shape, recent=16)
+    assert read_bytes(layout_of("int4", exact), exact) == 64 * (1008 * 1088 + 16 * 4096)
     ragged = Shape(128, "ragged").lengths()
     assert (
         1300 < ragged.mean() < 1700 and ragged.max() <= 32768 and np.array_equal(ragged, Shape(128, "ragged").lengths())
