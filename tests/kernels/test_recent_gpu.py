@@ -61,12 +61,12 @@ def test_lengths_around_edges(kv: str, recent: int, capacity: int, block_size: i
         check(case, AttentionSpec(0.09), recent, capacity, split)
 
 
-@pytest.mark.parametrize("kv", SPECS)
+@pytest.mark.parametrize("kv", ["int4", "int8"])
 @pytest.mark.parametrize("heads,kv_heads", [(1, 1), (32, 32), (8, 2), (14, 2), (8, 1), (16, 1)])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 def test_shapes_of_heads(kv: str, heads: int, kv_heads: int, dim: int) -> None:
     case = make_case(SPECS[kv], (700, 33, 5), (1, 1, 1), heads, kv_heads, dim, dtype=torch.bfloat16)
-    for recent in (16, 32, 64):
+    for recent in (16, 64):
         check(case, AttentionSpec(dim**-0.5), recent, recent)
 
 
