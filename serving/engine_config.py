@@ -5,7 +5,7 @@ The names are vLLM's where a user would try them.
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from .config import SchedulerConfig
 from .rows import MOST_TOKENS
@@ -114,6 +114,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for values out of range."""
+        for name, hint in get_type_hints(type(self)).items():  # LLM(...) has no parser in front of it
+            if get_origin(hint) is Literal and (value := getattr(self, name)) not in get_args(hint):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}.")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}; use 0.9."

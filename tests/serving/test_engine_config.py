@@ -45,6 +45,11 @@ def test_what_is_no_amount(amount: Any) -> None:
         ({"num_speculative_tokens": -1}, "num_speculative_tokens must be an integer of at least 0"),
         ({"prompt_lookup_min": 5}, "at most prompt_lookup_max = 4, got 5"),
         ({"block_size": 0}, "block_size must be an integer of at least 1"),
+        ({"load_format": "random"}, "load_format must be one of auto, dummy, got 'random'"),
+        ({"dtype": "float8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'float8'"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype must be one of auto, kv4, kv8, kvfp8, kv16, got 'int4'"),
+        ({"kernels": "torch"}, "kernels must be one of auto, reference, got 'torch'"),
+        ({"head": "int4"}, "head must be one of full, int8, got 'int4'"),
     ],
 )
 def test_refused(options: dict[str, Any], message: str) -> None:
