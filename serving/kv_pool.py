@@ -227,7 +227,8 @@ class PagedKV:
     def _begin_recent(self, recent: RecentTokens, batch: Batch, arrays: DeviceArrays, in_pieces: bool) -> RecentStep:
         if batch.inherited is not None:
             recent.inherit(batch.inherited, self.pool.runs())
-        is_direct = not in_pieces and bool((np.diff(batch.cu_seqlens_q) <= 1).all())
+        is_decode = batch.num_decodes == batch.num_seqs
+        is_direct = not in_pieces and (is_decode or bool((np.diff(batch.cu_seqlens_q) <= 1).all()))
         assert is_direct or batch.ahead is None, "a row has one token"
         return recent.step(batch, arrays.rings, arrays.exact_slots, is_direct)
 
@@ -290,9 +291,9 @@ class PagedKV:
         elif step.recent.is_direct:
             out = attend(q, storage, step, rules, table, recent.layer(layer))
         else:
-            recent.move(layer, step, is_chunk=False)
+            recent.move(layer, step, is_late=False)
             out = attend(q, storage, step, rules, table, recent.layer(layer))
-            recent.move(layer, step, is_chunk=True)
+            recent.move(layer, step, is_late=True)
         return out
 
     def _step(self, layer: int) -> PagedStep:

@@ -133,7 +133,6 @@ class RecentTokens:
         rings, rows  RecentStep.rings and its slots where they lie on the device already; None: they are copied
         is_direct    see RecentStep
         """
-        device = self.scratch.device
         self._behind = None  # should the step before have failed
         rings_host = batch.lanes.astype(np.int64) * self.capacity
         if batch.ahead is not None:
@@ -146,9 +145,9 @@ class RecentTokens:
             rows = self.scratch_rows[: batch.num_tokens]
         elif rows is None:
             owner = rings_host.repeat(np.diff(batch.cu_seqlens_q))
-            rows = torch.from_numpy(owner + batch.positions % self.capacity).to(device, non_blocking=True)
+            rows = self._bring(owner + batch.positions % self.capacity)
         if rings is None:
-            rings = torch.from_numpy(rings_host.astype(np.int32)).to(device, non_blocking=True)
+            rings = self._bring(rings_host.astype(np.int32))
         return RecentStep(self.tokens, self.capacity, rings, rings_host, rows, is_direct)
 
     def _lines(self, batch: Batch, rings: Int64) -> tuple[Int64, Int64]:
@@ -210,14 +209,18 @@ class RecentTokens:
             return self.rings[layer], step.slots
         return self.scratch, self.scratch_rows[:num_tokens]
 
-    def move(self, layer: int, step: PagedStep, is_chunk: bool) -> None:
-        """Copy from the scratch to the rings: of sequences with one query, or of chunks their last tokens."""
-        moves = step.derive(("recent", is_chunk), lambda: self._moves(step, is_chunk))
-        if moves is not None:
-            self.rings[layer, moves.target] = self.scratch[moves.source]
+    def move(self, layer: int, step: PagedStep, is_late: bool) -> None:
+        """Copy the last tokens of sequences from the scratch to their rings.
 
-    def _moves(self, step: PagedStep, is_chunk: bool) -> Moves | None:
-        chosen = np.flatnonzero(step.counts > 1 if is_chunk else step.counts == 1)
+        is_late  of chunks that go on with a text, whose queries read the ring as it was; else of all others
+        """
+        moves = step.derive(("recent", is_late), lambda: self._moves(step, is_late))
+        if moves is not None:
+            self.rings[layer].index_copy_(0, moves.target, self.scratch.index_select(0, moves.source))
+
+    def _moves(self, step: PagedStep, is_late: bool) -> Moves | None:
+        goes_on = (step.counts > 1) & (step.seqlens_k > step.counts)
+        chosen = np.flatnonzero(goes_on if is_late else (step.counts > 0) & ~goes_on)
         if not len(chosen):
             return None
         assert step.recent is not None
@@ -227,8 +230,7 @@ class RecentTokens:
         scratch = np.repeat(step.cu_seqlens_q[1:][chosen].astype(np.int64), counts) - back
         positions = np.repeat(step.seqlens_k[chosen].astype(np.int64), counts) - back
         rings = np.repeat(step.recent.rings_host[chosen], counts) + positions % self.capacity
-        device = self.scratch.device
-        return Moves(*(torch.from_numpy(x).to(device, non_blocking=True) for x in (scratch, rings)))
+        return Moves(self._bring(scratch), self._bring(rings))
 
     def inherit(self, inherited: Inherited, runs: list[LayerRun]) -> None:
         """Fill rings of sequences that begin behind blocks which others computed, with what the blocks say."""
@@ -240,9 +242,7 @@ class RecentTokens:
             places.append(positions + (sum(len(each) for each in blocks) - first) * size)
             blocks.append(table[first : (int(start) - 1) // size + 1].astype(np.int64))
             rows.append(int(lane) * self.capacity + positions % self.capacity)
-        where, place, row = (
-            torch.from_numpy(np.concatenate(x)).to(self.scratch.device) for x in (blocks, places, rows)
-        )
+        where, place, row = (self._bring(np.concatenate(x)) for x in (blocks, places, rows))
         for run in runs:
             layout = run.layout
             most = max(1, READ_ELEMENTS // (len(where) * size * layout.num_kv_heads * layout.head_dim))

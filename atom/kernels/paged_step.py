@@ -34,8 +34,8 @@ class RecentStep:
     slots      int64 [T], on the device: the rows to which this step's tokens go, of the ring store or of the scratch
     is_direct  they go to the ring store: every sequence has one query, and no ring loses what another query reads.
                Else they go to the scratch, whose row t is the step's token t. Before attention runs, those of sequences
-               with one query are copied to their rings; those of chunks after it, so that a chunk's queries find the
-               tokens before it in the ring and its own in the scratch.
+               with one query and of texts that begin are copied to their rings; those of other chunks after it, so that
+               a chunk's queries find the tokens before it in the ring and its own in the scratch.
     """
 
     tokens: int
