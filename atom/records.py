@@ -17,7 +17,8 @@ Row = dict[str, Any]
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
 
-KV_FORMATS = ("int4", "int8", "fp8", "bf16")
+_LOW_BIT = ("int4", "int8", "fp8")
+KV_FORMATS = (*_LOW_BIT, "bf16", *(f"{kv}r{tokens}" for kv in _LOW_BIT for tokens in (16, 32, 64)))  # r: newest exact
 PATHS = ("kernels", "reference")
 LADDER_STEPS = ("fp", "rtn", "outliers-bf16", "outliers-int8", "groups", "clip", "gptq", "kv4", "distill")
 # Row keys any record may carry: where a number came from, never what it is.

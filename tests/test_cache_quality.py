@@ -14,7 +14,7 @@ from cache_quality import RECORD, Measure, finish, measure
 def test_rows_of_a_tiny_model(tiny_run: dict[str, Any]) -> None:
     options = Measure(
         **tiny_run,
-        schemes=("bf16", "bf16+kv4", "bf16+kv2", "w8a8+kv4"),
+        schemes=("bf16", "bf16+kv4", "bf16+kv2", "bf16+kv8", "bf16+kv8r16", "w8a8+kv4"),
         train=("bf16+kv4", "w8a8+kv4"),
         batch_tokens=64,
         distill_steps=3,
@@ -27,6 +27,8 @@ def test_rows_of_a_tiny_model(tiny_run: dict[str, Any]) -> None:
         ("bf16", "int4", "trained", "int4"),
         ("bf16", "int4", "trained", "bf16"),
         ("bf16", "int2", "calibrated", "int2"),
+        ("bf16", "int8", "calibrated", "int8"),
+        ("bf16", "int8r16", "calibrated", "int8r16"),
         ("w8a8", "int4", "calibrated", "int4"),
         ("w8a8", "int4", "trained", "int4"),
     ]
@@ -35,4 +37,4 @@ def test_rows_of_a_tiny_model(tiny_run: dict[str, Any]) -> None:
     finish(rows)
     check_rows(RECORD, rows)
     assert rows[0]["percent"] == 0 and "kl" not in rows[0]
-    assert rows[1]["kl"] < rows[4]["kl"] and rows[3]["kl"] < rows[2]["kl"]
+    assert rows[1]["kl"] < rows[4]["kl"] and rows[6]["kl"] < rows[5]["kl"] and rows[3]["kl"] < rows[2]["kl"]
