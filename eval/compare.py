@@ -1,10 +1,9 @@
-"""Two evaluations side by side: `atom report eval A.json B.json`, A the baseline (full precision), B what it became.
+"""Evaluations side by side: `atom report eval A.json B.json ...`, A the baseline (full precision), B what it became.
 
 Recovery is 100 % where B is as good as A: B/A for a score, A/B for a perplexity. Where both ran the same documents or
 windows the interval is that of the paired difference, which is far narrower than what the two standard errors suggest.
 """
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ class Comparison:
 
 
 def compare(a: EvalResult, b: EvalResult) -> list[Comparison]:
-    """Every text and every task's primary metric that both evaluations hold, texts first.
+    """Every text and every task's primary metric that both evaluations hold, texts first, the mean of the tasks last.
 
     Raises ValueError if nothing is common, or if a common text or task was measured in different ways.
     """
@@ -43,13 +42,29 @@ def compare(a: EvalResult, b: EvalResult) -> list[Comparison]:
             f"the evaluations of {a.model} and {b.model} have no text or task in common; "
             "run both with the same --ppl and --tasks"
         )
-    return rows
+    average = compare_average(a, b)
+    return rows if average is None else [*rows, average]
 
 
-def mean_recovery(rows: Sequence[Comparison]) -> float | None:
-    """The mean over tasks (perplexities do not enter), or None if there is nothing to average."""
-    scores = [row.recovery for row in rows if row.recovery is not None and not row.measure.startswith("ppl ")]
-    return statistics.fmean(scores) if scores else None
+def compare_average(a: EvalResult, b: EvalResult) -> Comparison | None:
+    """The mean over all tasks that both hold and whose scores are better when higher.
+
+    Its interval is that of the paired documents, unknown where the two ran different ones. None for fewer than two
+    tasks, or where A has none right.
+    """
+    common = [(t, u) for t in a.tasks for u in b.tasks if t.task == u.task and t.primary[1].higher_is_better]
+    if len(common) < 2:
+        return None
+    scores = [(t.primary[1].value, u.metrics[t.primary[0]].value) for t, u in common]
+    mean_a, mean_b = (statistics.fmean(pair[side] for pair in scores) for side in (0, 1))
+    if mean_a == 0:
+        return None
+    recovery, half = 100 * mean_b / mean_a, None
+    is_paired = all(t.fingerprint is not None and t.fingerprint == u.fingerprint for t, u in common)
+    if is_paired:
+        recovery, half = average_recovery([t for t, _ in common], [u for _, u in common])
+    low, high = (None, None) if half is None else (recovery - half, recovery + half)
+    return Comparison(f"mean of {len(common)} tasks", mean_a, mean_b, recovery, low, high, is_paired)
 
 
 def _refuse_unlike(what: str, a: Any, b: Any, names: Sequence[str]) -> None:
@@ -128,24 +143,31 @@ def average_recovery(a: Sequence[TaskResult], b: Sequence[TaskResult]) -> tuple[
     return 100 * ratio, 100 * Z95 * math.sqrt(variance) / mean_a
 
 
-def to_dict(a: EvalResult, b: EvalResult, rows: Sequence[Comparison]) -> dict[str, Any]:
-    """The comparison for programs."""
-    return {
-        "a": {"model": a.model, "scheme": a.scheme_name},
-        "b": {"model": b.model, "scheme": b.scheme_name},
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "mean_recovery": mean_recovery(rows),
-    }
-
-
 def compare_table(a: EvalResult, b: EvalResult, rows: Sequence[Comparison]) -> str:
     """The comparison for people."""
     lines = [[row.measure, f"{row.a:.4f}", f"{row.b:.4f}", _percent(row.recovery), _interval(row)] for row in rows]
-    mean = mean_recovery(rows)
-    if mean is not None:
-        lines.append(["mean over tasks", "", "", _percent(mean), ""])
-    heading = f"A: {a.model} ({a.scheme_name}, {a.path})\nB: {b.model} ({b.scheme_name}, {b.path})"
+    heading = f"A: {_title(a)}\nB: {_title(b)}"
     return heading + "\n\n" + format_table(["measure", "A", "B", "recovery", "95 % interval"], lines)
+
+
+def recovery_table(a: EvalResult, others: Sequence[tuple[EvalResult, Sequence[Comparison]]]) -> str:
+    """Several evaluations against the baseline `a`, each with its rows: one column each, with intervals."""
+    names = [chr(ord("B") + number) for number in range(len(others))]
+    heading = [f"A: {_title(a)}", *(f"{name}: {_title(b)}" for name, (b, _) in zip(names, others, strict=True))]
+    found = [{row.measure: row for row in rows} for _, rows in others]
+    measures = dict.fromkeys(measure for rows in found for measure in rows)
+    lines = []
+    for measure in measures:
+        known = [rows.get(measure) for rows in found]
+        baseline = next(row.a for row in known if row is not None)
+        cells = ["" if row is None else f"{_percent(row.recovery)} {_interval(row)}".rstrip() for row in known]
+        lines.append([measure, f"{baseline:.4f}", *cells])
+    header = ["measure", "A", *(f"recovery of {name}, 95 % interval" for name in names)]
+    return "\n".join(heading) + "\n\n" + format_table(header, lines)
+
+
+def _title(result: EvalResult) -> str:
+    return f"{result.model} ({result.scheme_name}, {result.path})"
 
 
 def _percent(value: float | None) -> str:

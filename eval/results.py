@@ -68,7 +68,11 @@ class EvalResult:
 
     @property
     def scheme_name(self) -> str:
-        return "full precision" if self.scheme is None else str(self.scheme.get("name", "unnamed"))
+        """The scheme's name, "full precision" without one; where a budget chose it is that of the base."""
+        if self.scheme is None:
+            return "full precision"
+        is_mixed = self.scheme.get("overrides") or self.scheme.get("kv_overrides")
+        return f"{self.scheme.get('name', 'unnamed')}{', formats by place' if is_mixed else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": KIND, "version": VERSION, **dataclasses.asdict(self)}

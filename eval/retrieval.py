@@ -66,7 +66,8 @@ def make_haystack(tokenizer: Tokenizer, length: int, seed: int) -> Haystack:
     room = length - len(bos) - len(tail) - sum(map(len, keys))
     if room < 0:
         raise ValueError(
-            f"a retrieval context of {length} tokens is too short: its keys and questions take {length - room}"
+            f"a retrieval context of {length} tokens is too short: its keys and questions take {length - room}; give "
+            "--retrieval more, 4096 say"
         )
     pieces = [noise] * (room // len(noise))
     for number, key in enumerate(keys):  # the first at the beginning, the last at the end

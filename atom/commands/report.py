@@ -1,4 +1,4 @@
-"""Draw a quantization report, compare two evaluations, or report accuracy over schemes, or throughput.
+"""Draw a quantization report, compare evaluations, or report accuracy over schemes, or throughput.
 
 Example: atom report quant smollm2-w4a4        atom report eval fp.json w4a4.json        atom report bench sweep/
          atom report accuracy benchmarks/results/h200/accuracy-frontier.json
@@ -26,13 +26,13 @@ class Quant:
 
 @dataclass(frozen=True)
 class Eval:
-    """Two evaluations side by side, with recovery percentages and 95 % intervals."""
+    """Evaluations beside a baseline: recovery in percent, with 95 % intervals."""
 
     baseline: Annotated[Path, tyro.conf.Positional]
     """Result of atom eval --output, full precision say."""
 
-    other: Annotated[Path, tyro.conf.Positional]
-    """Result to compare with it."""
+    others: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Results to compare with it, of one checkpoint or several."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,15 @@ def _quant(options: Quant) -> dict[str, Any]:
 def _eval(options: Eval) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from atom.eval.compare import compare, compare_table
+    from atom.eval.compare import compare, compare_table, recovery_table
     from atom.eval.results import EvalResult
 
-    a, b = EvalResult.read(options.baseline), EvalResult.read(options.other)
-    rows = compare(a, b)
-    console.print(compare_table(a, b, rows))
-    return {"baseline": a.model, "other": b.model, "rows": [asdict(row) for row in rows]}
+    if not options.others:
+        raise ValueError("nothing to compare with the baseline; name a second result of atom eval --output")
+    baseline = EvalResult.read(options.baseline)
+    read = [EvalResult.read(path) for path in options.others]
+    found = [(other, compare(baseline, other)) for other in read]
+    table = recovery_table(baseline, found) if len(found) > 1 else compare_table(baseline, *found[0])
+    console.print(table, highlight=False, markup=False, soft_wrap=True)
+    rows = [{"other": other.model, **asdict(row)} for other, rows in found for row in rows]
+    return {"baseline": baseline.model, "others": [other.model for other in read], "rows": rows}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from atom.eval.compare import average_recovery, compare, compare_table, mean_recovery, to_dict
+from atom.eval.compare import average_recovery, compare, compare_average, compare_table, recovery_table
 from atom.eval.perplexity import Perplexity
 from atom.eval.results import EvalResult, Metric, TaskResult
 
@@ -103,7 +103,6 @@ def test_a_zero_baseline_and_lower_is_better() -> None:
     zero, some = result(task([0.0, 0.0])), result(task([1.0, 0.0]))
     row = compare(zero, some)[0]
     assert row.recovery is None and "undefined" in compare_table(zero, some, [row])
-    assert to_dict(zero, some, [row])["rows"][0]["recovery"] is None
     lower = {"word_perplexity": Metric(20.0, None, False)}
     higher = {"word_perplexity": Metric(25.0, None, False)}
     a, b = (result(dataclasses.replace(task([1.0, 0.0], "wikitext"), metrics=m)) for m in (lower, higher))
@@ -115,11 +114,29 @@ def test_table_and_mean() -> None:
     a = result(perplexity([1.0, 2.0]), task([1.0, 1.0, 0.0, 1.0]), task([1.0, 0.0, 1.0, 1.0], "boolq"))
     b = result(perplexity([1.0, 2.1]), task([1.0, 0.0, 0.0, 1.0]), task([1.0, 0.0, 1.0, 1.0], "boolq"), scheme="w4a4")
     rows = compare(a, b)
-    assert [row.measure for row in rows] == ["ppl wiki", "piqa acc_norm", "boolq acc"]
-    assert mean_recovery(rows) == pytest.approx((100 * 2 / 3 + 100) / 2)
+    assert [row.measure for row in rows] == ["ppl wiki", "piqa acc_norm", "boolq acc", "mean of 2 tasks"]
+    mean = rows[-1]
+    assert (mean.a, mean.b, mean.is_paired) == (0.625, 0.5, True) and mean.recovery == pytest.approx(80.0)
+    assert mean.low is None  # boolq's acc has no values of documents here
+    full, low = ([task(values, name) for name in ("piqa", "arc_easy")] for values in ([1.0, 1.0, 0.0], [1.0, 0.0, 0.0]))
+    known = compare_average(result(*full), result(*low))
+    assert known is not None and known.recovery == pytest.approx(50.0)
+    assert known.low is not None and known.high is not None and known.low < 50 < known.high
+    assert compare_average(a, result(task([1.0, 0.0, 0.0, 1.0]))) is None  # of one task
     drawn = compare_table(a, b, rows)
-    assert "mean over tasks" in drawn and "B: model-w4a4 (w4a4, reference)" in drawn
-    json.dumps(to_dict(a, b, rows), allow_nan=False)
+    assert "mean of 2 tasks" in drawn and "B: model-w4a4 (w4a4, reference)" in drawn
+
+
+def test_several_are_columns_of_one_table() -> None:
+    a = result(perplexity([1.0, 2.0]), task([1.0, 1.0, 0.0, 1.0]))
+    b = result(perplexity([1.0, 2.1]), scheme="w4a4")
+    c = result(perplexity([1.0, 2.0]), task([1.0, 1.0, 0.0, 1.0]), scheme="w8a8")
+    mixed = dataclasses.replace(c, scheme={"name": "w4a4-hadamard", "overrides": [{}]})
+    drawn = recovery_table(a, [(b, compare(a, b)), (c, compare(a, c)), (mixed, compare(a, mixed))])
+    text, piqa = drawn.splitlines()[-2:]
+    assert "D: model-w8a8 (w4a4-hadamard, formats by place, reference)" in drawn
+    assert text.split()[:4] == ["ppl", "wiki", "4.4817", "95.12"] and text.count("100.00 %") == 2
+    assert piqa.split()[:3] == ["piqa", "acc_norm", "0.7500"] and piqa.count("100.00 %") == 2
 
 
 def test_unlike_protocols_are_refused() -> None:
