@@ -1,6 +1,7 @@
-"""What a process may still take of the host's memory, so that a model too large for it is refused before it is read.
+"""What a process may still take of memory, so that a model too large for it is refused before it is read.
 
-Without this the kernel of the system kills the process some minutes later, which can then say nothing.
+Without this a GPU's memory ends after minutes of reading; and when the host's does, the system kills the process, which
+can then say nothing.
 """
 
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UnsupportedError
+from ..kernels.registry import Kernels
 from ..quant.presets import get_scheme
 from .footprint import measure_footprint
 from .model import Model
@@ -22,20 +24,33 @@ def free_host_bytes(root: Path = Path("/")) -> int | None:
     return min(limits, default=None)
 
 
-def check_host_memory(model: Model, name: str, dtype: torch.dtype) -> None:
-    """Raise UnsupportedError if the weights of `model` (on the meta device, with its scheme) do not fit on the host.
+def check_memory(model: Model, name: str, device: torch.device, dtype: torch.dtype, kernels: Kernels = "auto") -> None:
+    """Raise UnsupportedError if the weights of `model` (on the meta device, with its scheme) do not fit on `device`.
 
-    name   of the model, for the message
-    dtype  of everything that is not quantized
+    name     of the model, for the message
+    dtype    of everything that is not quantized
+    kernels  as for load_model; the reference multiplies with weights in float32, as a CPU does
     """
     scheme = model.scheme or get_scheme("bf16")
-    needed, free = measure_footprint(model, scheme, dtype, dtype).dense, free_host_bytes()
+    size = measure_footprint(model, scheme, dtype, dtype)
+    is_gpu = device.type == "cuda"
+    needed = size.packed if is_gpu and kernels == "auto" else size.dense
+    free = _gpu_bytes(device) if is_gpu else free_host_bytes()
     if free is not None and needed > free:
-        smaller = ", --dtype bfloat16" if dtype == torch.float32 and not scheme.is_quantized else ""
+        hints = ["use a larger GPU" if is_gpu else "use a GPU"]
+        if dtype == torch.float32 and not scheme.is_quantized:
+            hints.append("--dtype bfloat16")
+        hints.append("a smaller model" if scheme.is_quantized else "a model of fewer bits")
         raise UnsupportedError(
-            f"the weights of {name} take {needed / 2**30:.1f} GiB on a CPU and {free / 2**30:.1f} GiB of memory are "
-            f"free; use a GPU{smaller} or a smaller model"
+            f"the weights of {name} take {needed / 2**30:.1f} GiB on {'a GPU' if is_gpu else 'a CPU'} and "
+            f"{free / 2**30:.1f} GiB of memory are free; {', '.join(hints[:-1])} or {hints[-1]}"
         )
+
+
+def _gpu_bytes(device: torch.device) -> int:
+    """What is free on a GPU, and what torch keeps of it without need."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _system_bytes(meminfo: Path) -> int | None:

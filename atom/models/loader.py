@@ -17,7 +17,7 @@ from ..kernels.warm import step_kernels, warm_up
 from .config import ModelConfig
 from .device import choose_device
 from .family import model_config
-from .free_memory import check_host_memory
+from .free_memory import check_memory
 from .fused import fuse_model_
 from .head import HeadFormat, round_head_
 from .layers import DecoderLayer
@@ -61,8 +61,7 @@ def load_source(
     model = meta_model(model_config(source.config, source.generation_config))
     model.scheme = scheme
     check_source(model_tensors(model, scheme), source, model)
-    if torch.device(device).type == "cpu":
-        check_host_memory(model, source.path.name, dtype)
+    check_memory(model, source.path.name, torch.device(device), dtype, kernels)
     outside = (name for name in model.state_dict() if not name.startswith("model.layers."))
     _load_tensors(model, source, {name: name for name in outside}, device, dtype)
     for index, layer in enumerate(model.model.decoder_layers()):
