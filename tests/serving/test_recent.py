@@ -25,7 +25,7 @@ from atom.serving.engine_config import EngineConfig
 from atom.serving.kv_pool import KVPool
 from atom.serving.llm import LLM
 from atom.serving.memory import plan_cache
-from atom.serving.recent import RecentRoom
+from atom.serving.recent import RecentRoom, RecentTokens
 from atom.serving.rows import MOST_TOKENS
 from atom.serving.sampling_params import SamplingParams
 
@@ -238,14 +238,30 @@ def test_the_engine_equals_the_dense_cache(checkpoint: Path, options: dict[str, 
     assert (stats.num_accepted_tokens > 0) == ("num_speculative_tokens" in options)
 
 
-def test_prefix_caching_serves_and_split_results_refuse_it(checkpoint: Path) -> None:
-    prompt = [*PROMPTS[4], *PROMPTS[5]]
+def test_prefix_caching_serves_and_split_results_refuse_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever begins behind blocks of others has its ring filled: an equal prompt, and a second sample of one."""
+    prompt, filled = [*PROMPTS[4], *PROMPTS[5]], []
+    held = len(prompt) // 16 * 16
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    inherit = RecentTokens.inherit
+
+    def watched(self: RecentTokens, inherited: Inherited, runs: Any) -> None:
+        filled.append(inherited.starts.tolist())
+        inherit(self, inherited, runs)
+
+    monkeypatch.setattr(RecentTokens, "inherit", watched)
     with LLM(str(checkpoint), device="cpu", dtype="float32", max_num_seqs=2) as llm:
         first = llm.generate(prompt, params)[0]
+        assert not filled
         again = llm.generate(prompt, params)[0]
-        assert (first.cached_tokens, again.cached_tokens) == (0, len(prompt) // 16 * 16)
-        assert len(again.token_ids) == 8
+        assert (first.cached_tokens, again.cached_tokens) == (0, held)
+        assert len(again.token_ids) == 8 and filled == [[held]]
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "enable_prefix_caching": False, "max_num_seqs": 2}
+    for split, count in ((None, 1), (32, 0)):
+        filled.clear()
+        with LLM(str(checkpoint), attention_split_tokens=split, **options) as llm:
+            llm.generate(prompt, replace(params, n=2, temperature=1.0, seed=1))
+        assert filled == [[held]] * count
     with pytest.raises(UnsupportedError, match=r"kv_recent.*enable_prefix_caching=False"):
         LLM(str(checkpoint), device="cpu", dtype="float32", attention_split_tokens=32)
 
