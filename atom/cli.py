@@ -11,7 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from inspect import getdoc
+from typing import Any, get_args
 
 from .errors import AtomError
 
@@ -60,11 +61,16 @@ def _run(name: str, arguments: list[str], as_json: bool) -> int:
     import tyro
 
     command: Any = import_module(f"{__package__}.commands.{name}")
+    parsed, program, about = command.Options, f"atom {name}", command.__doc__
+    part = _part(command.Options, arguments[0]) if arguments else None
+    if part is not None:
+        parsed, program, about = part, f"{program} {arguments[0]}", getdoc(part)
+        arguments = arguments[1:]
     try:
-        options = tyro.cli(
-            command.Options,
-            prog=f"atom {name}",
-            description=(command.__doc__ or "") + "\n\n--json ends the output with one line of JSON.",
+        options: Any = tyro.cli(
+            parsed,
+            prog=program,
+            description=f"{about}\n\n--json ends the output with one line of JSON.",
             args=arguments,
         )
     except (AtomError, ValueError) as error:  # an option's value was refused by its dataclass
@@ -95,6 +101,12 @@ def _run(name: str, arguments: list[str], as_json: bool) -> int:
     if as_json:
         print(json.dumps(result, default=str), flush=True)
     return 0
+
+
+def _part(options: Any, word: str) -> Any:
+    """The options of a command's part (`atom bench WORD`), or None: parsed alone, messages name it in full."""
+    parts = {config.name: part.__origin__ for part in get_args(options) for config in part.__metadata__}
+    return parts.get(word)
 
 
 _OUT_OF_MEMORY = (

@@ -68,6 +68,10 @@ def test_wrong_usage_is_2(atom: Atom) -> None:
     assert code == 2 and err.startswith("atom quantize: nothing was measured that would recommend a scheme for b200")
     assert atom("quantize", "x", "--no-such-option")[0] == 2
     assert atom("check", "x", "--gpu", "tpu")[0] == 2
+    code, _, err = atom("bench", "latency", "tiny", "--scheme", "w4a8")
+    assert code == 2 and "Error parsing engine: scheme='w4a8' was given" in err
+    assert "For full helptext, see atom bench latency --help" in err
+    assert "Available subcommands: serve, throughput" in atom("bench", "load")[2]
 
 
 def test_failure_is_1_and_says_what_to_do(atom: Atom, tmp_path: Path) -> None:
