@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from atom.models.layers import DecoderLayer
 from atom.models.norm import RMSNorm
 
-from .plan import InputPlan
+from .plan import InputPlan, linear_of
 
 REACH = 64.0  # no factor is further than this from their geometric mean, either way
 
@@ -37,7 +37,7 @@ def balance_layer_(
         if not plan.is_quantized:
             continue
         energy = energies[plan.group.name]
-        linears = [_linear(layer, name) for name in plan.group.linears]
+        linears = [linear_of(layer, name) for name in plan.group.linears]
         sizes = torch.stack([linear.weight.square().sum(0) for linear in linears]).sum(0)
         producer = layer.get_submodule(plan.group.producer)
         if isinstance(producer, RMSNorm):
@@ -48,14 +48,14 @@ def balance_layer_(
         elif plan.group.fold_into_rows:
             name = plan.group.fold_into_rows[-1]  # up: the gate goes through its activation
             factors = rows[name] = choose_factors(energy, sizes)
-            _scale_rows(_linear(layer, name), factors)
+            _scale_rows(linear_of(layer, name), factors)
         else:
             name = "self_attn.v_proj"
             head_dim = layer.self_attn.head_dim
-            heads = _linear(layer, name).weight.shape[0] // head_dim
+            heads = linear_of(layer, name).weight.shape[0] // head_dim
             shared = [x.view(heads, -1, head_dim).sum(1).flatten() for x in (energy, sizes)]
             rows[name] = choose_factors(*shared)
-            _scale_rows(_linear(layer, name), rows[name])
+            _scale_rows(linear_of(layer, name), rows[name])
             repeats = energy.numel() // (heads * head_dim)
             factors = rows[name].view(heads, 1, head_dim).expand(-1, repeats, -1).flatten()
         for linear in linears:
@@ -80,9 +80,3 @@ def _scale_rows(linear: nn.Linear, factors: Tensor) -> None:
     linear.weight = nn.Parameter(linear.weight * factors[:, None], requires_grad=False)
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias * factors, requires_grad=False)
-
-
-def _linear(layer: DecoderLayer, name: str) -> nn.Linear:
-    module = layer.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module

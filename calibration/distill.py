@@ -37,7 +37,8 @@ from .data import SELF, Windows, load_windows
 from .latent import REST
 from .progress import Progress, Silent
 from .recorded import PLAIN_STEPS
-from .student import Student, TrainingKV
+from .student import Student
+from .trainable import TrainingKV
 from .training_step import TrainingStep, schedule
 from .way_back import WayBack
 

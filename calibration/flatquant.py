@@ -26,7 +26,7 @@ from atom.models.model import Model
 from atom.quant.schemes import Scheme
 
 from .recorded import RecordedStep
-from .student import TrainingKV, straight_through
+from .trainable import TrainingKV, straight_through
 
 REACH = 4.0  # logit of the share that a grid reaches at first: 0.98
 WHOLE = 20.0  # of all of it

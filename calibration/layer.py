@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_max_pool1d
 
 from atom.errors import CheckpointError
 from atom.kernels.registry import Kernels
@@ -21,7 +20,6 @@ from atom.models.quantized import quantize_layer_
 from atom.models.source import Source
 from atom.quant.mixed import MixedWeight, dequantize_weight, quantize_weight
 from atom.quant.permutation import dealt_order, energy_order
-from atom.quant.rotation import rotate
 from atom.quant.schemes import LinearScheme, Scheme
 from atom.quant.stored import store_weight
 
@@ -33,13 +31,13 @@ from .gptq import gptq
 from .hidden import HiddenStates, LayerRunner
 from .keys import KeyStatistics, fold_factors_, has_norms
 from .latent import REST, rest_of
+from .layer_record import input_record, linear_errors, relative_error, weight_error
 from .observe import Sample, centre_on_sink_, observe_energies, observe_hessians, sample_outputs
-from .plan import InputPlan, plan_layer, unrotate_input
+from .plan import InputPlan, linear_of, plan_layer, unrotate_input
 from .stats import HessianAccumulator
 from .values import ValueStatistics, transform_values_
 
 REFERENCE: Kernels = "reference"  # rounding that is the same on every device
-ENERGY_BINS = 64  # channel energies in the report: the largest in each of so many runs of adjacent channels
 
 
 @dataclass
@@ -84,8 +82,8 @@ class LayerQuantizer:
         record = {
             "layer": index,
             "output_error": relative_error(after.output, before.output),
-            "linears": _linear_errors(plans, before, after, weight_errors, factors),
-            "inputs": {plan.group.name: _input_record(plan, energies[plan.group.name]) for plan in plans},
+            "linears": linear_errors(plans, before, after, weight_errors, factors),
+            "inputs": {plan.group.name: input_record(plan, energies[plan.group.name]) for plan in plans},
             "peak_gpu_bytes": peak_gpu_bytes(self.device),
             "peak_host_bytes": peak_host_bytes(),
         }
@@ -213,8 +211,8 @@ class LayerQuantizer:
                 hessians = self._observe(layer, index, plans, hidden, plan.group.name)
             with self.clock.phase("gptq"):
                 for name, found in self._round_group(layer, plan, hessians, prefix).items():
-                    linear, weight = plan.schemes[name], _linear(layer, name).weight
-                    errors[name] = _weight_error(weight, found, linear)
+                    linear, weight = plan.schemes[name], linear_of(layer, name).weight
+                    errors[name] = weight_error(weight, found, linear)
                     for part, tensor in store_weight(found, linear).items():
                         tensors[f"{prefix}{name}.{part}"] = tensor
                     if keeps_rests and (rest := rest_of(weight, found, linear)) is not None:
@@ -247,7 +245,7 @@ class LayerQuantizer:
         H = None if accumulator is None else accumulator.finish()
         rounded: dict[str, MixedWeight] = {}
         for linear, names in _by_scheme(plan).items():
-            weights = [_linear(layer, name).weight for name in names]
+            weights = [linear_of(layer, name).weight for name in names]
             own = H.clone() if H is not None and len(set(plan.schemes.values())) > 1 else H
             found = self._round_weights(weights, own, linear, [prefix + name for name in names])
             rounded.update(zip(names, found, strict=True))
@@ -270,67 +268,13 @@ def permute_layer_(layer: DecoderLayer, plans: list[InputPlan]) -> None:
         if plan.perm is None:
             continue
         for name in plan.group.linears:
-            linear = _linear(layer, name)
+            linear = linear_of(layer, name)
             linear.weight = nn.Parameter(linear.weight[:, plan.perm], requires_grad=False)
         for name in plan.group.fold_into_rows:
-            linear = _linear(layer, name)
+            linear = linear_of(layer, name)
             linear.weight = nn.Parameter(linear.weight[plan.perm], requires_grad=False)
             if linear.bias is not None:
                 linear.bias = nn.Parameter(linear.bias[plan.perm], requires_grad=False)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||; 0 for two zeros."""
-    size = float(torch.linalg.vector_norm(expected.float()))
-    return float(torch.linalg.vector_norm(found.float() - expected.float())) / size if size else 0.0
-
-
-def _weight_error(weight: Tensor, found: MixedWeight, linear: LinearScheme) -> float:
-    if linear.rotation is not None:
-        normal, _ = linear.split(weight.shape[1])
-        weight = torch.cat((rotate(weight[:, :normal], linear.rotation), weight[:, normal:]), 1)
-    return relative_error(dequantize_weight(found, linear), weight)
-
-
-def _linear_errors(
-    plans: list[InputPlan],
-    before: Sample,
-    after: Sample,
-    weights: dict[str, float],
-    factors: dict[str, Tensor],
-) -> dict[str, dict[str, Any]]:
-    rows = {name: plan.perm for plan in plans if plan.perm is not None for name in plan.group.fold_into_rows}
-    records = {}
-    for name, expected in before.linears.items():
-        if name in factors:
-            expected = expected * factors[name]
-        if name in rows:
-            expected = expected[:, rows[name]]
-        records[name] = {
-            "weight_error": weights.get(name, 0.0),
-            "output_error": relative_error(after.linears[name], expected),
-        }
-    return records
-
-
-def _input_record(plan: InputPlan, energy: Tensor) -> dict[str, Any]:
-    """What the report says of an input: its outlier channels' share of the energy, and the energies themselves."""
-    ordered = energy if plan.perm is None else energy[plan.perm]
-    _, outliers = plan.linear.split(energy.numel()) if plan.is_quantized else (0, 0)
-    total = float(energy.sum())
-    return {
-        "channels": energy.numel(),
-        "outliers": outliers,
-        "outlier_share": float(ordered[energy.numel() - outliers :].sum()) / total if total else 0.0,
-        "max_over_median": float(energy.max() / energy.median().clamp_min(1e-30)),
-        "energy": _bins(energy),
-        "energy_ordered": _bins(ordered),
-    }
-
-
-def _bins(energy: Tensor) -> list[float]:
-    pooled = adaptive_max_pool1d(energy[None, None], min(ENERGY_BINS, energy.numel()))
-    return [float(f"{value:.4g}") for value in pooled.flatten().tolist()]
 
 
 def _by_scheme(plan: InputPlan) -> dict[LinearScheme, list[str]]:
@@ -338,9 +282,3 @@ def _by_scheme(plan: InputPlan) -> dict[LinearScheme, list[str]]:
     for name, linear in plan.schemes.items():
         found.setdefault(linear, []).append(name)
     return found
-
-
-def _linear(layer: DecoderLayer, name: str) -> nn.Linear:
-    module = layer.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module

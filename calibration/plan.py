@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from atom.models.family import Family, InputGroup
+from atom.models.layers import DecoderLayer
 from atom.models.layout import group_scheme, layer_prefix
 from atom.quant.rotation import hadamard, unrotate
 from atom.quant.schemes import LinearScheme, Scheme
@@ -54,6 +55,13 @@ def check_sizes(plans: list[InputPlan], columns: dict[str, int]) -> None:
         normal, _ = plan.linear.split(columns[plan.group.linears[0]])
         if plan.linear.rotation is not None and plan.linear.rotation.kind == "hadamard":
             hadamard(normal)
+
+
+def linear_of(layer: DecoderLayer, name: str) -> nn.Linear:
+    """The linear of a full-precision layer by its name in it."""
+    module = layer.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
 
 
 def unrotate_input(x: Tensor, linear: LinearScheme) -> Tensor:

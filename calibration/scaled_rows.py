@@ -31,7 +31,7 @@ def has_scaled_rows(columns: Quantized, spec: TensorSpec) -> bool:
 
 
 class ScaledRows(nn.Module):
-    """See the module; stands in for TrainableColumns (student.py).
+    """See the module; stands in for TrainableColumns (trainable.py).
 
     whole       int8 [N, k], Z
     log_factor  [N, 1]; the scale is what was stored times its exponential, rounded to its storage format

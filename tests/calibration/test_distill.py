@@ -15,7 +15,8 @@ from atom.calibration.latent import REST, rest_of
 from atom.calibration.report import Report
 from atom.calibration.scaled_rows import ScaledRows, has_scaled_rows
 from atom.calibration.stream import quantize_model
-from atom.calibration.student import Student, TrainableColumns
+from atom.calibration.student import Student
+from atom.calibration.trainable import TrainableColumns
 from atom.checkpoint import read_scheme
 from atom.errors import CalibrationError
 from atom.models.generate import scheme_cache
