@@ -154,6 +154,8 @@ def test_check_names_what_a_gpu_would_run(atom: Atom, tiny: Tiny) -> None:
     code, printed, _ = atom("check", tiny("llama"), "--scheme", "w4a16", "--gpu", "h200", "--json")
     rows = [row for row in last_json(printed)["ops"] if row["op"] == "linear"]
     assert code == 0 and rows
+    code, printed, _ = atom("check", tiny("llama"), "--scheme", "auto", "--gpu", "h200", "--json")
+    assert code == 0 and last_json(printed)["scheme"] == "w4a8-hadamard"
     assert all(row["runs"] or row["why"] for row in rows)
     assert all(set(row["bound_us"]) == {"1", "64", "2048"} for row in rows)
 

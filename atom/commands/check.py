@@ -16,6 +16,7 @@ from atom.calibration.config import CalibrationConfig
 from atom.calibration.distill_plan import plan_distillation
 from atom.calibration.estimate import GPUS as CALIBRATION_GPUS
 from atom.calibration.estimate import Estimate, estimate, estimate_distillation, measure_machine
+from atom.calibration.recommended import resolve
 
 from ..checkpoint import read_scheme
 from ..errors import UnsupportedError
@@ -66,17 +67,22 @@ class Options:
     switches: Annotated[Switches, tyro.conf.OmitArgPrefixes] = field(default_factory=Switches)
 
     def __post_init__(self) -> None:
-        if self.scheme is not None:
-            get_scheme(self.scheme)
         if self.gpu != "cpu" and self.gpu not in GPUS:
             raise ValueError(f"unknown --gpu {self.gpu!r}; use cpu, {', '.join(GPUS)}")
+        if self.preset is not None:
+            get_scheme(self.preset)
+
+    @property
+    def preset(self) -> str | None:
+        """The scheme's name, where it is auto that of the GPU's."""
+        return None if self.scheme is None else resolve(self.scheme, None if self.gpu == "cpu" else self.gpu)
 
 
 def run(options: Options) -> dict[str, Any]:
     """Print three tables; return the same as numbers. Raises UnsupportedError for an architecture not known here."""
     raw, generation = read_config(options.model)
     own = read_scheme(raw)
-    named = get_scheme(options.scheme) if options.scheme else own or get_scheme("w4a4")
+    named = get_scheme(options.preset) if options.preset else own or get_scheme("w4a4")
     scheme = options.switches.apply(named, options.calibration.gptq) if own is None else named
     config = model_config(raw, generation)
     model = meta_model(config)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from atom.calibration.config import CalibrationConfig
-from atom.calibration.recommended import AUTO, recommended_scheme
+from atom.calibration.recommended import AUTO, resolve
 
 from ..checkpoint import check_output
 from ..quant.presets import get_scheme
@@ -95,8 +95,7 @@ class Options:
         """The scheme's name, where it is auto that of the GPU's."""
         if self.scheme is None:
             return "w4a4-hadamard" if self.has_budget else "w4a4"
-        name, plus, kv = self.scheme.partition("+")
-        return f"{recommended_scheme(self.gpu)}{plus}{kv}" if name == AUTO else self.scheme
+        return str(resolve(self.scheme, self.gpu))
 
     @property
     def config(self) -> CalibrationConfig:
