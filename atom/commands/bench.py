@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from atom.errors import AtomError
+from atom.errors import AtomError, UnsupportedError
 from atom.kernels.bench_config import KernelsConfig
 from atom.serving.bench.bounds import BoundsConfig
 from atom.serving.bench.config import ServeBenchConfig
@@ -44,7 +44,12 @@ def run(options: Any) -> dict[str, Any]:
 
 def _serve(config: ServeBenchConfig) -> dict[str, Any]:
     """KeyboardInterrupt after a stopped run's results were written."""
-    from atom.serving.bench.serve import bench_serve
+    try:
+        from atom.serving.bench.serve import bench_serve
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"loading a server needs the package {error.name}; pip install 'atom-serving[serving]'"
+        ) from None
 
     from .bench_progress import LoadProgress
 

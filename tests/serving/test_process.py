@@ -242,15 +242,17 @@ def test_a_missing_model_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'/no/model' is not there" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("command", "module"), [("serve", "uvicorn"), ("chat", "httpx")])
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [("serve /no/model", "uvicorn"), ("chat http://127.0.0.1:9 --prompt x", "httpx"), ("bench serve", "httpx")],
+)
 def test_a_missing_package_is_told(
     command: str, module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    for name in ("atom.serving.process", "atom.commands.chat_remote"):
+    for name in ("atom.serving.process", "atom.commands.chat_remote", "atom.serving.bench.serve"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    argument = "/no/model" if command == "serve" else "http://127.0.0.1:9"
-    assert main([command, argument, *(["--prompt", "x"] if command == "chat" else [])]) == 1
+    assert main(command.split()) == 1
     err = capsys.readouterr().err
     assert f"needs the package {module}" in err and "atom-serving[serving]" in err
 
