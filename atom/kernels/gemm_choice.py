@@ -32,6 +32,7 @@ def choose_config(
     kind = KINDS[weight]
     multicast, clustered, pairs, tail = 1, True, False, 1
     by_factor = weight in ("int4_uint4", "int4_uint4_g32")
+    is_w4a16 = weight == "int4_uint4_bf16"
     small_groups = weight == "int4_uint4_g32" and tokens <= 16  # with a sweep of their own
     three_quarters = 64 < tokens <= 96 and weight in ("int4_uint4", "int8")  # of a tile of 128
     two_fit = tokens <= (32 if kind.operand == "bf16" else 64)  # CTAs of two warpgroups on an SM
@@ -39,11 +40,13 @@ def choose_config(
         tile_m = 16 if tokens <= 16 else 32
         wide = -(-features // 256)
         if wide >= SMS // 2:  # gate_up: tiles enough without a split
-            warpgroups, split = (2, 1) if kind.promoted or small_groups else (4, 1)
+            warpgroups, split = (2, 1) if kind.promoted or small_groups or is_w4a16 else (4, 1)
             pairs = kind.promoted
         elif wide >= 20:  # qkv
-            warpgroups, split = (2, 2) if kind.promoted or small_groups else (4, 4)
+            warpgroups, split = (2, 2) if kind.promoted or small_groups or (is_w4a16 and tokens > 16) else (4, 4)
             pairs = kind.promoted or small_groups
+        elif is_w4a16 and units >= 16 and _split(-(-features // 128), sms) == 4:  # o and down: codes take the time
+            warpgroups, split, clustered, two_fit = 2, 4, False, False
         elif units >= 64 and kind.operand != "bf16":  # down
             warpgroups, split, clustered, pairs = 2, _split(-(-features // 128), sms), False, True
             two_fit = not (int8_units and kind.promoted)
@@ -57,8 +60,11 @@ def choose_config(
         pairs = pairs and tokens <= 16 and kind.bits == 4 and kind.operand == "int8"
     elif tokens <= 64:
         tile_m = 64
-        warpgroups = 4 if features >= 16384 and kind.promoted and kind.operand != "bf16" else 2
+        one_round = is_w4a16 and sms < 2 * -(-features // 256) <= 2 * sms  # of tiles of 256 rows
+        warpgroups = 4 if one_round or (features >= 16384 and kind.promoted and kind.operand != "bf16") else 2
         split = _split(-(-features // (64 * warpgroups)), sms)
+        if is_w4a16 and units >= 64 and 8 * -(-features // 256) <= sms:  # down
+            warpgroups, split = 4, 8
         clustered = split <= 2
         two_fit = two_fit and (units < 64 or by_factor)
     elif weight == "int4_uint4_bf16":

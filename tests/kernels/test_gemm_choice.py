@@ -7,7 +7,7 @@ import torch
 
 from atom.kernels.bench_operands import random_activation, random_weight
 from atom.kernels.gemm import Gemm, pack_weight, token_scales
-from atom.kernels.gemm_choice import choose_config
+from atom.kernels.gemm_choice import SMS, choose_config
 from atom.kernels.gemm_config import SHARED_BYTES
 from atom.kernels.gemm_kinds import KINDS
 from atom.kernels.refusals_sm90 import refuses_linear, refuses_scheme
@@ -97,6 +97,22 @@ def test_tiles_of_bfloat16_products(tokens: int, tiles: tuple[tuple[int, int], .
     for (features, units), tile in zip(((6144, 32), (4096, 32), (28672, 32), (4096, 112)), tiles, strict=True):
         config = choose_config("int4_uint4_bf16", "none", tokens, features, units)
         assert (config.tile_m, config.warpgroups) == tile
+
+
+W4A16_FEW = [  # tokens; (warpgroups, CTAs of a tile, in a cluster, CTAs of an SM) of Llama-3-8B's layer, as above
+    (16, ((4, 4, True, 1), (2, 4, False, 1), (2, 1, True, 2), (2, 4, False, 1))),
+    (32, ((2, 2, True, 2), (2, 4, False, 1), (2, 1, True, 2), (2, 4, False, 1))),
+    (64, ((2, 2, True, 1), (2, 4, False, 1), (4, 1, True, 1), (4, 8, False, 1))),
+]
+
+
+@pytest.mark.parametrize("tokens,wanted", W4A16_FEW)
+def test_bfloat16_products_of_few_tokens(tokens: int, wanted: tuple[tuple[int, int, bool, int], ...]) -> None:
+    for (features, units), choice in zip(((6144, 32), (4096, 32), (28672, 32), (4096, 112)), wanted, strict=True):
+        config = choose_config("int4_uint4_bf16", "none", tokens, features, units)
+        assert (config.warpgroups, config.split, config.clustered, config.ctas_per_sm) == choice
+        ctas = -(-features // (64 * config.warpgroups)) * config.split
+        assert config.clustered or ctas <= SMS * config.ctas_per_sm, "those that wait for each other must all run"
 
 
 def test_residuals_that_do_not_fit_are_refused() -> None:
