@@ -23,7 +23,7 @@ MODELS = {  # hidden size, features of q, k and v, of attention's output, interm
     "llama-2-7b": (4096, 12288, 4096, 11008),
     "llama-3-8b": (4096, 6144, 4096, 14336),
 }
-SCHEMES = ("w4a4", "w4a8", "w4a4-hadamard", "w8a8", "fp8", "nvfp4")
+SCHEMES = ("w4a4", "w4a8", "w4a4-hadamard", "w4a16", "w8a8", "fp8", "nvfp4")
 TOKENS = (1, 40, 300)
 
 
