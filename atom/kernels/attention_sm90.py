@@ -134,7 +134,7 @@ class PagedAttentionSm90:
             near: tuple[Tensor | None, ...] = (None, None)
             if step.recent is not None:
                 assert recent is not None and cap is None and not has_offset, "see Scheme.kv_recent"
-                near = self._attend_recent(words, step, recent, lengths, buffers.rows, out, spec.scale)
+                near = self._attend_recent(words, step, recent, lengths, buffers.rows, out, spec.scale, is_early)
             decode(
                 words, layer, step.block_tables, lengths, buffers.rows, buffers.work, buffers.segments, out,
                 scratch.partial, scratch.lse, scratch.counters, *offsets, *near,
@@ -145,7 +145,7 @@ class PagedAttentionSm90:
 
     def _attend_recent(
         self, words: Tensor, step: PagedStep, layer: RecentLayer, lengths: Tensor, rows: Tensor, out: Tensor,
-        scale: float,
+        scale: float, is_early: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Decodes over their newest tokens: into `out` where there are no others, else what the decode kernel adds."""
         assert step.recent is not None
@@ -156,7 +156,7 @@ class PagedAttentionSm90:
         near = self._near(step, heads)
         self.recents[config](
             words, as_words(layer.ring), lengths, rows, step.recent.rings, out, near.values, near.lse, scale,
-            step.recent.capacity,
+            is_early, step.recent.capacity,
         )  # fmt: skip
         return near.values, near.lse
 

@@ -58,8 +58,7 @@ class DecodeFetch:
                 slot, phase = self.fetch(
                     origin, stride, full, empty, ring, entry, ahead * i, ahead * begun, slot, phase
                 )  # fmt: skip
-        if cutlass.const_expr(not config.recent):
-            cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_wait()
         for index in cutlass.range(first, last, unroll=1):
             turn = index - first
             buffer = turn % 2

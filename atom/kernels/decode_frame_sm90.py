@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import cutlass
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, cute
 from cutlass.cute.runtime import make_fake_stream
 
@@ -43,8 +42,6 @@ class DecodeFrame:
         """For the fetching warp: its CTA's first segment and the end; all warps leave together."""
         first = Int32(0)
         last = Int32(0)
-        if cutlass.const_expr(self.config.recent):
-            is_early = Int32(1)
         if warp == self.config.warps:
             if is_early == 0:
                 cute.arch.griddepcontrol_wait()
@@ -55,27 +52,14 @@ class DecodeFrame:
 
     @cute.jit
     def work_to_compute(self, mWork, cta, is_early):
-        """For the other warps: the same, and all kernels before have ended; behind the recent window's, all but it."""
-        if cutlass.const_expr(self.config.recent):
-            is_early = Int32(1)
+        """For the other warps: the same, and all kernels before have ended."""
         if is_early == 0:
             cute.arch.griddepcontrol_wait()
         first = mWork[cta]
         last = mWork[cta + 1]
-        if cutlass.const_expr(not self.config.recent):
-            cute.arch.griddepcontrol_wait()
-            cute.arch.griddepcontrol_launch_dependents()  # after the wait: the next kernel may rely on it, as this one
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()  # after the wait: the next kernel may rely on it, as this one
         return first, last
-
-    @cute.jit
-    def wait_for_recent(self):
-        """What the kernel of the newest tokens leaves is there.
-
-        It lets this one start when all before it have ended, and no sooner, so nothing else has to be waited for.
-        """
-        if cutlass.const_expr(self.config.recent):
-            cute.arch.griddepcontrol_wait()
-            cute.arch.griddepcontrol_launch_dependents()
 
     def registers(self):
         """(rQ, rSum, rM, rL, rZ, rO) of a segment: its queries, and what a computing warp finds of their outputs."""

@@ -111,7 +111,6 @@ class PagedDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeMe
                 )  # fmt: skip
                 if index + 2 == last:
                     cute.arch.barrier_arrive(barrier_id=3, number_of_threads=config.threads)
-            self.wait_for_recent()
             self.merge(mO, mPartial, mLse, mNear, mNearLse, sPart, first, last, warp, lane)
 
     @cute.jit
@@ -183,7 +182,6 @@ class PagedDecode(DecodeFrame, DecodeFetch, DecodeQueries, DecodeStage, DecodeMe
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(taken + buffer)
-        self.wait_for_recent()
         self.finish(
             mO, mPartial, mLse, mNear, mNearLse, sO, sM, sL, rM, rL, rZ, rO, token, head, place, mine < stages, turned,
             warp, lane,

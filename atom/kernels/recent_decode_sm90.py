@@ -6,8 +6,9 @@ tokens of a row (a sequence and KV head), its `config.tiles` warps put theirs to
 
 What a reader must know: both products stand on their heads, as in decode_stage_sm90.py. Nothing is staged: a lane loads
 its fragments of mma from global memory, eight neighbouring channels at a time, which takes channels in another order
-than they lie in; queries are loaded in the same order, and outputs come out as eight neighbours. The decode kernel runs
-at the same time, from when all CTAs of this one have begun.
+than they lie in; queries are loaded in the same order, and outputs come out as eight neighbours. This kernel stands
+between the one that appends and the decode kernel, which may start as soon as all CTAs of this one have: what that
+fetches early was there before the kernel that appends. This one asks for its lines before it waits.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ from .decode_stage_sm90 import LOG2_E, LOWEST
 from .dsl.arguments import row_major
 from .dsl.memory import load_f32x4, pack_bf16x2, store_f32x4
 from .dsl.tensor_core import exp2, log2, mma_bf16, pick_bytes, transpose_8x8
-from .dsl.wide_access import load_streamed
+from .dsl.wide_access import load_streamed, prefetch_line
 from .recent_config import RecentConfig
 
 
@@ -45,12 +46,13 @@ class RecentDecode:
         mNear: cute.Tensor,  # [T, num_heads, head_dim] float32: else this
         mNearLse: cute.Tensor,  # [T, num_heads] float32: and this, log2 of the sum of exponentials
         scale: Float32,  # of scores
+        is_early: Int32,  # as the decode kernel's
         capacity: Int32,  # rows of a ring: the token at position p lies in row p % capacity of it
         stream: cuda.CUstream,
     ):
         config = self.config
         rows = mStart.shape[0] * mRing.shape[2]
-        self.kernel(mQ, mRing, mLength, mRow, mStart, mO, mNear, mNearLse, scale, capacity).launch(
+        self.kernel(mQ, mRing, mLength, mRow, mStart, mO, mNear, mNearLse, scale, is_early, capacity).launch(
             grid=((rows + config.rows - 1) // config.rows, 1, 1),
             block=(32 * config.warps, 1, 1),
             stream=stream,
@@ -62,7 +64,7 @@ class RecentDecode:
     @cute.kernel
     def kernel(
         self, mQ: cute.Tensor, mRing: cute.Tensor, mLength: cute.Tensor, mRow: cute.Tensor, mStart: cute.Tensor,
-        mO: cute.Tensor, mNear: cute.Tensor, mNearLse: cute.Tensor, scale: Float32, capacity: Int32,
+        mO: cute.Tensor, mNear: cute.Tensor, mNearLse: cute.Tensor, scale: Float32, is_early: Int32, capacity: Int32,
     ):  # fmt: skip
         config = self.config
         tid, _, _ = cute.arch.thread_idx()
@@ -78,19 +80,23 @@ class RecentDecode:
         index = cta * config.rows + warp // config.tiles
         sequence = cutlass.min(index, rows - 1) // kv_heads
         head = cutlass.min(index, rows - 1) - sequence * kv_heads
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()  # the decode kernel relies on all before this one
+        cute.arch.griddepcontrol_launch_dependents()  # before the wait: as if the decode kernel followed the last one
+        if is_early == 0:
+            cute.arch.griddepcontrol_wait()
         length = mLength[sequence]
+        token = mRow[sequence]
+        start = mStart[sequence]
         if index >= rows:
             length = Int32(0)
+        count = cutlass.min(length, Int32(config.tokens))
+        base = (length - count) % capacity
+        if start < 0:
+            start = ~start
+            base = Int32(0)
+        if length > 0 and is_early != 0:
+            self.ask(mRing, head, start, base, count, capacity, warp, lane)
+        cute.arch.griddepcontrol_wait()
         if length > 0:
-            token = mRow[sequence]
-            count = cutlass.min(length, Int32(config.tokens))
-            base = (length - count) % capacity
-            start = mStart[sequence]
-            if start < 0:
-                start = ~start
-                base = Int32(0)
             self.attend(
                 mQ, mRing, sO, sM, sL, token, head, start, base, count, capacity,
                 scale * Float32(LOG2_E), warp, lane,
@@ -108,6 +114,17 @@ class RecentDecode:
         if row >= capacity:
             row -= capacity
         return row
+
+    @cute.jit
+    def ask(self, mRing, head, start, base, count, capacity, warp, lane):
+        """A warp's keys and values into L2: a lane's lines of one token's key or value."""
+        config = self.config
+        j = 16 * (warp % config.tiles) + lane // 2
+        row = start + self.place(j, base, count, capacity)
+        line = Int64(row) * 2 + lane % 2
+        at = mRing.iterator.toint() + (line * mRing.shape[2] + head) * (2 * config.head_dim)
+        for byte in cutlass.range_constexpr(0, 2 * config.head_dim, 128):
+            prefetch_line(at + byte)
 
     @cute.jit
     def attend(
@@ -253,6 +270,7 @@ def compile_recent(config: RecentConfig, options: str = "") -> object:
         row_major(Float32, (cute.sym_int(), heads, dim), 16),
         row_major(Float32, (cute.sym_int(), heads), 4),
         Float32(1.0),
+        Int32(1),
         Int32(16),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",

@@ -89,7 +89,7 @@ def emulate(
         [
             Argument(words, (2,)), Argument(store.view(torch.int32).numpy(), (1, 3)), Argument(lengths),
             Argument(rows), Argument(starts), Argument(out, (2,)), Argument(near, (2,)), Argument(near_lse),
-            float(spec.scale), capacity,
+            float(spec.scale), 1, capacity,
         ],
         recent.shared_bytes,
     )  # fmt: skip

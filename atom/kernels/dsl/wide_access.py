@@ -37,6 +37,12 @@ def load_floats(address: Any):
 
 
 @cute.jit
+def prefetch_line(address: Any):
+    """Ask for the line of 128 bytes at an address to be in L2; nothing waits for it."""
+    cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[address])
+
+
+@cute.jit
 def load_some(address: Any, count: cutlass.Constexpr):
     """One, two or four 32-bit words, aligned to their size together, that are read once."""
     vector = "" if count == 1 else f".v{count}"
