@@ -64,9 +64,8 @@ class DecodeBuckets:
         recent = kv.pool.recent
         self._spare_lane = 0 if recent is None else recent.spare_lane
         self._inputs = decode_inputs(
-            model, last_tokens, largest, max_blocks, kv.pool.block_size, depth, kernels,
-            0 if recent is None else recent.capacity,
-        )  # fmt: skip
+            model, last_tokens, largest, max_blocks, kv.pool.block_size, depth, kernels, recent
+        )
         self._logits = Leading(
             torch.zeros(self.most_samples, model.config.vocab_size, dtype=model.dtype, device=device)
         )
@@ -105,7 +104,7 @@ class DecodeBuckets:
     def _load(self, padded: Batch, share: Share = "auto") -> tuple[Tensor, bool]:
         """Fill the buffers; returns the lanes that sample, and PagedKV.begin's answer."""
         shares = self.kv.begin(padded, self._inputs.arrays(padded.num_seqs), share)
-        return self._inputs.load(padded), shares
+        return self._inputs.load(padded, self.kv.rings), shares
 
     def _compute(self, size: int) -> None:
         hidden = self.model.model.run(*self._inputs.start(size), self.kv)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from atom.kernels.begin import Begin, refuses_begin
-from atom.kernels.begin_config import BLOCKS, LANE, NEWEST, POSITION, RECORD_WORDS, SLOT, SOURCE, TOKEN
+from atom.kernels.begin_config import BLOCKS, LANE, NEWEST, POSITION, RECORD_WORDS, RING, SLOT, SOURCE, TOKEN
 from atom.kernels.leading import Leading
+from atom.kernels.paged_step import Ints
 from atom.kernels.registry import Kernels, Problem, device_arch
 from atom.models.model import Model
 from atom.models.rope import RopeConfig, Rotation
@@ -21,15 +22,18 @@ from atom.models.rope import RopeConfig, Rotation
 from .batch import Batch, Int32
 from .decoding import Rows
 from .kv_pool import DeviceArrays
-from .recent import RingPlaces
+from .recent import RecentTokens
 from .step_inputs import Staging, StepInputs
 
 Rotations = Mapping[RopeConfig, Rotation]
 
 
 class DecodeInputs(Protocol):
-    def load(self, padded: Batch) -> Tensor:
-        """Fill the buffers, without waiting; returns the lanes that sample, int64 [S]."""
+    def load(self, padded: Batch, rings: Ints | None = None) -> Tensor:
+        """Fill the buffers, without waiting; returns the lanes that sample, int64 [S].
+
+        rings  PagedKV.rings of the step
+        """
         ...
 
     def arrays(self, size: int) -> DeviceArrays:
@@ -43,19 +47,18 @@ class DecodeInputs(Protocol):
 
 def decode_inputs(
     model: Model, last_tokens: Tensor, most: int, max_blocks: int, block_size: int, depth: int, kernels: Kernels,
-    ring_rows: int = 0,
+    recent: RecentTokens | None = None,
 ) -> DecodeInputs:  # fmt: skip
     """The inputs of decode steps of at most `most` sequences of max_blocks blocks each, `depth` of them under way.
 
-    ring_rows  of a sequence's exact tokens; 0: none are kept
+    recent  the exact tokens, where some are kept
     """
-    places = RingPlaces(most, ring_rows, model.device) if ring_rows else None
     dtype = str(model.dtype).removeprefix("torch.")
     problem = Problem(device_arch(model.device), K=model.config.hidden_size, dtype=dtype)
     is_dynamic = any(config.kind == "dynamic" for config in model.config.ropes)
     if kernels == "auto" and not is_dynamic and refuses_begin(problem) is None:
-        return KernelInputs(model, last_tokens, most, max_blocks, block_size, depth, places)
-    return TorchInputs(model, last_tokens, most, max_blocks, depth, places)
+        return KernelInputs(model, last_tokens, most, max_blocks, block_size, depth, recent)
+    return TorchInputs(model, last_tokens, most, max_blocks, depth, recent)
 
 
 class TorchInputs:
@@ -63,34 +66,37 @@ class TorchInputs:
 
     def __init__(
         self, model: Model, last_tokens: Tensor, most: int, max_blocks: int, depth: int,
-        places: RingPlaces | None = None,
+        recent: RecentTokens | None = None,
     ) -> None:  # fmt: skip
-        self._places = places
+        self._recent = recent
+        self._rings = torch.zeros(most, dtype=torch.int32, device=model.device)
         self._model, self._last_tokens = model, last_tokens
         self._staging = Staging(model.device, depth)
-        # tokens, sources, positions, slots, lanes
+        # tokens, sources, positions, slots, rows of exact tokens
         self._words = torch.zeros(5, most, dtype=torch.int64, device=model.device)
         self._tables = torch.zeros(most, max_blocks, dtype=torch.int32, device=model.device)
 
-    def load(self, padded: Batch) -> Tensor:
+    def load(self, padded: Batch, rings: Ints | None = None) -> Tensor:
         """See DecodeInputs."""
         size, width = padded.block_tables.shape
         words = np.empty((5, size), dtype=np.int64)
         words[0], words[1], words[2], words[3] = padded.token_ids, -1, padded.positions, padded.slots
-        words[4] = padded.lanes
+        words[4] = 0
+        starts = np.zeros(0, dtype=np.int32)
+        if self._recent is not None and rings is not None:
+            words[4], starts = self._recent.exact_slots(rings, padded.positions), rings.astype(np.int32)
         words[1, padded.pending] = padded.pending_lanes
         lanes = padded.sample_lanes.astype(np.int64)
-        on_device, table_rows, lane_ids = self._staging.upload([words, padded.block_tables, lanes])
+        on_device, table_rows, lane_ids, ring_starts = self._staging.upload([words, padded.block_tables, lanes, starts])
+        self._rings[: len(starts)] = ring_starts
         self._words[:, :size] = on_device
         self._tables[:size, :width] = table_rows
-        if self._places is not None and padded.ahead is None:  # else PagedKV says where they go
-            self._places.fill(self._words[4, :size], self._words[2, :size])
         return lane_ids
 
     def arrays(self, size: int) -> DeviceArrays:
         """See DecodeInputs."""
-        places = (None, None) if self._places is None else self._places(size)
-        return DeviceArrays(self._words[3, :size], self._tables[:size], None, *places)
+        exact = (None, None) if self._recent is None else (self._rings[:size], self._words[4, :size])
+        return DeviceArrays(self._words[3, :size], self._tables[:size], None, *exact)
 
     def start(self, size: int) -> tuple[Tensor, Rotations]:
         """See DecodeInputs."""
@@ -109,10 +115,9 @@ class KernelInputs:
 
     def __init__(
         self, model: Model, last_tokens: Tensor, most: int, max_blocks: int, block_size: int, depth: int,
-        places: RingPlaces | None = None,
+        recent: RecentTokens | None = None,
     ) -> None:  # fmt: skip
         self._block_size = block_size
-        self._places = places
         decoder = model.model
         self._ropes = decoder.ropes()
         self._begin = Begin(
@@ -124,8 +129,10 @@ class KernelInputs:
             most,
             max_blocks,
             depth + 1,
+            (0, 0) if recent is None else (recent.tokens, recent.capacity),
         )
         begin = self._begin
+        self._exact = None if recent is None else (Leading(begin.rings), Leading(begin.exact_slots))
         self._lanes, self._slots, self._tables, self._lengths = (
             Leading(whole) for whole in (begin.lanes, begin.slots, begin.tables, begin.lengths)
         )
@@ -135,7 +142,7 @@ class KernelInputs:
         self._blocks = np.zeros(0, dtype=np.int32)
         self._is_pending = False
 
-    def load(self, padded: Batch) -> Tensor:
+    def load(self, padded: Batch, rings: Ints | None = None) -> Tensor:
         """See DecodeInputs."""
         size, sampled = padded.num_seqs, len(padded.sample_lanes)
         records = self._records[:size]
@@ -146,6 +153,8 @@ class KernelInputs:
             records[padded.pending, SOURCE] = padded.pending_lanes
         if not goes_on:
             records[:, LANE] = padded.lanes  # those that are sampled from first
+            if rings is not None:
+                records[:, RING] = rings
         records[:, POSITION], records[:, SLOT] = padded.positions, padded.slots
         records[:, BLOCKS] = blocks = (padded.seqlens_k + (self._block_size - 1)) // self._block_size
         tables: Int32 | None = padded.block_tables
@@ -156,15 +165,13 @@ class KernelInputs:
         room = self._begin.room(size)
         room[...] = records
         self._begin(room, tables)
-        if self._places is not None and padded.ahead is None:  # else PagedKV says where they go
-            self._places.fill(self._begin.lanes[:size], self._begin.positions[:size])
         self._decoding, self._blocks, self._is_pending = padded.decoding, blocks, is_pending
         return self._lanes(len(padded.sample_lanes))
 
     def arrays(self, size: int) -> DeviceArrays:
         """See DecodeInputs."""
-        places = (None, None) if self._places is None else self._places(size)
-        return DeviceArrays(self._slots(size), self._tables(size), self._lengths(size), *places)
+        exact = (None, None) if self._exact is None else (self._exact[0](size), self._exact[1](size))
+        return DeviceArrays(self._slots(size), self._tables(size), self._lengths(size), *exact)
 
     def start(self, size: int) -> tuple[Tensor, Rotations]:
         """See DecodeInputs."""

@@ -17,7 +17,7 @@ from atom.errors import UnsupportedError
 from atom.kernels.dense_attention import AttentionSpec
 from atom.kernels.kv_layout import KVLayout
 from atom.kernels.paged_attention import PAGED_ATTENTION, RopeTable
-from atom.kernels.paged_step import PagedStep, RecentStep, Share
+from atom.kernels.paged_step import Ints, PagedStep, RecentStep, Share
 from atom.kernels.registry import Choice, Kernels, Problem, device_arch
 from atom.kernels.rope_append import ROPE_APPEND_KV
 from atom.models.config import ModelConfig
@@ -134,7 +134,7 @@ class DeviceArrays:
     block_tables  int32 [B, max blocks]
     lengths       int32 [B], tokens to attend over, where every sequence has one query; None: attention brings them
     rings         int32 [B], see RecentStep, and
-    exact_slots   int64 [T], its slots, where every sequence has one query; None: they are brought if they are needed
+    exact_slots   int64 [T], its slots, filled before the step runs; None: they are brought if they are needed
     """
 
     slots: Tensor
@@ -231,6 +231,11 @@ class PagedKV:
         is_direct = not in_pieces and (is_decode or bool((np.diff(batch.cu_seqlens_q) <= 1).all()))
         assert is_direct or batch.ahead is None, "a row has one token"
         return recent.step(batch, arrays.rings, arrays.exact_slots, is_direct)
+
+    @property
+    def rings(self) -> Ints | None:
+        """RecentStep.rings of the step that has begun, on the host; None without a recent window."""
+        return None if self._recent is None else self._recent.rings_host
 
     def finish(self) -> None:
         """To be called behind a step whose tokens were rows."""

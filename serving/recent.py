@@ -79,25 +79,6 @@ class LayerRun:
     memory: Tensor
 
 
-class RingPlaces:
-    """Where a decode step's exact tokens go, in buffers that keep their place: see RecentStep's rings and slots."""
-
-    def __init__(self, most: int, capacity: int, device: torch.device) -> None:
-        self._capacity = capacity
-        self._rings = torch.zeros(most, dtype=torch.int32, device=device)
-        self._rows = torch.zeros(most, dtype=torch.int64, device=device)
-
-    def fill(self, lanes: Tensor, positions: Tensor) -> None:
-        """Of tokens at `positions` int64 [B] of sequences with these lanes int64 [B]."""
-        first = lanes * self._capacity
-        self._rings[: len(lanes)] = first
-        torch.add(first, positions % self._capacity, out=self._rows[: len(lanes)])
-
-    def __call__(self, size: int) -> tuple[Tensor, Tensor]:
-        """The rings int32 [size] and the rows int64 [size]."""
-        return self._rings[:size], self._rows[:size]
-
-
 class RecentTokens:
     """Rings of all lanes and layers, and one scratch. A lane beyond the last is there for rows that pad."""
 
@@ -130,36 +111,35 @@ class RecentTokens:
     def step(self, batch: Batch, rings: Tensor | None, rows: Tensor | None, is_direct: bool) -> RecentStep:
         """What attention must know of a step.
 
-        rings, rows  RecentStep.rings and its slots where they lie on the device already; None: they are copied
+        rings, rows  where RecentStep.rings and slots will lie on the device when the step runs; None: they are copied
         is_direct    see RecentStep
         """
         self._behind = None  # should the step before have failed
         rings_host = batch.lanes.astype(np.int64) * self.capacity
         if batch.ahead is not None:
-            rings_host, places = self._lines(batch, rings_host)
-            return RecentStep(
-                self.tokens, self.capacity, self._bring(rings_host.astype(np.int32), rings), rings_host,
-                self._bring(places, rows), is_direct,
-            )  # fmt: skip
+            self._lay_lines(batch, rings_host)
         if not is_direct:
             rows = self.scratch_rows[: batch.num_tokens]
         elif rows is None:
-            owner = rings_host.repeat(np.diff(batch.cu_seqlens_q))
-            rows = self._bring(owner + batch.positions % self.capacity)
+            rows = self._bring(self.exact_slots(rings_host.repeat(np.diff(batch.cu_seqlens_q)), batch.positions))
         if rings is None:
             rings = self._bring(rings_host.astype(np.int32))
         return RecentStep(self.tokens, self.capacity, rings, rings_host, rows, is_direct)
 
-    def _lines(self, batch: Batch, rings: Int64) -> tuple[Int64, Int64]:
-        """Rings and slots of rows, those of one text in a line; copies there what the lines begin with."""
+    def exact_slots(self, rings: Ints, positions: Ints) -> Int64:
+        """RecentStep.slots of tokens at `positions`, of which `rings` are RecentStep.rings."""
+        in_line = ~rings + np.minimum(positions, self.tokens - 1)
+        return np.where(rings >= 0, rings + positions % self.capacity, in_line)
+
+    def _lay_lines(self, batch: Batch, rings: Int64) -> None:
+        """Have `rings` of rows point into lines, where a text has several; copies there what these begin with."""
         assert batch.ahead is not None
         lanes, positions = batch.lanes, batch.positions.astype(np.int64)
-        slots = rings + positions % self.capacity
         counts = np.bincount(lanes, minlength=self.spare_lane + 1)
         counts[self.spare_lane] = 0
         texts = np.flatnonzero(counts > 1)
         if not len(texts):
-            return rings, slots
+            return
         starts = np.zeros_like(counts)
         starts[lanes] = positions - batch.ahead
         starts, counts = starts[texts], counts[texts]
@@ -169,12 +149,10 @@ class RecentTokens:
         lines = np.zeros(self.spare_lane + 1, dtype=np.int64)  # of each lane, the row of position 0, were it there
         lines[texts] = first - (starts - before)
         rows = np.flatnonzero(np.isin(lanes, texts))
-        slots[rows] = lines[lanes[rows]] + positions[rows]
         rings[rows] = ~(lines[lanes[rows]] + np.maximum(0, positions[rows] - self.tokens + 1))
         self._copy(self._between(texts, starts - before, before, lines, is_back=False))
         kept = np.minimum(counts, self.capacity)
         self._behind = self._between(texts, starts + counts - kept, kept, lines, is_back=True)
-        return rings, slots
 
     def _between(self, lanes: Int64, firsts: Int64, counts: Int64, lines: Int64, is_back: bool) -> Moves:
         """Of each lane the tokens firsts ... firsts + counts - 1 from its ring to its line, or back."""
@@ -184,13 +162,11 @@ class RecentTokens:
         source, target = (line, ring) if is_back else (ring, line)
         return Moves(self._bring(source), self._bring(target))
 
-    def _bring(self, array: Ints, target: Tensor | None = None) -> Tensor:
-        """An array on the device, in `target` if that is given; does not wait."""
+    def _bring(self, array: Ints) -> Tensor:
+        """An array on the device; does not wait."""
         host = torch.from_numpy(array)
         host = host.pin_memory() if self.scratch.is_cuda and len(host) else host
-        if target is None:
-            return host.to(self.scratch.device, non_blocking=True)
-        return target.copy_(host, non_blocking=True)
+        return host.to(self.scratch.device, non_blocking=True)
 
     def _copy(self, moves: Moves) -> None:
         """Among the rows of all layers."""

@@ -32,10 +32,12 @@ class Begin:
     last_tokens  int64 [num_lanes]: the token that each lane sampled last
     most         tokens of a step, and max_blocks of a sequence
     steps        that may be under way, and one: the next is written meanwhile
+    window       tokens of a recent window, and rows of a ring (paged_step.RecentStep); (0, 0): there is none
 
     hidden       [most, hidden] bfloat16
     turns        float32 [2, ropes, most, head_dim / 2]: cosines, sines
     positions, slots, lanes  int64 [most]
+    exact_slots  int64 [most], RecentStep.slots, and rings int32 [most], RecentStep.rings, with a recent window
     lengths      int32 [most]: positions + 1
     tables       int32 [most, max_blocks]
     """
@@ -50,6 +52,7 @@ class Begin:
         most: int,
         max_blocks: int,
         steps: int,
+        window: tuple[int, int] = (0, 0),
     ) -> None:
         device = embedding.device
         self.embedding, self.scale, self.last_tokens = embedding, scale, last_tokens
@@ -58,8 +61,10 @@ class Begin:
         self.hidden = torch.zeros(most, embedding.shape[1], dtype=embedding.dtype, device=device)
         shape = (2, *self.frequencies.shape[:1], most, self.frequencies.shape[1])
         self.turns = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.ids = torch.zeros(3, most, dtype=torch.int64, device=device)
-        self.positions, self.slots, self.lanes = self.ids
+        self.ids = torch.zeros(4, most, dtype=torch.int64, device=device)
+        self.positions, self.slots, self.lanes, self.exact_slots = self.ids
+        self.rings = torch.zeros(most, dtype=torch.int32, device=device)
+        self.window = window
         self.lengths = torch.zeros(most, dtype=torch.int32, device=device)
         self.tables = torch.zeros(most, max_blocks, dtype=torch.int32, device=device)
         size = most * (RECORD_WORDS + max_blocks)
@@ -70,7 +75,7 @@ class Begin:
         self.first_hidden = Leading(self.hidden)
         self._before = [kept_argument(x) for x in (last_tokens, embedding)]  # its arguments, in their order
         self._between = [kept_argument(x) for x in (self.frequencies, self.factors)]
-        self._after = [kept_argument(x) for x in (self.turns, self.ids, self.lengths, self.tables)]
+        self._after = [kept_argument(x) for x in (self.turns, self.ids, self.lengths, self.tables, self.rings)]
 
     def room(self, size: int) -> Int32:
         """Where the next step's records are to be written before it is called, int32 [size, RECORD_WORDS]."""
@@ -93,7 +98,9 @@ class Begin:
         at, tables_at = self.place(records, tables)
         width = 0 if tables is None else tables.shape[1]
         hidden = self.first_hidden(len(records))
-        begin_kernel()(at, tables_at, width, *self._before, self.scale, *self._between, hidden, *self._after)
+        begin_kernel()(
+            at, tables_at, width, *self._before, self.scale, *self._between, hidden, *self._after, *self.window
+        )
 
 
 @lru_cache

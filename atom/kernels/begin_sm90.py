@@ -13,7 +13,7 @@ import cutlass.utils as utils
 from cutlass import BFloat16, Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_stream
 
-from .begin_config import BLOCKS, LANE, NEWEST, POSITION, RECORD_WORDS, SLOT, SOURCE, TOKEN
+from .begin_config import BLOCKS, LANE, NEWEST, POSITION, RECORD_WORDS, RING, SLOT, SOURCE, TOKEN
 from .dsl.arguments import row_major
 
 THREADS = 256
@@ -33,19 +33,22 @@ class Begin:
         mA: cute.Tensor,  # [ropes] float32: factors of cosines and sines
         mH: cute.Tensor,  # [B, hidden] bfloat16: hidden states
         mR: cute.Tensor,  # [2, ropes, most B, head_dim / 2] float32: cosines, sines
-        mI: cute.Tensor,  # [3, most B] int64: positions, slots, lanes
+        mI: cute.Tensor,  # [4, most B] int64: positions, slots, lanes, rows of exact tokens
         mN: cute.Tensor,  # [most B] int32: lengths
         mT: cute.Tensor,  # [most B, max blocks] int32: block tables
+        mG: cute.Tensor,  # [most B] int32: rings
+        recent: Int32,  # tokens of a recent window; 0: there is none
+        capacity: Int32,  # rows of a ring
         stream: cuda.CUstream,
     ):
-        self.kernel(records, tables, width, mLast, mE, scale, mF, mA, mH, mR, mI, mN, mT).launch(
+        self.kernel(records, tables, width, mLast, mE, scale, mF, mA, mH, mR, mI, mN, mT, mG, recent, capacity).launch(
             grid=(mH.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(self, records: Int64, tables: Int64, width: Int32, mLast: cute.Tensor, mE: cute.Tensor, scale: Float32,
                mF: cute.Tensor, mA: cute.Tensor, mH: cute.Tensor, mR: cute.Tensor, mI: cute.Tensor,
-               mN: cute.Tensor, mT: cute.Tensor):  # fmt: skip
+               mN: cute.Tensor, mT: cute.Tensor, mG: cute.Tensor, recent: Int32, capacity: Int32):  # fmt: skip
         tid, _, _ = cute.arch.thread_idx()
         row, _, _ = cute.arch.block_idx()
         smem = utils.SmemAllocator()
@@ -77,6 +80,13 @@ class Begin:
             mI[0, row] = Int64(position)
             mI[1, row] = Int64(sW[SLOT])
             mI[2, row] = Int64(sW[LANE])
+            if recent > 0:
+                ring = sW[RING]
+                mG[row] = ring
+                exact = ring + position % capacity
+                if ring < 0:  # a line, from the oldest token that this one reads exactly
+                    exact = ~ring + cutlass.min(position, recent - 1)
+                mI[3, row] = Int64(exact)
         if source >= 0:
             token = mLast[source]
         half = mF.shape[1]
@@ -155,9 +165,12 @@ def compile_begin(options: str = "") -> object:
         row_major(Float32, (ropes,), 4),
         row_major(BFloat16, (cute.sym_int(), hidden), 16),
         row_major(Float32, (2, ropes, most, half), 4),
-        row_major(Int64, (3, most), 8),
+        row_major(Int64, (4, most), 8),
         row_major(Int32, (most,), 4),
         row_major(Int32, (most, cute.sym_int()), 4),
+        row_major(Int32, (most,), 4),
+        Int32(0),
+        Int32(0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch sm_90a {options}",
     )

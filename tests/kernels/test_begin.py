@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from atom.kernels.begin import Begin, refuses_begin
-from atom.kernels.begin_config import BLOCKS, NEWEST, RECORD_WORDS
+from atom.kernels.begin_config import BLOCKS, NEWEST, RECORD_WORDS, RING
 from atom.kernels.host_memory import HostRing, bring
 from atom.kernels.registry import Problem
 
@@ -23,12 +23,12 @@ def step() -> tuple[np.ndarray, np.ndarray]:
     """Records and tables of five decodes; tables wider than the kernel has threads, one of a single block."""
     records = np.array(
         [
-            # token, source, position, blocks, slot, lane
-            [3, -1, 0, 1, 16, 4],
-            [0, 2, 100000, 290, 4711, 2],
-            [9, -1, 77, 256, 5, 0],
-            [0, 0, 4095, 257, 2**31 - 1, 1],
-            [1, -1, 12, 2, 0, 3],
+            # token, source, position, blocks, slot, lane, newest, ring
+            [3, -1, 0, 1, 16, 4, 0, 96],
+            [0, 2, 100000, 290, 4711, 2, 0, 0],
+            [9, -1, 77, 256, 5, 0, 0, ~500],
+            [0, 0, 4095, 257, 2**31 - 1, 1, 0, 2**20],
+            [1, -1, 12, 2, 0, 3, 0, ~0],
         ],
         dtype=np.int32,
     )
@@ -36,12 +36,12 @@ def step() -> tuple[np.ndarray, np.ndarray]:
     return records, np.arange(5 * 290, dtype=np.int32).reshape(5, 290)
 
 
-def made(device: str, scale: float) -> Begin:
+def made(device: str, scale: float, window: tuple[int, int] = (0, 0)) -> Begin:
     generator = torch.Generator().manual_seed(0)
     embedding = torch.randn(10, HIDDEN, generator=generator).bfloat16()
     frequencies = [10000.0 ** -(torch.arange(HALF) / HALF), 5e5 ** -(torch.arange(HALF) / HALF)]
     last = torch.tensor([7, 0, 5, 0, 0])
-    return Begin(embedding.to(device), scale, frequencies, [1.0, 0.5], last.to(device), MOST, MAX_BLOCKS, 2)
+    return Begin(embedding.to(device), scale, frequencies, [1.0, 0.5], last.to(device), MOST, MAX_BLOCKS, 2, window)
 
 
 def check(begin: Begin, scale: float, atol: float, records: np.ndarray, tables: np.ndarray) -> None:
@@ -49,7 +49,12 @@ def check(begin: Begin, scale: float, atol: float, records: np.ndarray, tables: 
     tokens = torch.tensor([3, 5, 9, 7, 1], device=begin.hidden.device)
     assert torch.equal(begin.hidden[:5], begin.embedding[tokens] * scale) and not begin.hidden[5:].any()
     positions, slots, lanes = (torch.from_numpy(records[:, i]).long() for i in (2, 4, 5))
-    assert torch.equal(begin.ids[:, :5].cpu(), torch.stack((positions, slots, lanes)))
+    assert torch.equal(begin.ids[:3, :5].cpu(), torch.stack((positions, slots, lanes)))
+    if begin.window[0]:  # in lines, 77 is the last of sixteen tokens, 12 the thirteenth of its text
+        assert begin.exact_slots[:5].tolist() == [96, 100000 % 24, 515, 2**20 + 4095 % 24, 12]
+        assert begin.rings[:5].tolist() == records[:, RING].tolist()
+    else:
+        assert not begin.exact_slots.any() and not begin.rings.any()
     angles = positions.to(begin.hidden.device).float()[:, None] * begin.frequencies[:, None]
     for found, function in zip(begin.turns[:, :, :5], (torch.cos, torch.sin), strict=True):
         assert torch.allclose(found, function(angles) * begin.factors[:, None, None], atol=atol, rtol=0)
@@ -70,11 +75,11 @@ def grow(records: np.ndarray, tables: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 @needs_dsl
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", [1.0, 3.5])
-def test_buffers_on_a_model_of_the_machine(scale: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scale", "window"), [(1.0, (0, 0)), (3.5, (16, 24))])
+def test_buffers_on_a_model_of_the_machine(scale: float, window: tuple[int, int], tmp_path: Path) -> None:
     from atom.kernels.begin_sm90 import compile_begin
 
-    begin = made("cpu", scale)
+    begin = made("cpu", scale, window)
 
     def bits(x: Tensor) -> Argument:
         return Argument((x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy())
@@ -102,6 +107,8 @@ def test_buffers_on_a_model_of_the_machine(scale: float, tmp_path: Path) -> None
                 Argument(begin.ids.numpy(), (0,)),
                 bits(begin.lengths),
                 bits(begin.tables),
+                bits(begin.rings),
+                *begin.window,
             ],
         )
 
@@ -132,10 +139,10 @@ def test_what_it_refuses() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("scale", [1.0, 3.5])
-def test_buffers_on_a_gpu(scale: float) -> None:
+@pytest.mark.parametrize(("scale", "window"), [(1.0, (0, 0)), (3.5, (16, 24))])
+def test_buffers_on_a_gpu(scale: float, window: tuple[int, int]) -> None:
     """Angles are those of torch bit by bit: keys are stored turned by either."""
-    begin = made("cuda", scale)
+    begin = made("cuda", scale, window)
     records, tables = step()
     begin.room(5)[...] = records
     begin(records, tables)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from atom.kernels.begin_config import BLOCKS, LANE, NEWEST, POSITION, RECORD_WORDS, SLOT, SOURCE, TOKEN
+from atom.kernels.begin_config import BLOCKS, LANE, NEWEST, POSITION, RECORD_WORDS, RING, SLOT, SOURCE, TOKEN
 
 
 class BeginModel:
@@ -30,6 +30,9 @@ class BeginModel:
         ids: Any,
         lengths: Any,
         tables: Any,
+        rings: Any,
+        recent: int,
+        capacity: int,
     ) -> None:
         count = len(hidden)
         self.without += not width
@@ -43,7 +46,10 @@ class BeginModel:
             hidden[row] = embedding[token] * scale
             angles = position * frequencies
             turns[0, :, row], turns[1, :, row] = angles.cos() * factors[:, None], angles.sin() * factors[:, None]
-            ids[:, row] = torch.tensor([position, int(record[SLOT]), int(record[LANE])])
+            ids[:3, row] = torch.tensor([position, int(record[SLOT]), int(record[LANE])])
+            if recent:
+                rings[row] = ring = int(record[RING])
+                ids[3, row] = ring + position % capacity if ring >= 0 else ~ring + min(position, recent - 1)
             lengths[row] = position + 1
 
 

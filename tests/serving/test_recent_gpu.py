@@ -47,7 +47,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_gpu(name: str, scheme: Scheme, dtype: torch.dtype) -> Model:
-    return small_model(name, scheme).to("cuda", dtype)
+    model = small_model(name, scheme).to("cuda", dtype)
+    for layer in model.model.decoder_layers():
+        attention = layer.self_attn
+        attention.key_centre = None if attention.key_centre is None else attention.key_centre.to("cuda")
+    return model
 
 
 def run(model: Model, kernels: Kernels) -> dict[int, torch.Tensor]:

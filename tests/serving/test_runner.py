@@ -25,7 +25,6 @@ from atom.serving.engine_config import EngineConfig
 from atom.serving.kv_pool import KVPool
 from atom.serving.llm import LLM
 from atom.serving.profile_run import run_largest_step
-from atom.serving.recent import RingPlaces
 from atom.serving.request import Request
 from atom.serving.runner import Runner
 from atom.serving.sampler import Sampler
@@ -201,16 +200,15 @@ def test_steps_that_begin_with_the_kernels_records_are_the_same(
     monkeypatch.setattr(begin, "begin_kernel", lambda: kernel)
     load = KernelInputs.load
 
-    def watched(inputs: KernelInputs, padded: Batch) -> torch.Tensor:
-        lanes, arrays = load(inputs, padded), inputs.arrays(padded.num_seqs)
+    def watched(inputs: KernelInputs, padded: Batch, rings: Any = None) -> torch.Tensor:
+        lanes, arrays = load(inputs, padded, rings), inputs.arrays(padded.num_seqs)
         assert arrays.lengths is not None and arrays.lengths.tolist() == padded.seqlens_k.tolist(), "warm-up included"
         return lanes
 
     monkeypatch.setattr(KernelInputs, "load", watched)
 
     def make(*options: Any) -> KernelInputs:
-        most, device, ring_rows = options[2], options[0].device, options[7]
-        return KernelInputs(*options[:6], RingPlaces(most, ring_rows, device) if ring_rows else None)
+        return KernelInputs(*options[:6], options[7])
 
     monkeypatch.setattr(decode_buckets, "decode_inputs", make)
     for buckets in ((1, 2, 4, 8), (1, 2, 4, 8, 16, 24)):
