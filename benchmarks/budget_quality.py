@@ -21,8 +21,9 @@ from accuracy_run import AccuracyRun, Join, MeasureOptions
 from measured import change_keys, perplexity_keys
 from parts import join_parts, scratch
 
-from atom.calibration.budget import Plan, build_scheme, frontier, mean_bits, plan_of, solve, solve_for_loss
+from atom.calibration.budget import build_scheme, mean_bits
 from atom.calibration.data import load_windows
+from atom.calibration.knapsack import Knapsack, Plan, plan_of
 from atom.calibration.places import find_places
 from atom.calibration.prepared import load_prepared
 from atom.calibration.sensitivity import Sensitivity
@@ -72,7 +73,7 @@ class Runner(AccuracyRun):
 
     @cached_property
     def losses(self) -> dict[str, dict[str, float]]:
-        """What every choice loses; prints the frontier."""
+        """What every choice loses."""
         started, o = time.perf_counter(), self.options
         drawn = load_windows(o.calib, self.tokenizer, o.budget_windows, o.budget_length, self.config.seed)
         kept = o.output.with_suffix(f".sensitivity-{drawn.sha256[:8]}.json")
@@ -80,7 +81,13 @@ class Runner(AccuracyRun):
         found = Sensitivity(model, self.base, drawn.tokens, kept).measure(self.places, self.choices)
         self.sensitivity_seconds = time.perf_counter() - started
         print(f"{len(self.places)} inputs and caches measured in {self.sensitivity_seconds:.1f} s", flush=True)
-        for point in frontier(self.places, found):
+        return found
+
+    @cached_property
+    def knapsack(self) -> Knapsack:
+        """What can be chosen; prints the frontier."""
+        found = Knapsack(self.places, self.losses)
+        for point in found.frontier():
             print(f"frontier {point.bits:.3f} bits, {point.loss:.4f} nats", flush=True)
         return found
 
@@ -95,8 +102,7 @@ class Runner(AccuracyRun):
             return
         if choice == "budget" or choice == "max-loss":
             assert limit is not None
-            solver = solve if choice == "budget" else solve_for_loss
-            plan = solver(self.places, self.losses, limit)
+            plan = self.knapsack.solve(limit) if choice == "budget" else self.knapsack.solve_for_loss(limit)
             scheme = build_scheme(self.base, plan, self.places, self.choices)
         else:
             plan, scheme = self.uniform_plan(choice), get_scheme(choice)

@@ -77,7 +77,8 @@ def find_places(model: Model, base: Scheme, context: int = CONTEXT) -> tuple[lis
             choices[place.name] = known
         if base.kv is not None and context:
             seen = min(context, config.windows[index] or context)
-            bits = {name: spec.bits_per_value(config.head_dim) for name, spec in caches.items()}
+            exact = 16 * min(base.kv_recent, seen) / seen  # the newest tokens are kept as they were, beside
+            bits = {name: spec.bits_per_value(config.head_dim) + exact for name, spec in caches.items()}
             places.append(Place(index, None, cached * seen, bits, {name: {"kv": b} for name, b in bits.items()}))
             choices[places[-1].name] = caches
     if not places:

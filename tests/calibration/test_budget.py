@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from atom.calibration.budget import Plan, build_scheme, choose_by_budget, frontier, solve, solve_for_loss
+from atom.calibration.budget import build_scheme, choose_by_budget
 from atom.calibration.config import CalibrationConfig
+from atom.calibration.knapsack import Knapsack, Plan
 from atom.calibration.places import Place, find_places
 from atom.calibration.prepared import load_prepared
 from atom.calibration.sensitivity import Sensitivity, losses_file
@@ -48,28 +49,29 @@ def random_places(seed: int) -> tuple[list[Place], dict[str, dict[str, float]]]:
 def test_the_knapsack_is_solved(seed: int, budget: float) -> None:
     places, losses = random_places(seed)
     total = sum(p.macs for p in places)
-    found = solve(places, losses, budget)
+    found = Knapsack(places, losses).solve(budget)
     best = min(
         sum(losses[p.name][c] for p, c in zip(places, combination, strict=True))
         for combination in itertools.product("abc", repeat=len(places))
         if sum(p.macs * p.bits[c] for p, c in zip(places, combination, strict=True)) / total <= budget + 1e-9
     )
     assert found.bits <= budget + 1e-9
-    assert found.loss == pytest.approx(best, rel=0.01)  # costs are rounded up to a grid
+    assert found.loss == pytest.approx(best, rel=1e-9)
     assert found.loss == pytest.approx(sum(losses[name][c] for name, c in found.chosen.items()))
 
 
 def test_limits_from_both_sides() -> None:
     places, losses = random_places(7)
-    points = frontier(places, losses)
+    knapsack = Knapsack(places, losses)
+    points = knapsack.frontier()
     assert [p.bits for p in points] == sorted(p.bits for p in points)
     assert [p.loss for p in points] == sorted((p.loss for p in points), reverse=True)
     middle = points[len(points) // 2]
-    assert solve_for_loss(places, losses, middle.loss).bits <= middle.bits + 0.01
+    assert knapsack.solve_for_loss(middle.loss).bits <= middle.bits + 1e-3
     with pytest.raises(ValueError, match=r"3\.5 bits cannot be met: the cheapest choices need 4\.000"):
-        solve(places, losses, 3.5)
+        knapsack.solve(3.5)
     with pytest.raises(ValueError, match="cannot be met: the best choices lose"):
-        solve_for_loss(places, losses, 0.0)
+        knapsack.solve_for_loss(0.0)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -180,6 +182,8 @@ def test_caches_are_chosen_layer_by_layer(
         quantize_model(tiny("llama"), scheme, out, quick)
         errors.append(logit_error(out, tiny("llama")))
     assert errors[0] > errors[1] > errors[2]
+    recent, _ = find_places(build_model(cached), replace(base, kv_recent=16), context=1024)
+    assert [r.bits["kv4"] - p.bits["kv4"] for r, p in zip(recent, places, strict=True)] == [0.25] * 3
     without, _ = find_places(build_model(cached), get_scheme("w4a4"), context=0)
     assert all(place.group is not None for place in without)
     with pytest.raises(ValueError, match="nothing to choose"):
@@ -189,6 +193,6 @@ def test_caches_are_chosen_layer_by_layer(
 def test_the_cheapest_plan_of_the_base_is_the_base() -> None:
     base = get_scheme("w4a4")
     model_places = [Place(0, input_groups()[0], 10, {"x": 4.0})]
-    plan = solve(model_places, {"0.attention_input": {"x": 0.1}}, 4.0)
+    plan = Knapsack(model_places, {"0.attention_input": {"x": 0.1}}).solve(4.0)
     scheme = build_scheme(base, plan, model_places, {"0.attention_input": {"x": base.default_linear}})
     assert scheme == base
