@@ -51,7 +51,8 @@ def choose_config(
             warpgroups, split, clustered, pairs = 2, _split(-(-features // 128), sms), False, True
             two_fit = not (int8_units and kind.promoted)
         elif kind.operand == "bf16" or kind.promoted:
-            warpgroups, split = 4, 5 if units >= 64 else 4
+            all_fit = weight != "e2m1_g16" or 5 * wide <= sms  # at once, as those that meet at a counter must
+            warpgroups, split = 4, 5 if units >= 64 and all_fit else 4
             pairs = not kind.promoted or token_scales == "group"  # else a register too many
             clustered = weight != "e2m1_g16" or split == 4 or tile_m == 16  # else one too many as well
         else:  # o

@@ -54,15 +54,16 @@ def test_schemes_that_it_refuses_with_a_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("features,units", [(576, 5), (4096, 33), (28672, 33), (4096, 112), (896, 70), (64, 1)])
-@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 96, 128, 192, 256, 512, 1024, 4096])
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 4096])
+@pytest.mark.parametrize("sms", [16, 78, 114, 132])  # a slice of an H100, an H20, an H100 on PCIe, an H100 and H200
 @pytest.mark.parametrize("weight", KINDS)
-def test_configs_fit_the_machine(weight: str, tokens: int, features: int, units: int) -> None:
-    config = choose_config(weight, "token", tokens, features, units)
+def test_configs_fit_the_machine(weight: str, sms: int, tokens: int, features: int, units: int) -> None:
+    config = choose_config(weight, "token", tokens, features, units, sms=sms)
     assert 2 <= config.stages <= 16
     assert config.ctas_per_sm * (config.pool_bytes + 2048) <= SHARED_BYTES + 2048
     assert config.split <= min(8, units), "a portable cluster, and a unit for every CTA of it"
     tiles = -(-features // (64 * config.warpgroups)) * -(-tokens // config.tile_m)
-    assert config.clustered or tiles * config.split <= 132, "CTAs that wait for each other are all resident"
+    assert config.clustered or tiles * config.split <= sms, "CTAs that wait for each other are all resident"
     assert config.tail == 1 or config.split == config.ways == config.multicast == config.ctas_per_sm == 1
 
 
