@@ -33,6 +33,7 @@ from atom.serving.decode_inputs import KernelInputs
 from atom.serving.engine import Engine
 from atom.serving.kv_pool import KVPool
 from atom.serving.news import ended
+from atom.serving.recent import RecentRoom
 from atom.serving.request import Request
 from atom.serving.runner import Runner
 from atom.serving.sampler import Sampled, Sampler
@@ -59,11 +60,12 @@ class PlanOnly:
         return self._attend.prepare(step, (None,), QUERIES_PER_KV, share)
 
 
-def hollow_runner(batch: int, context: int, tokens: int, pool_blocks: int) -> Runner:
+def hollow_runner(batch: int, tokens: int, pool_blocks: int, recent: int) -> Runner:
     """A runner that computes nothing and does everything before and after on the host, as on a GPU."""
     model = load_source(dummy_source("tiny"))
     sampler = Sampler(batch, VOCABULARY, "cpu", seed=0)
-    pool = KVPool(model.config, None, pool_blocks + 1, 16)
+    scheme = get_scheme(f"bf16+kv4r{recent}") if recent else None
+    pool = KVPool(model.config, scheme, pool_blocks + 1, 16, room=RecentRoom(batch, 1))
     max_blocks = -(-tokens // 16)
     runner = Runner(model, pool, sampler, batch, 2, buckets=bucket_sizes(batch), max_blocks=max_blocks)
     buckets = runner.buckets
@@ -74,7 +76,7 @@ def hollow_runner(batch: int, context: int, tokens: int, pool_blocks: int) -> Ru
     model.forward = lambda t, p, kv: hidden[: len(t)]  # type: ignore[method-assign]
     model.logits = lambda h: logits[: len(h)]  # type: ignore[method-assign]
     runner.kv._ops[0].attend = PlanOnly()
-    buckets._inputs = KernelInputs(model, sampler.last_tokens, batch, max_blocks, 16, 2)
+    buckets._inputs = KernelInputs(model, sampler.last_tokens, batch, max_blocks, 16, 2, pool.recent)
     buckets._compute = lambda size: None  # type: ignore[method-assign]
     sampler.run = (  # type: ignore[method-assign]
         lambda raw, plan, lanes: Sampled(found[: len(raw)], found[: len(raw)], None, plan.num_logprobs)
@@ -82,7 +84,9 @@ def hollow_runner(batch: int, context: int, tokens: int, pool_blocks: int) -> Ru
     return runner
 
 
-def measure(batch: int, context: int, top_p: float, profiler: cProfile.Profile | None = None) -> dict[str, Any]:
+def measure(
+    batch: int, context: int, top_p: float, profiler: cProfile.Profile | None = None, recent: int = 0
+) -> dict[str, Any]:
     """Median microseconds of each part of a step; `profiler` watches the last steps instead."""
     # the first prompts decode while the last are computed
     answer = -(-batch * context // (8192 - batch)) + WARM + STEPS
@@ -90,14 +94,15 @@ def measure(batch: int, context: int, top_p: float, profiler: cProfile.Profile |
     limits = SchedulerConfig(VOCABULARY, tokens, batch * -(-tokens // 16) + 8, max_num_seqs=batch)
     scheduler = Scheduler(limits)
     with patch.object(begin, "begin_kernel", lambda: lambda *args: None):
-        runner = hollow_runner(batch, context, tokens, limits.num_blocks)
+        runner = hollow_runner(batch, tokens, limits.num_blocks, recent)
         engine = Engine(runner, scheduler, None)
         clock = Clock(engine, batch)
         if profiler is not None:
             _watch_last(engine, profiler)
         run(engine, prompts(batch, context, VOCABULARY, 0), answer, top_p)
     sampling = "greedy" if top_p == 1.0 else "top_p"
-    return {"batch": batch, "context": context, "sampling": sampling, **clock.medians(STEPS)}
+    window = {"kv_recent": recent} if recent else {}
+    return {"batch": batch, "context": context, "sampling": sampling, **window, **clock.medians(STEPS)}
 
 
 def run(engine: Engine, asked: list[tuple[int, ...]], answer: int, top_p: float) -> None:
@@ -138,16 +143,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
+    parser.add_argument("--kv-recent", type=int, default=0, help="tokens of a recent window")
     parser.add_argument("--profile", action="store_true", help="list functions instead, by their own time")
     parser.add_argument("-o", "--out", type=Path, help="write rows there instead of a record")
     args = parser.parse_args()
     batches, contexts = (tuple(int(part) for part in text.split(",")) for text in (args.batches, args.contexts))
     if args.profile:
         profiler = cProfile.Profile()
-        measure(batches[0], contexts[0], 1.0, profiler)
+        measure(batches[0], contexts[0], 1.0, profiler, args.kv_recent)
         pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
         return
-    rows = [measure(batch, context, top_p) for top_p in (1.0, 0.9) for context in contexts for batch in batches]
+    rows = [
+        measure(batch, context, top_p, recent=args.kv_recent)
+        for top_p in (1.0, 0.9)
+        for context in contexts
+        for batch in batches
+    ]
     for row in rows:
         print(row)
     if args.out is not None:

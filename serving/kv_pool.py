@@ -217,7 +217,6 @@ class PagedKV:
         arrays = DeviceArrays.of(batch, self.pool.device) if arrays is None else arrays
         self._recent = None
         if self.pool.recent is not None:
-            share = "never"  # beginnings that are read together have no part for a recent window yet
             self._recent = self._begin_recent(self.pool.recent, batch, arrays, in_pieces)
         shares = self._prepare(batch, arrays, share)
         if any(shares) and not all(shares):  # a graph replays either kind: caches of two formats have to agree
