@@ -10,6 +10,7 @@ one is worth that, square_shapes.py decides.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,11 @@ class RaggedPart:
     tokens: slice | NDArray[np.int64]
     cu_seqlens_q: Ints
     cu_seqlens_k: Ints
+
+    @cached_property
+    def most(self) -> tuple[int, int]:
+        """Queries and keys of a chunk at most."""
+        return int(np.diff(self.cu_seqlens_q).max()), int(np.diff(self.cu_seqlens_k).max())
 
 
 @dataclass(frozen=True)

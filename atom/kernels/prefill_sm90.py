@@ -91,8 +91,8 @@ def exact_rows(chunks: RecentOnDevice, recent: RecentLayer) -> Tensor:
     own = recent.scratch[chunks.tokens]
     if not len(chunks.ring_rows):
         return own
-    both = torch.cat((recent.ring[chunks.ring_rows], own))
-    return both if chunks.order is None else both[chunks.order]
+    both = torch.cat((recent.ring.index_select(0, chunks.ring_rows), own))
+    return both if chunks.order is None else both.index_select(0, chunks.order)
 
 
 Planned = PlanOnDevice | RecentOnDevice
@@ -169,17 +169,17 @@ class Prefill:
             return self._attend_recent(q, layer, chunks, spec, out, recent)
         plan = chunks.plan
         is_one = plan.is_all and len(plan.squares) + (plan.ragged is not None) == 1
-        for part in self.parts(q, layer, chunks, spec, table):
+        for part in self.parts(q, layer, chunks, spec, spec.window, table):
             if is_one:
                 return part.out
             out[part.tokens] = part.out
         return out
 
     def parts(
-        self, q: Tensor, layer: Tensor, chunks: PlanOnDevice, spec: AttentionSpec, table: RopeTable | None = None,
-        wants_sums: bool = False,
+        self, q: Tensor, layer: Tensor, chunks: PlanOnDevice, spec: AttentionSpec, window: int | None,
+        table: RopeTable | None = None, wants_sums: bool = False,
     ) -> Iterator[Part]:  # fmt: skip
-        """Attention of a plan's queries, part by part; arguments as in __call__."""
+        """Attention of a plan's queries, part by part; arguments as in __call__, `window` instead of the spec's."""
         keys, values = self.gather(layer, chunks)
         plan = chunks.plan
         if spec.key_offset is not None:
@@ -190,7 +190,7 @@ class Prefill:
         if plan.ragged is not None:
             ends = (chunks.cu_seqlens_q, chunks.cu_seqlens_k)
             own = q[chunks.tokens]
-            yield Part(chunks.tokens, *attend_ragged(own, keys, values, plan.ragged, ends, spec, wants_sums))
+            yield Part(chunks.tokens, *attend_ragged(own, keys, values, plan.ragged, ends, spec, window, wants_sums))
         for square in plan.squares:
             own = q[square.tokens]
             yield Part(square.tokens, *attend_square(own, keys, values, square, spec.scale, wants_sums))
@@ -201,12 +201,11 @@ class Prefill:
         """Two parts, merged by their sums: the exact keys of the window, and the rounded ones before it."""
         plan, own = chunks.plan, q[chunks.tokens]
         exact = exact_rows(chunks, recent)  # [n, 2, num_kv_heads, head_dim]
-        ends, rules = (chunks.cu_seqlens_q, chunks.cu_seqlens_k), replace(spec, window=plan.tokens_exact)
-        near, sums = attend_ragged(own, exact[:, 0], exact[:, 1], plan.near, ends, rules, wants_sums=True)
+        ends = (chunks.cu_seqlens_q, chunks.cu_seqlens_k)
+        near, sums = attend_ragged(own, exact[:, 0], exact[:, 1], plan.near, ends, spec, plan.tokens_exact, True)
         assert sums is not None
         if chunks.far is not None:
-            rules = replace(spec, window=plan.far_window)
-            for part in self.parts(own, layer, chunks.far, rules, wants_sums=True):
+            for part in self.parts(own, layer, chunks.far, spec, plan.far_window, wants_sums=True):
                 merge_into(near, sums, part)
         if plan.is_all:
             return near
@@ -239,18 +238,19 @@ def merge_into(out: Tensor, sums: Tensor, part: Part) -> None:
 
 def attend_ragged(
     q: Tensor, keys: Tensor, values: Tensor, part: RaggedPart, ends: tuple[Tensor, Tensor], spec: AttentionSpec,
-    wants_sums: bool = False,
+    window: int | None, wants_sums: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Causal attention of each chunk over its own keys, whose last one belongs to its last query.
 
     q             bfloat16 [T, num_heads, head_dim]
     keys, values  bfloat16 [num_rows, num_kv_heads, head_dim]
     ends          the part's cu_seqlens_q and cu_seqlens_k, on the device
+    window        sliding window, instead of the spec's
     returns a Part's out and sums
     Capped scores, which torch's kernels do not know, are computed chunk by chunk; so is everything on a CPU.
     """
     if spec.soft_cap is not None or q.device.type != "cuda":
-        out, sums = torch.empty_like(q), []
+        out, sums, spec = torch.empty_like(q), [], replace(spec, window=window)
         for start, end, first, last in zip(
             part.cu_seqlens_q[:-1], part.cu_seqlens_q[1:], part.cu_seqlens_k[:-1], part.cu_seqlens_k[1:], strict=True
         ):
@@ -260,11 +260,10 @@ def attend_ragged(
             if wants_sums:
                 sums.append(log_sums(own, k, spec)[0])
         return out, torch.cat(sums, 1) if wants_sums else None
-    window = {} if spec.window is None else {"window_size_left": spec.window - 1, "window_size_right": 0}
+    left = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     found, sums = torch.ops.aten._flash_attention_forward(
-        q, keys, values, *ends, int(np.diff(part.cu_seqlens_q).max()),
-        int(np.diff(part.cu_seqlens_k).max()), 0.0, True, False, scale=spec.scale, **window,
-    )[:2]  # fmt: skip
+        q, keys, values, *ends, *part.most, 0.0, True, False, scale=spec.scale, **left
+    )[:2]
     return found, sums if wants_sums else None
 
 
