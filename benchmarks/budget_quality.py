@@ -21,12 +21,10 @@ from accuracy_run import AccuracyRun, Join, MeasureOptions
 from measured import change_keys, perplexity_keys
 from parts import join_parts, scratch
 
-from atom.calibration.budget import build_scheme, mean_bits
+from atom.calibration.budget import build_scheme, mean_bits, measure_losses
 from atom.calibration.data import load_windows
 from atom.calibration.knapsack import Knapsack, Plan, plan_of
 from atom.calibration.places import find_places
-from atom.calibration.prepared import load_prepared
-from atom.calibration.sensitivity import Sensitivity
 from atom.calibration.stream import quantize_source
 from atom.errors import AtomError
 from atom.eval.load import load
@@ -77,8 +75,7 @@ class Runner(AccuracyRun):
         started, o = time.perf_counter(), self.options
         drawn = load_windows(o.calib, self.tokenizer, o.budget_windows, o.budget_length, self.config.seed)
         kept = o.output.with_suffix(f".sensitivity-{drawn.sha256[:8]}.json")
-        model = load_prepared(self.source, self.base, drawn.tokens, self.config)
-        found = Sensitivity(model, self.base, drawn.tokens, kept).measure(self.places, self.choices)
+        found = measure_losses(self.source, self.base, drawn.tokens, kept, self.config, self.places, self.choices)
         self.sensitivity_seconds = time.perf_counter() - started
         print(f"{len(self.places)} inputs and caches measured in {self.sensitivity_seconds:.1f} s", flush=True)
         return found

@@ -26,9 +26,9 @@ from atom.quant.schemes import CacheOverride, Override, Scheme, TensorSpec
 
 from .config import CalibrationConfig
 from .knapsack import Knapsack, Plan, reach
-from .places import CONTEXT, Choices, Place, find_places
+from .places import CONTEXT, Choices, Losses, Place, find_places
 from .prepared import load_prepared
-from .sensitivity import Sensitivity
+from .sensitivity import Sensitivity, kept_losses
 
 
 class Choice(NamedTuple):
@@ -63,6 +63,24 @@ def build_scheme(base: Scheme, plan: Plan, places: list[Place], choices: Choices
     return replace(base, overrides=(*base.overrides, *overrides), kv_overrides=(*base.kv_overrides, *caches))
 
 
+def measure_losses(
+    source: Source,
+    base: Scheme,
+    tokens: Tensor,
+    file: Path,
+    config: CalibrationConfig,
+    places: list[Place],
+    choices: Choices,
+    progress: Callable[[int, int], None] | None = None,
+) -> Losses:
+    """What every choice at every place loses; the model is loaded where `file` does not hold all of it already."""
+    kept = kept_losses(file)
+    if all(place.name in kept for place in places):
+        return kept
+    model = load_prepared(source, base, tokens, config)
+    return Sensitivity(model, base, tokens, file).measure(places, choices, progress)
+
+
 def choose_by_budget(
     source: Source,
     base: Scheme,
@@ -87,8 +105,7 @@ def choose_by_budget(
         raise ValueError(f"give a budget in bits or a largest loss, one of them; got {budget} and {max_loss}")
     places, choices = find_places(meta_model(model_config(source.config, source.generation_config)), base, context)
     reach(places, budget)
-    model = load_prepared(source, base, tokens, config)
-    losses = Sensitivity(model, base, tokens, file).measure(places, choices, progress)
+    losses = measure_losses(source, base, tokens, file, config, places, choices, progress)
     knapsack = Knapsack(places, losses)
     if budget is not None:
         plan = knapsack.solve(budget)

@@ -43,6 +43,12 @@ def losses_file(output: Path, source: Source, base: Scheme, text: str, config: C
     return output.with_name(f"{output.name}.sensitivity-{digest[:8]}.json")
 
 
+def kept_losses(file: Path) -> Losses:
+    """What an earlier run has measured, of all places or some; nothing where there is no file."""
+    found: Losses = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
 class Sensitivity:
     """Measures what every choice at every place loses; what is measured is kept in a file and not measured again.
 
@@ -56,7 +62,7 @@ class Sensitivity:
         self.base = base
         self.tokens = tokens.to(model.device)
         self.file = file
-        self.losses: Losses = json.loads(file.read_text()) if file.exists() else {}
+        self.losses = kept_losses(file)
         self.config = model.config
         self.layers = list(model.model.decoder_layers())
         self.runner = LayerRunner(model.config, model.device)

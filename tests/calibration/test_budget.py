@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from atom.calibration import budget as budget_module
 from atom.calibration.budget import build_scheme, choose_by_budget
 from atom.calibration.config import CalibrationConfig
 from atom.calibration.knapsack import Knapsack, Plan
@@ -144,7 +145,7 @@ def test_choices_run_together_as_one_by_one(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_mixed_scheme_quantizes_and_loses_what_lies_between(
-    tiny: Tiny, logit_error: Close, quick: CalibrationConfig, tmp_path: Path
+    tiny: Tiny, logit_error: Close, quick: CalibrationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, base = open_source(tiny("llama")), get_scheme("w4a4+kv16")
     errors = {}
@@ -156,6 +157,9 @@ def test_a_mixed_scheme_quantizes_and_loses_what_lies_between(
         quantize_model(tiny("llama"), scheme, out, quick)
         errors[budget] = logit_error(out, tiny("llama"))
     assert errors[8.5] < errors[6.5] < errors[4.6]
+    monkeypatch.delattr(budget_module, "load_prepared")
+    again = choose_by_budget(source, base, TOKENS, tmp_path / "s.json", ON_CPU, budget=8.5)  # from what is kept alone
+    assert again.scheme == scheme
     with pytest.raises(ValueError, match="one of them"):
         choose_by_budget(source, base, TOKENS, tmp_path / "s.json", ON_CPU)
 
