@@ -19,6 +19,7 @@ from .attention_config import GatherConfig
 from .cache import load_kernel
 from .dense_attention import AttentionSpec, attend_dense
 from .kv_layout import KVLayout
+from .merge_parts import MergeConfig, Part, merge_into, merge_kernel
 from .paged_attention import RopeTable
 from .paged_step import PagedStep, RecentLayer
 from .prefill_plan import SQUARE, PrefillPlan, RaggedPart, SquarePart, plan_prefill
@@ -98,19 +99,6 @@ def exact_rows(chunks: RecentOnDevice, recent: RecentLayer) -> Tensor:
 Planned = PlanOnDevice | RecentOnDevice
 
 
-@dataclass(frozen=True)
-class Part:
-    """What attention over some of a plan's keys gave: for which of its tokens, the result, and its sums.
-
-    out   [n, num_heads, head_dim]
-    sums  float32 [num_heads, n]: logarithms of the sums of exponentials of scores; None where nobody wants them
-    """
-
-    tokens: slice | Tensor
-    out: Tensor
-    sums: Tensor | None
-
-
 class Prefill:
     """Prefill attention over caches of one layout.
 
@@ -133,7 +121,12 @@ class Prefill:
     def warm_up(self, num_heads: int, device: torch.device) -> None:
         """Have all of it ready: the first square of a process waits 0.8 s for cuDNN to be loaded."""
         self.load()
-        if self.is_warm or self.is_invariant or device.type != "cuda":
+        if self.is_warm or device.type != "cuda":
+            return
+        for has_places in (False, True):
+            merge_kernel(MergeConfig(self.layout.head_dim, has_places))
+        self.is_warm = self.is_invariant
+        if self.is_warm:
             return
         dim, heads = self.layout.head_dim, self.layout.num_kv_heads
         q, kv = (torch.zeros(1, n, SQUARE, dim, dtype=torch.bfloat16, device=device) for n in (num_heads, heads))
@@ -222,20 +215,6 @@ class Prefill:
         return both[0], both[1]
 
 
-def merge_into(out: Tensor, sums: Tensor, part: Part) -> None:
-    """Have `out` [T, num_heads, head_dim], whose sums are [num_heads, T], take a part over other keys in.
-
-    In float32, rounded once; two launches that read and write each value as it lies take half of what a lerp of float32
-    copies would.
-    """
-    assert part.sums is not None
-    share = torch.sigmoid(part.sums - sums[:, part.tokens]).T[..., None]  # of the other keys
-    own = out[part.tokens]
-    torch.addcmul(part.out * share, own, 1 - share, out=own)
-    if not isinstance(part.tokens, slice):  # then it was a view
-        out[part.tokens] = own
-
-
 def attend_ragged(
     q: Tensor, keys: Tensor, values: Tensor, part: RaggedPart, ends: tuple[Tensor, Tensor], spec: AttentionSpec,
     window: int | None, wants_sums: bool = False,
@@ -288,15 +267,19 @@ def attend_square(
         filled[:, part.filling : part.filling + part.queries] = own
     chosen = slice(part.filling, part.filling + part.queries)
     out, lse = dense_attention(filled.transpose(1, 2), k, v, True, scale)
-    out, lse = out.transpose(1, 2)[:, chosen], lse[:, :, chosen]  # [count, queries, heads, D], [count, heads, queries]
+    out, sums = _own(out, lse, chosen)
     if part.prefix:
         k, v = (_rows(x, part, is_prefix=True).transpose(1, 2) for x in (keys, values))
-        before, seen = dense_attention(filled.transpose(1, 2), k, v, False, scale)
-        seen = seen[:, :, chosen]
-        share = torch.sigmoid(seen - lse).transpose(1, 2)[..., None]  # of the prefix
-        out = torch.lerp(out.float(), before.transpose(1, 2)[:, chosen].float(), share).to(q.dtype)
-        lse = torch.logaddexp(lse, seen) if wants_sums else lse
-    return out.flatten(0, 1), lse.transpose(0, 1).flatten(1) if wants_sums else None
+        before, seen = _own(*dense_attention(filled.transpose(1, 2), k, v, False, scale), chosen)
+        out = out.contiguous()
+        merge_into(out, sums, Part(slice(None), before, seen))
+        sums = torch.logaddexp(sums, seen) if wants_sums else sums
+    return out, sums if wants_sums else None
+
+
+def _own(out: Tensor, lse: Tensor, chosen: slice) -> tuple[Tensor, Tensor]:
+    """Results [n, heads, D] and sums [heads, n] of the chunks' queries in squares [count, heads, side, ...]."""
+    return out.transpose(1, 2)[:, chosen].flatten(0, 1), lse[:, :, chosen].transpose(0, 1).flatten(1)
 
 
 def _rows(x: Tensor, part: SquarePart, is_prefix: bool) -> Tensor:

@@ -11,13 +11,17 @@ from atom.kernels.append_sm90 import RopeAppendSm90
 from atom.kernels.attention_sm90 import PagedAttentionSm90
 from atom.kernels.dense_attention import AttentionSpec
 from atom.kernels.kv_layout import KVLayout
+from atom.kernels.merge_parts import Part, merge_into
 from atom.kernels.paged_step import PagedStep, RecentLayer, RecentStep
 from atom.quant.presets import KV4, KV4_WHOLE, KV8, KVFP8
 from atom.quant.schemes import TensorSpec
 
-from .test_attention_gpu import captures, torch_error, within
+from .test_attention_gpu import captures, to_gpu, torch_error, within
+from .test_merge_parts import PLACES, make
+from .test_merge_parts import expected as merged
 from .test_paged_attention import Case, make_case
 from .test_recent_decode_sm90 import expected_recent, fill_ring
+from .test_recent_prefill import expected, with_recent
 
 pytestmark = pytest.mark.gpu
 SPECS: dict[str, TensorSpec] = {"int4": KV4, "int4 whole": KV4_WHOLE, "int8": KV8, "fp8": KVFP8}
@@ -103,6 +107,38 @@ def test_beside_those_that_have_no_window() -> None:
         found = attend(q, layer, replace(step, _derived={}), spec, None, rings)
         within(found, expected_recent(case, spec, 16), torch_error(expected_recent(case, spec, 16), case, spec))
         assert torch.equal(attend(q, layer, replace(plain, _derived={}), spec), wanted)
+
+
+COUNTS = ((1, 0, 2, 1, 33, 1, 600, 1), (0, 1, 16, 17, 1, 1, 1, 40), (1, 15, 16, 17, 33, 70, 900, 40))
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_chunks_beside_decodes(counts: tuple[int, ...], window: int | None, dim: int) -> None:
+    """Each token of a step in its place, whichever kernel gave it."""
+    case = make_case(KV4, (1, 15, 16, 17, 33, 70, 900, 40), counts, 8, 2, dim, dtype=torch.bfloat16)
+    layer, spec = with_recent(case, 16, 32), AttentionSpec(0.125, window)
+    exact, own = expected(case, spec), case.step.recent
+    assert own is not None
+    on_device = replace(own, rings=own.rings.cuda(), slots=own.slots.cuda())
+    step = replace(to_gpu(case).step, recent=on_device, _derived={})
+    recent = RecentLayer(layer.ring.cuda(), layer.scratch.cuda())
+    found = PagedAttentionSm90(case.layout)(case.q.cuda(), case.layer.cuda(), step, spec, None, recent).cpu()
+    assert not found.isnan().any()
+    errors = (found.double() - exact).abs()
+    assert float(errors.max()) < 2e-2 and float(errors.norm() / exact.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("places", PLACES, ids=("indices", "range"))
+def test_parts_are_merged(dim: int, places: Tensor) -> None:
+    out, sums, other, other_sums = make(dim)
+    wanted = merged(out, sums, other, other_sums, places)
+    tokens = places.cuda() if int(places[0]) == 7 else slice(2, 7)
+    found = out.cuda()
+    merge_into(found, sums.cuda(), Part(tokens, other.cuda(), other_sums.cuda()))
+    assert float((found.cpu().double() - wanted).abs().max()) < 2**-8 * float(wanted.abs().max())
 
 
 @captures
