@@ -200,3 +200,35 @@ def test_every_running_sequence_has_blocks_to_grow_into_before_another_is_admitt
     run.finish()
     assert run.scheduler.stats().num_preemptions == 0
     run.assert_idle()
+
+
+def test_a_step_without_room_for_tokens_begins_nothing() -> None:
+    run = engine()
+    for name in "ab":
+        run.add(request(name, length=16))
+    for chunks in ([16], [1, 15], [1, 1]):
+        step = run.launch()
+        assert step is not None and [entry.num_tokens for entry in step.entries] == chunks
+        run.deliver()
+    run.finish()
+    run.assert_idle()
+
+
+def test_a_step_that_preempts_admits_nobody() -> None:
+    """Not even one that comes first, and for which what was freed would do: those that stay may want it next."""
+    run = engine(num_blocks=6, watermark=0.0)
+    run.add(request("a", length=8, max_tokens=8))
+    run.add(request("b", length=8, max_tokens=8, priority=1))
+    assert names(run) == ["a", "b"]
+    run.deliver()
+    seen = []
+    run.add(request("c", length=7, max_tokens=2))
+    while run.scheduler.has_unfinished:
+        before = run.scheduler.stats().num_preemptions
+        step = run.launch()
+        assert step is not None
+        seen.append((run.scheduler.stats().num_preemptions - before, [s.request.request_id for s in step.admitted]))
+        run.deliver()
+    preempting = next(place for place, (preempted, _) in enumerate(seen) if preempted)
+    assert seen[preempting : preempting + 2] == [(1, []), (0, ["c"])]
+    run.assert_idle()

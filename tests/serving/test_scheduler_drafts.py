@@ -5,7 +5,7 @@ import pytest
 from atom.serving.request import FinishReason
 from atom.serving.result import FAULTY, StepResult
 
-from .fake_runner import expected_output
+from .fake_runner import VOCAB, expected_output
 from .one_scheduler import engine, request
 
 
@@ -36,6 +36,22 @@ def test_guesses_save_steps_and_change_nothing(drafts: int, depth: int) -> None:
         assert 0 <= stats.num_accepted_tokens < stats.num_draft_tokens or not tokens
         run.assert_idle()
     assert stats.num_accepted_tokens > 20
+
+
+def test_guesses_end_nothing_before_min_tokens() -> None:
+    """Every token as the one that ends, at every place where it might come too early."""
+    for least in range(1, 8):
+        run = engine(max_num_seqs=8, num_blocks=200, num_speculative_tokens=3, prompt_lookup_min=1)
+        asked = [
+            request(chr(97 + token), max_tokens=16, temperature=0.0, min_tokens=least, stop_token_ids=(token,))
+            for token in range(VOCAB)
+        ]
+        for each in asked:
+            run.add(each)
+        run.finish()
+        for each in asked:
+            assert run.outputs[each.request_id, 0] == expected_output(each, 0, 16)
+        assert run.scheduler.stats().num_accepted_tokens > 0
 
 
 def test_sequences_that_cannot_be_guessed_are_not() -> None:

@@ -63,3 +63,27 @@ def test_prompts_are_not_made_to_wait_without_need(decodes: int, length: int) ->
     run.add(request("c", length=length, max_tokens=30))
     assert admissions(run, 1) == [0]
     run.finish()
+
+
+@pytest.mark.parametrize(
+    ("limits", "length", "admitted"),
+    [
+        ({"max_num_seqs": 3}, 10, [3]),
+        ({"max_num_seqs": 3}, 16, [0]),
+        ({"num_blocks": 7}, 10, [3]),
+        ({"num_blocks": 8}, 10, [0]),
+    ],
+    ids=["one lane, not enough", "one lane, enough", "blocks for one", "blocks for two"],
+)
+def test_only_what_could_begin_is_enough_to_begin(limits: dict[str, int], length: int, admitted: list[int]) -> None:
+    """Two of one block decode and two wait; a step has enough of 16 tokens."""
+    known = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "num_blocks": 64, "watermark": 0.0, "admission_crowd": 2}
+    run = engine(**{**known, **limits}, admission_interval=4)
+    for name in "ab":
+        run.add(request(name, length=1, max_tokens=8))
+    assert admissions(run, 1) == [0]
+    for name in "cd":
+        run.add(request(name, length=length, max_tokens=2))
+    assert admissions(run, 4)[:1] == admitted
+    run.finish()
+    run.assert_idle()
