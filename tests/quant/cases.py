@@ -36,8 +36,10 @@ def _specs() -> dict[str, TensorSpec]:
             variants["-signed"] = {**plain, "scale_rule": "signed", "clip": 0.95}
         if isinstance(granularity, Group) and fmt.bits < 16:
             variants["-mse"] = {**plain, "clip": "mse"}
+            if "-asym" in variants:
+                variants["-asym-mse"] = {**variants["-asym"], "clip": "mse"}
         if fmt.name == "int2":  # asymmetric or not at all
-            variants = {suffix: fields for suffix, fields in variants.items() if suffix == "-asym"}
+            variants = {suffix: fields for suffix, fields in variants.items() if suffix.startswith("-asym")}
         for suffix, fields in variants.items():
             specs[f"{fmt.name}-{granularity}-{scale_format}{suffix}"] = TensorSpec(fmt.name, granularity, **fields)
     for name, scheme in PRESETS.items():
