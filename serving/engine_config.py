@@ -36,6 +36,10 @@ class EngineConfig:
     kv_cache_dtype: Literal["auto", "kv4", "kv8", "kvfp8", "kv16"] = "auto"
     """Format of the KV cache; auto is what the model's scheme says."""
 
+    kv_recent: int | None = None
+    """Tokens before each query, its own among them, whose keys and values are read as they were before rounding: 16, 32
+    or 64, or 0 for none; by default what the model's scheme says. Any checkpoint with a low-bit cache takes it."""
+
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes the GPU where there is one."""
 

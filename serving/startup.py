@@ -76,7 +76,7 @@ def start_up(model: str, options: EngineConfig | None = None, progress: Progress
     if device.type == "cuda":  # kernels and graphs are not torch's, and cannot have what its cache still holds
         torch.cuda.empty_cache()
     weights_s = time.perf_counter() - started - tokenizer_s
-    scheme = cache_scheme(loaded.scheme, options.kv_cache_dtype)
+    scheme = cache_scheme(loaded.scheme, options.kv_cache_dtype, options.kv_recent)
     refuse_mixed_results(scheme, options)
     say("sizing the KV cache")
     plan, reserve = _plan(loaded, scheme, options)
@@ -144,12 +144,17 @@ def make_runner(model: Model, scheme: Scheme | None, options: EngineConfig, limi
     return Runner(model, pool, sampler, limits.max_num_seqs, depth, options.kernels, buckets, max_blocks, split, pieces)
 
 
-def cache_scheme(scheme: Scheme | None, kv_cache_dtype: str) -> Scheme | None:
-    """The scheme that the cache follows: the model's, unless another format was asked for."""
-    if kv_cache_dtype == "auto":
+def cache_scheme(scheme: Scheme | None, kv_cache_dtype: str, kv_recent: int | None = None) -> Scheme | None:
+    """The scheme that the cache follows: the model's, unless another format or recent window was asked for.
+
+    Raises ValueError for a window that does not go with the cache.
+    """
+    if kv_cache_dtype != "auto":
+        base = get_scheme("bf16") if scheme is None else scheme
+        scheme = base.with_kv(KV_SUFFIXES[kv_cache_dtype])
+    if kv_recent is None or (scheme is None and not kv_recent):
         return scheme
-    base = get_scheme("bf16") if scheme is None else scheme
-    return base.with_kv(KV_SUFFIXES[kv_cache_dtype])
+    return replace(get_scheme("bf16") if scheme is None else scheme, kv_recent=kv_recent)
 
 
 def refuse_mixed_results(scheme: Scheme | None, options: EngineConfig) -> None:

@@ -52,6 +52,10 @@ def test_another_cache_than_the_schemes(tiny: Tiny) -> None:
     assert (ready.facts["scheme"], ready.facts["kv"]) == ("none", "int4")
     w4a8 = get_scheme("w4a8")
     assert cache_scheme(w4a8, "auto") is w4a8 and cache_scheme(None, "auto") is None
+    assert cache_scheme(w4a8, "auto", 16) == get_scheme("w4a8+kv4r16")
+    assert cache_scheme(get_scheme("w4a8+kv4r16"), "auto", 0) == w4a8 and cache_scheme(None, "auto", 0) is None
+    with pytest.raises(ValueError, match="kv is None; give kv"):
+        cache_scheme(None, "auto", 16)
     changed = cache_scheme(w4a8, "kv16")
     assert changed is not None and changed.kv is None and changed.weight == w4a8.weight
 
