@@ -50,9 +50,13 @@ class DecodeMerge:
                 if query < config.queries:
                     row = sO.toint() + 4 * (warp * config.queries + query) * config.out_row
                     self.spread(row, rO, rZ, c, n, lane)
-        cute.arch.barrier(barrier_id=1, number_of_threads=threads)
         quads = config.head_dim // 4
         total = config.queries * quads
+        near = None
+        if cutlass.const_expr(config.recent and total <= threads):  # under way while the other warps end
+            item = cutlass.min(32 * warp + lane, total - 1)
+            near = self.load_recent(mO, mNear, mNearLse, token, head, item // quads, item % quads * 4)
+        cute.arch.barrier(barrier_id=1, number_of_threads=threads)
         for step in cutlass.range_constexpr((total + threads - 1) // threads):
             item = threads * step + 32 * warp + lane
             if item < total:
@@ -77,7 +81,11 @@ class DecodeMerge:
                     value[e] = value[e] * inverse
                 if place < 0:
                     if cutlass.const_expr(config.recent):
-                        self.add_recent(mO, mNear, mNearLse, value, top + log2(weight), token, head, query, channel)
+                        if cutlass.const_expr(total > threads):
+                            late = self.load_recent(mO, mNear, mNearLse, token, head, query, channel)
+                            self.add_recent(value, top + log2(weight), *late)
+                        else:
+                            self.add_recent(value, top + log2(weight), *near)
                     self.store(mO, value, token, head, query, channel)
                 else:
                     at = (Int64(place) * config.queries + query) * config.head_dim + channel
@@ -87,12 +95,16 @@ class DecodeMerge:
         cute.arch.barrier(barrier_id=1, number_of_threads=threads)
 
     @cute.jit
-    def add_recent(self, mO, mNear, mNearLse, value, sums, token, head, query, channel):
-        """Four channels of a head's output over all but the newest tokens, and log2 of its weights: over all tokens."""
+    def load_recent(self, mO, mNear, mNearLse, token, head, query, channel):
+        """Four channels of a head's output over the newest tokens, and log2 of its weights."""
         config = self.config
         row = Int64(token) * mO.shape[1] + head * config.queries + query
         near = load_global_f32x4(mNear.iterator + (row * config.head_dim + channel))
-        lse = load_global_f32(mNearLse.iterator + row)
+        return near, load_global_f32(mNearLse.iterator + row)
+
+    @cute.jit
+    def add_recent(self, value, sums, near, lse):
+        """Four channels over all but the newest tokens, and log2 of their weights: over all tokens."""
         share = Float32(1.0) / (Float32(1.0) + exp2(sums - lse))  # of the newest; right at both ends
         for e in cutlass.range_constexpr(4):
             value[e] = value[e] + share * (near[e] - value[e])
@@ -240,5 +252,6 @@ class DecodeMerge:
                 for e in cutlass.range_constexpr(4):
                     value[e] = value[e] * inverse
                 if cutlass.const_expr(config.recent):
-                    self.add_recent(mO, mNear, mNearLse, value, top + log2(weight), token, head, query, channel)
+                    near, lse = self.load_recent(mO, mNear, mNearLse, token, head, query, channel)
+                    self.add_recent(value, top + log2(weight), near, lse)
                 self.store(mO, value, token, head, query, channel)

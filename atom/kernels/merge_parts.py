@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .cache import load_kernel
+from .merge_config import MergeConfig
 
 
 @dataclass(frozen=True)
@@ -21,20 +22,6 @@ class Part:
     tokens: slice | Tensor
     out: Tensor
     sums: Tensor | None
-
-
-@dataclass(frozen=True)
-class MergeConfig:
-    """Compile-time choices of the kernel. has_places: rows have indices, else they lie one behind the other."""
-
-    head_dim: int
-    has_places: bool = False
-    threads: int = 256
-
-    @property
-    def groups(self) -> int:
-        """Of 8 channels, a thread's."""
-        return self.head_dim // 8
 
 
 def merge_into(out: Tensor, sums: Tensor, part: Part) -> None:

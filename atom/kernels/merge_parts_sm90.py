@@ -16,7 +16,7 @@ from .dsl.memory import pack_bf16x2
 from .dsl.packed_bf16 import high_float, low_float
 from .dsl.tensor_core import exp2
 from .dsl.wide_access import load_streamed, store_words
-from .merge_parts import MergeConfig
+from .merge_config import MergeConfig
 
 LOG2_E = 1.4426950408889634
 

@@ -19,7 +19,8 @@ from .attention_config import GatherConfig
 from .cache import load_kernel
 from .dense_attention import AttentionSpec, attend_dense
 from .kv_layout import KVLayout
-from .merge_parts import MergeConfig, Part, merge_into, merge_kernel
+from .merge_config import MergeConfig
+from .merge_parts import Part, merge_into, merge_kernel
 from .paged_attention import RopeTable
 from .paged_step import PagedStep, RecentLayer
 from .prefill_plan import SQUARE, PrefillPlan, RaggedPart, SquarePart, plan_prefill

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from atom.kernels.merge_parts import MergeConfig, Part, merge_into, run
+from atom.kernels.merge_config import MergeConfig
+from atom.kernels.merge_parts import Part, merge_into, run
 
 from .machine_code import needs_dsl
 from .ptx_memory import Tensor as Argument
