@@ -64,9 +64,7 @@ def quantize_model(
     """
     config = replace(config, device=str(choose_device(config.device)))
     check_output(out, resume)  # before anything is downloaded, tokenised or sampled
-    opened = open_source(source, revision)
-    if read_scheme(opened.config, f"{opened.path.name}/config.json") is not None:
-        raise UnsupportedError(f"{opened.path.name} is quantized already; calibration needs the full-precision model")
+    opened = open_full_precision(source, revision)
     tokenizer = load_tokenizer(opened.path)  # missing files are an error now rather than at the first prompt
     windows = _windows(opened, tokenizer, config) if is_calibrated(opened, scheme) else None
     config = _with_distillation(opened, scheme, config, progress or Silent())
@@ -74,6 +72,14 @@ def quantize_model(
         text = load_distill_text(tokenizer, config, windows)
         return quantize_and_distill(opened, scheme, out, config, windows, text, resume, progress)
     return quantize_source(opened, scheme, out, config, windows, resume, progress)
+
+
+def open_full_precision(source: str | Path, revision: str | None = None) -> Source:
+    """As open_source. Raises UnsupportedError if the model is quantized already."""
+    opened = open_source(source, revision)
+    if read_scheme(opened.config, f"{opened.path.name}/config.json") is not None:
+        raise UnsupportedError(f"{opened.path.name} is quantized already; calibration needs the full-precision model")
+    return opened
 
 
 def quantize_and_distill(

@@ -137,6 +137,8 @@ def test_a_budget_chooses_formats_and_resumes(atom: Atom, tiny: Tiny, text_file:
     assert not list(tmp_path.glob("none*"))  # refused before anything was measured
     code, _, err = atom("quantize", tiny("llama"), "--budget", 5.0, *options, "-o", out)
     assert code == 1 and "exists and is not empty" in err
+    code, _, err = atom("quantize", out, "--budget", 5.0, *options, "-o", tmp_path / "none")
+    assert code == 1 and "mixed is quantized already" in err
     code, _, err = atom("quantize", tiny("llama"), "--max-loss", 0.0, *options)
     assert code == 2 and "--max-loss is a divergence in nats a token, above 0" in err.replace("\n", " ")
     code, _, err = atom("quantize", tiny("llama"), "--budget", 5.0, "--max-loss", 0.1, *options)

@@ -67,15 +67,20 @@ class Options:
     switches: Annotated[Switches, tyro.conf.OmitArgPrefixes] = field(default_factory=Switches)
 
     def __post_init__(self) -> None:
-        if self.gpu != "cpu" and self.gpu not in GPUS:
+        if self.target != "cpu" and self.target not in GPUS:
             raise ValueError(f"unknown --gpu {self.gpu!r}; use cpu, {', '.join(GPUS)}")
         if self.preset is not None:
             get_scheme(self.preset)
 
     @property
+    def target(self) -> str:
+        """--gpu as the tables have it."""
+        return self.gpu.lower()
+
+    @property
     def preset(self) -> str | None:
         """The scheme's name, where it is auto that of the GPU's."""
-        return None if self.scheme is None else resolve(self.scheme, None if self.gpu == "cpu" else self.gpu)
+        return None if self.scheme is None else resolve(self.scheme, None if self.target == "cpu" else self.gpu)
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -86,11 +91,11 @@ def run(options: Options) -> dict[str, Any]:
     scheme = options.switches.apply(named, options.calibration.gptq) if own is None else named
     config = model_config(raw, generation)
     model = meta_model(config)
-    gpu = GPUS.get(options.gpu)
+    gpu = GPUS.get(options.target)
     dtype = torch.bfloat16 if gpu else torch.float32
     size = measure_footprint(model, scheme, source_dtype(config), dtype)
     full = measure_footprint(model, get_scheme("bf16"), source_dtype(config), dtype)
-    machine = CALIBRATION_GPUS[options.gpu] if gpu else measure_machine()
+    machine = CALIBRATION_GPUS[options.target] if gpu else measure_machine()
     cost = estimate(model, scheme, options.calibration, machine)
     planned, why = plan_distillation(model, scheme, options.calibration, machine.memory_bytes)
     training = estimate_distillation(model, scheme, planned, machine) if planned.distill_steps else None
@@ -102,7 +107,7 @@ def run(options: Options) -> dict[str, Any]:
     )
     table = _size_table(model, scheme, size, full, cost, options)
     if training is not None:
-        text = f"{planned.distill_steps} x {planned.distill_tokens} tokens on {options.gpu}"
+        text = f"{planned.distill_steps} x {planned.distill_tokens} tokens on {options.target}"
         table.add_row(f"distillation, {text}", f"about {_time(training.seconds)}, {_bytes(training.peak_bytes)}", "")
     elif why is not None:
         table.add_row("distillation", f"left out: {why}", "")
@@ -201,7 +206,7 @@ def _size_table(
     table.add_row("weights in memory, packed for kernels", _bytes(size.packed), _bytes(full.packed))
     table.add_row("weights in memory, float32 reference", _bytes(size.dense), _bytes(full.dense))
     table.add_row("KV cache a token", _bytes(size.kv_token), _bytes(size.kv_token_16))
-    text = f"{options.calibration.windows} x {options.calibration.window_length} tokens on {options.gpu}"
+    text = f"{options.calibration.windows} x {options.calibration.window_length} tokens on {options.target}"
     table.add_row(f"calibration, {text}", f"about {_time(cost.seconds)}, {_bytes(cost.peak_bytes)}", "")
     return table
 

@@ -67,7 +67,9 @@ class Options:
         self.build_scheme()
         if self.budget is not None and self.max_loss is not None:
             raise ValueError("--budget and --max-loss exclude each other; give one of them")
-        if self.max_loss is not None and self.max_loss <= 0:
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"--budget is the mean bits of an operand, above 0; got {self.budget:g}")
+        if self.max_loss is not None and not self.max_loss > 0:
             raise ValueError(f"--max-loss is a divergence in nats a token, above 0; got {self.max_loss:g}")
         if self.budget_context < 0:
             raise ValueError(f"budget_context counts tokens from 0, got {self.budget_context}; leave it out for 2048")
@@ -161,12 +163,13 @@ def _choose_scheme(options: Options, base: Scheme) -> Scheme:
     from atom.calibration.budget import choose_by_budget
     from atom.calibration.data import load_windows
     from atom.calibration.sensitivity import losses_file
+    from atom.calibration.stream import open_full_precision
 
-    from ..models.source import load_tokenizer, open_source
+    from ..models.source import load_tokenizer
     from .console import console, progress_console
 
     chosen: Scheme
-    source, config = open_source(options.model, options.revision), options.config
+    source, config = open_full_precision(options.model, options.revision), options.config
     tokenizer = load_tokenizer(source.path)
     windows = load_windows(config.calib, tokenizer, options.budget_windows, options.budget_length, config.seed)
     torch.set_float32_matmul_precision(config.matmul_precision)
