@@ -104,7 +104,9 @@ def test_queue_limits() -> None:
         run.add(request("a"))
     run.advance()
     run.add(request("a"))
-    run.add(request("b"))
+    with pytest.raises(QueueFullError, match="6 prompt tokens wait already, at most 20 may, got 15 more"):
+        run.add(request("b", length=15))
+    run.add(request("b", length=14))
     with pytest.raises(QueueFullError, match="2 requests wait already, at most 2 may; try again"):
         run.add(request("c", length=1))
     run.scheduler.abort("b")
