@@ -79,7 +79,7 @@ def name_way(row: Row) -> str:
             return f"{row['choice']}+{row['kv']}, GPTQ alone"
         return f"{row['base']}{OPTION}{row['choice']} {row['limit']:g}"
     if "method" in row:
-        recent = f", newest {row['kv_recent']} exact" if row.get("kv_recent") else ""
+        recent = f" r{row['kv_recent']}" if row.get("kv_recent") else ""  # as schemes' names have it
         return f"{row['method']} {row['scheme']}{recent}" + (", an earlier run" if row.get("earlier") else "")
     way = f"{row['scheme']}+{row['kv']}" + (", distilled" if row.get("distill_steps") else "")
     return way if row.get("cache", row["kv"]) == row["kv"] else f"{way}, through a {row['cache']} cache"
