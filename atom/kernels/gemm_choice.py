@@ -26,15 +26,14 @@ def choose_config(
     Raises nothing: every problem has a config.
     """
     if weight == "e4m3_fast":  # the bytes and the sums of INT8; two CTAs that share tokens draw less power
-        most = 128 if 64 < tokens <= 96 else tokens
-        config = choose_config("int8", token_scales, most, features, units, int8_units, bias, sms)
+        config = choose_config("int8", token_scales, tokens, features, units, int8_units, bias, sms)
         return replace(config, weight=weight, multicast=2 if tokens > 512 and config.tile_m == 256 else 1)
     kind = KINDS[weight]
     multicast, clustered, pairs, tail = 1, True, False, 1
     by_factor = weight in ("int4_uint4", "int4_uint4_g32")
     is_w4a16 = weight == "int4_uint4_bf16"
     small_groups = weight == "int4_uint4_g32" and tokens <= 16  # with a sweep of their own
-    three_quarters = 64 < tokens <= 96 and weight in ("int4_uint4", "int8")  # of a tile of 128
+    three_quarters = 64 < tokens <= 96 and (by_factor or weight == "int8")  # of a tile of 128
     two_fit = tokens <= (32 if kind.operand == "bf16" else 64)  # CTAs of two warpgroups on an SM
     if tokens <= 32:
         tile_m = 16 if tokens <= 16 else 32
@@ -78,8 +77,7 @@ def choose_config(
         if 128 < tokens <= 192:  # the same tiles, three quarters of them
             tile_m = 192 if weight == "int4_uint4" and units >= 64 else 96
         if gate_up:
-            has_96 = weight == "int8" or int8_units  # of others no GPU has run tiles of 96 tokens so wide
-            tile_m, warpgroups = _wide_tile(tokens if has_96 else max(tokens, 97), features, sms)
+            tile_m, warpgroups = _wide_tile(tokens, features, sms)
         if weight == "int4_uint4" and units < 64 and tokens > 128 and not gate_up and features > 64 * sms:
             tile_m *= 2  # one round of tiles for two
         split = _split(_tiles(tile_m, warpgroups, tokens, features), sms)

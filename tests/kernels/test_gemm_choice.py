@@ -86,6 +86,16 @@ def test_tiles_of_wide_products_fill_a_round_of_the_sms(tokens: int, features: i
     assert (config.tile_m, config.warpgroups) == tile and config.split == 1
 
 
+@pytest.mark.parametrize("weight", ["int4_uint4", "int4_uint4_g32", "int8", "e4m3_fast"])
+@pytest.mark.parametrize(
+    ("features", "units", "warpgroups", "split"),
+    [(28672, 32, 4, 1), (22016, 32, 3, 1), (12288, 32, 2, 1), (6144, 32, 2, 2), (4096, 112, 2, 4), (4096, 32, 2, 4)],
+)
+def test_65_to_96_tokens_are_a_tile_of_96(weight: str, features: int, units: int, warpgroups: int, split: int) -> None:
+    config = choose_config(weight, "token", 96, features, units)
+    assert (config.tile_m, config.warpgroups, config.split, config.ways) == (96, warpgroups, split, 1)
+
+
 W4A16 = [  # of Llama-3-8B's qkv, o, gate_up and down
     (512, ((128, 3), (128, 2), (256, 2), (128, 2))),
     (8192, ((256, 2),) * 4),
