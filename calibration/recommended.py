@@ -3,7 +3,7 @@
 On Hopper products of INT4 codes run on the INT8 tensor cores, so that 4-bit activations are no faster than 8-bit ones
 and only lose accuracy: `w4a8` serves the most tokens of all schemes (record `throughput`; w8a8 and fp8 read twice the
 weights). Its form in groups of 32 behind Hadamard blocks takes 3 to 7 % longer for a decode step (Llama-3-8B, H200),
-the same for prompts, and loses 0.8 to 3.7 % of perplexity on the three real models above 0.4 B, where Atom's own format
+the same for prompts, and loses 0.8 to 2.5 % of perplexity on the three real models above 0.4 B, where Atom's own format
 with 8-bit activations loses 6 to 13 % (record `accuracy-frontier`: `ours`, `atom`). All that on an H200; an H100 has
 the same SMs and less bandwidth, which favours few bytes the more.
 """
