@@ -42,7 +42,7 @@ class FlatConfig:
     """How the transforms are learned, and to how many bits tokens and weight rows are rounded.
 
     learns   of the transforms (L and R), the factors c, and the clips: what is not learned is left out
-    batch    windows of a step: in the same time many small steps learn more than few large ones
+    batch    windows of a step
     seconds  at most so long for the whole model, in equal shares for its layers: fewer steps then, whose rates fall
              to their end all the same
     """
@@ -52,10 +52,10 @@ class FlatConfig:
     weight_bits: int = 4
     activation_bits: int = 4
     steps: int = 60
-    batch: int = 1
+    batch: int = 4
     seconds: float = float("inf")
-    rate: float = 2e-2  # four times the paper's, whose steps are many times more
-    clip_rate: float = 2e-1
+    rate: float = 5e-3
+    clip_rate: float = 5e-2
     seed: int = 0
 
 
