@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from atom.kernels.kv_layout import KVLayout
-from atom.kernels.paged_step import Ints, PagedStep, RecentLayer, RecentStep
+from atom.kernels.paged_step import Ints, PagedStep, RecentLayer, RecentStep, runs
 from atom.models.config import ModelConfig
 
 from .batch import Batch, Inherited, Int64
@@ -157,7 +157,7 @@ class RecentTokens:
     def _between(self, lanes: Int64, firsts: Int64, counts: Int64, lines: Int64, is_back: bool) -> Moves:
         """Of each lane the tokens firsts ... firsts + counts - 1 from its ring to its line, or back."""
         owners = np.repeat(lanes, counts)
-        positions = np.arange(int(counts.sum())) + np.repeat(firsts - np.cumsum(counts) + counts, counts)
+        positions = runs(firsts, counts)
         ring, line = owners * self.capacity + positions % self.capacity, lines[owners] + positions
         source, target = (line, ring) if is_back else (ring, line)
         return Moves(self._bring(source), self._bring(target))
@@ -201,10 +201,8 @@ class RecentTokens:
             return None
         assert step.recent is not None
         counts = np.minimum(step.counts[chosen], self.capacity).astype(np.int64)
-        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)  # from the first kept on
-        back = np.repeat(counts, counts) - within  # from a sequence's end
-        scratch = np.repeat(step.cu_seqlens_q[1:][chosen].astype(np.int64), counts) - back
-        positions = np.repeat(step.seqlens_k[chosen].astype(np.int64), counts) - back
+        scratch = runs(step.cu_seqlens_q[1:][chosen] - counts, counts)
+        positions = runs(step.seqlens_k[chosen] - counts, counts)
         rings = np.repeat(step.recent.rings_host[chosen], counts) + positions % self.capacity
         return Moves(self._bring(scratch), self._bring(rings))
 

@@ -99,3 +99,10 @@ class PagedStep:
             self._derived[key] = make()
         found: Derived = self._derived[key]
         return found
+
+
+def runs(firsts: Ints, counts: Ints) -> NDArray[np.int64]:
+    """firsts[i] ... firsts[i] + counts[i] - 1, one run behind the other."""
+    before = np.cumsum(counts) - counts
+    found: NDArray[np.int64] = np.arange(int(counts.sum())) + np.repeat(firsts - before, counts)
+    return found

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from .paged_step import Ints, PagedStep
+from .paged_step import Ints, PagedStep, runs
 from .square_shapes import SquareShape
 
 SQUARE = 512
@@ -205,7 +205,7 @@ def _tiles(
     opening = firsts // block_size
     blocks = -(-ends // block_size) - opening
     owner = np.repeat(np.arange(len(ends)), blocks)
-    index = np.arange(len(owner)) - np.repeat(np.cumsum(blocks) - blocks, blocks) + opening[owner]  # of the block
+    index = runs(opening, blocks)  # of the block
     first = np.maximum(firsts[owner] - index * block_size, 0)
     tiles = np.empty((len(owner), 4), dtype=np.int32)
     tiles[:, 0] = tables[owner, index]
@@ -213,9 +213,8 @@ def _tiles(
     tiles[:, 2] = first
     tiles[:, 3] = np.minimum(ends[owner] - index * block_size, block_size)
     lengths = ends - firsts
-    within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     positions = np.zeros(total, dtype=np.int64)
-    positions[np.repeat(rows, lengths) + within] = np.repeat(firsts, lengths) + within
+    positions[runs(rows, lengths)] = runs(firsts, lengths)
     return tiles, positions
 
 

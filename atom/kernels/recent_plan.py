@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .paged_step import Ints, PagedStep
+from .paged_step import PagedStep, runs
 from .prefill_plan import Chunks, PrefillPlan, RaggedPart, Takes, always, chunks_of, plan_chunks, ragged_part
 
 
@@ -55,15 +55,15 @@ def plan_recent(
     assert recent is not None and (window is None or window > recent.tokens)
     before = np.minimum(recent.tokens - 1, chunks.ends - chunks.counts)  # tokens of the ring that a chunk reads
     near = ragged_part(chunks.counts, before + chunks.counts, chunks.starts)
-    positions = _runs(chunks.ends - chunks.counts - before, before)
+    positions = runs(chunks.ends - chunks.counts - before, before)
     ring_rows = np.repeat(recent.rings_host[chosen], before) + positions % recent.capacity
     order = None
     if len(chosen) > 1 and len(ring_rows):
         own = len(ring_rows) + np.arange(int(chunks.counts.sum()))
         order = np.empty(len(ring_rows) + len(own), dtype=np.int64)
         firsts = near.cu_seqlens_k[:-1].astype(np.int64)
-        order[_runs(firsts, before)] = np.arange(len(ring_rows))
-        order[_runs(firsts + before, chunks.counts)] = own
+        order[runs(firsts, before)] = np.arange(len(ring_rows))
+        order[runs(firsts + before, chunks.counts)] = own
     far_window = None if window is None else window - recent.tokens
     far = _far(chunks, recent.tokens, far_window, block_size, flops, allows_squares, takes)
     is_all = int(chunks.counts.sum()) == step.num_tokens
@@ -82,10 +82,3 @@ def _far(
     starts = np.cumsum(chunks.counts) - counts  # their tokens are the last of each chunk's
     part = Chunks(counts[has], ends[has], starts[has], chunks.tables[has])
     return plan_chunks(part, window, block_size, flops, allows_squares, int(chunks.counts.sum()), takes)
-
-
-def _runs(firsts: Ints, counts: Ints) -> NDArray[np.int64]:
-    """firsts[i] ... firsts[i] + counts[i] - 1, one run behind the other."""
-    before = np.cumsum(counts) - counts
-    runs: NDArray[np.int64] = np.arange(int(counts.sum())) + np.repeat(firsts - before, counts)
-    return runs
