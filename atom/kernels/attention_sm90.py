@@ -207,9 +207,10 @@ class PagedAttentionSm90:
                 return None
             lengths = np.where(is_decode, lengths, 0)
         self.is_planned_now = True
-        room, key = room_for(len(lengths)), (room_for(len(lengths)), recent_tokens(step, None))
+        room = room_for(len(lengths))
         if window is not None or self.split_blocks is not None or share == "never":
             return self._plan_alone(step, window, queries, room, lengths, rows, None)
+        key = (room, recent_tokens(step, None))
         last = self.plans.get(key)
         if last is None or share != "auto" or step.ahead is not None or not last.goes_on(step, lengths, rows):
             cascade = None
