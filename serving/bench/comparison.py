@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .plots import label_of, memory_text, origin
+from .report_data import workload_of
 
 Row = dict[str, Any]
 
@@ -52,7 +53,7 @@ def batch_comparisons(rows: Sequence[Row]) -> Iterator[Comparison]:
     def setting(row: Row) -> tuple[str, ...] | None:
         if row["batch_mode"] != "equal" or not row["out_tok_s"]:
             return None
-        return (f"{row['shape']}, {_lengths(row)}, batch {row['batch']}",)
+        return (f"{row['shape']}, {workload_of(row)}, batch {row['batch']}",)
 
     yield from _compare("equal batch", rows, setting, lambda row: float(row["out_tok_s"]), BASELINES)
 
@@ -64,7 +65,7 @@ def best_comparisons(rows: Sequence[Row]) -> Iterator[Comparison]:
         if row["batch_mode"] != "best" or not row["out_tok_s"]:
             return None
         target = "" if row["tpot_target_ms"] is None else f", TPOT {row['tpot_target_ms']:g} ms"
-        return (f"{row['shape']}, {_lengths(row)}, {memory_text(row['memory_gb'])}{target}",)
+        return (f"{row['shape']}, {workload_of(row)}, {memory_text(row['memory_gb'])}{target}",)
 
     yield from _compare("end to end", rows, setting, lambda row: float(row["out_tok_s"]), BASELINES)
 
@@ -113,7 +114,3 @@ def _compare(
                     labels = label_of(mine), label_of(best)
                     pairs.append(Comparison(kind, name, *labels, speed(mine) / speed(best), not same))
     yield from sorted(pairs, key=lambda each: (LOW.index(each.label.partition("+")[0]), each.over))
-
-
-def _lengths(row: Row) -> str:
-    return str(row.get("workload") or f"{row['input']}/{row['output']}")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .plots import COLOURS, file_stem, in_order, label_of, memory_text, new_panels, save_figure, set_legend
+from .report_data import workload_of
 
 Row = dict[str, Any]
 
@@ -14,7 +15,7 @@ def overview_groups(rows: Sequence[Row]) -> dict[tuple[str, float], dict[str, di
     found: dict[tuple[str, float], dict[str, dict[str, Row]]] = {}
     for row in rows:
         if row["batch_mode"] == "best" and row["tpot_target_ms"] is None and row["out_tok_s"]:
-            workload = str(row.get("workload") or f"{row['input']}/{row['output']}")
+            workload = workload_of(row)
             found.setdefault((row["shape"], row["memory_gb"]), {}).setdefault(workload, {})[label_of(row)] = row
     return {setting: workloads for setting, workloads in found.items() if len(workloads) > 1}
 

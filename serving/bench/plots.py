@@ -11,6 +11,8 @@ from typing import Any
 
 from atom.plots import load_matplotlib
 
+from .report_data import workload_of
+
 Row = dict[str, Any]
 
 ORDER = ("bf16", "w8a8", "fp8", "w4a16", "w4a8", "w4a4", "nvint4", "nvfp4", "mxfp4", "w3a3")
@@ -33,8 +35,7 @@ def group_rows(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
     """(experiment, shape, workload) -> its rows, in the order of their first appearance."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        workload = row.get("workload") or f"{row['input']}/{row['output']}"
-        groups.setdefault((row["experiment"], row["shape"], workload), []).append(row)
+        groups.setdefault((row["experiment"], row["shape"], workload_of(row)), []).append(row)
     return groups
 
 

@@ -90,3 +90,8 @@ def read_bench(paths: Sequence[Path]) -> BenchData:
         facts = {key: found.get(key) for key in ("date", "commit", "command")}
         data.sources.append({"file": file.name, **facts, "machine": found.get("machine", {})})
     return data
+
+
+def workload_of(row: dict[str, Any]) -> str:
+    """The workload of a row of record `throughput`; of fixed lengths, these."""
+    return str(row.get("workload") or f"{row['input']}/{row['output']}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .plots import in_order, label_of, memory_text
+from .report_data import workload_of
 
 Row = dict[str, Any]
 
@@ -42,5 +43,4 @@ def _step_text(row: Row) -> str:
 
 def _run_text(row: Row) -> str:
     target = "" if row["tpot_target_ms"] is None else f", TPOT {row['tpot_target_ms']:g} ms"
-    lengths = row.get("workload") or f"{row['input']}/{row['output']}"
-    return f"{row['shape']}, {lengths}, {memory_text(row['memory_gb'])}{target}"
+    return f"{row['shape']}, {workload_of(row)}, {memory_text(row['memory_gb'])}{target}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .plots import in_order, label_of, memory_text
-from .report_data import BenchData
+from .report_data import BenchData, workload_of
 
 Row = dict[str, Any]
 Table = tuple[Sequence[str], list[list[Any]]]
@@ -72,16 +72,12 @@ def _widest(rows: Sequence[Row], is_whole: bool, like: Row | None = None) -> dic
     found: dict[Setting, dict[str, Row]] = {}
     for row in rows:
         if row["batch_mode"] == "best" and row["out_tok_s"] and is_whole == (not row["memory_gb"]):
-            setting = (row["shape"], _lengths(row), row["memory_gb"], row["tpot_target_ms"])
+            setting = (row["shape"], workload_of(row), row["memory_gb"], row["tpot_target_ms"])
             found.setdefault(setting, {})[label_of(row)] = row
-    alike = {} if like is None else {s: r for s, r in found.items() if s[:2] == (like["shape"], _lengths(like))}
+    alike = {} if like is None else {s: r for s, r in found.items() if s[:2] == (like["shape"], workload_of(like))}
     return max((alike or found).values(), key=len, default={})
-
-
-def _lengths(row: Row) -> str:
-    return str(row.get("workload") or f"{row['input']}/{row['output']}")
 
 
 def _setting_text(row: Row) -> str:
     target = "" if row["tpot_target_ms"] is None else f", TPOT at most {row['tpot_target_ms']:g} ms"
-    return f"{row['shape']}, {_lengths(row)}{target}"
+    return f"{row['shape']}, {workload_of(row)}{target}"
